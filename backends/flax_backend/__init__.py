@@ -1,0 +1,1 @@
+"""JAX: `flax.nnx`, `optax.sgd`, `jax.jit`."""

@@ -1,0 +1,210 @@
+"""Training in JAX and Flax. Reads beside backends/torch_backend/backend.py, section by section."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple, final
+
+# XLA reads these once, when JAX starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch its share of the card
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from backends.flax_backend import convert
+from backends.flax_backend.model import Net
+from backends.flax_backend.optimizer import (
+    export_momentum,
+    export_schedule,
+    learning_rate,
+    make_optimizer,
+    restore_momentum,
+    restore_schedule,
+)
+from common.config import Config
+from common.errors import BackendError
+from common.protocol import Arrays, Evaluation, Metrics, Snapshot
+
+EVALUATION_BATCH = 1000  # images per forward pass: large enough to be quick, small enough for float64 in memory
+
+Parameters = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """What training changes; JAX returns a new one and reuses the memory of the old."""
+
+    parameters: Parameters
+    model_state: Parameters
+    optimizer_state: Any
+    step: jax.Array  # int32 ()
+
+
+@final
+class FlaxBackend:
+    """`common.protocol.Backend` in JAX, Flax and optax."""
+
+    name = "flax"
+
+    # --- Set up: the network, the optimizer, and what makes a run comparable
+
+    def __init__(
+        self, config: Config, classes: int, dtype: str = "float32", device: str = "auto", compile: str = "auto"
+    ) -> None:
+        del compile  # jax.jit always
+        self.device = choose_device(device)
+        make_comparable(self.device)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        abstract = nnx.eval_shape(
+            lambda: Net(classes, self.device, rngs=nnx.Rngs(0))
+        )  # shapes only: no weight is drawn
+        self.graph, self.parameters, self.model_state = nnx.split(abstract, nnx.Param, ...)
+        self.optimizer = make_optimizer(config, self.dtype)
+        self._compiled_step = jax.jit(self._step, donate_argnums=0)
+        self._compiled_steps = jax.jit(self._scan, donate_argnums=0)
+        self._logits = jax.jit(self._forward)
+        self._compiled_probe = jax.jit(self._probe)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: leaf.shape for name, leaf in convert.flatten(self.parameters).items()}
+
+    def init(self, snapshot: Snapshot) -> State:
+        parameters = convert.from_canonical(snapshot.parameters)
+        model_state = convert.from_canonical(snapshot.model_state)
+        optimizer_state = self.optimizer.init(parameters)
+        if snapshot.step > 0:
+            momentum = convert.from_canonical(snapshot.momentum)
+            optimizer_state = restore_momentum(optimizer_state, momentum)
+            optimizer_state = restore_schedule(self.config, optimizer_state, snapshot.schedule, snapshot.step)
+        return State(parameters, model_state, optimizer_state, jnp.asarray(snapshot.step, jnp.int32))
+
+    def export(self, state: State) -> Snapshot:
+        parameters, model_state, optimizer_state, step = state
+        return Snapshot(
+            parameters=convert.to_canonical(parameters),
+            model_state=convert.to_canonical(model_state),
+            momentum=convert.to_canonical(export_momentum(self.config, optimizer_state, int(step))),
+            schedule=export_schedule(self.config, optimizer_state) if step > 0 else {},
+            step=int(step),
+        )
+
+    # --- One step: the unit to read
+
+    def _step(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
+        parameters, model_state, optimizer_state, step = state
+
+        def loss_of(parameters: Parameters) -> jax.Array:
+            return cross_entropy(self._forward(parameters, model_state, images), labels)
+
+        loss, gradients = jax.value_and_grad(loss_of)(parameters)
+        metrics = Metrics(loss, global_norm(gradients), learning_rate(self.config, optimizer_state))
+        updates, optimizer_state = self.optimizer.update(gradients, optimizer_state, parameters, value=loss)
+        parameters = optax.apply_updates(parameters, updates)
+        return State(parameters, model_state, optimizer_state, step + 1), metrics
+
+    def _forward(self, parameters: Parameters, model_state: Parameters, images: jax.Array) -> jax.Array:
+        model = nnx.merge(self.graph, convert.nest(parameters), convert.nest(model_state))
+        return model(images)
+
+    def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
+        return self._compiled_step(state, self._images(images), self._labels(labels))
+
+    # --- Many steps in one call
+
+    def train_steps(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
+        state, metrics = self._compiled_steps(state, self._images(images), self._labels(labels))
+        return state, Metrics(*(np.asarray(series, np.float64) for series in metrics))
+
+    def _scan(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
+        """`_step` over the leading axis, as one compiled loop."""
+        return jax.lax.scan(lambda state, batch: self._step(state, *batch), state, (images, labels))
+
+    # --- Looking without touching
+
+    def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+        predictions, total = [], 0.0
+        for start in range(0, len(images), EVALUATION_BATCH):
+            batch = slice(start, start + EVALUATION_BATCH)
+            truth = self._labels(labels[batch])
+            logits = self._logits(state.parameters, state.model_state, self._images(images[batch]))
+            predictions.append(np.asarray(logits.argmax(axis=-1), np.int64))
+            total += float(cross_entropy(logits, truth)) * len(truth)  # a smaller last batch weighs less
+        return Evaluation(np.concatenate(predictions), total / len(images))
+
+    def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
+        batch, truth = self._images(images), self._labels(labels)
+        logits, loss, gradients = self._compiled_probe(state, batch, truth)
+        return {
+            "data/images": convert.to_numpy(batch),
+            "data/labels": convert.to_numpy(truth).astype(np.int64),
+            "forward/logits": convert.to_numpy(logits),
+            "loss/loss": convert.to_numpy(loss),
+            **{f"backward/{name}": array for name, array in convert.to_canonical(gradients).items()},
+        }
+
+    def _probe(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, Parameters]:
+        def loss_of(parameters: Parameters) -> tuple[jax.Array, jax.Array]:
+            logits = self._forward(parameters, state.model_state, images)
+            return cross_entropy(logits, labels), logits
+
+        (loss, logits), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
+        return logits, loss, gradients
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+            "device": self.device,
+            "device_name": jax.devices(self.device)[0].device_kind,
+            "compiled": True,
+        }
+
+    # --- In and out of JAX's layout
+
+    def _images(self, images: np.ndarray) -> jax.Array:
+        return jnp.asarray(images, self.dtype)
+
+    def _labels(self, labels: np.ndarray) -> jax.Array:
+        return jnp.asarray(labels, jnp.int32)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least."""
+    return optax.softmax_cross_entropy_with_integer_labels(upcast(logits), labels).mean()
+
+
+def global_norm(gradients: Parameters) -> jax.Array:
+    """The Euclidean norm of all gradients together; in float32 at least."""
+    return optax.global_norm(jax.tree.map(upcast, gradients))
+
+
+def upcast(array: jax.Array) -> jax.Array:
+    """bfloat16 as float32: three digits are too few to sum in."""
+    return array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
+
+
+def choose_device(device: str) -> str:
+    """ "auto", "cpu" or "cuda" as "cpu" or "cuda".
+
+    Raises:
+        BackendError: if CUDA is asked for and JAX finds none.
+    """
+    available = any(found.platform == "gpu" for found in jax.devices())
+    if device == "cuda" and not available:
+        raise BackendError("JAX finds no CUDA device here: use --device cpu, or install it: pip install -e '.[gpu]'")
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    return device
+
+
+def make_comparable(device: str) -> None:
+    """Full float32, float64 where asked for: JAX's defaults are TF32 on a GPU, and no float64 anywhere."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_default_device", jax.devices(device)[0])

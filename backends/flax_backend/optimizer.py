@@ -1,0 +1,160 @@
+"""`optax.sgd`, completed to what `torch.optim.SGD` does, and optax's schedules, set up from a `Config`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.config import Config
+
+
+def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationExtraArgs:
+    """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
+
+    g <- -g                          with maximize
+    g <- g + weight_decay p
+    b <- g on the first step, else momentum b + (1 - dampening) g
+    g <- g + momentum b              with nesterov, else b; without momentum, g as it is
+    p <- p - lr g                    the sign is in the update: optax.apply_updates adds
+
+    Source: the documentation of torch.optim.SGD; `optax.sgd` knows the last three lines, less dampening.
+    """
+    dampens = config.momentum != 0 and config.dampening != 0  # without a buffer, PyTorch ignores dampening
+    return optax.named_chain(
+        ("precision", upcast()),
+        ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
+        ("weight_decay", optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()),
+        ("dampening", dampen(config.dampening) if dampens else optax.identity()),
+        ("sgd", optax.sgd(make_schedule(config), config.momentum or None, config.nesterov, accumulator_dtype=dtype)),
+        ("plateau", reduce_on_plateau(config) if config.schedule.kind == "plateau" else optax.identity()),
+    )
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The learning rate as a function of the steps done."""
+    lr, schedule = config.lr, config.schedule
+    match schedule.kind:
+        case "constant" | "plateau":
+            rate = optax.constant_schedule(lr)
+        case "step":
+            rate = optax.exponential_decay(lr, schedule.period, schedule.gamma, staircase=True)
+        case "multistep":
+            rate = optax.piecewise_constant_schedule(lr, dict.fromkeys(schedule.milestones, schedule.gamma))
+        case "exponential":
+            rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
+        case "cosine":
+            rate = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+    # optax counts in int32, and from an int32 JAX computes in float32, whatever the parameters are: lr would be off by
+    # 1e-8. PyTorch computes lr as a Python float, so the count is made float64 first.
+    return lambda count: rate(jnp.asarray(count, jnp.float64))
+
+
+def upcast() -> optax.GradientTransformation:
+    """bfloat16 gradients as float32, so that lr is not rounded to three digits before it is used.
+
+    PyTorch's kernels do the same within each operation. Parameters and momentum stay bfloat16.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class DampeningState(NamedTuple):
+    count: jax.Array  # int32 (): steps done
+
+
+def dampen(dampening: float) -> optax.GradientTransformation:
+    """Scale gradients by 1 - dampening, from the second step on: PyTorch's first buffer is the gradient itself."""
+
+    def init(params: Any) -> DampeningState:
+        del params
+        return DampeningState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: DampeningState, params: Any = None) -> tuple[Any, DampeningState]:
+        del params
+        scale = jnp.where(state.count == 0, 1.0, 1.0 - dampening)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), DampeningState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
+    """`optax.contrib.reduce_on_plateau` with the timing and the counting of `torch.optim.lr_scheduler`.
+
+    optax applies a reduction to the very update whose loss caused it, PyTorch to the one after; optax reduces at
+    `patience` windows without improvement, PyTorch at the one after.
+    """
+    schedule = config.schedule
+    plateau = optax.contrib.reduce_on_plateau(
+        factor=schedule.gamma,
+        patience=schedule.patience + 1,
+        rtol=schedule.threshold,
+        cooldown=schedule.cooldown,
+        accumulation_size=schedule.window,
+        min_scale=schedule.min_lr / config.lr if config.lr else 0.0,
+    )
+
+    def init(params: Any) -> Any:
+        del params  # optax would take their dtype; PyTorch keeps lr, best and mean as Python floats
+        return plateau.init(jnp.zeros((), jnp.float64))
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: jax.Array, **extra: Any) -> tuple[Any, Any]:
+        scaled = jax.tree.map(lambda u: u * state.scale.astype(u.dtype), updates)
+        _, state = plateau.update(updates, state, params, value=value, **extra)
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def learning_rate(config: Config, optimizer_state: Any) -> jax.Array:
+    """The learning rate of the next step, float64 ()."""
+    lr = make_schedule(config)(optimizer_state["sgd"][1].count)
+    return lr * optimizer_state["plateau"].scale if config.schedule.kind == "plateau" else lr
+
+
+def export_schedule(config: Config, optimizer_state: Any) -> dict[str, float]:
+    """Canonical: `lr` of the next step; plateau's `best`, `bad` and `cooldown`, and the window's `count` and `mean`."""
+    lr = float(learning_rate(config, optimizer_state))
+    if config.schedule.kind != "plateau":
+        return {"lr": lr}
+    plateau = optimizer_state["plateau"]
+    counters = {"best": float(plateau.best_value), "bad": int(plateau.plateau_count)}
+    counters |= {"cooldown": int(plateau.cooldown_count), "count": int(plateau.count), "mean": float(plateau.avg_value)}
+    return {"lr": lr, **counters}
+
+
+def restore_schedule(config: Config, optimizer_state: Any, schedule: dict[str, float], step: int) -> Any:
+    """The inverse of `export_schedule`, after `step` steps: a new optimizer state."""
+    trace, by_schedule = optimizer_state["sgd"]
+    restored = dict(optimizer_state, sgd=(trace, by_schedule._replace(count=jnp.asarray(step, jnp.int32))))
+    if config.momentum != 0 and config.dampening != 0:
+        restored["dampening"] = DampeningState(jnp.asarray(step, jnp.int32))
+    if config.schedule.kind == "plateau":
+        restored["plateau"] = optimizer_state["plateau"]._replace(
+            scale=jnp.asarray(schedule["lr"] / config.lr if config.lr else 1.0, jnp.float64),
+            best_value=jnp.asarray(schedule["best"], jnp.float64),
+            plateau_count=jnp.asarray(schedule["bad"], jnp.int32),
+            cooldown_count=jnp.asarray(schedule["cooldown"], jnp.int32),
+            count=jnp.asarray(schedule["count"], jnp.int32),
+            avg_value=jnp.asarray(schedule["mean"], jnp.float64),
+        )
+    return type(optimizer_state)(restored)
+
+
+def export_momentum(config: Config, optimizer_state: Any, step: int) -> dict[str, jax.Array]:
+    """The momentum buffers by name; empty before the first step and without momentum."""
+    return dict(optimizer_state["sgd"][0].trace) if config.momentum != 0 and step > 0 else {}
+
+
+def restore_momentum(optimizer_state: Any, momentum: dict[str, jax.Array]) -> Any:
+    """The inverse of `export_momentum`: a new optimizer state."""
+    if not momentum:
+        return optimizer_state
+    trace, by_schedule = optimizer_state["sgd"]
+    return type(optimizer_state)(dict(optimizer_state, sgd=(trace._replace(trace=momentum), by_schedule)))

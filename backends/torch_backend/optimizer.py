@@ -1,0 +1,120 @@
+"""`torch.optim.SGD` and the schedulers of `torch.optim.lr_scheduler`, set up from a `Config`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD, lr_scheduler
+
+from common.config import Config
+
+
+def make_optimizer(config: Config, model: nn.Module) -> SGD:
+    """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
+
+    g <- -g                          with maximize
+    g <- g + weight_decay p
+    b <- g on the first step, else momentum b + (1 - dampening) g
+    g <- g + momentum b              with nesterov, else b; without momentum, g as it is
+    p <- p - lr g
+
+    Source: the documentation of torch.optim.SGD.
+    """
+    return SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        dampening=config.dampening,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        maximize=config.maximize,
+    )
+
+
+def make_schedule(config: Config, optimizer: SGD) -> Any:
+    """The scheduler that sets `lr` in the optimizer; each of its steps follows one optimizer step (or window)."""
+    schedule = config.schedule
+    match schedule.kind:
+        case "constant":
+            return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        case "step":
+            return lr_scheduler.StepLR(optimizer, schedule.period, schedule.gamma)
+        case "multistep":
+            return lr_scheduler.MultiStepLR(optimizer, schedule.milestones, schedule.gamma)
+        case "exponential":
+            return lr_scheduler.ExponentialLR(optimizer, schedule.gamma)
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
+        case "plateau":
+            return lr_scheduler.ReduceLROnPlateau(
+                optimizer,
+                factor=schedule.gamma,
+                patience=schedule.patience,
+                threshold=schedule.threshold,
+                cooldown=schedule.cooldown,
+                min_lr=schedule.min_lr,
+                eps=0.0,  # its default ignores decays below 1e-8; optax has no such limit
+            )
+
+
+class Scheduler:
+    """Steps the schedule once per optimizer step; plateau once per window, with the window's mean training loss."""
+
+    def __init__(self, config: Config, optimizer: SGD) -> None:
+        self.optimizer = optimizer
+        self.schedule = make_schedule(config, optimizer)
+        self.window = config.schedule.window if config.schedule.kind == "plateau" else None
+        self.count = 0  # steps of the window so far
+        self.mean: Tensor | float = 0.0  # of their losses; left on the device until the window is full
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next optimizer step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self, loss: Tensor) -> None:
+        if self.window is None:
+            self.schedule.step()
+            return
+        self.mean = (self.count * self.mean + loss.detach().double()) / (self.count + 1)
+        self.count += 1
+        if self.count == self.window:
+            self.schedule.step(self.mean)
+            self.count, self.mean = 0, 0.0
+
+
+def export_schedule(scheduler: Scheduler) -> dict[str, float]:
+    """Canonical: `lr` of the next step; plateau's `best`, `bad` and `cooldown`, and the window's `count` and `mean`."""
+    if scheduler.window is None:
+        return {"lr": scheduler.lr}
+    plateau = scheduler.schedule
+    counters = {"best": plateau.best, "bad": plateau.num_bad_epochs, "cooldown": plateau.cooldown_counter}
+    return {"lr": scheduler.lr, **counters, "count": scheduler.count, "mean": float(scheduler.mean)}
+
+
+def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int) -> None:
+    """The inverse of `export_schedule`, after `step` steps."""
+    scheduler.optimizer.param_groups[0]["lr"] = schedule["lr"]
+    if scheduler.window is None:
+        done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [schedule["lr"]]}
+        scheduler.schedule.load_state_dict(done)
+        return
+    scheduler.count, scheduler.mean = int(schedule["count"]), schedule["mean"]
+    counters = {"best": schedule["best"], "num_bad_epochs": int(schedule["bad"])}
+    counters |= {"cooldown_counter": int(schedule["cooldown"]), "last_epoch": step // scheduler.window}
+    scheduler.schedule.load_state_dict(counters)
+
+
+def export_momentum(model: nn.Module, optimizer: SGD) -> dict[str, Tensor]:
+    """The momentum buffers by PyTorch's names; empty before the first step and without momentum."""
+    buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in model.named_parameters()}
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def restore_momentum(model: nn.Module, optimizer: SGD, momentum: dict[str, Tensor]) -> None:
+    """The inverse of `export_momentum`."""
+    for name, parameter in model.named_parameters():
+        if name in momentum:
+            buffer = momentum[name].to(parameter.device)
+            optimizer.state[parameter]["momentum_buffer"] = buffer

@@ -1,0 +1,228 @@
+"""What a run is: `Schedule`, `Config`, and the named presets, `RECIPES`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common.errors import ConfigError
+
+BACKENDS = ("torch", "flax")
+DTYPES = ("float64", "float32", "bfloat16")
+
+# Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "step": ("period", "gamma"),
+    "multistep": ("milestones", "gamma"),
+    "exponential": ("gamma",),
+    "cosine": ("period", "min_lr"),
+    "plateau": ("window", "patience", "gamma", "threshold", "cooldown", "min_lr"),
+}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate changes from step to step; None stands for a value that `resolve` derives from the run.
+
+    The names are those of `torch.optim.lr_scheduler`, the unit of time is one optimizer step.
+    """
+
+    kind: str = "constant"  # one of SCHEDULES
+    period: int | None = None  # steps between two decays (step), or until `min_lr` is reached (cosine)
+    milestones: tuple[int, ...] | None = None  # steps at which to decay
+    gamma: float | None = None  # factor of one decay; exponential: of one step
+    window: int | None = None  # plateau: steps whose mean training loss is one observation
+    patience: int | None = None  # plateau: windows without improvement that are put up with
+    threshold: float | None = None  # plateau: relative improvement that counts as one
+    cooldown: int | None = None  # plateau: windows after a decay in which nothing is counted
+    min_lr: float | None = None  # the floor of the learning rate
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ConfigError(f"unknown schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}")
+        for field, value in self.options().items():
+            if value is not None and field not in SCHEDULES[self.kind]:
+                known = ", ".join(SCHEDULES[self.kind]) or "none"
+                raise ConfigError(f"schedule {self.kind!r} has no option {field!r}; its options: {known}")
+        for field in ("period", "window"):
+            _require(getattr(self, field) is None or getattr(self, field) >= 1, f"schedule: {field} must be 1 or more")
+        for field in ("patience", "cooldown", "min_lr"):
+            value = getattr(self, field)
+            _require(value is None or 0 <= value < math.inf, f"schedule: {field} must be 0 or more")
+        _require(self.threshold is None or 0 < self.threshold < 1, "schedule: threshold must lie between 0 and 1")
+        _require(self.gamma is None or 0 < self.gamma <= 1, "schedule: gamma must be above 0 and at most 1")
+        _require(
+            self.kind != "plateau" or self.gamma is None or self.gamma < 1, "schedule: plateau needs gamma below 1"
+        )
+        stones = self.milestones
+        if stones is not None:
+            rising = list(stones) == sorted(set(stones))
+            _require(bool(stones) and rising and stones[0] >= 1, "schedule: milestones must rise from 1, as in 100+200")
+
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"}
+
+    def resolve(self, steps: int) -> Schedule:
+        """Fill in what was left out, for a run of `steps` steps."""
+        defaults: dict[str, dict[str, Any]] = {
+            "constant": {},
+            "step": {"period": max(1, steps // 3), "gamma": 0.1},
+            "multistep": {"milestones": (max(1, steps // 2), max(2, 3 * steps // 4)), "gamma": 0.1},
+            "exponential": {"gamma": 0.1 ** (1 / max(1, steps))},
+            "cosine": {"period": max(1, steps), "min_lr": 0.0},
+            "plateau": {
+                "window": max(1, steps // 50),
+                "patience": 5,
+                "gamma": 0.1,
+                "threshold": 1e-4,
+                "cooldown": 0,
+                "min_lr": 0.0,
+            },
+        }
+        missing = {name: value for name, value in defaults[self.kind].items() if getattr(self, name) is None}
+        return replace(self, **missing)
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Read `kind` or `kind:option=value,option=value`; milestones are joined by `+`.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        kind, _, rest = text.partition(":")
+        options: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            name, equals, value = item.partition("=")
+            if not equals or name not in {field.name for field in dataclasses.fields(cls)} - {"kind"}:
+                known = ", ".join(SCHEDULES.get(kind, ())) or "none"
+                raise ConfigError(f"schedule option {item!r} is not NAME=VALUE; the names for {kind!r}: {known}")
+            try:
+                if name == "milestones":
+                    options[name] = tuple(int(stone) for stone in value.split("+"))
+                elif name in ("period", "window", "patience", "cooldown"):
+                    options[name] = int(value)
+                else:
+                    options[name] = float(value)
+            except ValueError:
+                raise ConfigError(f"schedule option {item!r}: {value!r} is not a number") from None
+        return cls(kind, **options)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run, up to the precision it is computed in. Every field has its command-line option.
+
+    Raises:
+        ConfigError: if the fields contradict each other.
+    """
+
+    model: str = "net"  # which network
+    epochs: int = 1  # passes over the training images
+    steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
+    batch_size: int = 4  # images per step
+    drop_last: bool = False  # leave out the last batch of an epoch where it is smaller than the others
+    lr: float = 0.001  # learning rate, per step
+    momentum: float = 0.0  # factor of the momentum buffer; 0: no buffer
+    dampening: float = 0.0  # share of the gradient kept out of the buffer, from the second step on
+    weight_decay: float = 0.0  # L2 penalty, added to the gradient before momentum
+    nesterov: bool = False  # look one momentum step ahead
+    maximize: bool = False  # climb instead of descending
+    schedule: Schedule = Schedule()
+    seed: int = 0  # of the initial weights, the order of the batches and the twins
+
+    def __post_init__(self) -> None:
+        _require(self.model == "net", f"unknown model {self.model!r}: choose net")
+        _require(self.epochs >= 1, "--epochs must be 1 or more")
+        _require(self.steps is None or self.steps >= 1, "--steps must be 1 or more: a run of no steps shows nothing")
+        _require(self.batch_size >= 1, "--batch-size must be 1 or more")
+        _require(0 <= self.lr < math.inf, "--lr must be a number, 0 or more")
+        _require(0 <= self.momentum < math.inf, "--momentum must be a number, 0 or more")
+        _require(-math.inf < self.dampening < math.inf, "--dampening must be a number")
+        _require(0 <= self.weight_decay < math.inf, "--weight-decay must be a number, 0 or more")
+        _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
+        if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
+            raise ConfigError(
+                f"schedule: min_lr {self.schedule.min_lr:g} is above --lr {self.lr:g}: choose a smaller one"
+            )
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ConfigError("--nesterov needs --momentum above 0 and --dampening 0, as torch.optim.SGD does")
+
+    def batches_per_epoch(self, images: int) -> int:
+        """How many batches an epoch over `images` training images has."""
+        whole, rest = divmod(images, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def resolve(self, images: int) -> Config:
+        """The same run with nothing left open, given the number of training images.
+
+        Raises:
+            ConfigError: if a batch is larger than the data.
+        """
+        if self.batch_size > images:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is larger than the data ({images} training images): choose a smaller one"
+            )
+        steps = self.epochs * self.batches_per_epoch(images)
+        if self.steps is not None:
+            steps = self.steps
+        epochs = -(-steps // self.batches_per_epoch(images))
+        schedule = self.schedule.resolve(steps)
+        if schedule.kind == "cosine" and schedule.period is not None and schedule.period < steps:
+            # PyTorch's would climb again after `period`, optax's would stay down
+            raise ConfigError(
+                f"schedule: cosine's period {schedule.period} is shorter than the run: give {steps} or more"
+            )
+        return replace(self, epochs=epochs, steps=steps, schedule=schedule)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a resolved run."""
+        assert self.steps is not None, "resolve() comes first"
+        return self.steps
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and strings; schedule options that do not apply are left out."""
+        fields = dataclasses.asdict(self)
+        fields["schedule"] = {name: value for name, value in fields["schedule"].items() if value is not None}
+        return json.loads(json.dumps(fields))
+
+    def fingerprint(self, data_digest: str) -> str:
+        """Twelve hexadecimal digits that two runs share when they are meant to give the same numbers."""
+        text = json.dumps([self.to_json(), data_digest], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset: a run, the lenses it is seen through, and the twins per backend in the production lenses."""
+
+    summary: str
+    config: Config
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    twins: int = 2
+
+
+RECIPES: dict[str, Recipe] = {
+    "quick": Recipe(
+        "500 steps of batch 32, a minute on two cores",
+        Config(steps=500, batch_size=32, lr=0.01, momentum=0.9),
+    ),
+    "tutorial": Recipe(
+        "PyTorch's 'Training a Classifier': batch 4, lr 0.001, momentum 0.9, 3 epochs",
+        Config(epochs=3, batch_size=4, lr=0.001, momentum=0.9),
+    ),
+    "basic": Recipe(
+        "plain SGD, as in PyTorch's 'Neural Networks': batch 4, lr 0.01, 3 epochs",
+        Config(epochs=3, batch_size=4, lr=0.01),
+    ),
+}

@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message names the remedy; the command line prints it on one line and exits with 2."""
+
+
+class LockstepError(Exception):
+    """A request that cannot be carried out. Subclasses say which part of it; the message says what to do."""
+
+
+class ConfigError(LockstepError):
+    """An option, or a combination of options, that describes no run."""
+
+
+class DataError(LockstepError):
+    """Data that is missing, damaged, or not what the run needs."""
+
+
+class RecordError(LockstepError):
+    """A record of a run that is missing, damaged, stale, or of another run."""
+
+
+class BackendError(LockstepError):
+    """A framework or device that is not there."""

@@ -1,0 +1,367 @@
+"""Are two runs the same run? Gaps, bounds, and a verdict with the first place where they part.
+
+Two runs are held against each other rung by rung, in the order in which a difference travels: the data, the initial
+weights, then for the first steps the logits, the loss, every gradient, and the updated parameters and momentum; then the
+learning rate, loss and gradient norm of every step; then the test loss, the predictions and the accuracy of each class.
+
+The proof lens (float64) leaves no room: a bound near rounding on every rung. In the production lenses (float32,
+bfloat16) two correct programs drift apart chaotically, so the measure is taken from the runs themselves: a *twin* is
+the same program started from weights moved by at most one ulp, and the gap between the frameworks may be at most
+`DRIFT_FACTOR` times the largest gap between a run and one of its twins, plus a few ulp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from common.errors import RecordError
+from common.record import Record
+
+STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")
+
+# float64. Relative to the largest magnitude in the tensor; absolute for values below 1 along the trajectory.
+PROOF_BOUND = 1e-12
+
+# float32 and bfloat16.
+DRIFT_FACTOR = 8.0
+FLOOR_ULP = 16.0
+IMAGES_FLOOR = 5  # predictions that may differ where no twin's does
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One thing that was compared, and how it came out."""
+
+    step: int  # 0 is the first; the number of steps for what is measured after the last
+    stage: str
+    tensor: str
+    gap: float  # largest absolute difference; infinite where there is nothing finite to compare
+    bound: float
+    drift: float | None = None  # the largest difference between a run and one of its twins
+    values: tuple[float, float] | None = None  # both sides, where the gap is largest
+    stop: int | None = None  # for a stretch of steps: one past its last
+
+    @property
+    def agrees(self) -> bool:
+        return self.gap <= self.bound  # an infinite bound passes only a gap that exists; nan never passes
+
+
+def compare(runs: dict[str, Record], twins: dict[str, Sequence[Record]], labels: np.ndarray) -> dict[str, Any]:
+    """One lens of report.json: two runs held against each other, or one described.
+
+    Args:
+        runs: by backend, one or two records through the same lens.
+        twins: by backend, their twins; needed in the production lenses.
+        labels: int64 (test images,): the true classes.
+
+    Raises:
+        RecordError: if the records cannot be compared: of other runs, of no steps, or without twins.
+    """
+    for record in runs.values():
+        check_twins(record, twins.get(record.backend, ()))
+    report = _describe(runs, labels)
+    if len(runs) == 1:
+        return report
+    first, second = runs.values()
+    check_comparable(first, second)
+    kin = [(runs[name], twin) for name in runs for twin in twins.get(name, ())]
+    if first.dtype != "float64" and not kin:
+        raise RecordError(f"nothing says how far {first.dtype} runs may drift apart: run with --twins 1 or more")
+
+    opening = _opening(first, second, kin)
+    trajectory = _trajectory(first, second, kin)
+    evaluation = _evaluation(first, second, kin, labels, report["per_class_accuracy"])
+    rungs = opening + trajectory + evaluation
+    failures = sorted((r for r in rungs if not r.agrees), key=lambda r: (r.step, STAGES.index(r.stage)))
+    report["verdict"] = "disagree" if failures else "agree"
+    report["max_abs_loss_gap"] = _finite(_largest(first.loss, second.loss)[0])
+    report["bound"] = _rule(first.dtype, kin)
+    report["first_divergence"] = _divergence(failures[0], list(runs)) if failures else None
+    report["ladder"] = [_row(rung) for rung in opening + evaluation]
+    report["stretches"] = [_stretch(rung) for rung in trajectory]
+    report["predictions_equal"] = _equal(first, second)
+    report["twins"] = {
+        name: [
+            {
+                "max_abs_loss_gap": _finite(_largest(runs[name].loss, t.loss)[0]),
+                "predictions_equal": _equal(runs[name], t),
+            }
+            for t in twins.get(name, ())
+        ]
+        for name in runs
+    }
+    return report
+
+
+def check_comparable(first: Record, second: Record) -> None:
+    """Raise RecordError unless both are records of the same run through the same lens."""
+    pairs = {
+        "precision": (first.dtype, second.dtype),
+        "configuration": (first.config, second.config),
+        "data": (first.data, second.data),
+        "number of steps": (first.steps, second.steps),
+    }
+    for what, (one, other) in pairs.items():
+        if one != other:
+            if isinstance(one, dict):
+                what, one, other = _first_difference(what, one, other)
+            raise RecordError(
+                f"the {first.backend} and {second.backend} records are of different runs "
+                f"({what}: {one} and {other}): run both again with the same options"
+            )
+    if first.steps == 0 or first.steps != first.config["steps"]:
+        raise RecordError("the records hold no whole run: run both again")
+
+
+def check_twins(record: Record, twins: Sequence[Record]) -> None:
+    """Raise RecordError unless all `twins` are twins of `record`."""
+    for twin in twins:
+        check_comparable(record, twin)
+        if twin.backend != record.backend or twin.twin is None or record.twin is not None:
+            raise RecordError(f"{twin.stem} is no twin of {record.stem}: run {record.backend} again")
+
+
+# --- The rungs
+
+
+def _opening(first: Record, second: Record, kin: list[tuple[Record, Record]]) -> list[Rung]:
+    """Data and initial weights, which must be the same bits; then the first steps, tensor by tensor."""
+    rungs = []
+    for name in sorted(first.weights | second.weights):
+        gap, values = _tensor_gap(first.weights.get(name), second.weights.get(name))
+        rungs.append(Rung(0, "weights", name, gap, 0.0, values=values))
+    for key in sorted(first.opening | second.opening, key=_position):
+        step, stage, tensor = key.split("/", 2)
+        one, other = first.opening.get(key), second.opening.get(key)
+        gap, values = _tensor_gap(one, other)
+        if stage == "data":
+            rungs.append(Rung(int(step), stage, tensor, gap, 0.0, values=values))
+            continue
+        drift = max((_tensor_gap(a.opening.get(key), b.opening.get(key))[0] for a, b in kin), default=None)
+        scale = max(_magnitude(one), _magnitude(other))
+        rungs.append(Rung(int(step), stage, tensor, gap, _bound(first.dtype, drift, scale), drift, values))
+    return sorted(rungs, key=lambda r: (r.step, STAGES.index(r.stage)))
+
+
+def _trajectory(first: Record, second: Record, kin: list[tuple[Record, Record]]) -> list[Rung]:
+    """Learning rate, loss and gradient norm of every step, in growing stretches, as the drift grows by magnitudes.
+
+    A stretch may use the drift of the stretches before it: a drift that has grown once can shrink by chance only.
+    """
+    rungs = []
+    for quantity, stage in (("lr", "update"), ("loss", "loss"), ("gradient_norm", "backward")):
+        one, other = getattr(first, quantity), getattr(second, quantity)
+        drift = 0.0 if kin else None
+        for start, stop in stretches(first.steps):
+            span = slice(start, stop)
+            if drift is not None:
+                drift = max(
+                    [drift] + [_largest(getattr(a, quantity)[span], getattr(b, quantity)[span])[0] for a, b in kin]
+                )
+            scale = max(_magnitude(one[span]), _magnitude(other[span]))
+            if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
+                bound = PROOF_BOUND * scale + DRIFT_FACTOR * (drift or 0.0)
+            else:
+                bound = _bound(first.dtype, drift, max(1.0, scale))
+            gaps = _gaps(one[span], other[span])
+            outside = np.flatnonzero(gaps > bound)
+            place = int(outside[0]) if len(outside) else int(np.argmax(gaps))
+            values = (float(one[span][place]), float(other[span][place]))
+            rungs.append(Rung(start + place, stage, quantity, float(gaps.max()), bound, drift, values, stop))
+    return rungs
+
+
+def _evaluation(
+    first: Record,
+    second: Record,
+    kin: list[tuple[Record, Record]],
+    labels: np.ndarray,
+    per_class: dict[str, dict[str, float]],
+) -> list[Rung]:
+    """Test loss, predictions, and the accuracy of each class."""
+    steps = first.steps
+    gap = abs(first.test_loss - second.test_loss)
+    drift = max((abs(a.test_loss - b.test_loss) for a, b in kin), default=None)
+    scale = max(1.0, abs(first.test_loss), abs(second.test_loss))
+    values = (first.test_loss, second.test_loss)
+    bound = _bound(first.dtype, drift, scale)
+    rungs = [Rung(steps, "evaluate", "test loss", gap if math.isfinite(gap) else math.inf, bound, drift, values)]
+
+    differing = len(labels) - _equal(first, second)
+    drift = max((float(len(labels) - _equal(a, b)) for a, b in kin), default=None)
+    whole = len(first.predictions) == len(second.predictions) == len(labels)
+    bound = 0.0 if drift is None else 2 * drift + IMAGES_FLOOR
+    rungs.append(Rung(steps, "evaluate", "predictions", float(differing) if whole else math.inf, bound, drift))
+
+    one, other = (per_class[record.backend] for record in (first, second))
+    spread = [_class_gaps(a, b, labels, first.data["classes"]) for a, b in kin]
+    drift = max((float(gaps.max()) for gaps in spread), default=None)
+    counts = np.bincount(labels, minlength=len(one))
+    for (name, accuracy), count in zip(one.items(), counts, strict=True):
+        bound = 0.0 if drift is None else 2 * drift + IMAGES_FLOOR / max(1, int(count))
+        values = (accuracy, other[name])
+        rungs.append(Rung(steps, "evaluate", f"accuracy of {name}", abs(accuracy - other[name]), bound, drift, values))
+    return rungs
+
+
+def stretches(steps: int) -> list[tuple[int, int]]:
+    """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs."""
+    edges = [0]
+    while edges[-1] < steps:
+        exponent, odd = divmod(len(edges) - 1, 2)
+        edges.append(min(steps, (3 if odd else 1) * 10**exponent))
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+# --- Gaps and bounds
+
+
+def _bound(dtype: str, drift: float | None, scale: float) -> float:
+    """How far two correct programs may be apart, in something of magnitude `scale`."""
+    if dtype == "float64" or drift is None:
+        return PROOF_BOUND * scale
+    if not math.isfinite(drift):
+        return 0.0  # twins that are not finite explain nothing
+    return DRIFT_FACTOR * drift + FLOOR_ULP * float(ml_dtypes.finfo(dtype).eps) * scale
+
+
+def _tensor_gap(one: np.ndarray | None, other: np.ndarray | None) -> tuple[float, tuple[float, float] | None]:
+    """The largest absolute difference and the values there; infinite for missing tensors and other shapes."""
+    if one is None or other is None or one.shape != other.shape:
+        return math.inf, None
+    return _largest(np.ravel(one).astype(np.float64), np.ravel(other).astype(np.float64))
+
+
+def _largest(one: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float] | None]:
+    if len(one) == 0:
+        return 0.0, None
+    gaps = _gaps(one, other)
+    worst = int(np.argmax(gaps))
+    return float(gaps[worst]), (float(one[worst]), float(other[worst]))
+
+
+def _gaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Absolute differences; infinite where either side is not finite, were both so."""
+    with np.errstate(invalid="ignore"):
+        gaps = np.abs(one - other)
+    return np.where(np.isfinite(gaps), gaps, np.inf)
+
+
+def _magnitude(array: np.ndarray | None) -> float:
+    if array is None or array.size == 0:
+        return 0.0
+    largest = float(np.max(np.abs(array.astype(np.float64))))
+    return largest if math.isfinite(largest) else 0.0  # no bound grows on what is not finite
+
+
+def _equal(one: Record, other: Record) -> int:
+    """How many predictions are the same; where one side has none, they are not."""
+    shared = min(len(one.predictions), len(other.predictions))
+    return int(np.sum(one.predictions[:shared] == other.predictions[:shared]))
+
+
+def class_accuracy(record: Record, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Correct predictions over test images, per class; an image without prediction counts as wrong."""
+    predictions = np.full(len(labels), -1, np.int64)
+    shared = min(len(labels), len(record.predictions))
+    predictions[:shared] = record.predictions[:shared]
+    correct = np.bincount(labels[predictions == labels], minlength=len(classes))
+    counts = np.bincount(labels, minlength=len(classes))
+    return {name: int(c) / max(1, int(n)) for name, c, n in zip(classes, correct, counts, strict=True)}
+
+
+def _class_gaps(one: Record, other: Record, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    a, b = (class_accuracy(record, labels, classes) for record in (one, other))
+    return np.array([abs(a[name] - b[name]) for name in classes])
+
+
+# --- The report
+
+
+def _describe(runs: dict[str, Record], labels: np.ndarray) -> dict[str, Any]:
+    """A lens before anything is compared."""
+    some = next(iter(runs.values()))
+    classes = some.data["classes"]
+    shared = {name: min(len(r.predictions), len(labels)) for name, r in runs.items()}
+    return {
+        "dtype": some.dtype,
+        "steps": some.steps,
+        "verdict": "single",
+        "max_abs_loss_gap": None,
+        "bound": {"rule": "nothing was compared"},
+        "first_divergence": None,
+        "ladder": [],
+        "stretches": [],
+        "final_loss": {name: _finite(r.loss[-1]) for name, r in runs.items()},
+        "test_loss": {name: _finite(r.test_loss) for name, r in runs.items()},
+        "accuracy": {
+            name: int(np.sum(r.predictions[: shared[name]] == labels[: shared[name]])) / len(labels)
+            for name, r in runs.items()
+        },
+        "per_class_accuracy": {name: class_accuracy(r, labels, classes) for name, r in runs.items()},
+        "predictions_equal": None,
+        "predictions_total": len(labels),
+        "twins": {name: [] for name in runs},
+        "steps_per_second": {name: _finite(r.steps_per_second) for name, r in runs.items()},
+        "seconds": {name: _finite(r.seconds) for name, r in runs.items()},
+    }
+
+
+def _rule(dtype: str, kin: list[tuple[Record, Record]]) -> dict[str, Any]:
+    if dtype == "float64":
+        rule = f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; data, weights and predictions equal"
+        return {"rule": rule, "relative": PROOF_BOUND}
+    rule = f"{DRIFT_FACTOR:g} times the largest drift of {len(kin)} twins started 1 ulp away, plus {FLOOR_ULP:g} ulp"
+    return {"rule": rule, "drift_factor": DRIFT_FACTOR, "floor_ulp": FLOOR_ULP, "twins": len(kin)}
+
+
+def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
+    values = rung.values or (None, None)
+    message = f"{rung.stage}: step {rung.step}: "
+    if rung.tensor != rung.stage:
+        message += f"{rung.tensor}: "
+    if rung.values:
+        message += " ".join(f"{name}={value:.6g}" for name, value in zip(names, values, strict=True)) + ", "
+    return {
+        "step": rung.step,
+        "stage": rung.stage,
+        "tensor": rung.tensor,
+        "gap": _finite(rung.gap),
+        "bound": _finite(rung.bound),
+        **{name: _finite(value) for name, value in zip(names, values, strict=True)},
+        "message": message + f"gap {rung.gap:.1e} > {rung.bound:.1e}",
+    }
+
+
+def _row(rung: Rung) -> dict[str, Any]:
+    place = {"step": rung.step, "stage": rung.stage, "tensor": rung.tensor}
+    return place | {"gap": _finite(rung.gap), "bound": _finite(rung.bound), "agrees": rung.agrees}
+
+
+def _stretch(rung: Rung) -> dict[str, Any]:
+    starts = {stop: start for start, stop in stretches(rung.stop or 1)}
+    place = {"quantity": rung.tensor, "start": starts[rung.stop or 1], "stop": rung.stop}
+    measured = {"gap": _finite(rung.gap), "drift": _finite(rung.drift), "bound": _finite(rung.bound)}
+    return place | measured | {"agrees": rung.agrees}
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _position(key: str) -> tuple[int, int, str]:
+    step, stage, tensor = key.split("/", 2)
+    return int(step), STAGES.index(stage), tensor
+
+
+def _first_difference(what: str, one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, Any]:
+    for name in sorted(one | other):
+        if one.get(name) != other.get(name):
+            return f"{what}, {name}", one.get(name), other.get(name)
+    raise AssertionError("equal dictionaries have no difference")

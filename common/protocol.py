@@ -1,0 +1,91 @@
+"""The contract between a run and a backend: what each of the two sides must be able to do, and in which layout.
+
+Everything that crosses this boundary is canonical: NumPy arrays, images NHWC, convolution kernels HWIO, dense kernels
+(in, out), names dotted as in `conv1.kernel`. What a `State` is made of is the backend's own business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]  # canonical tensors by name
+
+
+class Metrics(NamedTuple):
+    """What one training step reports; from `train_steps`, each field is a float64 array with one entry per step."""
+
+    loss: Any  # mean cross entropy of the batch, nats, before the update
+    gradient_norm: Any  # Euclidean norm of the loss's gradient with respect to all parameters together
+    lr: Any  # the learning rate that the update used
+
+
+class Evaluation(NamedTuple):
+    """What a network says of a set of images."""
+
+    predictions: np.ndarray  # int64 (n,): the class with the largest logit
+    loss: float  # mean cross entropy over the n images, nats
+
+
+class Snapshot(NamedTuple):
+    """A training state in the canonical layout: what a file can hold, and what either backend can go on from."""
+
+    parameters: Arrays
+    model_state: Arrays  # what the forward pass updates (batch statistics); empty for networks without
+    momentum: Arrays  # the momentum buffer of each parameter; empty before the first step and without momentum
+    schedule: dict[str, float]  # `lr` of the next step and, for plateau, its counters; empty before the first step
+    step: int  # optimizer steps done
+
+    @classmethod
+    def start(cls, weights: Arrays) -> Snapshot:
+        """The state before the first step."""
+        return cls(parameters=weights, model_state={}, momentum={}, schedule={}, step=0)
+
+
+class Backend(Protocol):
+    """One framework's way to train. Built by `backends.load(name)(config, classes, dtype, device, compile)`.
+
+    A method that takes a state consumes it and returns the next one (PyTorch writes in place, JAX donates), but
+    `evaluate`, `probe` and `export`, which leave it as it was. Images are (n, 32, 32, 3) arrays of the run's dtype,
+    already normalised; labels are int64 (n,) arrays. A backend draws no random numbers.
+    """
+
+    name: str  # "torch" or "flax"
+    device: str  # "cpu" or "cuda"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical shape of every parameter."""
+        ...
+
+    def init(self, snapshot: Snapshot) -> Any:
+        """A state of its own that holds what `snapshot` holds."""
+        ...
+
+    def export(self, state: Any) -> Snapshot:
+        """The canonical copy of a state."""
+        ...
+
+    def train_step(self, state: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Metrics]:
+        """One step of SGD on one batch: the unit to read."""
+        ...
+
+    def train_steps(self, state: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Metrics]:
+        """As many steps as there are batches: images (steps, batch, 32, 32, 3), labels (steps, batch)."""
+        ...
+
+    def evaluate(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+        """Predictions for, and the mean loss over, all the images given, however many."""
+        ...
+
+    def probe(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Arrays:
+        """What the next step would compute on this batch, tensor by tensor, without taking it.
+
+        Keys are `<stage>/<tensor>`: `data/images`, `data/labels` (as the framework received them), `forward/<layer>`,
+        `forward/logits`, `loss/loss`, `backward/<parameter>`.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Versions, device, threads and compiler settings, for the report."""
+        ...

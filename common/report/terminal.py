@@ -1,0 +1,352 @@
+"""What a run prints: plain lines, a progress bar, and at the end the verdict with its tables."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from common.config import BACKENDS
+
+NAME_WIDTH = 16  # columns for a class name
+PAGE_WIDTH = 80  # columns of what goes to a file or a pipe
+MAX_CLASSES = 100  # more are not listed: report.json has them
+STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")
+OPENING = ("data", "weights", "forward", "backward")  # stages that are looked into during the first steps only
+
+
+def safe(text: object, encoding: str = "utf-8") -> str:
+    r"""`text` with everything that is not printable, or not in `encoding`, as an escape such as `\x1b`."""
+    letters = (letter if letter.isprintable() else _escape(letter) for letter in str(text))
+    return "".join(letters).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def cut(text: str, width: int, ellipsis: str = "...") -> str:
+    """`text` in at most `width` terminal columns."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= width:
+        return text
+    while text and cell_len(text) + len(ellipsis) > width:
+        text = text[:-1]
+    return text + ellipsis
+
+
+def number(value: float | None, missing: str = "not finite") -> str:
+    """Two digits of a gap or a bound; None stands for what JSON cannot hold."""
+    if value is None:
+        return missing
+    if value == int(value) and abs(value) < 1e6:
+        return f"{value:,.0f}"  # counts, such as of predictions
+    if 0.1 <= abs(value) < 100:
+        return f"{value:.2g}"
+    return f"{value:.1e}".replace(".0e", "e")
+
+
+def counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def percent(value: float | None) -> str:
+    return "no images" if value is None else f"{100 * value:.1f} %"
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """The result in plain words."""
+    lenses = report["lenses"]
+    if report["verdict"] == "single":
+        names = [name for name in BACKENDS if any(name in lens["accuracy"] for lens in lenses)]
+        return f"Trained {' and '.join(names)} alone; nothing to compare it with."
+    if report["verdict"] == "agree":
+        return f"The two runs agree: {'; '.join(_agreement(lens) for lens in lenses)}."
+    parts = [_parting(lens) for lens in lenses if lens["verdict"] == "disagree"]
+    parts += [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
+    return " ".join(["The two runs disagree.", *parts])
+
+
+class Terminal:
+    """Where a run speaks: results to standard output, the progress bar to standard error, and that only on a terminal.
+
+    Nothing is read as markup, and what could steer a terminal is escaped. Where the output is no terminal, it is plain
+    text of at most 80 columns. With `quiet`, the verdict's first sentence is all that is printed.
+    """
+
+    def __init__(self, quiet: bool = False, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
+        self.quiet = quiet
+        self._out = _console(sys.stdout if stdout is None else stdout)
+        self._err = _console(sys.stderr if stderr is None else stderr)
+        self._fancy = self._out.is_terminal and self._out.encoding.lower().startswith("utf")
+        self._bar: Any = None
+
+    def line(self, text: str) -> None:
+        """Print `text` as one line, above the progress bar."""
+        if not self.quiet:
+            self._print(self._safe(text), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+        """Show a bar for `total` steps; call what it yields with the steps done since, and their mean loss, in nats."""
+        if self.quiet or not self._err.is_terminal or self._err.is_dumb_terminal:
+            yield lambda steps, loss: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TextColumn("{task.fields[loss]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=self._err,
+            redirect_stdout=False,  # what goes to standard output must not end up in standard error
+            refresh_per_second=4,
+            transient=True,
+            expand=True,
+        )
+        name = cut(safe(title, self._err.encoding), 24)
+        task = bar.add_task(name, total=total, rate="", loss="")
+        done, running, started = 0, math.nan, time.monotonic()
+
+        def advance(steps: int, loss: float) -> None:
+            nonlocal done, running
+            # A mean over about the last fiftieth of the run: single batches say little.
+            share = 1.0 if done == 0 else min(1.0, 50 * steps / max(1, total))
+            running = loss if share == 1 else running + share * (loss - running)
+            done += steps
+            speed = bar.tasks[0].speed or done / max(1e-9, time.monotonic() - started)
+            shown = f"loss {running:.3f}" if math.isfinite(running) else "loss not finite"
+            bar.update(task, advance=steps, rate=f"{_rate(speed)} steps/s", loss=shown)
+
+        self._bar = bar
+        try:
+            with bar:
+                yield advance
+        finally:
+            self._bar = None
+
+    def verdict(self, report: dict[str, Any]) -> None:
+        """Print the result: one sentence, then the evidence of each lens."""
+        self._paragraph(
+            sentence(report), {"agree": "bold green", "disagree": "bold red"}.get(report["verdict"], "bold")
+        )
+        if self.quiet:
+            return
+        classes = report["data"]["classes"]
+        for lens in report["lenses"]:
+            heading = {"agree": "the runs agree", "disagree": "the runs DISAGREE"}.get(lens["verdict"], "one run")
+            self._print("")
+            self._paragraph(f"{lens['dtype']}, {counted(lens['steps'], 'step')}: {heading}", "bold")
+            if lens["ladder"]:
+                self._ladder(lens["ladder"])
+            if lens["stretches"]:
+                self._stretches(lens["stretches"])
+            if (rule := lens["bound"].get("rule")) and (lens["ladder"] or lens["stretches"]):
+                self._print("")
+                self._paragraph(f"Bounds: {rule.rstrip('.')}.")
+            self._accuracy(lens, classes)
+            self._print("")
+            self._closing(lens)
+
+    def _ladder(self, rows: list[dict[str, Any]]) -> None:
+        table = self._table("when", "stage", "worst tensor", "step>", "gap>", "bound>", "ok")
+        for when, row, agrees in condense(rows):
+            cells = [when, row["stage"], cut(self._safe(row["tensor"]), 22, self._ellipsis), f"{row['step']:,}"]
+            self._row(table, *cells, number(row["gap"]), number(row["bound"], "none"), _mark(agrees))
+        self._show(table)
+
+    def _stretches(self, rows: list[dict[str, Any]]) -> None:
+        table = self._table("over the run", "steps", "gap>", "twins' drift>", "bound>", "ok")
+        for row in rows:
+            last = max(row["start"], row["stop"] - 1)
+            steps = f"{row['start']:,}" + (f" to {last:,}" if last > row["start"] else "")
+            cells = [cut(self._safe(row["quantity"]), 18, self._ellipsis), steps, number(row["gap"])]
+            self._row(table, *cells, number(row["drift"], "-"), number(row["bound"], "none"), _mark(row["agrees"]))
+        self._show(table)
+
+    def _accuracy(self, lens: dict[str, Any], classes: list[str]) -> None:
+        names = _backends(lens)
+        table = self._table("test images", *(f"{name}>" for name in names))
+        self._row(table, "all classes", *(percent(lens["accuracy"][name]) for name in names))
+        table.add_section()
+        by_class = lens["per_class_accuracy"]
+        if len(classes) <= MAX_CLASSES:
+            for label in classes:
+                self._row(table, self._name(label), *(percent(by_class[name].get(label)) for name in names))
+            table.add_section()
+        for title, worst in (("weakest class", True), ("strongest class", False)):
+            cells = []
+            for name in names:
+                label = extreme(by_class[name], classes, weakest=worst)
+                cells.append("-" if label is None else f"{self._name(label)} {percent(by_class[name][label])}")
+            self._row(table, title, *cells)
+        table.add_section()
+        for title, key in (("test loss, nats", "test_loss"), ("last batch, nats", "final_loss")):
+            values = [lens[key][name] for name in names]
+            self._row(table, title, *(_loss(value) for value in values))
+        self._show(table)
+
+    def _closing(self, lens: dict[str, Any]) -> None:
+        if lens["predictions_equal"] is not None:
+            text = f"Predictions equal: {lens['predictions_equal']:,} of {lens['predictions_total']:,}"
+            twins = []
+            for name in BACKENDS:
+                if runs := lens.get("twins", {}).get(name):
+                    twins.append(f"{name} {', '.join(format(twin['predictions_equal'], ',') for twin in runs)}")
+            self._paragraph(text + (f" (twins: {'; '.join(twins)})" if twins else "") + ".")
+        speeds = ((name, lens["steps_per_second"].get(name)) for name in _backends(lens))
+        self._paragraph("Steps per second: " + ", ".join(f"{name} {_rate(speed)}" for name, speed in speeds) + ".")
+
+    @property
+    def _ellipsis(self) -> str:
+        return "\N{HORIZONTAL ELLIPSIS}" if self._fancy else "..."
+
+    def _safe(self, text: object) -> str:
+        return safe(text, self._out.encoding)
+
+    def _name(self, label: str) -> str:
+        return cut(self._safe(label), NAME_WIDTH, self._ellipsis)
+
+    def _table(self, *columns: str) -> Any:
+        """A table whose columns are aligned to the right where the name ends in `>`."""
+        from rich import box
+        from rich.table import Table
+
+        plain = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
+        shape = box.HORIZONTALS if self._fancy else plain
+        table = Table(box=shape, pad_edge=False, show_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+        return table
+
+    def _row(self, table: Any, *cells: str) -> None:
+        from rich.text import Text
+
+        styles = {"ok": "green", "NO": "bold red", "not finite": "bold red"}
+        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in cells))
+
+    def _show(self, table: Any) -> None:
+        self._print("")
+        self._print(table)
+
+    def _paragraph(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        for line in textwrap.wrap(self._safe(text), self._out.width, break_on_hyphens=False):
+            self._print(Text(line, style=style), soft_wrap=True)
+
+    def _print(self, item: Any, soft_wrap: bool = False) -> None:
+        if self._bar is not None:
+            self._bar.stop()  # wiped, then drawn again below the line
+        try:
+            # When the reader has gone, rich exits with 1, which would say that the runs differ.
+            with contextlib.suppress(SystemExit):
+                self._out.print(item, soft_wrap=soft_wrap)
+                self._out.file.flush()
+        finally:
+            if self._bar is not None:
+                self._bar.start()
+
+
+def condense(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], bool]]:
+    """The worst row of each stage, once for the first steps and once for the whole run, and whether all agree.
+
+    Worst is what disagrees, then what is not finite, then the largest gap over its bound.
+    """
+    opening = max((row["step"] for row in rows if row["stage"] in OPENING), default=-1)
+    groups: dict[tuple[bool, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        stage = row["stage"]
+        late = row["step"] > opening or stage == "evaluate"
+        rank = STAGES.index(stage) if stage in STAGES else len(STAGES)
+        groups.setdefault((late, rank, stage), []).append(row)
+    condensed = []
+    for (late, _, _), group in sorted(groups.items(), key=lambda item: item[0]):
+        agrees = all(row["agrees"] for row in group)
+        condensed.append(("whole run" if late else "first steps", max(group, key=_badness), agrees))
+    return condensed
+
+
+def extreme(accuracy: dict[str, float | None], classes: list[str], weakest: bool) -> str | None:
+    """The class with the lowest or the highest accuracy, the first of equals; None if no class has any."""
+    known = [(value, label) for label in classes if (value := accuracy.get(label)) is not None]
+    if not known:
+        return None
+    return (min if weakest else max)(known, key=lambda pair: pair[0])[1]
+
+
+def _badness(row: dict[str, Any]) -> tuple[bool, float]:
+    gap, bound = row["gap"], row["bound"]
+    if gap is None:
+        return (not row["agrees"], math.inf)
+    if bound is None:
+        return (not row["agrees"], 0.0)
+    return (not row["agrees"], gap / bound if bound else math.inf if gap else 0.0)
+
+
+def _agreement(lens: dict[str, Any]) -> str:
+    if lens["dtype"] != "float64":
+        return f"{lens['dtype']} within what rounding explains"
+    over = f"over {counted(lens['steps'], 'step')}"
+    if lens["max_abs_loss_gap"] is None:
+        return f"{lens['dtype']} with losses that are not finite on either side {over}"
+    rows = [row for row in lens["stretches"] if row["quantity"] == "loss"]
+    rows = rows or [row for row in lens["ladder"] if row["stage"] == "loss"]
+    bounds = [row["bound"] for row in rows if row["bound"] is not None]
+    bound = f" (bound {number(max(bounds))})" if bounds else ""
+    return f"{lens['dtype']} within {number(lens['max_abs_loss_gap'])} {over}{bound}"
+
+
+def _parting(lens: dict[str, Any]) -> str:
+    if first := lens["first_divergence"]:
+        return f"{lens['dtype']}: {first['message'].rstrip('.')}."
+    for row in lens["stretches"]:
+        if not row["agrees"]:
+            last = max(row["start"], row["stop"] - 1)
+            gap = f"gap {number(row['gap'])} > {number(row['bound'], 'none')}"
+            return f"{lens['dtype']}: {row['quantity']}: steps {row['start']:,} to {last:,}: {gap}."
+    return f"{lens['dtype']}: apart by more than the bounds allow."
+
+
+def _backends(lens: dict[str, Any]) -> list[str]:
+    return [name for name in BACKENDS if name in lens["accuracy"]]
+
+
+def _mark(agrees: bool) -> str:
+    return "ok" if agrees else "NO"
+
+
+def _loss(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if abs(value) < 1e6 else number(value)
+
+
+def _rate(speed: float | None) -> str:
+    if speed is None:
+        return "not measured"
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def _console(file: TextIO) -> Any:
+    from rich.console import Console
+
+    terminal = file.isatty()
+    # Settings such as FORCE_COLOR must not put escape codes into a file.
+    return Console(
+        file=file,
+        force_terminal=terminal,
+        force_jupyter=False,
+        width=None if terminal else PAGE_WIDTH,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )

@@ -1,0 +1,50 @@
+"""Initial weights, drawn once in NumPy for both backends, and their twins."""
+
+from __future__ import annotations
+
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+from common.protocol import Arrays
+
+WEIGHTS_STREAM, TWINS_STREAM = 1, 2  # keep random streams of one seed apart; the order of the batches has another
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The NumPy dtype of a lens; bfloat16 is ml_dtypes'."""
+    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def initial_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -> Arrays:
+    """PyTorch's default initialisation: kernels and biases uniform in +-1/sqrt(fan in of the layer's kernel).
+
+    That is what `torch.nn.Conv2d.reset_parameters` and `torch.nn.Linear.reset_parameters` do
+    (kaiming_uniform with a = sqrt(5)); Flax's own default would be lecun_normal with zero biases. Drawn in float64
+    and rounded to `dtype`, so that all lenses start from the same weights. Each tensor has its own stream, so the
+    order of `shapes` does not matter.
+    """
+    weights = {}
+    for name, shape in shapes.items():
+        layer, _, _ = name.rpartition(".")
+        fan_in = np.prod(shapes[f"{layer}.kernel"][:-1])
+        draws = _generator(seed, WEIGHTS_STREAM, name).uniform(-1, 1, shape)
+        weights[name] = (draws / np.sqrt(fan_in)).astype(numpy_dtype(dtype))
+    return weights
+
+
+def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
+    """`weights`, each moved by one ulp up, one ulp down, or not at all, at random; `twin` is 1, 2, ..."""
+    moved = {}
+    for name, array in weights.items():
+        direction = _generator(seed, TWINS_STREAM, name, twin).integers(-1, 2, array.shape)
+        infinity = np.asarray(np.inf, array.dtype)
+        moved[name] = np.where(
+            direction > 0, np.nextafter(array, infinity), np.where(direction < 0, np.nextafter(array, -infinity), array)
+        )
+    return moved
+
+
+def _generator(seed: int, stream: int, name: str, *more: int) -> np.random.Generator:
+    return np.random.default_rng([seed, stream, zlib.crc32(name.encode()), *more])

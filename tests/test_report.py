@@ -1,0 +1,317 @@
+"""What a run prints and leaves behind: the verdict's sentences, plain text in pipes, pictures that are whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.data import Dataset
+from common.errors import RecordError
+from common.record import Record
+from common.report import Terminal, jsonable, safe, sentence, write_json, write_pictures
+from common.report.pictures import label, loss_gap, running_mean
+from common.report.terminal import condense, extreme
+
+HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "$x_1$ costs $", "[red]bold[/red]", "猫\n\udce9")
+PLAIN = ("plane", "car", "bird", "cat", "deer")
+STEPS = 40
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Ascii(io.TextIOWrapper):
+    """A pipe of a process whose locale knows ASCII only."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii", errors="strict")
+
+    def text(self) -> str:
+        self.flush()
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode("ascii")
+
+
+def record(backend: str, dtype: str, noise: float = 0.0, twin: int | None = None) -> Record:
+    loss = np.linspace(2.3, 1.1, STEPS)
+    loss = loss + noise * np.sin(np.arange(STEPS)) * np.arange(STEPS)
+    ones, guesses = np.ones(STEPS), np.arange(10) % 3
+    return Record(backend, dtype, twin, {}, {}, {}, loss, ones, ones, guesses, 1.2, 3.0, 1234.5)
+
+
+def lens(dtype: str, verdict: str, classes: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Any]:
+    both, bad = len(backends) == 2, verdict == "disagree"
+    message = "loss: step 17: torch=2.3019 flax=2.3044, gap 2.5e-03 > 4.0e-07"
+    row = {"step": 0, "stage": "forward", "tensor": "logits", "gap": 1e-16, "bound": 1e-13, "agrees": True}
+    stretch = {"quantity": "loss", "start": 0, "stop": STEPS, "gap": 1.1e-15, "drift": None, "bound": 1e-12}
+    first = {"step": 17, "stage": "loss", "tensor": "loss", "gap": 2.5e-3, "bound": 4e-7, "torch": 2.3, "flax": 2.3}
+    return {
+        "dtype": dtype,
+        "steps": STEPS,
+        "verdict": verdict,
+        "max_abs_loss_gap": 1.1e-15 if both else None,
+        "bound": {"rule": "a hundred times the largest gap that was measured over 37,500 steps of the same network"},
+        "first_divergence": first | {"message": message} if bad else None,
+        "ladder": [row, row | {"tensor": "conv1", "gap": None, "agrees": not bad}] if both else [],
+        "stretches": [stretch | {"agrees": not bad}] if both else [],
+        "final_loss": dict.fromkeys(backends, 1.1),
+        "test_loss": dict.fromkeys(backends, None),
+        "accuracy": dict.fromkeys(backends, 0.6),
+        "per_class_accuracy": {name: {c: k / 5 if k else None for k, c in enumerate(classes)} for name in backends},
+        "predictions_equal": 9 if both else None,
+        "predictions_total": 10,
+        "twins": {name: [{"max_abs_loss_gap": 0.1, "predictions_equal": 8}] for name in backends} if both else {},
+        "steps_per_second": dict.fromkeys(backends, 1234.5),
+        "seconds": dict.fromkeys(backends, 3.0),
+    }
+
+
+def make(
+    *verdicts: str, classes: tuple[str, ...] = PLAIN, backends: tuple[str, ...] = ("torch", "flax")
+) -> dict[str, Any]:
+    lenses = [lens(dtype, v, classes, backends) for dtype, v in zip(("float64", "float32"), verdicts, strict=False)]
+    verdict = "disagree" if "disagree" in verdicts else verdicts[0]
+    return {"schema": 1, "verdict": verdict, "data": {"classes": list(classes)}, "lenses": lenses}
+
+
+def dataset(classes: tuple[str, ...] = PLAIN) -> Dataset:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    labels = np.arange(10) % len(classes)
+    return Dataset("small", pixels, labels, pixels, labels, classes)
+
+
+def pictures(
+    folder: Path, classes: tuple[str, ...] = PLAIN, backends: tuple[str, ...] = ("torch", "flax")
+) -> list[Path]:
+    both = len(backends) == 2
+    report = make(*(("disagree", "agree") if both else ("single", "single")), classes=classes, backends=backends)
+    noise = {"torch": 0.0, "flax": 1e-6}
+    records = {d: {b: record(b, d, noise[b]) for b in backends} for d in ("float64", "float32")}
+    twins = {"float32": {b: [record(b, "float32", 1e-5, 1)] for b in backends}} if both else {}
+    return write_pictures(folder, report, records, dataset(classes), twins, np.arange(10)[::-1])
+
+
+def printed(report: dict[str, Any], quiet: bool = False) -> str:
+    out = io.StringIO()
+    Terminal(quiet, out, io.StringIO()).verdict(report)
+    return out.getvalue()
+
+
+def test_the_verdict_of_runs_that_agree_names_each_lens_and_its_bound() -> None:
+    assert sentence(make("agree", "agree")) == (
+        "The two runs agree: float64 within 1.1e-15 over 40 steps (bound 1e-12); float32 within what rounding explains."
+    )
+
+
+def test_the_verdict_of_runs_that_disagree_says_where_they_part() -> None:
+    assert sentence(make("disagree", "agree")) == (
+        "The two runs disagree. float64: loss: step 17: torch=2.3019 flax=2.3044, gap 2.5e-03 > 4.0e-07. "
+        "float32 within what rounding explains."
+    )
+
+
+def test_without_a_named_divergence_the_verdict_falls_back_to_the_first_stretch_that_fails() -> None:
+    report = make("disagree")
+    report["lenses"][0]["first_divergence"] = None
+    assert sentence(report) == "The two runs disagree. float64: loss: steps 0 to 39: gap 1.1e-15 > 1e-12."
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_the_verdict_of_a_single_run_compares_nothing(backend: str) -> None:
+    report = make("single", "single", backends=(backend,))
+    assert sentence(report) == f"Trained {backend} alone; nothing to compare it with."
+    assert "Predictions equal" not in printed(report)
+
+
+@pytest.mark.parametrize("verdicts", [("agree", "agree"), ("disagree", "agree"), ("single",)], ids="-".join)
+@pytest.mark.parametrize(
+    "classes", [PLAIN, HOSTILE, tuple("w" * 50 + c for c in PLAIN)], ids=["plain", "hostile", "long"]
+)
+def test_what_goes_to_a_pipe_is_plain_text_of_eighty_columns(
+    verdicts: tuple[str, ...], classes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    text = printed(make(*verdicts, classes=classes, backends=("torch", "flax") if len(verdicts) == 2 else ("flax",)))
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_a_failure_is_marked_in_words_and_what_is_not_finite_says_so() -> None:
+    text = printed(make("disagree"))
+    assert "DISAGREE" in text and " NO\n" in text and "not finite" in text and "no images" in text
+    assert " NO\n" not in printed(make("agree"))
+
+
+def test_hostile_names_are_shown_escaped_and_not_obeyed() -> None:
+    text = printed(make("agree", classes=HOSTILE))
+    assert "\x1b" not in text and r"\x1b[31mred" in text
+    assert "<script>" in text and "[red]bold" in text and "$x_1$ costs $" in text and r"猫\n\udce9" in text
+
+
+def test_a_pipe_that_knows_only_ascii_gets_escapes_instead_of_a_traceback() -> None:
+    out = Ascii()
+    terminal = Terminal(stdout=out, stderr=io.StringIO())
+    terminal.line("caf\u00e9 [bold] \x07")
+    terminal.verdict(make("agree", classes=HOSTILE))
+    assert out.text().startswith(r"caf\xe9 [bold] \x07" + "\nThe two runs agree")
+    assert r"\u732b\n" in out.text()
+
+
+def test_a_quiet_terminal_prints_the_sentence_alone() -> None:
+    out, err = io.StringIO(), Tty()
+    terminal = Terminal(True, out, err)
+    terminal.line("hello")
+    with terminal.progress("torch float64", 10) as advance:
+        advance(10, 2.3)
+    terminal.verdict(make("single", backends=("torch",)))
+    assert out.getvalue() == "Trained torch alone; nothing to compare it with.\n"
+    assert err.getvalue() == ""
+
+
+def test_a_pipe_gets_no_progress_bar() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    terminal = Terminal(stdout=out, stderr=err)
+    with terminal.progress("torch float64", 10) as advance:
+        advance(5, 2.3)
+        terminal.line("half")
+    assert (out.getvalue(), err.getvalue()) == ("half\n", "")
+
+
+def test_a_terminal_gets_a_bar_on_standard_error_and_the_lines_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    out, err = Tty(), Tty()
+    terminal = Terminal(stdout=out, stderr=err)
+    with terminal.progress("[red]torch\x07", 10) as advance:
+        advance(5, 2.25)
+        terminal.line("half")
+        advance(5, math.nan)
+    assert out.getvalue() == "half\n"
+    assert "5/10" in err.getvalue() and "loss 2.250" in err.getvalue() and "loss not finite" in err.getvalue()
+    assert "[red]torch" in err.getvalue() and "\x07" not in err.getvalue()
+
+
+def test_colour_is_for_terminals_and_never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Tty()
+    Terminal(stdout=out, stderr=Tty()).verdict(make("disagree"))
+    assert "\x1b[" in out.getvalue() and "NO" in out.getvalue()
+
+
+def test_the_condensed_ladder_keeps_the_worst_row_of_each_stage() -> None:
+    row = {"step": 0, "stage": "forward", "tensor": "a", "gap": 1e-3, "bound": 1.0, "agrees": True}
+    rows = [row, row | {"tensor": "b", "gap": 1e-9, "bound": 1e-8}, row | {"tensor": "c", "gap": 0.0, "bound": 0.0}]
+    rows += [row | {"stage": "loss", "gap": 2.0, "agrees": False}, row | {"stage": "loss", "tensor": "d", "gap": None}]
+    rows += [row | {"stage": "update", "step": 9, "tensor": "e"}, row | {"stage": "evaluate", "tensor": "f"}]
+    seen = [(when, worst["stage"], worst["tensor"], agrees) for when, worst, agrees in condense(rows)]
+    assert seen == [
+        ("first steps", "forward", "b", True),
+        ("first steps", "loss", "a", False),
+        ("whole run", "update", "e", True),
+        ("whole run", "evaluate", "f", True),
+    ]
+
+
+def test_the_weakest_and_the_strongest_class_leave_out_classes_without_images() -> None:
+    accuracy = {"a": None, "b": 0.4, "c": 0.9}
+    assert (extreme(accuracy, ["a", "b", "c"], True), extreme(accuracy, ["a", "b", "c"], False)) == ("b", "c")
+    assert extreme({"a": None}, ["a"], True) is None
+
+
+def test_numbers_that_are_not_finite_become_null_and_numpy_becomes_plain() -> None:
+    value = {1: np.float32(0.5), "n": [math.nan, np.inf, np.int64(3), np.bool_(True)], "a": np.array([1.0, -np.inf])}
+    assert jsonable(value) == {"1": 0.5, "n": [None, None, 3, True], "a": [1.0, None]}
+    assert jsonable((np.array(2), Path("x"), "text", None, True)) == [2, "x", "text", None, True]
+    assert type(jsonable(np.bool_(True))) is bool and type(jsonable(np.array(2))) is int
+
+
+def test_the_report_is_json_that_any_parser_reads(tmp_path: Path) -> None:
+    path = write_json(make("agree", classes=HOSTILE) | {"x": math.nan}, tmp_path / "new")
+    read = json.loads(path.read_text("ascii"), parse_constant=pytest.fail)
+    assert path.name == "report.json" and read["x"] is None and read["data"]["classes"] == list(HOSTILE)
+
+
+@pytest.mark.parametrize("backends", [("torch", "flax"), ("torch",)], ids=["both", "one"])
+@pytest.mark.parametrize("classes", [PLAIN, HOSTILE, ("", " ", "car")], ids=["plain", "hostile", "nameless"])
+def test_pictures_are_drawn_and_equal_runs_give_equal_bytes(
+    tmp_path: Path, classes: tuple[str, ...], backends: tuple[str, ...]
+) -> None:
+    first, second = pictures(tmp_path / "a", classes, backends), pictures(tmp_path / "b", classes, backends)
+    assert [path.name for path in first] == ["samples.png", "predictions.png", "losses.png", "classes.png"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and 5_000 < one.stat().st_size < 400_000
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_runs_that_blow_up_or_coincide_can_be_drawn(tmp_path: Path) -> None:
+    report = make("agree", "agree")
+    wild = record("torch", "float64")
+    wild.loss[:] = [1e300, *[np.inf] * 10, *[np.nan] * (STEPS - 11)]
+    records = {
+        "float64": {"torch": wild, "flax": wild},
+        "float32": {b: record(b, "float32") for b in ("torch", "flax")},
+    }
+    for lens in report["lenses"]:
+        lens["stretches"] = []
+    assert len(write_pictures(tmp_path, report, records, dataset(), None, None)) == 4
+
+
+def test_a_run_of_one_step_can_be_drawn(tmp_path: Path) -> None:
+    one = record("torch", "float64")
+    short = Record(**{**vars(one), "loss": one.loss[:1]})
+    report = make("agree")
+    assert len(write_pictures(tmp_path, report, {"float64": {"torch": short, "flax": short}}, dataset())) == 4
+
+
+def test_nothing_half_written_is_left_where_the_folder_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RecordError, match="--out"):
+        pictures(tmp_path / "file")
+    with pytest.raises(RecordError, match="--out"):
+        write_json({}, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_in_a_picture_is_never_a_formula_nor_a_missing_glyph(name: str) -> None:
+    assert "$" not in label(name).replace(r"\$", "") and label(name).isprintable()
+    assert len(label("w" * 50)) == 16
+
+
+def test_escapes_show_what_a_terminal_would_obey() -> None:
+    assert safe("a\x1b[0m\u202e\t\u00e9") == "a\\x1b[0m\\u202e\\t\u00e9"
+    assert safe("\u00e9", "ascii") == r"\xe9"
+
+
+def test_the_running_mean_ends_at_the_step_it_is_drawn_at() -> None:
+    x, y = running_mean(np.arange(5.0), 2)
+    assert x.tolist() == [1, 2, 3, 4] and y.tolist() == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_the_gap_of_losses_that_are_not_finite_is_unknown_not_zero() -> None:
+    one, other = record("torch", "float64"), record("flax", "float64")
+    one.loss[3] = other.loss[3] = np.inf
+    gap = loss_gap(one, other)
+    assert np.isnan(gap[3]) and not np.delete(gap, 3).any()
+
+
+def test_neither_rich_nor_matplotlib_is_loaded_before_it_is_used() -> None:
+    code = "import sys, common.config, common.report; print([m for m in ('rich', 'matplotlib') if m in sys.modules])"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
