@@ -169,9 +169,7 @@ class Config:
             ConfigError: if a batch is larger than the data.
         """
         if self.batch_size > images:
-            raise ConfigError(
-                f"--batch-size {self.batch_size} is larger than the data ({images} training images): choose a smaller one"
-            )
+            raise ConfigError(f"--batch-size {self.batch_size} is larger than the data: choose {images} or less")
         steps = self.epochs * self.batches_per_epoch(images)
         if self.steps is not None:
             steps = self.steps

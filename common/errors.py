@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message names the remedy; the command line prints it on one line and exits with 2."""
+"""The errors a user can cause. Each message names the remedy; the command line prints it and exits with 2."""
 
 
 class LockstepError(Exception):

@@ -1,8 +1,8 @@
 """Are two runs the same run? Gaps, bounds, and a verdict with the first place where they part.
 
 Two runs are held against each other rung by rung, in the order in which a difference travels: the data, the initial
-weights, then for the first steps the logits, the loss, every gradient, and the updated parameters and momentum; then the
-learning rate, loss and gradient norm of every step; then the test loss, the predictions and the accuracy of each class.
+weights, then for the first steps the logits, the loss, every gradient, and the updated parameters and momentum; then
+the learning rate, loss and gradient norm of every step; then the test loss, the predictions and each class's accuracy.
 
 The proof lens (float64) leaves no room: a bound near rounding on every rung. In the production lenses (float32,
 bfloat16) two correct programs drift apart chaotically, so the measure is taken from the runs themselves: a *twin* is
@@ -12,6 +12,7 @@ the same program started from weights moved by at most one ulp, and the gap betw
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def stretches(steps: int) -> list[tuple[int, int]]:
     while edges[-1] < steps:
         exponent, odd = divmod(len(edges) - 1, 2)
         edges.append(min(steps, (3 if odd else 1) * 10**exponent))
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 # --- Gaps and bounds

@@ -86,18 +86,18 @@ def read(path: Path) -> Record:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-        facts = json.loads(metadata["facts"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        facts: dict[str, Any] = json.loads(metadata["facts"])
         if metadata["digest"] != _digest(metadata["facts"], arrays):
             raise RecordError(f"the record {path} is damaged (its digest does not match): {remedy}")
         if facts.pop("schema") != SCHEMA:
             raise RecordError(f"the record {path} is of another version of Lockstep: {remedy}")
-        groups: dict[str, Arrays] = {group: {} for group in _GROUPS}
+        facts |= {name: arrays[name] for name in _SERIES} | {group: {} for group in _GROUPS}
         for name, array in arrays.items():
             group, slash, rest = name.partition("/")
             if slash:
-                groups[group][rest] = array
-        return Record(**facts, **{name: arrays[name] for name in _SERIES}, **groups)
+                facts[group][rest] = array
+        return Record(**facts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"the record {path} cannot be read ({type(error).__name__}): {remedy}") from error
 

@@ -84,7 +84,8 @@ def test_normalisation_is_the_tutorials_transform() -> None:
 
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
-    theirs = transform(Image.fromarray(pixels)).numpy().transpose(1, 2, 0)
+    theirs: Any = transform(Image.fromarray(pixels))
+    theirs = theirs.numpy().transpose(1, 2, 0)
     # The tutorial divides in float32 and then subtracts 0.5, which cancels, so its error is one of 0.5 to 1 and is
     # doubled: half an ulp of 1 (6.0e-08) measured. Dividing by 256 is off by 7.8e-03.
     gap = np.abs(theirs - data.normalise(pixels, np.dtype(np.float32))).max()
@@ -152,7 +153,8 @@ def test_the_order_digest_changes_with_whatever_changes_the_order() -> None:
 def test_digits_are_scaled_and_repeated() -> None:
     from sklearn.datasets import load_digits
 
-    digits, theirs = data.load("digits"), load_digits()
+    digits = data.load("digits")
+    theirs: Any = load_digits()
     assert (len(digits.train_images), len(digits.test_images)) == (1437, 360)
     assert (digits.train_images.dtype, digits.train_labels.dtype) == (np.uint8, np.int64)
     assert digits.train_images.shape[1:] == (32, 32, 3)

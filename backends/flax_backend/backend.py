@@ -32,7 +32,7 @@ from common.protocol import Arrays, Evaluation, Metrics, Snapshot
 
 EVALUATION_BATCH = 1000  # images per forward pass: large enough to be quick, small enough for float64 in memory
 
-Parameters = dict[str, jax.Array]
+Parameters = Any  # a dictionary of arrays by dotted name; optax and JAX call any such tree a pytree
 
 
 class State(NamedTuple):

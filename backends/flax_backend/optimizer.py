@@ -35,10 +35,9 @@ def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationEx
 
 def make_schedule(config: Config) -> optax.Schedule:
     """The learning rate as a function of the steps done."""
-    lr, schedule = config.lr, config.schedule
+    lr = config.lr
+    schedule: Any = config.schedule  # resolved, so that no option is None
     match schedule.kind:
-        case "constant" | "plateau":
-            rate = optax.constant_schedule(lr)
         case "step":
             rate = optax.exponential_decay(lr, schedule.period, schedule.gamma, staircase=True)
         case "multistep":
@@ -47,6 +46,8 @@ def make_schedule(config: Config) -> optax.Schedule:
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "cosine":
             rate = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+        case _:  # constant; plateau, whose factor is applied after `optax.sgd`
+            rate = optax.constant_schedule(lr)
     # optax counts in int32, and from an int32 JAX computes in float32, whatever the parameters are: lr would be off by
     # 1e-8. PyTorch computes lr as a Python float, so the count is made float64 first.
     return lambda count: rate(jnp.asarray(count, jnp.float64))
@@ -66,7 +67,7 @@ def upcast() -> optax.GradientTransformation:
 
 
 class DampeningState(NamedTuple):
-    count: jax.Array  # int32 (): steps done
+    step: jax.Array  # int32 (): steps done
 
 
 def dampen(dampening: float) -> optax.GradientTransformation:
@@ -74,12 +75,12 @@ def dampen(dampening: float) -> optax.GradientTransformation:
 
     def init(params: Any) -> DampeningState:
         del params
-        return DampeningState(count=jnp.zeros((), jnp.int32))
+        return DampeningState(step=jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: DampeningState, params: Any = None) -> tuple[Any, DampeningState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DampeningState]:
         del params
-        scale = jnp.where(state.count == 0, 1.0, 1.0 - dampening)
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), DampeningState(state.count + 1)
+        scale = jnp.where(state.step == 0, 1.0, 1.0 - dampening)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), DampeningState(state.step + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -90,7 +91,7 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
     optax applies a reduction to the very update whose loss caused it, PyTorch to the one after; optax reduces at
     `patience` windows without improvement, PyTorch at the one after.
     """
-    schedule = config.schedule
+    schedule: Any = config.schedule
     plateau = optax.contrib.reduce_on_plateau(
         factor=schedule.gamma,
         patience=schedule.patience + 1,
@@ -104,15 +105,15 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
         del params  # optax would take their dtype; PyTorch keeps lr, best and mean as Python floats
         return plateau.init(jnp.zeros((), jnp.float64))
 
-    def update(updates: Any, state: Any, params: Any = None, *, value: jax.Array, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         scaled = jax.tree.map(lambda u: u * state.scale.astype(u.dtype), updates)
-        _, state = plateau.update(updates, state, params, value=value, **extra)
+        _, state = plateau.update(updates, state, params, **extra)  # extra holds `value`, the loss
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def learning_rate(config: Config, optimizer_state: Any) -> jax.Array:
+def learning_rate(config: Config, optimizer_state: Any) -> Any:
     """The learning rate of the next step, float64 ()."""
     lr = make_schedule(config)(optimizer_state["sgd"][1].count)
     return lr * optimizer_state["plateau"].scale if config.schedule.kind == "plateau" else lr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -57,7 +58,7 @@ class TorchBackend:
         self.dtype = getattr(torch, dtype)
         self.classes = classes
         self.compiled = compile == "on" or (compile == "auto" and self.device == "cuda")
-        self._compiled_step = torch.compile(self._functional_step, fullgraph=True) if self.compiled else None
+        self._compiled_step = torch.compile(self._functional_step, fullgraph=True, disable=not self.compiled)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         model = self._empty_model("cpu")
@@ -92,8 +93,7 @@ class TorchBackend:
         optimizer.zero_grad()
         loss = cross_entropy(model(images), labels)
         loss.backward()
-        gradients = [parameter.grad for parameter in model.parameters()]
-        metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
+        metrics = Metrics(loss.detach(), global_norm(parameter.grad for parameter in model.parameters()), scheduler.lr)
         optimizer.step()
         scheduler.step(loss)
         return State(model, optimizer, scheduler, step + 1), metrics
@@ -128,7 +128,7 @@ class TorchBackend:
     def _functional_step(
         self,
         model: Net,
-        parameters: dict[str, Tensor],
+        parameters: Mapping[str, Tensor],
         buffers: list[Tensor],
         lr: Tensor,
         images: Tensor,
@@ -139,8 +139,8 @@ class TorchBackend:
         `sgd` is the function that `SGD.step` calls; it writes into `parameters` and `buffers`.
         """
 
-        def loss_of(parameters: dict[str, Tensor]) -> Tensor:
-            return cross_entropy(functional_call(model, parameters, (images,)), labels)
+        def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
+            return cross_entropy(functional_call(model, dict(parameters), (images,)), labels)
 
         gradients, loss = grad_and_value(loss_of)(parameters)
         gradients = list(gradients.values())
@@ -221,9 +221,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(upcast(logits), labels)
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
+def global_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """The Euclidean norm of all gradients together; in float32 at least."""
-    return get_total_norm([upcast(gradient) for gradient in gradients])
+    return get_total_norm([upcast(gradient) for gradient in gradients if gradient is not None])
 
 
 def upcast(tensor: Tensor) -> Tensor:

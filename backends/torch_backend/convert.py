@@ -47,8 +47,8 @@ def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.
     if isinstance(model.get_submodule(layer), nn.Conv2d):
         return weight.transpose(2, 3, 1, 0)
     kernel = weight.transpose(1, 0)
-    if layer in model.flattened:
-        channels, height, width = model.flattened[layer]
+    if layer in flattened(model):
+        channels, height, width = flattened(model)[layer]
         kernel = kernel.reshape(channels, height, width, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
     return kernel
 
@@ -57,10 +57,15 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
     """HWIO to OIHW for a convolution; (in, out) to (out, in) for a dense layer."""
     if isinstance(model.get_submodule(layer), nn.Conv2d):
         return kernel.transpose(3, 2, 0, 1)
-    if layer in model.flattened:
-        channels, height, width = model.flattened[layer]
+    if layer in flattened(model):
+        channels, height, width = flattened(model)[layer]
         kernel = kernel.reshape(height, width, channels, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
     return kernel.transpose(1, 0)
+
+
+def flattened(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """The dense layers that follow a flatten, and the (channels, height, width) that it unrolls."""
+    return getattr(model, "flattened", {})
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -10,9 +10,6 @@ from torch.nn import functional as F
 class Net(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes)."""
 
-    # What `flatten` unrolls in front of a dense layer, as (channels, height, width): see convert.py.
-    flattened = {"fc1": (16, 5, 5)}
-
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, kernel_size=5)
@@ -21,6 +18,7 @@ class Net(nn.Module):
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)
+        self.flattened = {"fc1": (16, 5, 5)}  # what is flattened before fc1, (channels, height, width): see convert.py
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.conv1(x)))

@@ -34,7 +34,7 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
 
 def make_schedule(config: Config, optimizer: SGD) -> Any:
     """The scheduler that sets `lr` in the optimizer; each of its steps follows one optimizer step (or window)."""
-    schedule = config.schedule
+    schedule: Any = config.schedule  # resolved, so that no option is None
     match schedule.kind:
         case "constant":
             return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -1,0 +1,62 @@
+"""What several test files use."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["LOCKSTEP_OFFLINE"] = "1"  # no test asks the network for CIFAR-10
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from common import data
+from common.config import BACKENDS, Config
+from common.data import Dataset
+
+
+class SilentObserver:
+    """Keeps the log lines and counts the steps."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.steps = 0
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, steps: int, loss: float) -> None:
+        self.steps += steps
+
+
+@pytest.fixture
+def observer() -> SilentObserver:
+    return SilentObserver()
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return data.load("digits")
+
+
+@pytest.fixture(params=BACKENDS)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable:
+    """Build a backend for the digits on the CPU."""
+    import backends
+
+    def build(name: str, config: Config, dtype: str = "float64", compile: str = "auto"):
+        return backends.load(name)(config, 10, dtype, "cpu", compile)
+
+    return build
+
+
+@pytest.fixture
+def generator() -> np.random.Generator:
+    return np.random.default_rng(0)
