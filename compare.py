@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import backends
 from common.config import BACKENDS, DTYPES, RECIPES, SCHEDULES, Config, Recipe, Schedule
 from common.errors import LockstepError, RecordError
 
@@ -168,7 +169,6 @@ def train_one(
     twins: Runs,
 ) -> None:
     """One backend through one lens, and its twins in a production lens; records are kept as they are made."""
-    import backends
     from common import record, train
 
     backend = backends.load(name)(config, len(dataset.classes), dtype, options.device, options.compile)

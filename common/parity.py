@@ -50,7 +50,7 @@ class Rung:
 
     @property
     def agrees(self) -> bool:
-        return self.gap <= self.bound  # an infinite bound passes only a gap that exists; nan never passes
+        return math.isfinite(self.gap) and self.gap <= self.bound
 
 
 def compare(runs: dict[str, Record], twins: dict[str, Sequence[Record]], labels: np.ndarray) -> dict[str, Any]:
@@ -66,12 +66,13 @@ def compare(runs: dict[str, Record], twins: dict[str, Sequence[Record]], labels:
     """
     for record in runs.values():
         check_twins(record, twins.get(record.backend, ()))
+    records = list(runs.values())
+    first, second = records[0], records[-1]  # the same, if there is one only
+    check_comparable(first, second)
     report = _describe(runs, labels)
     if len(runs) == 1:
         return report
-    first, second = runs.values()
-    check_comparable(first, second)
-    kin = [(runs[name], twin) for name in runs for twin in twins.get(name, ())]
+    kin = [(runs[name], twin) for name in runs for twin in twins.get(name, ()) if first.dtype != "float64"]
     if first.dtype != "float64" and not kin:
         raise RecordError(f"nothing says how far {first.dtype} runs may drift apart: run with --twins 1 or more")
 
@@ -116,8 +117,10 @@ def check_comparable(first: Record, second: Record) -> None:
                 f"the {first.backend} and {second.backend} records are of different runs "
                 f"({what}: {one} and {other}): run both again with the same options"
             )
-    if first.steps == 0 or first.steps != first.config["steps"]:
-        raise RecordError("the records hold no whole run: run both again")
+    for record in (first, second):
+        lengths = {len(record.loss), len(record.gradient_norm), len(record.lr)}
+        if record.steps == 0 or lengths != {record.config["steps"]}:
+            raise RecordError(f"the {record.backend} record holds no whole run: run {record.backend} again")
 
 
 def check_twins(record: Record, twins: Sequence[Record]) -> None:
@@ -162,9 +165,9 @@ def _trajectory(first: Record, second: Record, kin: list[tuple[Record, Record]])
         for start, stop in stretches(first.steps):
             span = slice(start, stop)
             if drift is not None:
-                drift = max(
-                    [drift] + [_largest(getattr(a, quantity)[span], getattr(b, quantity)[span])[0] for a, b in kin]
-                )
+                kin_gaps = [_gaps(getattr(a, quantity)[span], getattr(b, quantity)[span]) for a, b in kin]
+                # Twins that are not finite explain nothing; what is not finite itself fails at its own step.
+                drift = max([drift] + [float(np.max(g, where=np.isfinite(g), initial=0.0)) for g in kin_gaps])
             scale = max(_magnitude(one[span]), _magnitude(other[span]))
             if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
                 bound = PROOF_BOUND * scale + DRIFT_FACTOR * (drift or 0.0)
@@ -187,12 +190,12 @@ def _evaluation(
 ) -> list[Rung]:
     """Test loss, predictions, and the accuracy of each class."""
     steps = first.steps
-    gap = abs(first.test_loss - second.test_loss)
-    drift = max((abs(a.test_loss - b.test_loss) for a, b in kin), default=None)
-    scale = max(1.0, abs(first.test_loss), abs(second.test_loss))
+    gap = _scalar_gap(first.test_loss, second.test_loss)
+    drift = max((_scalar_gap(a.test_loss, b.test_loss) for a, b in kin), default=None)
+    scale = max(1.0, _magnitude(np.array([first.test_loss, second.test_loss])))
     values = (first.test_loss, second.test_loss)
     bound = _bound(first.dtype, drift, scale)
-    rungs = [Rung(steps, "evaluate", "test loss", gap if math.isfinite(gap) else math.inf, bound, drift, values)]
+    rungs = [Rung(steps, "evaluate", "test loss", gap, bound, drift, values)]
 
     differing = len(labels) - _equal(first, second)
     drift = max((float(len(labels) - _equal(a, b)) for a, b in kin), default=None)
@@ -245,6 +248,10 @@ def _largest(one: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, fl
     gaps = _gaps(one, other)
     worst = int(np.argmax(gaps))
     return float(gaps[worst]), (float(one[worst]), float(other[worst]))
+
+
+def _scalar_gap(one: float, other: float) -> float:
+    return _largest(np.array([one]), np.array([other]))[0]
 
 
 def _gaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -324,6 +331,7 @@ def _rule(dtype: str, kin: list[tuple[Record, Record]]) -> dict[str, Any]:
 
 def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
     values = rung.values or (None, None)
+    gap = rung.gap if rung.values is None else _scalar_gap(*rung.values)  # that step's; the rung's is its stretch's
     message = f"{rung.stage}: step {rung.step}: "
     if rung.tensor != rung.stage:
         message += f"{rung.tensor}: "
@@ -333,10 +341,10 @@ def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
         "step": rung.step,
         "stage": rung.stage,
         "tensor": rung.tensor,
-        "gap": _finite(rung.gap),
+        "gap": _finite(gap),
         "bound": _finite(rung.bound),
         **{name: _finite(value) for name, value in zip(names, values, strict=True)},
-        "message": message + f"gap {rung.gap:.1e} > {rung.bound:.1e}",
+        "message": message + f"gap {gap:.1e} > {rung.bound:.1e}",
     }
 
 

@@ -36,7 +36,7 @@ class Record:
     predictions: np.ndarray  # int64 (test images,)
     test_loss: float  # mean cross entropy over the test images, nats
     seconds: float  # wall time of the training steps, compilation included
-    steps_per_second: float  # after the first chunk, which compiles
+    steps_per_second: float  # after the first chunk, which compiles; of all steps where there is no other
     weights: Arrays = field(default_factory=dict)  # initial parameters, as the backend held them
     opening: Arrays = field(default_factory=dict)  # "<step>/<stage>/<tensor>" of the first steps
     final: Arrays = field(default_factory=dict)  # parameters after the last step
@@ -66,9 +66,9 @@ def write(record: Record, folder: Path) -> Path:
     Raises:
         RecordError: if the folder cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(getattr(record, name)) for name in _SERIES}
+    arrays = {name: np.asarray(getattr(record, name), order="C") for name in _SERIES}
     for group in _GROUPS:
-        arrays |= {f"{group}/{name}": np.ascontiguousarray(a) for name, a in getattr(record, group).items()}
+        arrays |= {f"{group}/{name}": np.asarray(a, order="C") for name, a in getattr(record, group).items()}
     facts = json.dumps({"schema": SCHEMA} | {name: getattr(record, name) for name in _FACTS}, sort_keys=True)
     content = save(arrays, metadata={"facts": facts, "digest": _digest(facts, arrays)})
     path = folder / f"{record.stem}.safetensors"
@@ -98,7 +98,7 @@ def read(path: Path) -> Record:
             if slash:
                 facts[group][rest] = array
         return Record(**facts)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"the record {path} cannot be read ({type(error).__name__}): {remedy}") from error
 
 

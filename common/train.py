@@ -73,6 +73,8 @@ def train(
         if first_chunk_steps == 0 and len(indices) > 1:
             first_chunk_end, first_chunk_steps = time.perf_counter(), steps
     seconds = time.perf_counter() - start
+    if first_chunk_steps == steps:  # there is nothing after it to measure
+        first_chunk_end, first_chunk_steps = start, 0
     steady = (steps - first_chunk_steps) / (start + seconds - first_chunk_end)
 
     evaluation = evaluate(backend, state, dataset, dtype)
@@ -118,11 +120,14 @@ def chunks(config: Config, images: int, bytes_per_image: int) -> Iterator[np.nda
     """The batches of the run, several to a chunk: int64 (steps, batch size) image numbers.
 
     Each length of a chunk is compiled anew, so there are two only: one, for the opening and for what is left over, and
-    the longest that the limits allow.
+    the longest that the limits allow. No chunk crosses a smaller batch, which ends an epoch.
     """
     limit = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (config.batch_size * bytes_per_image)))
-    pieces = -(-(config.total_steps - OPENING_STEPS) // limit)
-    length = max(1, (config.total_steps - OPENING_STEPS) // max(1, pieces))
+    alike = config.total_steps - OPENING_STEPS  # batches of one size in a row
+    if images % config.batch_size and not config.drop_last:
+        alike = min(alike, images // config.batch_size)
+    pieces = -(-alike // limit)
+    length = max(1, alike // max(1, pieces))
     pending: list[np.ndarray] = []
     for step, indices in enumerate(data.batch_indices(config, images)):
         if pending and len(pending[0]) != len(indices):

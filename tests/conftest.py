@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+import backends
 from common import data
 from common.config import BACKENDS, Config
 from common.data import Dataset
@@ -49,7 +50,6 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def build() -> Callable:
     """Build a backend for the digits on the CPU."""
-    import backends
 
     def build(name: str, config: Config, dtype: str = "float64", compile: str = "auto"):
         return backends.load(name)(config, 10, dtype, "cpu", compile)

@@ -181,7 +181,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def global_norm(gradients: Parameters) -> jax.Array:
     """The Euclidean norm of all gradients together; in float32 at least."""
-    return optax.global_norm(jax.tree.map(upcast, gradients))
+    return optax.tree.norm(jax.tree.map(upcast, gradients))
 
 
 def upcast(array: jax.Array) -> jax.Array:

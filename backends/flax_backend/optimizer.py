@@ -39,17 +39,21 @@ def make_schedule(config: Config) -> optax.Schedule:
     schedule: Any = config.schedule  # resolved, so that no option is None
     match schedule.kind:
         case "step":
-            rate = optax.exponential_decay(lr, schedule.period, schedule.gamma, staircase=True)
+            # not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period instead, and
+            # 49 * (1 / 49) is less than 1, so that lr would decay one step late
+            decay = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
+            rate = lambda count: decay(count // schedule.period)  # noqa: E731
         case "multistep":
-            rate = optax.piecewise_constant_schedule(lr, dict.fromkeys(schedule.milestones, schedule.gamma))
+            scales: dict[int, float] = dict.fromkeys(schedule.milestones, schedule.gamma)
+            rate = optax.piecewise_constant_schedule(lr, scales)
         case "exponential":
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "cosine":
             rate = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
         case _:  # constant; plateau, whose factor is applied after `optax.sgd`
             rate = optax.constant_schedule(lr)
-    # optax counts in int32, and from an int32 JAX computes in float32, whatever the parameters are: lr would be off by
-    # 1e-8. PyTorch computes lr as a Python float, so the count is made float64 first.
+    # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters are: lr would be off
+    # by 1e-8. PyTorch computes lr as a Python float, so the count is made float64 first.
     return lambda count: rate(jnp.asarray(count, jnp.float64))
 
 

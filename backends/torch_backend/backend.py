@@ -30,6 +30,7 @@ from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Metrics, Snapshot
 
 EVALUATION_BATCH = 1000  # images per forward pass: large enough to be quick, small enough for float64 in memory
+ALL_THREADS = torch.get_num_threads()
 
 
 class State(NamedTuple):
@@ -54,6 +55,7 @@ class TorchBackend:
     ) -> None:
         self.device = choose_device(device)
         make_comparable()
+        set_threads(config.batch_size)
         self.config = config
         self.dtype = getattr(torch, dtype)
         self.classes = classes
@@ -247,6 +249,15 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def set_threads(batch_size: int) -> None:
+    """One thread for small batches: what a second one gains there, waiting for it loses.
+
+    `Net` in eager mode on two cores, steps per second with one thread / with two: batch 4 in float32 583 / 515, batch
+    32 in float32 210 / 296.
+    """
+    torch.set_num_threads(1 if batch_size <= 16 else ALL_THREADS)
 
 
 def make_comparable() -> None:

@@ -98,7 +98,7 @@ def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int
     scheduler.optimizer.param_groups[0]["lr"] = schedule["lr"]
     if scheduler.window is None:
         done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [schedule["lr"]]}
-        scheduler.schedule.load_state_dict(done)
+        scheduler.schedule.load_state_dict(scheduler.schedule.state_dict() | done)  # LambdaLR insists on all its keys
         return
     scheduler.count, scheduler.mean = int(schedule["count"]), schedule["mean"]
     counters = {"best": schedule["best"], "num_bad_epochs": int(schedule["bad"])}

@@ -1,0 +1,73 @@
+"""Every legal combination of the optimizer's options, in both backends in float64: does any of them part?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from common import data
+from common.config import SCHEDULES, Config, Schedule
+from common.data import Dataset
+from common.protocol import Backend, Snapshot
+from common.weights import initial_weights
+
+STEPS = 200
+GRID_BOUND = 1e-12  # nats; measured over the whole grid: see results/grid/grid.json
+
+
+def combinations(steps: int = STEPS) -> Iterator[Config]:
+    """Momentum 0 / 0.9, dampening 0 / 0.5, weight decay 0 / 5e-4, nesterov, maximize, and each schedule."""
+    for kind, maximize, weight_decay, momentum, dampening, nesterov in itertools.product(
+        SCHEDULES, (False, True), (0.0, 5e-4), (0.0, 0.9), (0.0, 0.5), (False, True)
+    ):
+        if nesterov and (momentum == 0 or dampening != 0):
+            continue  # torch.optim.SGD refuses these
+        # A short patience, so that plateau does reduce the learning rate within the run.
+        schedule = Schedule(kind, patience=1) if kind == "plateau" else Schedule(kind)
+        yield Config(
+            steps=steps,
+            batch_size=4,
+            lr=0.001,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            schedule=schedule,
+        )
+
+
+def measure(config: Config, dataset: Dataset, build: Callable[[str, Config], Backend]) -> dict[str, Any]:
+    """One row: the options, and the largest gaps between the two backends over the whole run."""
+    config = config.resolve(len(dataset.train_images))
+    indices = np.stack(list(data.batch_indices(config, len(dataset.train_images))))
+    images = data.normalise(dataset.train_images[indices], np.float64)
+    labels = dataset.train_labels[indices]
+    metrics, ends = [], []
+    for name in ("torch", "flax"):
+        backend = build(name, config)
+        state = backend.init(Snapshot.start(initial_weights(backend.shapes(), config.seed, "float64")))
+        state, history = backend.train_steps(state, images, labels)
+        metrics.append(history)
+        ends.append(backend.export(state).parameters)
+    one, other = metrics
+    loss_gap = float(np.max(np.abs(one.loss - other.loss)))  # nan if either is not finite
+    parameter_gap = max(float(np.max(np.abs(ends[0][name] - ends[1][name]))) for name in ends[0])
+    return {
+        "schedule": config.schedule.kind,
+        "maximize": config.maximize,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "dampening": config.dampening,
+        "nesterov": config.nesterov,
+        "first_loss": float(one.loss[0]),
+        "last_loss": float(one.loss[-1]),
+        "last_lr": float(one.lr[-1]),
+        "loss_gap": loss_gap if np.isfinite(loss_gap) else None,
+        "lr_gap": float(np.max(np.abs(one.lr - other.lr))),
+        "parameter_gap": parameter_gap,
+        "agrees": bool(loss_gap <= GRID_BOUND),
+    }

@@ -1,0 +1,235 @@
+"""The house: who imports whom, how soon --help answers, and whether the two backends still mirror each other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMEWORKS = ("torch", "torchvision", "jax", "jaxlib", "flax", "optax")
+FOLDERS = ("torch_backend", "flax_backend")
+FILES = ("__init__.py", "backend.py", "convert.py", "model.py", "optimizer.py")
+TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "backends", "common", "tests", "compare.py", "results"}
+
+# Imports modules, or every module of a package, or runs a script, and prints what has been imported at the end.
+PROBE = """
+import contextlib, importlib, io, pkgutil, runpy, sys
+kind, name = sys.argv[1:3]
+with contextlib.redirect_stdout(io.StringIO()):
+    if kind == "help":
+        sys.argv = [name, "--help"]
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(name, run_name="__main__")
+    else:
+        module = importlib.import_module(name)
+        if kind == "package":
+            for found in pkgutil.walk_packages(module.__path__, name + "."):
+                importlib.import_module(found.name)
+print(*sys.modules)
+"""
+
+
+def imported(kind: str, name: str, folder: Path = ROOT) -> set[str]:
+    """The modules that a new process holds after it has imported `name` or shown its help."""
+    command = [sys.executable, "-c", PROBE, kind, name]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return set(process.stdout.split())
+
+
+def module_names(file: Path) -> set[str]:
+    """All modules that a file imports anywhere, inside functions too; relative ones with their leading dots."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def reaches(names: Iterable[str], *packages: str) -> set[str]:
+    """Those of `names` that lie in one of `packages`."""
+    return {name for name in names if any(name == p or name.startswith(p + ".") for p in packages)}
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def tracked() -> list[str]:
+    try:
+        command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("not a git checkout")
+    return [name for name in listed.split("\0") if name]
+
+
+# --- Who imports whom
+
+
+@pytest.mark.parametrize(("kind", "name"), [("module", "compare"), ("package", "common"), ("module", "backends")])
+def test_no_framework_is_imported_before_it_is_asked_for(kind: str, name: str) -> None:
+    modules = imported(kind, name)
+    assert name in modules
+    assert not reaches(modules, *FRAMEWORKS)
+
+
+def test_every_module_of_common_was_among_them() -> None:
+    expected = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sources(ROOT / "common")}
+    expected = {name.removesuffix(".__init__") for name in expected}
+    assert expected <= imported("package", "common")
+
+
+def test_help_imports_nothing_that_is_slow() -> None:
+    modules = imported("help", "compare.py")
+    assert "argparse" in modules
+    assert not reaches(modules, *FRAMEWORKS, "rich", "matplotlib", "numpy", "scipy", "sklearn", "PIL", "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "foreign"),
+    [
+        ("backends.torch_backend.backend", ("torch",), ("jax", "jaxlib", "flax", "optax")),
+        ("backends.flax_backend.backend", ("jax", "flax", "optax"), ("torch", "torchvision")),
+    ],
+    ids=["torch", "flax"],
+)
+def test_a_backend_imports_its_own_framework_and_not_the_others(
+    name: str, own: tuple[str, ...], foreign: tuple[str, ...]
+) -> None:
+    modules = imported("module", name)
+    assert set(own) <= modules
+    assert not reaches(modules, *foreign)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [("import torch\n", True), ("from torch import nn\n", True), ("def late():\n    import torch\n", False)],
+    ids=["import", "from", "inside a function"],
+)
+@pytest.mark.parametrize("kind", ["module", "package", "help"])
+def test_the_proof_fails_where_a_framework_is_imported(tmp_path: Path, kind: str, source: str, found: bool) -> None:
+    """On a made package, with a made `torch`: what is imported inside a function is not imported yet."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    (tmp_path / "torch" / "nn.py").write_text("")
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "__init__.py").write_text(source if kind == "module" else "")
+    (tmp_path / "house" / "cellar.py").write_text(source)
+    name = "house/cellar.py" if kind == "help" else "house"
+    assert bool(reaches(imported(kind, name, tmp_path), *FRAMEWORKS)) == found
+    # The walk over the source finds both.
+    assert reaches(module_names(tmp_path / "house" / "cellar.py"), "torch")
+
+
+def test_the_walk_over_the_source_sees_every_way_to_import(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("import a.b as c\nfrom backends import flax_backend\nfrom .. import d\nfrom ..e import f\n")
+    assert module_names(file) == {"a.b", "backends", "backends.flax_backend", "..", "...d", "..e", "..e.f"}
+    assert reaches(module_names(file), "backends.flax_backend") == {"backends.flax_backend"}
+    assert not reaches({"torchlike", "flaxen.a"}, "torch", "flax")
+
+
+@pytest.mark.parametrize("file", sources(ROOT / "common"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_common_imports_no_backend_and_no_framework_but_torchvision_to_fetch_cifar10(file: Path) -> None:
+    names = module_names(file)
+    assert not reaches(names, "backends", "compare", "torch", "jax", "jaxlib", "flax", "optax")
+    assert not any(name.startswith("..") for name in names), "imports are absolute"
+    if file.name != "data.py":
+        assert not reaches(names, "torchvision")
+
+
+@pytest.mark.parametrize(("folder", "other"), [FOLDERS, FOLDERS[::-1]], ids=FOLDERS)
+def test_the_two_backends_never_import_each_other_nor_each_others_framework(folder: str, other: str) -> None:
+    foreign = {"torch_backend": ("jax", "jaxlib", "flax", "optax"), "flax_backend": ("torch", "torchvision")}[folder]
+    for file in sources(ROOT / "backends" / folder):
+        names = module_names(file)
+        assert not reaches(names, f"backends.{other}", "compare", *foreign), file
+        assert not any(name.startswith("..") for name in names), "imports are absolute"
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "compare.py", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    # Measured: 0.09 on two cores. NumPy alone would add 0.1, PyTorch 1.5. The best of three: a busy machine is no fault.
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+# --- The mirrors
+
+
+def public(body: Iterable[ast.stmt]) -> list[str]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def methods(source: str, name: str) -> list[str]:
+    [found] = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name]
+    return [node.name for node in found.body if isinstance(node, ast.FunctionDef)]
+
+
+def in_both(one: list[str], other: list[str]) -> tuple[list[str], list[str]]:
+    """What stands in both lists, in the order of each."""
+    return [name for name in one if name in other], [name for name in other if name in one]
+
+
+def sections(source: str) -> list[str]:
+    return [line.strip() for line in source.splitlines() if line.strip().startswith("# --- ")]
+
+
+def mirrored(file: str) -> tuple[str, str]:
+    one, other = ((ROOT / "backends" / folder / file).read_text(encoding="utf-8") for folder in FOLDERS)
+    return one, other
+
+
+def test_the_two_backend_folders_hold_the_same_files() -> None:
+    one, other = ({f.name for f in sources(ROOT / "backends" / folder)} for folder in FOLDERS)
+    assert one == other
+    assert set(FILES) <= one
+
+
+@pytest.mark.parametrize("file", sorted({file.name for file in sources(ROOT / "backends" / FOLDERS[0])}))
+def test_what_both_mirrors_define_stands_in_the_same_order(file: str) -> None:
+    one, other = in_both(*(public(ast.parse(source).body) for source in mirrored(file)))
+    assert one == other
+    assert one or file == "__init__.py", "mirrors with nothing in common"
+
+
+def test_the_methods_and_sections_of_both_backends_stand_in_the_same_order() -> None:
+    torch, flax = mirrored("backend.py")
+    one, other = in_both(methods(torch, "TorchBackend"), methods(flax, "FlaxBackend"))
+    assert one == other
+    protocol = methods((ROOT / "common" / "protocol.py").read_text(encoding="utf-8"), "Backend")
+    assert {"__init__", *protocol} <= set(one)
+    own = {"In and out of PyTorch's layout": "In and out of JAX's layout"}
+    assert [own.get(s.removeprefix("# --- "), s.removeprefix("# --- ")) for s in sections(torch)] == [
+        s.removeprefix("# --- ") for s in sections(flax)
+    ]
+
+
+def test_the_comparison_of_orders_sees_two_functions_that_changed_places() -> None:
+    source = "def a(): ...\ndef _hidden(): ...\nclass B: ...\ndef c(): ...\n"
+    swapped = "class B: ...\ndef a(): ...\ndef only_here(): ...\ndef c(): ...\n"
+    one, other = in_both(*(public(ast.parse(text).body) for text in (source, swapped)))
+    assert (one, other) == (["a", "B", "c"], ["B", "a", "c"])
+
+
+# --- The top level
+
+
+def test_nothing_stands_at_the_top_level_but_what_belongs_there() -> None:
+    top = {name.partition("/")[0] for name in tracked()}
+    assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
+    assert {"pyproject.toml", "LICENSE", "backends", "common", "tests", "compare.py"} <= top
