@@ -3,6 +3,7 @@
     python compare.py                        both backends, the quick recipe
     python compare.py --backend torch        one backend; compared with the other's record, if there is one
     python compare.py --recipe tutorial      the whole run of PyTorch's tutorial
+    python compare.py grid                   every combination of the optimizer's options, 200 float64 steps each
 
 Exit status: 0 the runs agree, or a single one finished with nothing to compare it with; 1 they do not agree; 2 the
 request cannot be carried out.
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = parse(arguments)
-        return run(options, arguments)
+        return {"run": run, "grid": grid}[options.command](options, arguments)
     except LockstepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run", choices=["run"], help="what to do (default: run)")
+    parser.add_argument("command", nargs="?", default="run", choices=["run", "grid"], help="what to do (default: run)")
     parser.add_argument("--backend", default="both", choices=["both", *BACKENDS], help="which to train")
     lines = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     parser.add_argument("--recipe", default="quick", choices=list(RECIPES), metavar="NAME", help=lines)
@@ -154,6 +155,45 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     terminal.verdict(report)
     terminal.line(f"Report, pictures and records: {folder}")
     return 1 if report["verdict"] == "disagree" else 0
+
+
+def grid(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Both backends through every legal combination of the optimizer's options."""
+    from common import data, machine
+    from common import grid as options_grid
+    from common.report import Terminal, write_json
+
+    terminal = Terminal(quiet=options.quiet)
+    dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    folder = options.out or Path("results/grid")
+    check_writable(folder)
+
+    def build(name: str, config: Config) -> Any:
+        return backends.load(name)(config, len(dataset.classes), "float64", options.device, options.compile)
+
+    configs = list(options_grid.combinations(options.steps or options_grid.STEPS))
+    rows = []
+    with terminal.progress("combinations", len(configs)) as advance:
+        for config in configs:
+            rows.append(options_grid.measure(config, dataset, build))
+            advance(1, rows[-1]["last_loss"])
+    report = {
+        "schema": 1,
+        "command": ["compare.py", *arguments],
+        "data": {"name": dataset.name, "digest": dataset.digest},
+        "environment": machine.describe(),
+        "steps": configs[0].steps,
+        "bound": options_grid.GRID_BOUND,
+        "rows": rows,
+    }
+    write_json(report, folder)
+    columns, lines = options_grid.table(rows)
+    terminal.table(columns, lines)
+    agree = all(row["agrees"] for row in rows)
+    terminal.line(
+        f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}. Report: {folder}/report.json"
+    )
+    return 0 if agree else 1
 
 
 def train_one(

@@ -307,6 +307,8 @@ def _load_npz(path: Path) -> Dataset:
         if arrays["classes"].dtype.kind != "U" or arrays["classes"].ndim != 1 or len(arrays["classes"]) < 2:
             raise DataError(f"{shown}: classes must be a one-dimensional array of two or more strings")
         classes = tuple(arrays["classes"].tolist())
+        if len(set(classes)) < len(classes):
+            raise DataError(f"{shown}: two classes have the same name: give each a name of its own")
     else:
         classes = tuple(str(label) for label in range(max(2, min(largest + 1, MAX_CLASSES))))
     if largest >= len(classes) or min(int(y.min()) for y in labels.values()) < 0:

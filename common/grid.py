@@ -15,7 +15,7 @@ from common.protocol import Backend, Snapshot
 from common.weights import initial_weights
 
 STEPS = 200
-GRID_BOUND = 1e-12  # nats; measured over the whole grid: see results/grid/grid.json
+GRID_BOUND = 1e-12  # nats; measured over the whole grid: see results/grid/report.json
 
 
 def combinations(steps: int = STEPS) -> Iterator[Config]:
@@ -71,3 +71,14 @@ def measure(config: Config, dataset: Dataset, build: Callable[[str, Config], Bac
         "parameter_gap": parameter_gap,
         "agrees": bool(loss_gap <= GRID_BOUND),
     }
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The worst gaps per schedule: column names (`>` for numbers) and lines."""
+    lines = []
+    for kind in SCHEDULES:
+        group = [row for row in rows if row["schedule"] == kind]
+        broken = sum(not row["agrees"] for row in group)
+        gaps = [max(row[key] or 0.0 for row in group) for key in ("loss_gap", "parameter_gap", "lr_gap")]
+        lines.append((kind, str(len(group)), *(f"{gap:.1e}" for gap in gaps), "ok" if broken == 0 else f"NO: {broken}"))
+    return ("schedule", "combinations>", "loss gap>", "parameter gap>", "lr gap>", "ok"), lines

@@ -119,7 +119,7 @@ def check_comparable(first: Record, second: Record) -> None:
             )
     for record in (first, second):
         lengths = {len(record.loss), len(record.gradient_norm), len(record.lr)}
-        if record.steps == 0 or lengths != {record.config["steps"]}:
+        if record.steps == 0 or lengths != {record.config["steps"]} or not (record.weights and record.opening):
             raise RecordError(f"the {record.backend} record holds no whole run: run {record.backend} again")
 
 
@@ -236,8 +236,8 @@ def _bound(dtype: str, drift: float | None, scale: float) -> float:
 
 
 def _tensor_gap(one: np.ndarray | None, other: np.ndarray | None) -> tuple[float, tuple[float, float] | None]:
-    """The largest absolute difference and the values there; infinite for missing tensors and other shapes."""
-    if one is None or other is None or one.shape != other.shape:
+    """The largest absolute difference and the values there; infinite for missing tensors, other shapes or dtypes."""
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
         return math.inf, None
     return _largest(np.ravel(one).astype(np.float64), np.ravel(other).astype(np.float64))
 
@@ -336,7 +336,7 @@ def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
     if rung.tensor != rung.stage:
         message += f"{rung.tensor}: "
     if rung.values:
-        message += " ".join(f"{name}={value:.6g}" for name, value in zip(names, values, strict=True)) + ", "
+        message += " ".join(f"{name}={text}" for name, text in zip(names, _tell_apart(*values), strict=True)) + ", "
     return {
         "step": rung.step,
         "stage": rung.stage,
@@ -346,6 +346,15 @@ def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
         **{name: _finite(value) for name, value in zip(names, values, strict=True)},
         "message": message + f"gap {gap:.1e} > {rung.bound:.1e}",
     }
+
+
+def _tell_apart(one: float, other: float) -> tuple[str, str]:
+    """Both values, in as few digits as show a difference."""
+    for digits in range(5, 18):
+        texts = f"{one:.{digits}g}", f"{other:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def _row(rung: Rung) -> dict[str, Any]:

@@ -353,16 +353,19 @@ def test_a_bfloat16_buffer_goes_through_a_scan() -> None:
 CUT, REST, BATCH = 5, 7, 2  # 5 steps, the snapshot, 7 more; 5 is in the middle of a plateau's window of 2
 JOURNEYS = {
     "plain": Config(lr=0.05),
-    "dampening": plain(dampening=0.3, weight_decay=0.01),
-    "nesterov-maximize": plain(nesterov=True, maximize=True, schedule=Schedule("step", period=5, gamma=0.5)),
-    "multistep": plain(schedule=Schedule("multistep", milestones=(3, 5, 7), gamma=0.5)),
+    "step-nesterov-maximize": Config(
+        lr=0.001, momentum=0.9, nesterov=True, maximize=True, schedule=Schedule("step", period=5, gamma=0.5)
+    ),
+    "multistep-dampening": plain(
+        dampening=0.3, weight_decay=0.01, schedule=Schedule("multistep", milestones=(3, 5, 7), gamma=0.5)
+    ),
     "exponential": plain(schedule=Schedule("exponential", gamma=0.9)),
     "cosine": plain(schedule=Schedule("cosine", period=CUT + REST, min_lr=0.001)),
     "plateau": plain(
         schedule=Schedule("plateau", window=2, patience=0, gamma=0.5, threshold=1e-3, cooldown=1, min_lr=0.001)
     ),
 }
-# measured over the journeys: JOURNEY; the smallest of what is forgotten below: FORGOTTEN
+# measured over the journeys: 5.6e-16; the smallest of what is forgotten below: 2.6e-02
 JOURNEY_BOUND, JOURNEY_FAULT = 1e-12, 1e-9
 
 
@@ -397,7 +400,6 @@ def test_a_snapshot_goes_on_in_the_other_backend(journey: str, build: Callable) 
     assert (through["torch"].schedule["lr"] < config.lr) == (config.schedule.kind != "constant")
     for name, other in (("torch", "flax"), ("flax", "torch")):
         crossed = train(backends[other], halfway[name], range(CUT, CUT + REST))
-        print("MEASURED", journey, largest_gap(straight[name], crossed), largest_gap(straight[name], through[name]))
         assert largest_gap(straight[name], crossed) <= JOURNEY_BOUND
         assert largest_gap(straight[name], through[name]) <= JOURNEY_BOUND
         # controls: a snapshot that lost something
@@ -411,5 +413,4 @@ def test_a_snapshot_goes_on_in_the_other_backend(journey: str, build: Callable) 
             forgotten.append(halfway[name]._replace(schedule={"lr": config.lr}, step=CUT - 1))
         for snapshot in forgotten:
             arrived = train(backends["torch"], snapshot, range(CUT, CUT + REST))._replace(step=CUT + REST)
-            print("FORGOT", largest_gap(straight[name], arrived))
             assert largest_gap(straight[name], arrived) > JOURNEY_FAULT

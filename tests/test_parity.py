@@ -15,7 +15,7 @@ import pytest
 
 from common.config import DTYPES, Config
 from common.errors import RecordError
-from common.parity import STAGES, class_accuracy, compare, stretches
+from common.parity import STAGES, Rung, class_accuracy, compare, stretches
 from common.protocol import Arrays
 from common.record import Record
 from common.weights import numpy_dtype, twin_weights
@@ -89,7 +89,7 @@ def judge(dtype: str, torch: Record | None = None, flax: Record | None = None, t
     """The lens that a family gives with some members put in another's place; it must survive strict JSON."""
     runs, kin = family(dtype)
     runs |= {name: record for name, record in (("torch", torch), ("flax", flax)) if record is not None}
-    lens = compare(runs, kin if twins is None else twins, LABELS)
+    lens = compare(runs, {**(kin if twins is None else twins)}, LABELS)
     assert json.loads(json.dumps(lens, allow_nan=False)) == lens
     return lens
 
@@ -294,6 +294,13 @@ def test_a_record_agrees_with_itself_bit_by_bit(dtype: str) -> None:
 # --- Not finite
 
 
+@pytest.mark.parametrize("bound", [0.0, 1.0, math.inf, math.nan])
+@pytest.mark.parametrize("gap", [math.nan, math.inf])
+def test_no_bound_is_wide_enough_for_a_gap_that_is_not_finite(gap: float, bound: float) -> None:
+    assert not Rung(0, "loss", "loss", gap, bound).agrees
+    assert Rung(0, "loss", "loss", 0.5, 1.0).agrees
+
+
 @lenses
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["one side", "both sides", "all runs and twins"])
@@ -404,7 +411,7 @@ def test_a_tensor_that_the_twins_lack_is_held_to_no_gap_at_all(dtype: str) -> No
 def test_missing_or_surplus_predictions_never_agree(dtype: str, count: int, both: bool) -> None:
     predictions = np.resize(make("flax", dtype).predictions, count)
     runs = {name: make(name, dtype, predictions=predictions) for name in (("torch", "flax") if both else ("flax",))}
-    lens = judge(dtype, **runs)
+    lens = judge(dtype, runs.get("torch"), runs["flax"])
     assert place(lens) == (STEPS, "evaluate", "predictions")
     assert lens["accuracy"]["flax"] == np.sum(predictions[:50] == LABELS[:count]) / 50
 
@@ -484,7 +491,7 @@ def test_a_run_of_no_steps_or_cut_short_is_refused(dtype: str, backends: Sequenc
     runs = {name: cut(make(name, dtype)) for name in backends}
     twins = {name: [cut(make(name, dtype, 1))] for name in backends if dtype != "float64"}
     with pytest.raises(RecordError, match=r"^the torch record holds no whole run: run torch again$"):
-        compare(runs, twins, LABELS)
+        compare(runs, {**twins}, LABELS)
 
 
 @pytest.mark.parametrize("series", ["lr", "gradient_norm"])

@@ -94,10 +94,6 @@ def test_the_comparison_of_records_that_this_file_uses_sees_one_bit() -> None:
         assert not same(make(), other)
 
 
-def test_writing_the_same_record_twice_writes_the_same_bytes(tmp_path: Path) -> None:
-    assert write(make(), tmp_path).read_bytes() == content()
-
-
 # The first 8 bytes are the header's length, then comes the header, then the arrays: all of them are drawn.
 @settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(position=st.integers(0, len(content()) - 1), change=st.integers(1, 255))

@@ -163,7 +163,7 @@ def test_help_answers_in_under_half_a_second() -> None:
         subprocess.run([sys.executable, "compare.py", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
-    # Measured: 0.09 on two cores. NumPy alone would add 0.1, PyTorch 1.5. The best of three: a busy machine is no fault.
+    # Measured: 0.09 on two cores; PyTorch alone would add 2. The best of three, for the machine may be busy.
     assert min(seconds() for _ in range(3)) < 0.5
 
 

@@ -274,7 +274,7 @@ def test_a_record_says_what_was_run_on_what(observer: SilentObserver) -> None:
     ("log_every", "lines"),
     [
         # 5 batches to an epoch, the loss of step n is n.
-        (1, ["[1,     1] loss: 1.000", "[1,     2] loss: 2.000"]),
+        (1, [f"[{1 + step // 5},     {1 + step % 5}] loss: {step + 1}.000" for step in range(10)]),
         (2, ["[1,     2] loss: 1.500", "[1,     4] loss: 3.500", "[2,     2] loss: 6.500", "[2,     4] loss: 8.500"]),
         (3, ["[1,     3] loss: 2.000", "[2,     3] loss: 7.000"]),
         (5, ["[1,     5] loss: 3.000", "[2,     5] loss: 8.000"]),
@@ -286,7 +286,7 @@ def test_a_log_line_is_the_mean_loss_since_the_last_one_or_the_start_of_the_epoc
     observer: SilentObserver, log_every: int, lines: list[str]
 ) -> None:
     run(Config(epochs=2, batch_size=4), 20, observer, log_every=log_every)
-    assert observer.lines[:2] == lines[:2] if log_every == 1 else observer.lines == lines
+    assert observer.lines == lines
     assert observer.steps == 10
 
 
@@ -342,7 +342,7 @@ def pair(digits: Dataset, build: Callable) -> dict[str, Record]:
 
 def test_thirty_steps_in_float64_are_the_same_in_both_frameworks(pair: dict[str, Record], digits: Dataset) -> None:
     gap = np.max(np.abs(pair["torch"].loss - pair["flax"].loss))
-    assert gap <= 1e-12  # measured: GAP; the control below, one label in 1437, GAP_CONTROL
+    assert gap <= 1e-12  # measured: 8.9e-16; one label of 1437 changed, as below: 1.3e-02
     lens = parity.compare(pair, {}, digits.test_labels)
     assert lens["verdict"] == "agree", lens["first_divergence"]
     assert lens["predictions_equal"] == 360

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationEx
 def make_schedule(config: Config) -> optax.Schedule:
     """The learning rate as a function of the steps done."""
     lr = config.lr
-    schedule: Any = config.schedule  # resolved, so that no option is None
+    schedule = cast(Any, config.schedule)  # resolved, so that no option is None
     match schedule.kind:
         case "step":
             # not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period instead, and
@@ -44,8 +44,7 @@ def make_schedule(config: Config) -> optax.Schedule:
             decay = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
             rate = lambda count: decay(count // schedule.period)  # noqa: E731
         case "multistep":
-            scales: dict[int, float] = dict.fromkeys(schedule.milestones, schedule.gamma)
-            rate = optax.piecewise_constant_schedule(lr, scales)
+            rate = optax.piecewise_constant_schedule(lr, dict.fromkeys(schedule.milestones, float(schedule.gamma)))
         case "exponential":
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "cosine":
@@ -95,7 +94,7 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
     optax applies a reduction to the very update whose loss caused it, PyTorch to the one after; optax reduces at
     `patience` windows without improvement, PyTorch at the one after.
     """
-    schedule: Any = config.schedule
+    schedule = cast(Any, config.schedule)
     plateau = optax.contrib.reduce_on_plateau(
         factor=schedule.gamma,
         patience=schedule.patience + 1,

@@ -117,10 +117,11 @@ class TorchBackend:
     def _fused_step(self, state: State, images: Tensor, labels: Tensor) -> tuple[State, Metrics]:
         """`_step` with forward pass, backward pass and update in one compiled program."""
         model, optimizer, scheduler, step = state
-        parameters = dict(model.named_parameters())
+        # detached, they share the model's memory, and autograd records nothing beside `grad_and_value`
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         buffers = list(export_momentum(model, optimizer).values())
-        if self.config.momentum != 0 and not buffers:
-            return self._step(state, images, labels)  # the first step makes the buffers
+        if step == 0 or (self.config.momentum != 0 and not buffers):
+            return self._step(state, images, labels)  # it makes the buffers; and schedulers insist on one SGD.step
         lr = torch.tensor(scheduler.lr, dtype=torch.float64)  # as a number, each new lr would be compiled anew
         loss, gradient_norm = self._compiled_step(model, parameters, buffers, lr, images, labels)
         metrics = Metrics(loss, gradient_norm, scheduler.lr)

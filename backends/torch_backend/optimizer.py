@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
@@ -34,7 +34,7 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
 
 def make_schedule(config: Config, optimizer: SGD) -> Any:
     """The scheduler that sets `lr` in the optimizer; each of its steps follows one optimizer step (or window)."""
-    schedule: Any = config.schedule  # resolved, so that no option is None
+    schedule = cast(Any, config.schedule)  # resolved, so that no option is None
     match schedule.kind:
         case "constant":
             return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -7,7 +7,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from common.config import BACKENDS
@@ -161,12 +161,20 @@ class Terminal:
 
     def _stretches(self, rows: list[dict[str, Any]]) -> None:
         table = self._table("over the run", "steps", "gap>", "twins' drift>", "bound>", "ok")
-        for row in rows:
+        for row in merge(rows):
             last = max(row["start"], row["stop"] - 1)
             steps = f"{row['start']:,}" + (f" to {last:,}" if last > row["start"] else "")
             cells = [cut(self._safe(row["quantity"]), 18, self._ellipsis), steps, number(row["gap"])]
             self._row(table, *cells, number(row["drift"], "-"), number(row["bound"], "none"), _mark(row["agrees"]))
         self._show(table)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table of its own; a column is aligned to the right where its name ends in `>`."""
+        table = self._table(*columns)
+        for row in rows:
+            self._row(table, *(self._safe(cell) for cell in row))
+        if not self.quiet:
+            self._show(table)
 
     def _accuracy(self, lens: dict[str, Any], classes: list[str]) -> None:
         names = _backends(lens)
@@ -250,6 +258,18 @@ class Terminal:
         finally:
             if self._bar is not None:
                 self._bar.start()
+
+
+def merge(stretches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring stretches of one quantity that read alike as one: a constant learning rate needs one row."""
+    merged: list[dict[str, Any]] = []
+    for row in stretches:
+        alike = merged and all(merged[-1][key] == row[key] for key in ("quantity", "gap", "drift", "bound", "agrees"))
+        if alike and merged[-1]["stop"] == row["start"]:
+            merged[-1] = merged[-1] | {"stop": row["stop"]}
+        else:
+            merged.append(row)
+    return merged
 
 
 def condense(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], bool]]:

@@ -1,0 +1,336 @@
+"""The command line end to end: verdicts, exit statuses, broken ports, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import compare
+from common import data, record
+from common.data import Dataset
+from tests import broken
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHORT = ["--data", "TINTED", "--steps", "24", "--batch-size", "4", "--lr", "0.01", "--momentum", "0.9", "--quiet"]
+
+
+def lockstep(*arguments: str | Path) -> int:
+    try:
+        return compare.main([os.environ["TINTED"] if a == "TINTED" else str(a) for a in arguments])
+    except SystemExit as error:  # argparse
+        assert isinstance(error.code, int)
+        return error.code
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+# --- Verdicts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tinted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits in colour, since on grey ones BGR is RGB; the command lines of this file call them `TINTED`."""
+    digits = data.load("digits")
+    images = {"x_train": digits.train_images, "x_test": digits.test_images}
+    images = {name: (array * [1.0, 0.7, 0.4]).astype(np.uint8) for name, array in images.items()}
+    path = tmp_path_factory.mktemp("tinted") / "tinted.npz"
+    np.savez(path, allow_pickle=False, y_train=digits.train_labels, y_test=digits.test_labels, **images)
+    os.environ["TINTED"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(tinted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """A run of both backends through both lenses."""
+    folder = tmp_path_factory.mktemp("both")
+    return lockstep(*SHORT, "--out", folder), folder
+
+
+def test_two_correct_ports_agree_in_both_lenses(both: tuple[int, Path]) -> None:
+    status, folder = both
+    report = report_of(folder)
+    assert (status, report["verdict"]) == (0, "agree")
+    assert [(lens["dtype"], lens["verdict"]) for lens in report["lenses"]] == [
+        ("float64", "agree"),
+        ("float32", "agree"),
+    ]
+    proof = report["lenses"][0]
+    assert proof["max_abs_loss_gap"] <= 1e-13  # 9e-16 measured over 500 steps of CIFAR-10
+    assert proof["predictions_equal"] == proof["predictions_total"] == 360
+    assert proof["per_class_accuracy"]["torch"] == proof["per_class_accuracy"]["flax"]
+
+
+def test_a_run_leaves_its_report_pictures_and_records(both: tuple[int, Path]) -> None:
+    names = {path.name for path in both[1].iterdir()}
+    pictures = {"samples.png", "predictions.png", "losses.png", "classes.png"}
+    records = {f"{backend}-float64.safetensors" for backend in ("torch", "flax")}
+    for twin in ("", "-twin1", "-twin2"):
+        records |= {f"{backend}-float32{twin}.safetensors" for backend in ("torch", "flax")}
+    assert names == {"report.json"} | pictures | records
+
+
+def test_the_report_follows_its_contract(both: tuple[int, Path]) -> None:
+    report = report_of(both[1])
+    assert report["schema"] == 1
+    assert {"verdict", "command", "config", "environment", "data", "lenses"} <= report.keys()
+    lens = {
+        "dtype", "steps", "verdict", "max_abs_loss_gap", "bound", "first_divergence", "final_loss", "accuracy",
+        "per_class_accuracy", "predictions_equal", "predictions_total", "steps_per_second",
+    }  # fmt: skip
+    assert all(lens <= found.keys() for found in report["lenses"])
+
+
+def test_one_backend_after_the_other_gives_the_verdict_of_both(both: tuple[int, Path], tmp_path: Path) -> None:
+    assert lockstep(*SHORT, "--out", tmp_path, "--backend", "torch") == 0
+    assert report_of(tmp_path)["verdict"] == "single"
+    assert lockstep(*SHORT, "--out", tmp_path, "--backend", "flax") == 0
+    one_by_one, together = report_of(tmp_path), report_of(both[1])
+    assert one_by_one["verdict"] == together["verdict"] == "agree"
+    for lens, expected in zip(one_by_one["lenses"], together["lenses"], strict=True):
+        for key in ("verdict", "max_abs_loss_gap", "ladder", "stretches", "predictions_equal", "accuracy"):
+            assert lens[key] == expected[key], key
+
+
+def test_a_record_of_another_lr_is_not_compared(
+    both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(both[1] / "torch-float64.safetensors", tmp_path)
+    loud = [option for option in SHORT if option != "--quiet"]
+    options = [*loud, "--dtype", "float64", "--out", tmp_path, "--backend", "flax"]
+    assert lockstep(*options, "--lr", "0.02") == 0
+    assert report_of(tmp_path)["verdict"] == "single"
+    assert "Not compared" in capsys.readouterr().out
+    assert lockstep(*options) == 0  # the control: with its own lr it is
+    assert report_of(tmp_path)["verdict"] == "agree"
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_damaged_record_is_refused_before_training(
+    both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "torch-float64.safetensors"
+    path.write_bytes(damage((both[1] / path.name).read_bytes()))
+    assert lockstep(*SHORT, "--dtype", "float64", "--out", tmp_path, "--backend", "flax") == 2
+    assert_one_line(capsys, "delete it")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+# --- Broken ports: (what is broken, further options, step, stage, tensor)
+
+PORTS = [
+    pytest.param(broken.bgr, [], 0, "data", "images", id="bgr"),
+    pytest.param(broken.other_shuffle, [], 0, "data", "images", id="other-shuffle"),
+    pytest.param(broken.wrong_labels, [], 0, "data", "labels", id="labels-from-one"),
+    pytest.param(broken.own_weights, [], 0, "weights", "fc2.kernel", id="own-weights"),
+    pytest.param(broken.flatten_order, [], 0, "forward", "logits", id="flatten-order"),
+    pytest.param(broken.same_padding, [], 0, "forward", "logits", id="same-padding"),
+    pytest.param(broken.float32_inside, [], 0, "forward", "logits", id="float32-inside"),
+    pytest.param(broken.sum_for_mean, [], 0, "loss", "loss", id="sum-for-mean"),
+    pytest.param(broken.stopped_gradient, [], 0, "backward", "fc3.bias", id="stopped-gradient"),
+    pytest.param(broken.momentum_089, [], 1, "update", None, id="momentum-0.89"),
+    pytest.param(
+        broken.dampening_on_the_first_step, ["--dampening", "0.5"], 0, "update", None, id="dampening-on-first-step"
+    ),
+    pytest.param(
+        broken.decoupled_weight_decay, ["--weight-decay", "0.01"], 0, "update", None, id="decoupled-weight-decay"
+    ),
+    pytest.param(
+        broken.schedule_off_by_one, ["--schedule", "exponential"], 0, "update", None, id="schedule-off-by-one"
+    ),
+    pytest.param(broken.last_batch_not_evaluated, [], 24, "evaluate", None, id="last-batch-not-evaluated"),
+    pytest.param(broken.classes_swapped, [], 24, "evaluate", "predictions", id="classes-swapped"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "options", "step", "stage", "tensor"), PORTS)
+def test_a_broken_port_disagrees_and_its_rung_is_named(
+    both: tuple[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tinted: Path,
+    breaks: broken.Break,
+    options: list[str],
+    step: int,
+    stage: str,
+    tensor: str | None,
+) -> None:
+    proof = [*SHORT, "--dtype", "float64", "--out", tmp_path, *options]
+    if options:
+        assert lockstep(*proof, "--backend", "torch") == 0
+    else:
+        shutil.copy(both[1] / "torch-float64.safetensors", tmp_path)
+    breaks(monkeypatch, data.load(str(tinted)))
+    assert lockstep(*proof, "--backend", "flax") == 1
+    divergence = report_of(tmp_path)["lenses"][0]["first_divergence"]
+    assert (divergence["step"], divergence["stage"]) == (step, stage)
+    assert tensor is None or divergence["tensor"] == tensor
+    assert divergence["gap"] is None or divergence["gap"] > divergence["bound"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The two runs disagree." in said
+    assert f"{stage}: step {step}:" in said
+
+
+@pytest.mark.parametrize(
+    ("breaks", "stage"),
+    [
+        pytest.param(broken.flatten_order, "forward", id="flatten-order"),
+        pytest.param(broken.momentum_089, "update", id="momentum-0.89"),
+        pytest.param(broken.classes_swapped, "evaluate", id="classes-swapped"),
+    ],
+)
+def test_a_broken_port_disagrees_in_the_production_lens_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Dataset, breaks: broken.Break, stage: str
+) -> None:
+    options = [*SHORT, "--dtype", "float32", "--twins", "1", "--steps", "100", "--out", tmp_path]
+    assert lockstep(*options, "--backend", "torch") == 0
+    breaks(monkeypatch, digits)
+    assert lockstep(*options, "--backend", "flax") == 1
+    assert report_of(tmp_path)["lenses"][0]["first_divergence"]["stage"] == stage
+
+
+# --- Wrong input
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """One line on standard error, no traceback, and the words that name the remedy."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: "), error
+    assert error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        pytest.param(["--dtype", "float16"], "float64", id="unknown-dtype"),
+        pytest.param(["--backend", "keras"], "torch", id="unknown-backend"),
+        pytest.param(["--recipe", "nothing"], "tutorial", id="unknown-recipe"),
+        pytest.param(["--frobnicate"], "--help", id="unknown-option"),
+        pytest.param(["sleep"], "run", id="unknown-command"),
+        pytest.param(["--lr", "fast"], "--lr", id="lr-not-a-number"),
+        pytest.param(["--lr", "-1"], "--lr", id="negative-lr"),
+        pytest.param(["--lr", "nan"], "--lr", id="lr-nan"),
+        pytest.param(["--schedule", "sawtooth"], "cosine", id="unknown-schedule"),
+        pytest.param(["--schedule", "step:speed=1"], "period", id="unknown-schedule-option"),
+        pytest.param(["--nesterov", "--momentum", "0"], "--momentum", id="nesterov-without-momentum"),
+        pytest.param(["--nesterov", "--dampening", "0.5"], "--dampening", id="nesterov-with-dampening"),
+        pytest.param(["--batch-size", "1438"], "1437", id="batch-larger-than-data"),
+        pytest.param(["--steps", "0"], "--steps", id="zero-steps"),
+        pytest.param(["--epochs", "0"], "--epochs", id="zero-epochs"),
+        pytest.param(["--twins", "0", "--dtype", "float32"], "--twins", id="no-twins"),
+        pytest.param(["--device", "cuda", "--backend", "torch"], "--device cpu", id="no-cuda-in-torch"),
+        pytest.param(["--device", "cuda", "--backend", "flax"], "--device cpu", id="no-cuda-in-jax"),
+        pytest.param(["--data", "/no/such/place"], "cifar10", id="no-such-data"),
+        pytest.param(["--out", "/proc/nothing"], "--out", id="unwritable-out"),
+    ],
+)
+def test_wrong_options_give_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], word: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("jax.devices", only_cpu)
+    assert lockstep(*SHORT, "--out", tmp_path, *options) == 2
+    assert_one_line(capsys, word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def only_cpu(*_: str) -> list:
+    import jax
+
+    return jax.local_devices(backend="cpu")
+
+
+def bad_npz(folder: Path, digits: Dataset, **changes: np.ndarray | None) -> Path:
+    arrays = {"x_train": digits.train_images[:40], "y_train": digits.train_labels[:40]}
+    arrays |= {"x_test": digits.test_images[:20], "y_test": digits.test_labels[:20]}
+    kept = {name: array for name, array in (arrays | changes).items() if array is not None}
+    np.savez(folder / "data.npz", allow_pickle=False, **kept)
+    return folder / "data.npz"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        pytest.param({"y_train": None}, "y_train", id="missing-array"),
+        pytest.param({"x_train": np.zeros((40, 8, 8), np.uint8)}, "x_train", id="wrong-shape"),
+        pytest.param({"y_train": np.full(40, -1)}, "y_train", id="negative-label"),
+    ],
+)
+def test_a_bad_archive_gives_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], digits: Dataset, changes: dict, word: str
+) -> None:
+    path = bad_npz(tmp_path, digits, **changes)
+    assert lockstep(*SHORT, "--data", path, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys, word)
+
+
+def test_an_empty_folder_gives_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    assert lockstep(*SHORT, "--data", tmp_path / "pictures", "--out", tmp_path / "out") == 2
+    assert_one_line(capsys)
+
+
+def test_an_altered_cifar10_file_gives_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / data.CIFAR10_FOLDER).mkdir()
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (tmp_path / data.CIFAR10_FOLDER / name).write_bytes(b"not a batch")
+    (tmp_path / data.CIFAR10_FOLDER / "batches.meta").write_bytes(b"not the names")
+    assert lockstep(*SHORT, "--data", "cifar10", "--data-dir", tmp_path, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys)
+
+
+def test_a_folder_of_pictures_with_odd_names_is_trained_on(tmp_path: Path, digits: Dataset) -> None:
+    names = ["<script>alert(1)</script>".replace("/", "_"), "\x1b[31mred", "$x_1$"]
+    for label, name in enumerate(names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, image in enumerate(digits.train_images[digits.train_labels == label][:10]):
+            Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
+    options = ["--data", tmp_path / "data", "--steps", "4", "--dtype", "float64", "--out", tmp_path / "out"]
+    result = subprocess.run(
+        [sys.executable, "compare.py", "--backend", "flax", "--batch-size", "4", *map(str, options)],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\x1b" not in result.stdout
+    assert sorted(report_of(tmp_path / "out")["data"]["classes"]) == sorted(names)
+
+
+def test_the_grid_command_compares_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common import grid
+
+    few = [config for i, config in enumerate(grid.combinations(40)) if i in (0, 58, 119)]
+    monkeypatch.setattr(grid, "combinations", lambda steps: few)
+    assert lockstep("grid", "--data", "digits", "--quiet", "--out", tmp_path) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert len(rows) == 3
+    assert max(row["loss_gap"] for row in rows) <= 1e-14  # 9e-16 measured
+    monkeypatch.setattr(grid, "combinations", lambda steps: [config for config in few if config.momentum][:1])
+    broken.momentum_089(monkeypatch, data.load("digits"))
+    assert lockstep("grid", "--data", "digits", "--quiet", "--out", tmp_path) == 1
+
+
+def test_the_grid_holds_every_legal_combination() -> None:
+    from common import grid
+
+    configs = list(grid.combinations())
+    assert len(configs) == len(set(configs)) == 120  # 5 of momentum, dampening, nesterov; 2 x 2; 6 schedules
+
+
+def test_records_of_a_run_can_be_read(both: tuple[int, Path]) -> None:
+    for path in both[1].glob("*.safetensors"):
+        assert record.read(path).steps == 24
