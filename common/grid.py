@@ -78,6 +78,8 @@ def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, 
     lines = []
     for kind in SCHEDULES:
         group = [row for row in rows if row["schedule"] == kind]
+        if not group:
+            continue
         broken = sum(not row["agrees"] for row in group)
         gaps = [max(row[key] or 0.0 for row in group) for key in ("loss_gap", "parameter_gap", "lr_gap")]
         lines.append((kind, str(len(group)), *(f"{gap:.1e}" for gap in gaps), "ok" if broken == 0 else f"NO: {broken}"))

@@ -32,6 +32,7 @@ PROOF_BOUND = 1e-12
 # float32 and bfloat16.
 DRIFT_FACTOR = 8.0
 FLOOR_ULP = 16.0
+FLIP_SHARE = 0.01  # of a gradient: what one rectifier that rounding turned the other way may change
 IMAGES_FLOOR = 5  # predictions that may differ where no twin's does
 
 
@@ -46,7 +47,8 @@ class Rung:
     bound: float
     drift: float | None = None  # the largest difference between a run and one of its twins
     values: tuple[float, float] | None = None  # both sides, where the gap is largest
-    stop: int | None = None  # for a stretch of steps: one past its last
+    start: int | None = None  # for a stretch of steps: its first ...
+    stop: int | None = None  # ... and one past its last
 
     @property
     def agrees(self) -> bool:
@@ -149,35 +151,41 @@ def _opening(first: Record, second: Record, kin: list[tuple[Record, Record]]) ->
             continue
         drift = max((_tensor_gap(a.opening.get(key), b.opening.get(key))[0] for a, b in kin), default=None)
         scale = max(_magnitude(one), _magnitude(other))
-        rungs.append(Rung(int(step), stage, tensor, gap, _bound(first.dtype, drift, scale), drift, values))
+        bound = _bound(first.dtype, drift, scale, _gradient_scale(first, key))
+        rungs.append(Rung(int(step), stage, tensor, gap, bound, drift, values))
     return sorted(rungs, key=lambda r: (r.step, STAGES.index(r.stage)))
 
 
 def _trajectory(first: Record, second: Record, kin: list[tuple[Record, Record]]) -> list[Rung]:
     """Learning rate, loss and gradient norm of every step, in growing stretches, as the drift grows by magnitudes.
 
-    A stretch may use the drift of the stretches before it: a drift that has grown once can shrink by chance only.
+    Rounding stays small until one rectifier or one pooling window decides otherwise, and then explodes, in one pair of
+    runs sooner than in another. So a stretch may use the drift of the stretch after it, and of all those before.
     """
     rungs = []
     for quantity, stage in (("lr", "update"), ("loss", "loss"), ("gradient_norm", "backward")):
         one, other = getattr(first, quantity), getattr(second, quantity)
-        drift = 0.0 if kin else None
-        for start, stop in stretches(first.steps):
-            span = slice(start, stop)
-            if drift is not None:
-                kin_gaps = [_gaps(getattr(a, quantity)[span], getattr(b, quantity)[span]) for a, b in kin]
+        spans = [slice(start, stop) for start, stop in stretches(first.steps)]
+        for span, following in zip(spans, [*spans[1:], spans[-1]], strict=True):
+            drift = None
+            if kin:
+                kin_gaps = [_gaps(getattr(a, quantity), getattr(b, quantity))[: following.stop] for a, b in kin]
                 # Twins that are not finite explain nothing; what is not finite itself fails at its own step.
-                drift = max([drift] + [float(np.max(g, where=np.isfinite(g), initial=0.0)) for g in kin_gaps])
+                drift = max(float(np.max(gaps, where=np.isfinite(gaps), initial=0.0)) for gaps in kin_gaps)
             scale = max(_magnitude(one[span]), _magnitude(other[span]))
             if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
                 bound = PROOF_BOUND * scale + DRIFT_FACTOR * (drift or 0.0)
             else:
-                bound = _bound(first.dtype, drift, max(1.0, scale))
+                bound = _bound(first.dtype, drift, max(1.0, scale), scale if stage == "backward" else 0.0)
             gaps = _gaps(one[span], other[span])
             outside = np.flatnonzero(gaps > bound)
             place = int(outside[0]) if len(outside) else int(np.argmax(gaps))
             values = (float(one[span][place]), float(other[span][place]))
-            rungs.append(Rung(start + place, stage, quantity, float(gaps.max()), bound, drift, values, stop))
+            rungs.append(
+                Rung(
+                    span.start + place, stage, quantity, float(gaps.max()), bound, drift, values, span.start, span.stop
+                )
+            )
     return rungs
 
 
@@ -215,24 +223,34 @@ def _evaluation(
 
 
 def stretches(steps: int) -> list[tuple[int, int]]:
-    """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs."""
-    edges = [0]
-    while edges[-1] < steps:
-        exponent, odd = divmod(len(edges) - 1, 2)
-        edges.append(min(steps, (3 if odd else 1) * 10**exponent))
+    """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs; what is left over belongs to the last whole one."""
+    edges = [0, 1]
+    while (edge := (1, 3)[len(edges) % 2 == 0] * 10 ** ((len(edges) - 1) // 2)) <= steps:
+        edges.append(edge)
+    edges = [*edges[:-1], steps] if steps > 1 else edges
     return list(itertools.pairwise(edges))
 
 
 # --- Gaps and bounds
 
 
-def _bound(dtype: str, drift: float | None, scale: float) -> float:
-    """How far two correct programs may be apart, in something of magnitude `scale`."""
+def _bound(dtype: str, drift: float | None, scale: float, gradient_scale: float = 0.0) -> float:
+    """How far two correct programs may be apart, in something of magnitude `scale`, of which gradients made a part."""
     if dtype == "float64" or drift is None:
         return PROOF_BOUND * scale
     if not math.isfinite(drift):
         return 0.0  # twins that are not finite explain nothing
-    return DRIFT_FACTOR * drift + FLOOR_ULP * float(ml_dtypes.finfo(dtype).eps) * scale
+    return DRIFT_FACTOR * drift + FLOOR_ULP * float(ml_dtypes.finfo(dtype).eps) * scale + FLIP_SHARE * gradient_scale
+
+
+def _gradient_scale(record: Record, key: str) -> float:
+    """The magnitude of what gradients have contributed to a tensor of the opening."""
+    _, stage, tensor = key.split("/", 2)
+    array = record.opening.get(key)
+    start = record.weights.get(tensor)
+    if stage == "update" and array is not None and start is not None and array.shape == start.shape:
+        return _magnitude(array.astype(np.float64) - start.astype(np.float64))
+    return _magnitude(array) if stage in ("backward", "update") else 0.0
 
 
 def _tensor_gap(one: np.ndarray | None, other: np.ndarray | None) -> tuple[float, tuple[float, float] | None]:
@@ -330,13 +348,15 @@ def _rule(dtype: str, kin: list[tuple[Record, Record]]) -> dict[str, Any]:
 
 
 def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
-    values = rung.values or (None, None)
+    values: tuple[float | None, float | None] = rung.values or (None, None)
     gap = rung.gap if rung.values is None else _scalar_gap(*rung.values)  # that step's; the rung's is its stretch's
     message = f"{rung.stage}: step {rung.step}: "
     if rung.tensor != rung.stage:
         message += f"{rung.tensor}: "
     if rung.values:
-        message += " ".join(f"{name}={text}" for name, text in zip(names, _tell_apart(*values), strict=True)) + ", "
+        message += (
+            " ".join(f"{name}={text}" for name, text in zip(names, _tell_apart(*rung.values), strict=True)) + ", "
+        )
     return {
         "step": rung.step,
         "stage": rung.stage,
@@ -350,7 +370,7 @@ def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
 
 def _tell_apart(one: float, other: float) -> tuple[str, str]:
     """Both values, in as few digits as show a difference."""
-    for digits in range(5, 18):
+    for digits in range(6, 18):
         texts = f"{one:.{digits}g}", f"{other:.{digits}g}"
         if texts[0] != texts[1]:
             break
@@ -363,8 +383,7 @@ def _row(rung: Rung) -> dict[str, Any]:
 
 
 def _stretch(rung: Rung) -> dict[str, Any]:
-    starts = {stop: start for start, stop in stretches(rung.stop or 1)}
-    place = {"quantity": rung.tensor, "start": starts[rung.stop or 1], "stop": rung.stop}
+    place = {"quantity": rung.tensor, "start": rung.start, "stop": rung.stop}
     measured = {"gap": _finite(rung.gap), "drift": _finite(rung.drift), "bound": _finite(rung.bound)}
     return place | measured | {"agrees": rung.agrees}
 

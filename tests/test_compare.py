@@ -149,7 +149,7 @@ PORTS = [
         broken.schedule_off_by_one, ["--schedule", "exponential"], 0, "update", None, id="schedule-off-by-one"
     ),
     pytest.param(broken.last_batch_not_evaluated, [], 24, "evaluate", None, id="last-batch-not-evaluated"),
-    pytest.param(broken.classes_swapped, [], 24, "evaluate", "predictions", id="classes-swapped"),
+    pytest.param(broken.classes_moved, [], 24, "evaluate", "predictions", id="classes-moved"),
 ]
 
 
@@ -187,7 +187,7 @@ def test_a_broken_port_disagrees_and_its_rung_is_named(
     [
         pytest.param(broken.flatten_order, "forward", id="flatten-order"),
         pytest.param(broken.momentum_089, "update", id="momentum-0.89"),
-        pytest.param(broken.classes_swapped, "evaluate", id="classes-swapped"),
+        pytest.param(broken.classes_moved, "evaluate", id="classes-moved"),
     ],
 )
 def test_a_broken_port_disagrees_in_the_production_lens_too(
@@ -266,7 +266,7 @@ def bad_npz(folder: Path, digits: Dataset, **changes: np.ndarray | None) -> Path
     [
         pytest.param({"y_train": None}, "y_train", id="missing-array"),
         pytest.param({"x_train": np.zeros((40, 8, 8), np.uint8)}, "x_train", id="wrong-shape"),
-        pytest.param({"y_train": np.full(40, -1)}, "y_train", id="negative-label"),
+        pytest.param({"y_train": np.full(40, -1)}, "labels", id="negative-label"),
     ],
 )
 def test_a_bad_archive_gives_one_line_and_status_2(
