@@ -167,16 +167,19 @@ def _trajectory(first: Record, second: Record, kin: list[tuple[Record, Record]])
         one, other = getattr(first, quantity), getattr(second, quantity)
         spans = [slice(start, stop) for start, stop in stretches(first.steps)]
         for span, following in zip(spans, [*spans[1:], spans[-1]], strict=True):
-            drift = None
+            drift = allowed = None
             if kin:
-                kin_gaps = [_gaps(getattr(a, quantity), getattr(b, quantity))[: following.stop] for a, b in kin]
+                kin_gaps = [_gaps(getattr(a, quantity), getattr(b, quantity)) for a, b in kin]
                 # Twins that are not finite explain nothing; what is not finite itself fails at its own step.
-                drift = max(float(np.max(gaps, where=np.isfinite(gaps), initial=0.0)) for gaps in kin_gaps)
+                kin_gaps = [np.where(np.isfinite(gaps), gaps, 0.0) for gaps in kin_gaps]
+                drift = max(float(gaps[: span.stop].max()) for gaps in kin_gaps)
+                allowed = max(float(gaps[: following.stop].max()) for gaps in kin_gaps)
             scale = max(_magnitude(one[span]), _magnitude(other[span]))
             if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
-                bound = PROOF_BOUND * scale + DRIFT_FACTOR * (drift or 0.0)
+                bound = PROOF_BOUND * scale + DRIFT_FACTOR * (allowed or 0.0)
             else:
-                bound = _bound(first.dtype, drift, max(1.0, scale), scale if stage == "backward" else 0.0)
+                by_gradients = scale if quantity == "gradient_norm" else _loss_per_step(first, span.stop)
+                bound = _bound(first.dtype, allowed, max(1.0, scale), by_gradients)
             gaps = _gaps(one[span], other[span])
             outside = np.flatnonzero(gaps > bound)
             place = int(outside[0]) if len(outside) else int(np.argmax(gaps))
@@ -241,6 +244,13 @@ def _bound(dtype: str, drift: float | None, scale: float, gradient_scale: float 
     if not math.isfinite(drift):
         return 0.0  # twins that are not finite explain nothing
     return DRIFT_FACTOR * drift + FLOOR_ULP * float(ml_dtypes.finfo(dtype).eps) * scale + FLIP_SHARE * gradient_scale
+
+
+def _loss_per_step(record: Record, stop: int) -> float:
+    """How much one step's gradient may move the loss, to first order: lr g^2, and again while momentum keeps it."""
+    kept = 1 / (1 - min(record.config["momentum"], 0.99))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _magnitude(kept * record.lr[:stop] * record.gradient_norm[:stop] ** 2)
 
 
 def _gradient_scale(record: Record, key: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -95,7 +95,8 @@ class TorchBackend:
         optimizer.zero_grad()
         loss = cross_entropy(model(images), labels)
         loss.backward()
-        metrics = Metrics(loss.detach(), global_norm(parameter.grad for parameter in model.parameters()), scheduler.lr)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
         optimizer.step()
         scheduler.step(loss)
         return State(model, optimizer, scheduler, step + 1), metrics
@@ -224,7 +225,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(upcast(logits), labels)
 
 
-def global_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+def global_norm(gradients: Sequence[Tensor | None]) -> Tensor:
     """The Euclidean norm of all gradients together; in float32 at least."""
     return get_total_norm([upcast(gradient) for gradient in gradients if gradient is not None])
 
