@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except LockstepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the records that were finished are kept", file=sys.stderr)
+        return 130
 
 
 # --- Parse
