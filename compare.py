@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import backends
 from common.config import BACKENDS, DTYPES, RECIPES, SCHEDULES, Config, Recipe, Schedule
-from common.errors import LockstepError, RecordError
+from common.errors import BackendError, ConfigError, LockstepError, RecordError
 
 Runs = dict[str, dict[str, Any]]  # by dtype, then by backend
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(arguments)
         return {"run": run, "grid": grid}[options.command](options, arguments)
     except LockstepError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the records that were finished are kept", file=sys.stderr)
@@ -45,8 +46,13 @@ class Parser(argparse.ArgumentParser):
     """One line for a wrong option, in place of argparse's usage and line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"error: {printable(message)}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def printable(text: object) -> str:
+    """One line that cannot command the terminal, whatever a file or an option was called."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -113,14 +119,16 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     given = {name: value for name, value in given.items() if value is not None}
     if options.schedule is not None:
         given["schedule"] = Schedule.parse(options.schedule)
-    if options.epochs is not None and options.steps is None:
+    if options.epochs is not None and options.steps is not None:
+        raise ConfigError("--epochs and --steps both say how long the run is: give one of them")
+    if options.epochs is not None:
         given["steps"] = None  # --epochs alone overrides a recipe's number of steps
     twins = recipe.twins if options.twins is None else options.twins
     dtypes = recipe.dtypes if options.dtype is None else (options.dtype,)
     if twins < 0 or (twins == 0 and dtypes != ("float64",)):
-        raise LockstepError("--twins must be 1 or more: without twins nothing says how far rounding may take two runs")
+        raise ConfigError("--twins must be 1 or more: without twins nothing says how far rounding may take two runs")
     if options.log_every < 0:
-        raise LockstepError("--log-every must be 0 or more")
+        raise ConfigError("--log-every must be 0 or more")
     return dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, **given), dtypes=dtypes, twins=twins)
 
 
@@ -131,25 +139,33 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Train, compare, report."""
     recipe = recipe_of(options)  # before anything slow: a wrong option is answered at once
 
-    from common import data
+    from common import data, record
     from common.report import Terminal, write_json, write_pictures
 
     terminal = Terminal(quiet=options.quiet)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     config = recipe.config.resolve(len(dataset.train_images))
+    names = BACKENDS if options.backend == "both" else (options.backend,)
+    device = choose_device(options, config, dataset, names, terminal)
     folder = options.out or Path("results/runs") / f"{options.recipe}-{config.fingerprint(dataset.digest)}"
     check_writable(folder)
 
-    names = BACKENDS if options.backend == "both" else (options.backend,)
     runs: Runs = {dtype: {} for dtype in recipe.dtypes}
     twins: Runs = {dtype: {} for dtype in recipe.dtypes}
-    if options.backend != "both":
-        other = next(name for name in BACKENDS if name != options.backend)
-        for dtype in recipe.dtypes:  # before training: a damaged record is reported at once
-            find_record(folder, other, dtype, config, dataset, terminal, runs, twins)
+    for dtype in recipe.dtypes:  # before training: a damaged record is reported at once
+        for name in BACKENDS:
+            if name not in names:
+                family = find_records(folder, name, dtype, config, dataset, terminal)
+                if family:
+                    runs[dtype][name], twins[dtype][name] = family[0], family[1:]
     for dtype in recipe.dtypes:
         for name in names:
-            train_one(name, dtype, recipe.twins, config, dataset, options, folder, terminal, runs, twins)
+            made = []
+            for result in train(name, dtype, recipe.twins, config, dataset, device, options, terminal):
+                record.write(result, folder)
+                made.append(result)
+            runs[dtype][name], twins[dtype][name] = made[0], made[1:]
+        runs[dtype] = {name: runs[dtype][name] for name in BACKENDS if name in runs[dtype]}  # torch first
 
     report = make_report(options.recipe, config, dataset, arguments, runs, twins)
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
@@ -160,21 +176,103 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     return 1 if report["verdict"] == "disagree" else 0
 
 
+def choose_device(options: argparse.Namespace, config: Config, dataset: Any, names: Any, terminal: Any) -> str:
+    """The device for all of `names`: "auto" means the GPU only if each of them finds it."""
+    found = {
+        name: backends.load(name)(config, len(dataset.classes), "float32", options.device, "off").device
+        for name in names
+    }
+    if len(set(found.values())) > 1:
+        terminal.line(f"Not all find a GPU ({', '.join(f'{n}: {d}' for n, d in found.items())}): both use the CPU")
+        return "cpu"
+    return next(iter(found.values()))
+
+
+def train(
+    name: str,
+    dtype: str,
+    number_of_twins: int,
+    config: Config,
+    dataset: Any,
+    device: str,
+    options: argparse.Namespace,
+    terminal: Any,
+) -> Iterator[Any]:
+    """The record of one backend through one lens, then, in a production lens, those of its twins."""
+    from common import train
+
+    backend = backends.load(name)(config, len(dataset.classes), dtype, device, options.compile)
+    for twin in [None] if dtype == "float64" else [None, *range(1, number_of_twins + 1)]:
+        title = f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
+        log_every = options.log_every if twin is None else 0
+        terminal.line(f"Training {title}: {config.total_steps:,} steps on {backend.device}")
+        try:
+            with terminal.progress(title, config.total_steps) as advance:
+                observer = TerminalObserver(terminal.line, advance)
+                yield train.train(backend, config, dataset, dtype, observer, twin, log_every)
+        except (RuntimeError, MemoryError) as error:  # of a compiler, a driver, or the memory: they all come as these
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            remedy = "try --compile off, --device cpu or a smaller --batch-size"
+            raise BackendError(f"{name} cannot train here ({type(error).__name__}: {reason}): {remedy}") from error
+
+
+class TerminalObserver:
+    """Passes what the training loop tells on to the terminal."""
+
+    def __init__(self, line: Any, advance: Any) -> None:
+        self.line, self.advance = line, advance
+
+
+def find_records(folder: Path, name: str, dtype: str, config: Config, dataset: Any, terminal: Any) -> list[Any]:
+    """The other backend's record of this run, followed by those of its twins; empty if there is none.
+
+    Raises:
+        RecordError: if a record is damaged, stale, or not what its name says.
+    """
+    from common import machine, record, train
+
+    stem = record.file_stem(name, dtype)
+    main = folder / f"{stem}.safetensors"
+    if not main.exists():
+        return []
+    family = []
+    for path in [main, *sorted(folder.glob(f"{stem}-twin*.safetensors"))]:
+        found = record.read(path)
+        if found.stem != path.stem or (found.backend, found.dtype) != (name, dtype):
+            raise RecordError(f"the record {path} is not what its name says: delete it and run {name} again")
+        mine = train.describe(config, dataset) | {"name": found.data.get("name")}  # the same data may lie elsewhere
+        if found.config != config.to_json() or found.data != mine:
+            if found.twin is None:
+                terminal.line(f"Not compared: {path} is of a run with another configuration or other data")
+                return []
+            continue  # a twin that an earlier run left here
+        if found.source != machine.source(name):
+            raise RecordError(f"the record {path} is stale, the code has changed since: run --backend {name} again")
+        family.append(found)
+    return family
+
+
 def grid(options: argparse.Namespace, arguments: list[str]) -> int:
     """Both backends through every legal combination of the optimizer's options."""
+    used = {"command", "data", "data_dir", "steps", "device", "compile", "out", "quiet"}
+    given = [name for name, value in vars(options).items() if value != vars(parse(["grid"]))[name] and name not in used]
+    if given:
+        raise ConfigError(f"grid takes no --{given[0].replace('_', '-')}: it goes through all combinations itself")
+
     from common import data, machine
     from common import grid as options_grid
     from common.report import Terminal, write_json
 
+    configs = list(options_grid.combinations(options_grid.STEPS if options.steps is None else options.steps))
     terminal = Terminal(quiet=options.quiet)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    device = choose_device(options, configs[0], dataset, BACKENDS, terminal)
     folder = options.out or Path("results/grid")
     check_writable(folder)
 
     def build(name: str, config: Config) -> Any:
-        return backends.load(name)(config, len(dataset.classes), "float64", options.device, options.compile)
+        return backends.load(name)(config, len(dataset.classes), "float64", device, options.compile)
 
-    configs = list(options_grid.combinations(options.steps or options_grid.STEPS))
     rows = []
     with terminal.progress("combinations", len(configs)) as advance:
         for config in configs:
@@ -190,70 +288,12 @@ def grid(options: argparse.Namespace, arguments: list[str]) -> int:
         "rows": rows,
     }
     write_json(report, folder)
-    columns, lines = options_grid.table(rows)
-    terminal.table(columns, lines)
+    terminal.table(*options_grid.table(rows))
     agree = all(row["agrees"] for row in rows)
     terminal.line(
         f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}. Report: {folder}/report.json"
     )
     return 0 if agree else 1
-
-
-def train_one(
-    name: str,
-    dtype: str,
-    number_of_twins: int,
-    config: Config,
-    dataset: Any,
-    options: argparse.Namespace,
-    folder: Path,
-    terminal: Any,
-    runs: Runs,
-    twins: Runs,
-) -> None:
-    """One backend through one lens, and its twins in a production lens; records are kept as they are made."""
-    from common import record, train
-
-    backend = backends.load(name)(config, len(dataset.classes), dtype, options.device, options.compile)
-    members = [None] if dtype == "float64" else [None, *range(1, number_of_twins + 1)]
-    made = []
-    for twin in members:
-        title = f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
-        log_every = options.log_every if twin is None else 0
-        terminal.line(f"Training {title}: {config.total_steps:,} steps on {backend.device}")
-        with terminal.progress(title, config.total_steps) as advance:
-            observer = Observer(terminal.line, advance)
-            made.append(train.train(backend, config, dataset, dtype, observer, twin, log_every))
-        record.write(made[-1], folder)
-    runs[dtype][name], twins[dtype][name] = made[0], made[1:]
-    runs[dtype] = {known: runs[dtype][known] for known in BACKENDS if known in runs[dtype]}  # torch first
-
-
-class Observer:
-    """Passes what the training loop tells on to the terminal."""
-
-    def __init__(self, line: Any, advance: Any) -> None:
-        self.line, self.advance = line, advance
-
-
-def find_record(
-    folder: Path, name: str, dtype: str, config: Config, dataset: Any, terminal: Any, runs: Runs, twins: Runs
-) -> None:
-    """Put the other backend's record beside this run, if there is one of the same run."""
-    from common import record, train
-
-    path = folder / f"{record.file_stem(name, dtype)}.safetensors"
-    if not path.exists():
-        return
-    found = record.read(path)
-    if found.config != config.to_json() or found.data != train.describe(config, dataset):
-        terminal.line(f"Not compared: {path} is of a run with another configuration or other data")
-        return
-    runs[dtype][name], twins[dtype][name] = found, []
-    for twin_path in sorted(folder.glob(f"{record.file_stem(name, dtype)}-twin*.safetensors")):
-        twin = record.read(twin_path)
-        if twin.config == found.config and twin.data == found.data:
-            twins[dtype][name].append(twin)
 
 
 def make_report(
@@ -267,7 +307,7 @@ def make_report(
     environment = {name: r.environment for by_backend in runs.values() for name, r in by_backend.items()}
     return {
         "schema": 1,
-        "verdict": next(v for v in ("disagree", "single", "agree") if v in verdicts),
+        "verdict": next(v for v in ("disagree", "agree", "single") if v in verdicts),
         "command": ["compare.py", *arguments],
         "recipe": recipe,
         "config": config.to_json(),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from common.errors import ConfigError
 
 BACKENDS = ("torch", "flax")
+MAX_COUNT = 2**31 - 1  # optax counts steps in int32
+MAX_NUMBER = 1e30  # so that no option overflows in float32
 DTYPES = ("float64", "float32", "bfloat16")
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
@@ -55,10 +56,13 @@ class Schedule:
                 known = ", ".join(SCHEDULES[self.kind]) or "none"
                 raise ConfigError(f"schedule {self.kind!r} has no option {field!r}; its options: {known}")
         for field in ("period", "window"):
-            _require(getattr(self, field) is None or getattr(self, field) >= 1, f"schedule: {field} must be 1 or more")
+            value = getattr(self, field)
+            _require(
+                value is None or 1 <= value <= MAX_COUNT, f"schedule: {field} must be 1 or more, at most {MAX_COUNT}"
+            )
         for field in ("patience", "cooldown", "min_lr"):
             value = getattr(self, field)
-            _require(value is None or 0 <= value < math.inf, f"schedule: {field} must be 0 or more")
+            _require(value is None or 0 <= value < MAX_COUNT, f"schedule: {field} must be 0 or more, below {MAX_COUNT}")
         _require(self.threshold is None or 0 < self.threshold < 1, "schedule: threshold must lie between 0 and 1")
         _require(self.gamma is None or 0 < self.gamma <= 1, "schedule: gamma must be above 0 and at most 1")
         _require(
@@ -66,8 +70,9 @@ class Schedule:
         )
         stones = self.milestones
         if stones is not None:
-            rising = list(stones) == sorted(set(stones))
-            _require(bool(stones) and rising and stones[0] >= 1, "schedule: milestones must rise from 1, as in 100+200")
+            rising = bool(stones) and list(stones) == sorted(set(stones))
+            within = rising and stones[0] >= 1 and stones[-1] <= MAX_COUNT
+            _require(within, f"schedule: milestones must rise from 1 to at most {MAX_COUNT}, as in 100+200")
 
     def options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"}
@@ -142,13 +147,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.model == "net", f"unknown model {self.model!r}: choose net")
-        _require(self.epochs >= 1, "--epochs must be 1 or more")
-        _require(self.steps is None or self.steps >= 1, "--steps must be 1 or more: a run of no steps shows nothing")
+        _require(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
+        _require(
+            self.steps is None or 1 <= self.steps <= MAX_COUNT,
+            f"--steps must be 1 or more, at most {MAX_COUNT}: a run of no steps shows nothing",
+        )
         _require(self.batch_size >= 1, "--batch-size must be 1 or more")
-        _require(0 <= self.lr < math.inf, "--lr must be a number, 0 or more")
-        _require(0 <= self.momentum < math.inf, "--momentum must be a number, 0 or more")
-        _require(-math.inf < self.dampening < math.inf, "--dampening must be a number")
-        _require(0 <= self.weight_decay < math.inf, "--weight-decay must be a number, 0 or more")
+        for field, least in (("lr", 0), ("momentum", 0), ("dampening", -MAX_NUMBER), ("weight_decay", 0)):
+            within = least <= getattr(self, field) <= MAX_NUMBER
+            _require(within, f"--{field.replace('_', '-')} must be a number between {least:g} and {MAX_NUMBER:g}")
         _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
         if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
             raise ConfigError(
@@ -173,6 +180,8 @@ class Config:
         steps = self.epochs * self.batches_per_epoch(images)
         if self.steps is not None:
             steps = self.steps
+        if steps > MAX_COUNT:
+            raise ConfigError(f"{steps} steps are more than {MAX_COUNT}: choose fewer --epochs")
         epochs = -(-steps // self.batches_per_epoch(images))
         schedule = self.schedule.resolve(steps)
         if schedule.kind == "cosine" and schedule.period is not None and schedule.period < steps:

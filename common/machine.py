@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,6 +19,16 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _commit(),
     }
+
+
+def source(backend: str) -> str:
+    """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and what trains and feeds it."""
+    root = Path(__file__).resolve().parent.parent
+    shared = [root / "common" / f"{name}.py" for name in ("config", "data", "protocol", "train", "weights")]
+    digest = hashlib.sha256()
+    for path in [*shared, *sorted((root / "backends" / f"{backend}_backend").glob("*.py"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _processor() -> str:

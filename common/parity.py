@@ -22,9 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from common.errors import RecordError
+from common.protocol import STAGES
 from common.record import Record
-
-STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")
 
 # float64. Relative to the largest magnitude in the tensor; absolute for values below 1 along the trajectory. Measured:
 # 7e-15 in the loss over the tutorial's 37,500 steps, 1e-15 of the magnitude in the tensors of the first steps. To be
@@ -78,6 +77,8 @@ def compare(runs: dict[str, Record], twins: dict[str, Sequence[Record]], labels:
         check_twins(record, twins.get(record.backend, ()))
     records = list(runs.values())
     first, second = records[0], records[-1]  # the same, if there is one only
+    if any(record.backend != name or record.twin is not None for name, record in runs.items()):
+        raise RecordError("a record is not the run that it is taken for: run both backends again")
     check_comparable(first, second)
     report = _describe(runs, labels)
     if len(runs) == 1:
@@ -116,7 +117,7 @@ def check_comparable(first: Record, second: Record) -> None:
     pairs = {
         "precision": (first.dtype, second.dtype),
         "configuration": (first.config, second.config),
-        "data": (first.data, second.data),
+        "data": (_unnamed(first.data), _unnamed(second.data)),
         "number of steps": (first.steps, second.steps),
     }
     for what, (one, other) in pairs.items():
@@ -159,8 +160,15 @@ def _opening(first: Record, second: Record, kin: list[tuple[Record, Record]]) ->
             continue
         drift = max((_tensor_gap(a.opening.get(key), b.opening.get(key))[0] for a, b in kin), default=None)
         scale = max(_magnitude(one), _magnitude(other))
-        bound = _bound(first.dtype, drift, scale, _gradient_scale(first, key))
+        bound = _bound(first.dtype, drift, scale, **_tipped(first, second, int(step), stage, tensor))
         rungs.append(Rung(int(step), stage, tensor, gap, bound, drift, values))
+    for name in sorted(first.final | second.final):
+        one, other = first.final.get(name), second.final.get(name)
+        gap, values = _tensor_gap(one, other)
+        drift = max((_tensor_gap(a.final.get(name), b.final.get(name))[0] for a, b in kin), default=None)
+        scale = max(_magnitude(one), _magnitude(other))
+        bound = _bound(first.dtype, drift, scale, gradient=_difference(one, first.weights.get(name)))
+        rungs.append(Rung(first.steps - 1, "update", name, gap, bound, drift, values))
     return sorted(rungs, key=lambda r: (r.step, STAGES.index(r.stage)))
 
 
@@ -186,8 +194,9 @@ def _trajectory(first: Record, second: Record, kin: list[tuple[Record, Record]])
             if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
                 bound = PROOF_BOUND * scale + DRIFT_FACTOR * (allowed or 0.0)
             else:
-                by_gradients = scale if quantity == "gradient_norm" else _loss_per_step(first, span.stop)
-                bound = _bound(first.dtype, allowed, max(1.0, scale), by_gradients)
+                moved = min(_loss_per_step(record, span.stop - 1) for record in (first, second))
+                by_gradients = scale if quantity == "gradient_norm" else moved
+                bound = _bound(first.dtype, allowed, max(1.0, scale), gradient=by_gradients)
             gaps = _gaps(one[span], other[span])
             outside = np.flatnonzero(gaps > bound)
             place = int(outside[0]) if len(outside) else int(np.argmax(gaps))
@@ -205,7 +214,7 @@ def _evaluation(
     second: Record,
     kin: list[tuple[Record, Record]],
     labels: np.ndarray,
-    per_class: dict[str, dict[str, float]],
+    per_class: dict[str, dict[str, float | None]],
 ) -> list[Rung]:
     """Test loss, predictions, and the accuracy of each class."""
     steps = first.steps
@@ -226,10 +235,13 @@ def _evaluation(
     spread = [_class_gaps(a, b, labels, first.data["classes"]) for a, b in kin]
     drift = max((float(gaps.max()) for gaps in spread), default=None)
     counts = np.bincount(labels, minlength=len(one))
-    for (name, accuracy), count in zip(one.items(), counts, strict=True):
-        bound = 0.0 if drift is None else 2 * drift + IMAGES_FLOOR / max(1, int(count))
-        values = (accuracy, other[name])
-        rungs.append(Rung(steps, "evaluate", f"accuracy of {name}", abs(accuracy - other[name]), bound, drift, values))
+    for name, count in zip(one, counts, strict=True):
+        values = one[name], other[name]
+        if values[0] is None or values[1] is None:
+            continue  # a class without test images
+        gap = abs(values[0] - values[1])
+        bound = 0.0 if drift is None else 2 * drift + IMAGES_FLOOR / int(count)
+        rungs.append(Rung(steps, "evaluate", f"accuracy of {name}", gap, bound, drift, (values[0], values[1])))
     return rungs
 
 
@@ -245,36 +257,39 @@ def stretches(steps: int) -> list[tuple[int, int]]:
 # --- Gaps and bounds
 
 
-def _bound(dtype: str, drift: float | None, scale: float, gradient_scale: float = 0.0) -> float:
-    """How far two correct programs may be apart, in something of magnitude `scale`, of which gradients made a part."""
+def _bound(dtype: str, drift: float | None, scale: float, gradient: float = 0.0, known: float = 0.0) -> float:
+    """How far two correct programs may be apart, in something of magnitude `scale`.
+
+    In the production lenses, that part of it which is made of a `gradient` may hold a tipped rectifier, and `known` is
+    a gap that was already seen, and allowed, in what it is computed from.
+    """
     if dtype == "float64" or drift is None:
         return PROOF_BOUND * scale
     if not math.isfinite(drift):
         return 0.0  # twins that are not finite explain nothing
-    return (
-        DRIFT_FACTOR * drift
-        + FLOOR_ULP[dtype] * float(ml_dtypes.finfo(dtype).eps) * scale
-        + FLIP_SHARE * gradient_scale
-    )
+    floor = FLOOR_ULP[dtype] * float(ml_dtypes.finfo(dtype).eps) * scale
+    return DRIFT_FACTOR * drift + floor + FLIP_SHARE * gradient + known
 
 
-def _loss_per_step(record: Record, stop: int) -> float:
-    """How much one step's gradient may move the loss, to first order: lr g^2, and again while momentum keeps it."""
+def _tipped(first: Record, second: Record, step: int, stage: str, tensor: str) -> dict[str, float]:
+    """What a rectifier tipped by rounding may do to a tensor of the opening: arguments of `_bound`."""
+    if stage in ("forward", "loss"):
+        return {"gradient": min(_loss_per_step(record, step) for record in (first, second))}
+    if stage == "backward":
+        return {"gradient": _magnitude(first.opening.get(f"{step}/backward/{tensor}"))}
+    # An update may differ by what its gradients were seen to differ, and no more.
+    parameter = tensor.removeprefix("momentum of ")
+    keys = [f"{earlier}/backward/{parameter}" for earlier in range(step + 1)]
+    gaps = [_tensor_gap(first.opening.get(key), second.opening.get(key))[0] for key in keys]
+    factor = 1.0 if tensor != parameter else _magnitude(first.lr[: step + 1])
+    return {"known": 2 * factor * sum(gaps) if all(map(math.isfinite, gaps)) else 0.0}
+
+
+def _loss_per_step(record: Record, steps: int) -> float:
+    """How much one of the first `steps` updates may move the loss, to first order: lr g^2, kept on by momentum."""
     kept = 1 / (1 - min(record.config["momentum"], 0.99))
     with np.errstate(over="ignore", invalid="ignore"):
-        return _magnitude(kept * record.lr[:stop] * record.gradient_norm[:stop] ** 2)
-
-
-def _gradient_scale(record: Record, key: str) -> float:
-    """The magnitude of what gradients have contributed to a tensor of the opening."""
-    step, stage, tensor = key.split("/", 2)
-    array = record.opening.get(key)
-    start = record.weights.get(tensor)
-    if stage in ("forward", "loss"):
-        return _loss_per_step(record, int(step)) if int(step) > 0 else 0.0
-    if stage == "update" and array is not None and start is not None and array.shape == start.shape:
-        return _magnitude(array.astype(np.float64) - start.astype(np.float64))
-    return _magnitude(array) if stage in ("backward", "update") else 0.0
+        return _magnitude(kept * record.lr[:steps] * record.gradient_norm[:steps] ** 2)
 
 
 def _tensor_gap(one: np.ndarray | None, other: np.ndarray | None) -> tuple[float, tuple[float, float] | None]:
@@ -290,6 +305,12 @@ def _largest(one: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, fl
     gaps = _gaps(one, other)
     worst = int(np.argmax(gaps))
     return float(gaps[worst]), (float(one[worst]), float(other[worst]))
+
+
+def _difference(one: np.ndarray | None, other: np.ndarray | None) -> float:
+    """The largest absolute difference; 0 where there is none to take."""
+    gap, _ = _tensor_gap(one, other)
+    return gap if math.isfinite(gap) else 0.0
 
 
 def _scalar_gap(one: float, other: float) -> float:
@@ -316,19 +337,22 @@ def _equal(one: Record, other: Record) -> int:
     return int(np.sum(one.predictions[:shared] == other.predictions[:shared]))
 
 
-def class_accuracy(record: Record, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """Correct predictions over test images, per class; an image without prediction counts as wrong."""
+def class_accuracy(record: Record, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float | None]:
+    """Correct predictions over test images, per class; an image without prediction counts as wrong.
+
+    None for a class that has no test images.
+    """
     predictions = np.full(len(labels), -1, np.int64)
     shared = min(len(labels), len(record.predictions))
     predictions[:shared] = record.predictions[:shared]
     correct = np.bincount(labels[predictions == labels], minlength=len(classes))
     counts = np.bincount(labels, minlength=len(classes))
-    return {name: int(c) / max(1, int(n)) for name, c, n in zip(classes, correct, counts, strict=True)}
+    return {name: int(c) / int(n) if n else None for name, c, n in zip(classes, correct, counts, strict=True)}
 
 
 def _class_gaps(one: Record, other: Record, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     a, b = (class_accuracy(record, labels, classes) for record in (one, other))
-    return np.array([abs(a[name] - b[name]) for name in classes])
+    return np.array([abs((a[name] or 0.0) - (b[name] or 0.0)) for name in classes])
 
 
 # --- The report
@@ -423,7 +447,11 @@ def _finite(value: float | None) -> float | None:
 
 def _position(key: str) -> tuple[int, int, str]:
     step, stage, tensor = key.split("/", 2)
-    return int(step), STAGES.index(stage), tensor
+    return int(step), STAGES.index(stage), f"{not tensor.startswith('momentum')} {tensor}"  # the buffer moves first
+
+
+def _unnamed(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "name"}  # the same data may lie elsewhere
 
 
 def _first_difference(what: str, one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, Any]:

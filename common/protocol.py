@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 Arrays = dict[str, np.ndarray]  # canonical tensors by name
+STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")  # in the order a difference travels
 
 
 class Metrics(NamedTuple):
@@ -71,7 +72,10 @@ class Backend(Protocol):
         ...
 
     def train_steps(self, state: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Metrics]:
-        """As many steps as there are batches: images (steps, batch, 32, 32, 3), labels (steps, batch)."""
+        """As many steps as there are batches: images (steps, batch, 32, 32, 3), labels (steps, batch).
+
+        JAX runs them in one compiled program; PyTorch in a loop over a step that is compiled where `compile` says so.
+        """
         ...
 
     def evaluate(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
@@ -81,11 +85,11 @@ class Backend(Protocol):
     def probe(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Arrays:
         """What the next step would compute on this batch, tensor by tensor, without taking it.
 
-        Keys are `<stage>/<tensor>`: `data/images`, `data/labels` (as the framework received them), `forward/<layer>`,
-        `forward/logits`, `loss/loss`, `backward/<parameter>`.
+        Keys are `<stage>/<tensor>`: `data/images`, `data/labels` (as the framework received them), `forward/logits`,
+        `loss/loss`, `backward/<parameter>`.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Versions, device, threads and compiler settings, for the report."""
+        """Versions, device, and whether what trains is compiled, for the report."""
         ...

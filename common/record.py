@@ -30,6 +30,7 @@ class Record:
     config: dict[str, Any]  # Config.to_json() of the resolved run
     data: dict[str, Any]  # name, digest, order, sizes, classes
     environment: dict[str, Any]  # Backend.describe()
+    source: str  # machine.source(backend): the code that made it
     loss: np.ndarray  # float64 (steps,): mean cross entropy of each batch, nats
     gradient_norm: np.ndarray  # float64 (steps,)
     lr: np.ndarray  # float64 (steps,)

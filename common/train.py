@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from common import data
+from common import data, machine
 from common.config import Config
 from common.data import Dataset
 from common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
@@ -58,15 +58,11 @@ def train(
     for indices in chunks(config, len(dataset.train_images), bytes_per_image=3072 * numpy_dtype(dtype).itemsize):
         images = data.normalise(dataset.train_images[indices], numpy_dtype(dtype))
         labels = dataset.train_labels[indices]
-        if len(indices) > 1:
-            state, metrics = backend.train_steps(state, images, labels)
-        else:
-            if steps < OPENING_STEPS:
-                opening |= _named(steps, backend.probe(state, images[0], labels[0]))
-            state, single = backend.train_step(state, images[0], labels[0])
-            metrics = Metrics(*(np.array([float(value)]) for value in single))
-            if steps < OPENING_STEPS:
-                opening |= _named(steps, _updated(backend.export(state)))
+        if steps < OPENING_STEPS:
+            opening |= _named(steps, backend.probe(state, images[0], labels[0]))
+        state, metrics = backend.train_steps(state, images, labels)
+        if steps < OPENING_STEPS:
+            opening |= _named(steps, _updated(backend.export(state)))
         history.append(metrics)
         steps += len(indices)
         log.add(metrics.loss)
@@ -86,6 +82,7 @@ def train(
         config=config.to_json(),
         data=describe(config, dataset),
         environment=backend.describe(),
+        source=machine.source(backend.name),
         loss=loss,
         gradient_norm=gradient_norm,
         lr=lr,

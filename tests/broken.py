@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ def decoupled_weight_decay(patch: pytest.MonkeyPatch, dataset: Dataset) -> None:
     make = flax_optimizer.make_optimizer
 
     def decoupled(config: Any, dtype: Any) -> Any:
-        inner = make(flax_optimizer_config(config), dtype)
+        inner = make(dataclasses.replace(config, weight_decay=0.0), dtype)
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             updates, state = inner.update(updates, state, params, **extra)
@@ -95,12 +96,6 @@ def decoupled_weight_decay(patch: pytest.MonkeyPatch, dataset: Dataset) -> None:
         return optax.GradientTransformationExtraArgs(inner.init, update)
 
     patch.setattr(flax_backend, "make_optimizer", decoupled)
-
-
-def flax_optimizer_config(config: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, weight_decay=0.0)
 
 
 def bgr(patch: pytest.MonkeyPatch, dataset: Dataset) -> None:

@@ -192,7 +192,7 @@ def assemble(config: Config, order: tuple[str, ...] = LINKS, **links: Any) -> An
     """`make_optimizer`, with other links or in another order."""
     identity = optax.identity()
     parts = {
-        "precision": flax_side.upcast(),
+        "precision": flax_side.in_float32(),
         "maximize": optax.scale(-1.0) if config.maximize else identity,
         "weight_decay": optax.add_decayed_weights(config.weight_decay),
         "dampening": flax_side.dampen(config.dampening) if config.dampening else identity,

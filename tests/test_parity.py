@@ -66,6 +66,7 @@ def make(backend: str, dtype: str, twin: int | None = None, **changes: Any) -> R
         config=Config(steps=STEPS).resolve(160).to_json(),
         data={"name": "made", "digest": "d1", "order": "o1", "sizes": {"train": 160}, "classes": list(CLASSES)},
         environment={"device": "cpu"},
+        source="s1",
         loss=noisy(np.linspace(2.3, 1.1, STEPS), growth),
         gradient_norm=noisy(np.linspace(3.0, 1.0, STEPS), growth),
         lr=np.linspace(0.1, 0.05, STEPS),
@@ -552,9 +553,9 @@ def test_accuracy_is_counted_per_class_and_what_has_no_prediction_counts_as_wron
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
     record = make("torch", "float64", predictions=np.array([0, 0, 0, 1, 1, 0, 0]))
     classes = ("cat", "dog", "cow", "none of these")
-    assert class_accuracy(record, labels, classes) == {"cat": 0.75, "dog": 0.5, "cow": 0.0, "none of these": 0.0}
+    assert class_accuracy(record, labels, classes) == {"cat": 0.75, "dog": 0.5, "cow": 0.0, "none of these": None}
     record = make("torch", "float64", predictions=np.array([0, 0]))
-    assert class_accuracy(record, labels, classes) == {"cat": 0.5, "dog": 0.0, "cow": 0.0, "none of these": 0.0}
+    assert class_accuracy(record, labels, classes) == {"cat": 0.5, "dog": 0.0, "cow": 0.0, "none of these": None}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -34,6 +34,7 @@ def make(twin: int | None = None) -> Record:
         config={"lr": 0.1, "schedule": {"kind": "constant"}},
         data={"name": "猫\udce9", "digest": "d1", "classes": ["plane", "<b>"]},
         environment={"device": "cpu", "threads": 2},
+        source="s1",
         loss=np.array([2.3, math.nan, math.inf]),
         gradient_norm=np.array([1.0, -0.0, 5e-324]),
         lr=np.full(3, 0.1),

@@ -46,7 +46,7 @@ def record(backend: str, dtype: str, noise: float = 0.0, twin: int | None = None
     loss = np.linspace(2.3, 1.1, STEPS)
     loss = loss + noise * np.sin(np.arange(STEPS)) * np.arange(STEPS)
     ones, guesses = np.ones(STEPS), np.arange(10) % 3
-    return Record(backend, dtype, twin, {}, {}, {}, loss, ones, ones, guesses, 1.2, 3.0, 1234.5)
+    return Record(backend, dtype, twin, {}, {}, {}, "", loss, ones, ones, guesses, 1.2, 3.0, 1234.5)
 
 
 def lens(dtype: str, verdict: str, classes: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Any]:

@@ -229,8 +229,8 @@ def test_the_opening_holds_every_stage_of_the_first_two_steps(observer: SilentOb
         np.testing.assert_array_equal(record.opening[f"{step}/data/labels"], backend.batches[step][1])
         np.testing.assert_array_equal(record.opening[f"{step}/update/momentum of fc1.bias"], [step + 1.0] * 2)
     # Looked at before the step is taken, and after it.
-    opening = [call for call in backend.calls if call[1] < 2 and call[0] in ("probe", "train_step")]
-    assert opening == [(call, step) for step in range(min(2, steps)) for call in ("probe", "train_step")]
+    opening = [call for call in backend.calls if call[1] < 2 and call[0] in ("probe", "train_steps")]
+    assert opening == [(call, step) for step in range(min(2, steps)) for call in ("probe", "train_steps")]
 
 
 @pytest.mark.parametrize("images", [160, 43], ids=["even", "with smaller batches"])

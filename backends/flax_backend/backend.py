@@ -66,7 +66,7 @@ class FlaxBackend:
         self.graph, self.parameters, self.model_state = nnx.split(abstract, nnx.Param, ...)
         self.optimizer = make_optimizer(config, self.dtype)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
-        self._compiled_steps = jax.jit(self._scan, donate_argnums=0)
+        self._compiled_steps = jax.jit(self._fused_steps, donate_argnums=0)
         self._logits = jax.jit(self._forward)
         self._compiled_probe = jax.jit(self._probe)
 
@@ -120,7 +120,7 @@ class FlaxBackend:
         state, metrics = self._compiled_steps(state, self._images(images), self._labels(labels))
         return state, Metrics(*(np.asarray(series, np.float64) for series in metrics))
 
-    def _scan(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
+    def _fused_steps(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
         """`_step` over the leading axis, as one compiled loop."""
         return jax.lax.scan(lambda state, batch: self._step(state, *batch), state, (images, labels))
 

@@ -24,7 +24,7 @@ def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationEx
     """
     dampens = config.momentum != 0 and config.dampening != 0  # without a buffer, PyTorch ignores dampening
     return optax.named_chain(
-        ("precision", upcast()),
+        ("precision", in_float32()),
         ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
         ("weight_decay", optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()),
         ("dampening", dampen(config.dampening) if dampens else optax.identity()),
@@ -56,7 +56,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     return lambda count: rate(jnp.asarray(count, jnp.float64))
 
 
-def upcast() -> optax.GradientTransformation:
+def in_float32() -> optax.GradientTransformation:
     """bfloat16 gradients as float32, so that lr is not rounded to three digits before it is used.
 
     PyTorch's kernels do the same within each operation. Parameters and momentum stay bfloat16.

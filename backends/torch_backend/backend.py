@@ -60,6 +60,7 @@ class TorchBackend:
         self.dtype = getattr(torch, dtype)
         self.classes = classes
         self.compiled = compile == "on" or (compile == "auto" and self.device == "cuda")
+        torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_functional_step`'s programs
         self._compiled_step = torch.compile(self._functional_step, fullgraph=True, disable=not self.compiled)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

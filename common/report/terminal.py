@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from common.config import BACKENDS
+from common.protocol import STAGES
 
 NAME_WIDTH = 16  # columns for a class name
 PAGE_WIDTH = 80  # columns of what goes to a file or a pipe
 MAX_CLASSES = 100  # more are not listed: report.json has them
-STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")
 OPENING = ("data", "weights", "forward", "backward")  # stages that are looked into during the first steps only
 
 
@@ -309,11 +309,11 @@ def _badness(row: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _agreement(lens: dict[str, Any]) -> str:
+    if lens["verdict"] == "single":
+        return f"{lens['dtype']} not compared, {' and '.join(lens['accuracy'])} alone"
     if lens["dtype"] != "float64":
         return f"{lens['dtype']} within what rounding explains"
     over = f"over {counted(lens['steps'], 'step')}"
-    if lens["max_abs_loss_gap"] is None:
-        return f"{lens['dtype']} with losses that are not finite on either side {over}"
     rows = [row for row in lens["stretches"] if row["quantity"] == "loss"]
     rows = rows or [row for row in lens["ladder"] if row["stage"] == "loss"]
     bounds = [row["bound"] for row in rows if row["bound"] is not None]
