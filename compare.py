@@ -266,6 +266,7 @@ def grid(options: argparse.Namespace, arguments: list[str]) -> int:
     configs = list(options_grid.combinations(options_grid.STEPS if options.steps is None else options.steps))
     terminal = Terminal(quiet=options.quiet)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    configs = [config.resolve(len(dataset.train_images)) for config in configs]
     device = choose_device(options, configs[0], dataset, BACKENDS, terminal)
     folder = options.out or Path("results/grid")
     check_writable(folder)

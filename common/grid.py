@@ -42,8 +42,7 @@ def combinations(steps: int = STEPS) -> Iterator[Config]:
 
 
 def measure(config: Config, dataset: Dataset, build: Callable[[str, Config], Backend]) -> dict[str, Any]:
-    """One row: the options, and the largest gaps between the two backends over the whole run."""
-    config = config.resolve(len(dataset.train_images))
+    """One row: the options of a resolved run, and the largest gaps between the two backends over all of it."""
     indices = np.stack(list(data.batch_indices(config, len(dataset.train_images))))
     images = data.normalise(dataset.train_images[indices], np.float64)
     labels = dataset.train_labels[indices]

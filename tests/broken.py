@@ -112,7 +112,7 @@ def other_shuffle(patch: pytest.MonkeyPatch, dataset: Dataset) -> None:
         key = images.tobytes()  # the same batch may be asked for twice, to be looked at and to be trained on
         if key not in drawn:
             drawn[key] = generator.integers(0, len(dataset.train_images), images.shape[:-3])
-        return drawn[key]
+        return drawn[key].reshape(images.shape[:-3])
 
     train_step, train_steps, probe = FlaxBackend.train_step, FlaxBackend.train_steps, FlaxBackend.probe
 

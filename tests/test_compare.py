@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -126,6 +127,38 @@ def test_a_damaged_record_is_refused_before_training(
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
+def rewritten(path: Path, target: Path, **changes: object) -> None:
+    """Keep the record in `path`, changed, under the name of `target`."""
+    written = record.write(dataclasses.replace(record.read(path), **changes), target.parent)
+    written.rename(target)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "word"),
+    [
+        pytest.param("flax-float64", {}, "not what its name says", id="the-same-backend"),
+        pytest.param("torch-float64", {"twin": 1}, "not what its name says", id="a-twin"),
+        pytest.param("torch-float32", {}, "not what its name says", id="another-lens"),
+        pytest.param("torch-float64", {"source": "older"}, "stale", id="of-older-code"),
+    ],
+)
+def test_a_record_that_is_not_what_it_is_taken_for_is_refused(
+    both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, changes: dict, word: str
+) -> None:
+    rewritten(both[1] / f"{source}.safetensors", tmp_path / "torch-float64.safetensors", **changes)
+    assert lockstep(*SHORT, "--dtype", "float64", "--out", tmp_path, "--backend", "flax") == 2
+    assert_one_line(capsys, word)
+
+
+def test_lenses_that_have_no_partner_are_named_beside_those_that_agree(
+    both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(both[1] / "torch-float64.safetensors", tmp_path)
+    assert lockstep(*SHORT, "--out", tmp_path, "--backend", "flax", "--twins", "1") == 0
+    assert [lens["verdict"] for lens in report_of(tmp_path)["lenses"]] == ["agree", "single"]
+    assert "float32 not compared, flax alone" in " ".join(capsys.readouterr().out.split())
+
+
 # --- Broken ports: (what is broken, further options, step, stage, tensor)
 
 PORTS = [
@@ -138,7 +171,7 @@ PORTS = [
     pytest.param(broken.float32_inside, [], 0, "forward", "logits", id="float32-inside"),
     pytest.param(broken.sum_for_mean, [], 0, "loss", "loss", id="sum-for-mean"),
     pytest.param(broken.stopped_gradient, [], 0, "backward", "fc3.bias", id="stopped-gradient"),
-    pytest.param(broken.momentum_089, [], 1, "update", None, id="momentum-0.89"),
+    pytest.param(broken.momentum_089, [], 1, "update", "momentum of conv1.bias", id="momentum-0.89"),
     pytest.param(
         broken.dampening_on_the_first_step, ["--dampening", "0.5"], 0, "update", None, id="dampening-on-first-step"
     ),
@@ -229,12 +262,18 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         pytest.param(["--nesterov", "--dampening", "0.5"], "--dampening", id="nesterov-with-dampening"),
         pytest.param(["--batch-size", "1438"], "1437", id="batch-larger-than-data"),
         pytest.param(["--steps", "0"], "--steps", id="zero-steps"),
-        pytest.param(["--epochs", "0"], "--epochs", id="zero-epochs"),
+        pytest.param(["--epochs", "2"], "--steps", id="epochs-and-steps"),
+        pytest.param(["--lr", "1e39"], "--lr", id="lr-beyond-float32"),
+        pytest.param(["--schedule", "step:period=99999999999999999999"], "period", id="period-beyond-int32"),
+        pytest.param(["--schedule", "exponential:gamma=nan"], "gamma", id="gamma-nan"),
+        pytest.param(["--frob\nnicate\x1b[31m"], "--help", id="option-with-control-characters"),
+        pytest.param(["grid"], "--batch-size", id="grid-with-options-it-does-not-use"),
         pytest.param(["--twins", "0", "--dtype", "float32"], "--twins", id="no-twins"),
         pytest.param(["--device", "cuda", "--backend", "torch"], "--device cpu", id="no-cuda-in-torch"),
         pytest.param(["--device", "cuda", "--backend", "flax"], "--device cpu", id="no-cuda-in-jax"),
         pytest.param(["--data", "/no/such/place"], "cifar10", id="no-such-data"),
         pytest.param(["--out", "/proc/nothing"], "--out", id="unwritable-out"),
+        pytest.param(["--out", "/dev/null"], "--out", id="out-is-a-file"),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(
