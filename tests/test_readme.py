@@ -42,7 +42,8 @@ def table() -> str:
     for one, other in zip(*rows, strict=True):
         gaps = [max(gaps[0], one["gap"]), max(gaps[1], other["gap"])]
         if one["stop"] >= 30:
-            lines.append(f"| {one['stop']:,} | {gaps[0]:.1e} | {gaps[1]:.1e} | {other['drift']:.1e} |")
+            cells = (f"{gap:.2g}" if gap > 1e-3 else f"{gap:.1e}" for gap in (*gaps, other["drift"]))
+            lines.append(f"| {one['stop']:,} | {' | '.join(cells)} |")
     equal, total = (f"{lens['predictions_equal']:,}" for lens in (proof, production)), proof["predictions_total"]
     twins = ", ".join(f"{t['predictions_equal']:,}" for group in production["twins"].values() for t in group)
     lines.append(f"| test predictions equal, of {total:,} | {' | '.join(equal)} | {twins} |")
