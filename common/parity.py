@@ -31,8 +31,8 @@ from common.record import Record
 PROOF_BOUND = 1e-12
 
 # float32 and bfloat16. Measured in float32 on 33 clean pairs with two twins each (digits and CIFAR-10, batch 4 to 64,
-# momentum 0 to 0.95, 60 to 1,000 steps), none of which disagreed: gaps between losses of up to 2.6 times the drift. To be
-# caught: what grows past everything that twins do.
+# momentum 0 to 0.95, 60 to 1,000 steps), none of which disagreed: gaps between losses of up to 2.6 times the drift. To
+# be caught: what grows past everything that twins do.
 DRIFT_FACTOR = 8.0
 # Gaps are a few ulp where twins show none, for loss and logits come in steps of an ulp: 1 ulp of float32 seen, in the
 # loss. bfloat16's ulp is 0.8 % and its twins always show some.
