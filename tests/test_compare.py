@@ -215,6 +215,29 @@ def test_a_broken_port_disagrees_and_its_rung_is_named(
     assert f"{stage}: step {step}:" in said
 
 
+UNSTABLE = [*SHORT, "--data", "digits", "--steps", "200", "--batch-size", "32", "--lr", "0.05", "--dtype", "float64"]
+
+
+def test_float64_runs_that_amplify_rounding_are_held_against_twins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lockstep(*UNSTABLE, "--out", tmp_path) == 0
+    assert "which this run amplifies" in " ".join(capsys.readouterr().out.split())
+    lens = report_of(tmp_path)["lenses"][0]
+    assert lens["max_abs_loss_gap"] > 1e-11  # 4e-12 at step 85, 0.7 by step 300; the twins are twice as far apart
+    assert [len(lens["twins"][name]) for name in ("torch", "flax")] == [2, 2]
+
+
+def test_a_late_fault_is_not_taken_for_chaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Path) -> None:
+    options = [*SHORT, "--dtype", "float64", "--schedule", "multistep:milestones=12,gamma=0.5", "--out", tmp_path]
+    assert lockstep(*options, "--backend", "torch") == 0
+    broken.schedule_off_by_one(monkeypatch, data.load(str(tinted)))
+    assert lockstep(*options, "--backend", "flax") == 1
+    divergence = report_of(tmp_path)["lenses"][0]["first_divergence"]
+    assert (divergence["step"], divergence["stage"], divergence["tensor"]) == (11, "update", "lr")
+    assert (tmp_path / "flax-float64-twin1.safetensors").exists()  # twins were asked, and could not explain it
+
+
 @pytest.mark.parametrize(
     ("breaks", "stage"),
     [

@@ -15,7 +15,7 @@ import pytest
 
 from common.config import DTYPES, Config
 from common.errors import RecordError
-from common.parity import STAGES, Rung, class_accuracy, compare, stretches
+from common.parity import STAGES, Rung, class_accuracy, compare, may_be_chaos, stretches
 from common.protocol import Arrays
 from common.record import Record
 from common.weights import numpy_dtype, twin_weights
@@ -228,13 +228,25 @@ def test_an_accuracy_that_moves_further_than_twins_move_it_is_named_with_its_cla
     assert judge(dtype, flax=flax, twins={"torch": [twin], "flax": []})["verdict"] == "agree"
 
 
-def test_one_other_prediction_is_one_too_many_in_the_proof_lens_and_twins_there_excuse_nothing() -> None:
-    other = make("flax", "float64").predictions.copy()
-    other[9] = (other[9] + 1) % 5
-    flax = make("flax", "float64", predictions=other)
-    twin = make("torch", "float64", 1, predictions=(LABELS + 1) % 5)
-    for twins in ({}, {"torch": [twin]}):
-        assert place(judge("float64", flax=flax, twins=twins)) == (STEPS, "evaluate", "predictions")
+def test_in_the_proof_lens_a_prediction_may_differ_only_if_some_differ_between_twins() -> None:
+    flax = make("flax", "float64")
+    other = flax.predictions.copy()
+    other[3] = (other[3] + 1) % 5
+    flax = dataclasses.replace(flax, predictions=other)
+    assert place(judge("float64", flax=flax)) == (STEPS, "evaluate", "predictions")
+    same, chaotic = make("torch", "float64", 1), make("torch", "float64", 1, predictions=(LABELS + 1) % 5)
+    assert place(judge("float64", flax=flax, twins={"torch": [same]})) == (STEPS, "evaluate", "predictions")
+    assert judge("float64", flax=flax, twins={"torch": [chaotic]})["verdict"] == "agree"
+
+
+def test_chaos_in_float64_is_suspected_late_and_never_in_the_first_steps() -> None:
+    late, early = in_series("loss", 17)(make("flax", "float64")), in_series("loss", 1)(make("flax", "float64"))
+    assert may_be_chaos(judge("float64", flax=late))
+    assert not may_be_chaos(judge("float64", flax=early))
+    assert not may_be_chaos(judge("float64"))
+    assert not may_be_chaos(judge("float64", flax=late, twins={"torch": [make("torch", "float64", 1)]}))
+    drifting = {"torch": [in_series("loss", 15)(make("torch", "float64", 1))]}
+    assert judge("float64", flax=late, twins=drifting)["verdict"] == "agree"
 
 
 @pytest.mark.parametrize("rung", RUNGS)

@@ -313,6 +313,9 @@ def _agreement(lens: dict[str, Any]) -> str:
         return f"{lens['dtype']} not compared, {' and '.join(lens['accuracy'])} alone"
     if lens["dtype"] != "float64":
         return f"{lens['dtype']} within what rounding explains"
+    if lens["bound"].get("twins"):
+        gap = number(lens["max_abs_loss_gap"])
+        return f"{lens['dtype']} within what rounding explains, which this run amplifies to {gap}"
     over = f"over {counted(lens['steps'], 'step')}"
     rows = [row for row in lens["stretches"] if row["quantity"] == "loss"]
     rows = rows or [row for row in lens["ladder"] if row["stage"] == "loss"]
