@@ -85,7 +85,8 @@ class Backend(Protocol):
     def probe(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Arrays:
         """What the next step would compute on this batch, tensor by tensor, without taking it.
 
-        Keys are `<stage>/<tensor>`: `data/images`, `data/labels` (as the framework received them), `forward/logits`,
+        Keys are `<stage>/<tensor>`, in the order in which they are computed: `data/images`, `data/labels` (as the
+        framework received them), `forward/input of <layer>`, `forward/<layer>` (its output), `forward/logits`,
         `loss/loss`, `backward/<parameter>`.
         """
         ...

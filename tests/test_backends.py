@@ -377,6 +377,140 @@ def test_both_backends_probe_alike(backend: Callable) -> None:
     assert gap(first, other) > 1e-9
 
 
+LAYERS = ("conv1", "conv2", "fc1", "fc2", "fc3")
+
+
+@pytest.fixture(scope="module")
+def probes(backend: Callable) -> tuple[Arrays, Arrays]:
+    """Of both backends, from the same weights and for the same batch."""
+    images, labels = batches()
+    snapshot = backend("torch").export(trained(backend("torch")))
+    sides = [backend(name) for name in BACKENDS]
+    first, second = (side.probe(side.init(snapshot), images[0], labels[0]) for side in sides)
+    return first, second
+
+
+def activations_gap(first: Arrays, second: Arrays) -> float:
+    """The largest difference of an activation relative to the largest magnitude of its layer."""
+    names = [name for name in first if name.startswith("forward/")]
+    assert names == [name for name in second if name.startswith("forward/")]
+    return max(gap({n: first[n]}, {n: second[n]}) / np.abs(first[n]).max() for n in names)
+
+
+def test_a_probe_shows_what_goes_into_and_out_of_each_layer_in_the_order_of_computation(probes: Any) -> None:
+    forward = [f"forward/{what}{layer}" for layer in LAYERS for what in ("input of ", "")]
+    stages = ["data/images", "data/labels", *forward, "forward/logits", "loss/loss"]
+    first, second = probes
+    assert list(first)[: len(stages)] == list(second)[: len(stages)] == stages
+    gradients = {f"backward/{layer}.{role}" for layer in LAYERS for role in ("kernel", "bias")}
+    assert set(list(first)[len(stages) :]) == set(list(second)[len(stages) :]) == gradients
+    for probe in probes:
+        np.testing.assert_array_equal(probe["forward/input of conv1"], probe["data/images"])
+        np.testing.assert_array_equal(probe["forward/fc3"], probe["forward/logits"])
+        assert probe["forward/conv2"].shape == (BATCH, 10, 10, 16)  # NHWC
+        assert probe["forward/input of fc1"].shape == (BATCH, 400)
+
+
+def test_both_backends_have_the_same_activations_in_the_canonical_layout(probes: Any) -> None:
+    first, second = probes
+    assert activations_gap(first, second) <= 1e-12  # measured 9.2e-16
+    for name in first:  # the control: each activation is held to it
+        if name.startswith("forward/"):
+            changed = second[name].copy()
+            changed.flat[-1] += 1e-9 * np.abs(changed).max()
+            assert activations_gap(first, second | {name: changed}) > 1e-12
+
+
+def test_what_lies_between_two_layers_is_what_the_network_says(probes: Any) -> None:
+    """Rectifiers and pooling, in NumPy; the flatten in the order (height, width, channels)."""
+
+    def pooled(x: np.ndarray) -> np.ndarray:
+        n, height, width, channels = x.shape
+        return np.maximum(x, 0).reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+    for probe in probes:
+        forward = {name.removeprefix("forward/"): array for name, array in probe.items()}
+        np.testing.assert_array_equal(forward["input of conv2"], pooled(forward["conv1"]))
+        np.testing.assert_array_equal(forward["input of fc1"], pooled(forward["conv2"]).reshape(BATCH, -1))
+        np.testing.assert_array_equal(forward["input of fc2"], np.maximum(forward["fc1"], 0))
+        np.testing.assert_array_equal(forward["input of fc3"], np.maximum(forward["fc2"], 0))
+        other = pooled(forward["conv2"]).transpose(0, 3, 1, 2).reshape(BATCH, -1)  # control: (channels, height, width)
+        assert not np.array_equal(forward["input of fc1"], other)
+
+
+def test_without_its_own_order_of_the_flatten_pytorchs_activations_differ(
+    probes: Any, backend: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = backend("torch")
+    state = trained(side)
+    images, labels = batches()
+    monkeypatch.setattr(torch_module.convert, "flattened", lambda model: {})
+    wrong = side.probe(state, images[0], labels[0])
+    differing = [
+        name
+        for name in wrong
+        if name.startswith("forward/") and gap({name: wrong[name]}, {name: probes[1][name]}) > 1e-6
+    ]
+    assert differing == ["forward/input of fc1"]
+
+
+def test_probing_leaves_neither_hooks_nor_wrappers_behind(name: str, backend: Callable) -> None:
+    side = backend(name)
+    images, labels = batches()
+    state = trained(side)
+    if name == "torch":
+        model, recorded = state.model, torch_module.recorded
+
+        def clean() -> bool:
+            return not any(module._forward_hooks for module in model.modules())
+    else:
+        model, recorded = side._model(state.parameters, state.model_state), flax_module.recorded
+
+        def clean() -> bool:
+            return all(isinstance(getattr(model, layer), flax_module.nnx.Module) for layer in LAYERS)
+
+    side.probe(state, images[0], labels[0])
+    assert clean()
+    with recorded(model):
+        assert not clean()  # control: this sees them
+    assert clean()
+    with pytest.raises(ZeroDivisionError), recorded(model):
+        raise ZeroDivisionError
+    assert clean()
+
+
+def test_a_layer_that_is_called_twice_keeps_its_last_call_and_nested_layers_their_path() -> None:
+    nn, nnx, jnp = torch.nn, flax_module.nnx, flax_module.jnp
+
+    class Torch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.last(self.block(x)))
+
+    class Flax(nnx.Module):
+        def __init__(self) -> None:
+            self.block = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+            self.last = nnx.Linear(2, 2, rngs=nnx.Rngs(1))
+
+        def __call__(self, x: Any) -> Any:
+            return self.last(self.last(nnx.relu(self.block[0](x))))
+
+    for model, x, recorded in (
+        (Torch(), torch.ones(1, 2), torch_module.recorded),
+        (Flax(), jnp.ones((1, 2)), flax_module.recorded),
+    ):
+        with recorded(model) as seen:  # pyright: ignore[reportArgumentType]
+            output = model(x)
+        assert list(seen) == ["input of block.0", "block.0", "input of last", "last"]
+        values = {what: array.tolist() for what, array in seen.items()}
+        assert values["last"] == output.tolist() == model(x).tolist()
+        assert values["input of last"] not in (values["block.0"], values["last"])
+
+
 @dtypes
 def test_a_network_of_zeros_has_the_loss_of_guessing(name: str, dtype: str, backend: Callable, exam: Any) -> None:
     side, (images, labels) = backend(name, RICH, dtype), exam

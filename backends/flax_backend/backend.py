@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from backends.flax_backend import convert
+from backends.flax_backend.activations import recorded
 from backends.flax_backend.model import Net
 from backends.flax_backend.optimizer import (
     export_momentum,
@@ -108,8 +109,10 @@ class FlaxBackend:
         return State(parameters, model_state, optimizer_state, step + 1), metrics
 
     def _forward(self, parameters: Parameters, model_state: Parameters, images: jax.Array) -> jax.Array:
-        model = nnx.merge(self.graph, convert.nest(parameters), convert.nest(model_state))
-        return model(images)
+        return self._model(parameters, model_state)(images)
+
+    def _model(self, parameters: Parameters, model_state: Parameters) -> Net:
+        return nnx.merge(self.graph, convert.nest(parameters), convert.nest(model_state))
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
         return self._compiled_step(state, self._images(images), self._labels(labels))
@@ -138,22 +141,27 @@ class FlaxBackend:
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         batch, truth = self._images(images), self._labels(labels)
-        logits, loss, gradients = self._compiled_probe(state, batch, truth)
+        activations, logits, loss, gradients = self._compiled_probe(state, batch, truth)
         return {
             "data/images": convert.to_numpy(batch),
             "data/labels": convert.to_numpy(truth).astype(np.int64),
+            **{f"forward/{name}": convert.to_numpy(array) for name, array in activations.items()},
             "forward/logits": convert.to_numpy(logits),
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in convert.to_canonical(gradients).items()},
         }
 
-    def _probe(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, Parameters]:
-        def loss_of(parameters: Parameters) -> tuple[jax.Array, jax.Array]:
-            logits = self._forward(parameters, state.model_state, images)
-            return cross_entropy(logits, labels), logits
+    def _probe(
+        self, state: State, images: jax.Array, labels: jax.Array
+    ) -> tuple[Any, jax.Array, jax.Array, Parameters]:
+        def loss_of(parameters: Parameters) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            model = self._model(parameters, state.model_state)
+            with recorded(model) as activations:
+                logits = model(images)
+            return cross_entropy(logits, labels), (activations, logits)
 
-        (loss, logits), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
-        return logits, loss, gradients
+        (loss, (activations, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
+        return activations, logits, loss, gradients
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from torch.optim import SGD
 from torch.optim.sgd import sgd
 
 from backends.torch_backend import convert
+from backends.torch_backend.activations import recorded
 from backends.torch_backend.model import Net
 from backends.torch_backend.optimizer import (
     Scheduler,
@@ -180,13 +181,15 @@ class TorchBackend:
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
         batch, truth = self._images(images), self._labels(labels)
-        logits = model(batch)
+        with recorded(model) as activations:
+            logits = model(batch)
         loss = cross_entropy(logits, truth)
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         return {
             "data/images": convert.to_numpy(batch.permute(0, 2, 3, 1)),
             "data/labels": convert.to_numpy(truth),
+            **{f"forward/{name}": convert.activation_to_canonical(model, name, a) for name, a in activations.items()},
             "forward/logits": convert.to_numpy(logits),
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in convert.to_canonical(model, gradients).items()},

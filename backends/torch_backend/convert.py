@@ -63,6 +63,18 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
     return kernel.transpose(1, 0)
 
 
+def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> np.ndarray:
+    """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of <layer>`."""
+    array = to_numpy(activation)
+    layer = name.removeprefix("input of ")
+    if layer != name and layer in flattened(model):
+        shape = array.shape
+        array = array.reshape(len(array), *flattened(model)[layer]).transpose(0, 2, 3, 1).reshape(shape)
+    elif array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(array)
+
+
 def flattened(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """The dense layers that follow a flatten, and the (channels, height, width) that it unrolls."""
     return getattr(model, "flattened", {})

@@ -1,0 +1,32 @@
+"""What goes into and comes out of each layer of a `torch.nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the context, each layer with parameters keeps `input of <layer>` and `<layer>`, in the order of calls.
+
+    A layer that is called twice keeps the last call. PyTorch has hooks for this.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[f"input of {name}"], seen[name] = inputs[0], output
+
+        return hook
+
+    layers = [(name, layer) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
