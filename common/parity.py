@@ -1,49 +1,51 @@
 """Are two runs the same run? Gaps, bounds, and a verdict with the first place where they part.
 
 Two runs are held against each other rung by rung, in the order in which a difference travels: the data, the initial
-weights, then for the first steps the logits, the loss, every gradient, and the updated parameters and momentum; then
-the learning rate, loss and gradient norm of every step; then the test loss, the predictions and each class's accuracy.
+weights, then for the first steps every activation, the loss, every gradient, and the updated momentum and parameters;
+then the learning rate, loss and gradient norm of every step and the parameters now and then; then the test loss, the
+predictions and each class.
 
 The proof lens (float64) leaves no room: a bound near rounding on every rung. In the production lenses (float32,
-bfloat16) two correct programs drift apart chaotically, so the measure is taken from the runs themselves: a *twin* is
-the same program started from weights moved by at most one ulp, and the gap between the frameworks may be at most
-`DRIFT_FACTOR` times the largest gap between a run and one of its twins, plus a few ulp, plus what a rectifier that
-rounding tipped can do to a gradient. Twins are asked in float64, too, where a run is so near instability that it
-amplifies rounding past the bound after the first steps (see `may_be_chaos`).
+bfloat16) two correct programs drift apart chaotically, so the measure is taken from the runs themselves and their
+twins: see `common.separation`. Twins are asked in float64, too, where a run is so near instability that it amplifies
+rounding past the bound after the first steps (see `may_be_chaos`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from common.errors import RecordError
 from common.protocol import STAGES
-from common.record import Record
+from common.record import Record, stretches
+from common.separation import (
+    FLIP_SHARE,
+    FLOOR_ULP,
+    IMAGES_FLOOR,
+    PROOF_BOUND,
+    SEPARATION,
+    SEPARATION_IMAGES,
+    bound,
+    correct,
+    gaps,
+    largest,
+    magnitude,
+    paired_difference,
+    scalar_gap,
+    separation,
+    separation_of,
+    tensor_gap,
+    weights_distance,
+)
 
-# float64. Relative to the largest magnitude in the tensor; absolute for values below 1 along the trajectory. Measured:
-# 7e-15 in the loss over the tutorial's 37,500 steps, 1e-15 of the magnitude in the tensors of the first steps. To be
-# caught: logits that pass through float32, 1e-8; a learning rate computed in float32, 1e-8 of it.
-PROOF_BOUND = 1e-12
-
-# float32 and bfloat16. Measured in float32 on 33 clean pairs with two twins each (digits and CIFAR-10, batch 4 to 64,
-# momentum 0 to 0.95, 60 to 1,000 steps), none of which disagreed: gaps between losses of up to 2.6 times the drift. To
-# be caught: what grows past everything that twins do.
-DRIFT_FACTOR = 8.0
-# Gaps are a few ulp where twins show none, for loss and logits come in steps of an ulp: 1 ulp of float32 seen, in the
-# loss. bfloat16's ulp is 0.8 % and its twins always show some.
-FLOOR_ULP = {"float32": 16.0, "bfloat16": 1.0}
-# Of a gradient: what one rectifier or pooling window that rounding tipped the other way may change. One pair in 33 had
-# one in its first steps, and it changed a gradient by 0.9 %. To be caught: a sum for a mean, a layer without gradient.
-FLIP_SHARE = 0.03
-# Predictions that may differ where no twin's does.
-IMAGES_FLOOR = 5
+MEAN_STEPS = 10  # the mean loss of a stretch is compared where it has so many steps
+Sides = tuple[list[Record], list[Record]]  # each side's run, followed by its twins
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,23 @@ class Rung:
     step: int  # 0 is the first; the number of steps for what is measured after the last
     stage: str
     tensor: str
-    gap: float  # largest absolute difference; infinite where there is nothing finite to compare
+    gap: float  # between the closest runs of the two sides (see `Separation`); infinite where nothing is finite
     bound: float
-    drift: float | None = None  # the largest difference between a run and one of its twins
-    values: tuple[float, float] | None = None  # both sides, where the gap is largest
+    drift: float | None = None  # between the most distant runs of one side
+    values: tuple[float, float] | None = None  # both runs, where their difference is largest or first too large
     start: int | None = None  # for a stretch of steps: its first ...
     stop: int | None = None  # ... and one past its last
 
     @property
     def agrees(self) -> bool:
         return math.isfinite(self.gap) and self.gap <= self.bound
+
+    @property
+    def share(self) -> float:
+        """Of its bound; infinite where there is none to take a share of."""
+        if self.gap == 0:
+            return 0.0
+        return self.gap / self.bound if self.bound > 0 and math.isfinite(self.gap) else math.inf
 
 
 def compare(runs: dict[str, Record], twins: dict[str, Sequence[Record]], labels: np.ndarray) -> dict[str, Any]:
@@ -86,26 +95,32 @@ def compare(runs: dict[str, Record], twins: dict[str, Sequence[Record]], labels:
     report = _describe(runs, labels)
     if len(runs) == 1:
         return report
-    kin = [(runs[name], twin) for name in runs for twin in twins.get(name, ())]
-    if first.dtype != "float64" and not kin:
+    ours, theirs = ([run, *twins.get(name, ())] for name, run in runs.items())
+    sides = ours, theirs
+    number = sum(len(side) - 1 for side in sides)
+    if first.dtype != "float64" and number == 0:
         raise RecordError(f"nothing says how far {first.dtype} runs may drift apart: run with --twins 1 or more")
 
-    opening = _opening(first, second, kin)
-    trajectory = _trajectory(first, second, kin)
-    evaluation = _evaluation(first, second, kin, labels, report["per_class_accuracy"])
+    opening = opening_rungs(sides)
+    trajectory = _trajectory(sides)
+    evaluation = _evaluation(sides, labels)
     rungs = opening + trajectory + evaluation
-    failures = sorted((r for r in rungs if not r.agrees), key=lambda r: (r.step, STAGES.index(r.stage)))
+    # Within an update the learning rate comes first; else, of one step and stage, the order is that of the rungs.
+    failures = [rung for rung in rungs if not rung.agrees]
+    failures.sort(key=lambda rung: (rung.step, STAGES.index(rung.stage), rung.tensor != "lr"))
     report["verdict"] = "disagree" if failures else "agree"
-    report["max_abs_loss_gap"] = _finite(_largest(first.loss, second.loss)[0])
-    report["bound"] = _rule(first.dtype, kin)
-    report["first_divergence"] = _divergence(failures[0], list(runs)) if failures else None
-    report["ladder"] = [_row(rung) for rung in opening + evaluation]
-    report["stretches"] = [_stretch(rung) for rung in trajectory]
+    report["score"] = _finite(max(rung.share for rung in rungs))
+    report["max_abs_loss_gap"] = _finite(largest(first.loss, second.loss)[0])
+    report["bound"] = _rule(first.dtype, number)
+    report["first_divergence"] = divergence(failures[0], list(runs)) if failures else None
+    report["ladder"] = [_row(rung) for rung in rungs if rung.start is None]
+    report["stretches"] = [_stretch(rung) for rung in rungs if rung.start is not None]
     report["predictions_equal"] = _equal(first, second)
+    report["class_differences"] = _class_differences(first, second, labels)
     report["twins"] = {
         name: [
             {
-                "max_abs_loss_gap": _finite(_largest(runs[name].loss, t.loss)[0]),
+                "max_abs_loss_gap": _finite(largest(runs[name].loss, t.loss)[0]),
                 "predictions_equal": _equal(runs[name], t),
             }
             for t in twins.get(name, ())
@@ -143,7 +158,8 @@ def check_comparable(first: Record, second: Record) -> None:
             )
     for record in (first, second):
         lengths = {len(record.loss), len(record.gradient_norm), len(record.lr)}
-        if record.steps == 0 or lengths != {record.config["steps"]} or not (record.weights and record.opening):
+        parts = record.weights and record.opening and record.final
+        if record.steps == 0 or lengths != {record.config["steps"]} or not parts:
             raise RecordError(f"the {record.backend} record holds no whole run: run {record.backend} again")
 
 
@@ -158,221 +174,162 @@ def check_twins(record: Record, twins: Sequence[Record]) -> None:
 # --- The rungs
 
 
-def _opening(first: Record, second: Record, kin: list[tuple[Record, Record]]) -> list[Rung]:
+def opening_rungs(sides: Sides) -> list[Rung]:
     """Data and initial weights, which must be the same bits; then the first steps, tensor by tensor."""
+    first, second = sides[0][0], sides[1][0]
     rungs = []
     for name in sorted(first.weights | second.weights):
-        gap, values = _tensor_gap(first.weights.get(name), second.weights.get(name))
+        gap, values = tensor_gap(first.weights.get(name), second.weights.get(name))
         rungs.append(Rung(0, "weights", name, gap, 0.0, values=values))
-    for key in sorted(first.opening | second.opening, key=_position):
+    for key in sorted(first.opening | second.opening, key=_travel(first)):
         step, stage, tensor = key.split("/", 2)
         one, other = first.opening.get(key), second.opening.get(key)
-        gap, values = _tensor_gap(one, other)
+        gap, values = tensor_gap(one, other)
         if stage == "data":
             rungs.append(Rung(int(step), stage, tensor, gap, 0.0, values=values))
             continue
         drift = None  # in float64, two steps are too few for chaos
         if first.dtype != "float64":
-            drift = max((_tensor_gap(a.opening.get(key), b.opening.get(key))[0] for a, b in kin), default=None)
-        scale = max(_magnitude(one), _magnitude(other))
-        bound = _bound(first.dtype, drift, scale, **_tipped(first, second, int(step), stage, tensor))
-        rungs.append(Rung(int(step), stage, tensor, gap, bound, drift, values))
-    for name in sorted(first.final | second.final):
-        one, other = first.final.get(name), second.final.get(name)
-        gap, values = _tensor_gap(one, other)
-        drift = max((_tensor_gap(a.final.get(name), b.final.get(name))[0] for a, b in kin), default=None)
-        scale = max(_magnitude(one), _magnitude(other))
-        bound = _bound(first.dtype, drift, scale, gradient=_difference(one, first.weights.get(name)))
-        rungs.append(Rung(first.steps - 1, "update", name, gap, bound, drift, values))
+            distance = lambda a, b, key=key: tensor_gap(a.opening.get(key), b.opening.get(key))[0]  # noqa: E731
+            gap, drift = separation(*sides, distance, calmer=True)
+        scale = max(magnitude(one), magnitude(other))
+        limit = bound(first.dtype, drift, scale, _tipped(first, second, int(step), stage, tensor))
+        rungs.append(Rung(int(step), stage, tensor, gap, limit, drift, values))
     return sorted(rungs, key=lambda r: (r.step, STAGES.index(r.stage)))
 
 
-def _trajectory(first: Record, second: Record, kin: list[tuple[Record, Record]]) -> list[Rung]:
-    """Learning rate, loss and gradient norm of every step, in growing stretches, as the drift grows by magnitudes.
+def _trajectory(sides: Sides) -> list[Rung]:
+    """What was measured along the run, in growing stretches of steps, as the drift grows by magnitudes.
 
     Rounding stays small until one rectifier or one pooling window decides otherwise, and then explodes, in one pair of
     runs sooner than in another. So a stretch may use the drift of the stretch after it, and of all those before.
     """
+    first = sides[0][0]
+    spans = [slice(start, stop) for start, stop in stretches(first.steps)]
     rungs = []
     for quantity, stage in (("lr", "update"), ("loss", "loss"), ("gradient_norm", "backward")):
-        one, other = getattr(first, quantity), getattr(second, quantity)
-        spans = [slice(start, stop) for start, stop in stretches(first.steps)]
+        series = [[getattr(record, quantity) for record in side] for side in sides]
+        between = [gaps(one, other) for one in series[0] for other in series[1]]
+        within = [gaps(one, other) for side in series for one, other in itertools.combinations(side, 2)]
+        within = [np.where(np.isfinite(differences), differences, 0.0) for differences in within]
         for span, following in zip(spans, [*spans[1:], spans[-1]], strict=True):
-            drift = allowed = None
-            if kin:
-                kin_gaps = [_gaps(getattr(a, quantity), getattr(b, quantity)) for a, b in kin]
-                # Twins that are not finite explain nothing; what is not finite itself fails at its own step.
-                kin_gaps = [np.where(np.isfinite(gaps), gaps, 0.0) for gaps in kin_gaps]
-                drift = max(float(gaps[: span.stop].max()) for gaps in kin_gaps)
-                allowed = max(float(gaps[: following.stop].max()) for gaps in kin_gaps)
-                if first.dtype == "float64":
-                    allowed = drift  # where rounding tips nothing, it grows at the same pace in all runs
-            scale = max(_magnitude(one[span]), _magnitude(other[span]))
-            if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
-                bound = PROOF_BOUND * scale + DRIFT_FACTOR * (allowed or 0.0)
-            else:
-                moved = min(_loss_per_step(record, span.stop - 1) for record in (first, second))
-                by_gradients = scale if quantity == "gradient_norm" else moved
-                bound = _bound(first.dtype, allowed, max(1.0, scale), gradient=by_gradients)
-            gaps = _gaps(one[span], other[span])
-            outside = np.flatnonzero(gaps > bound)
-            place = int(outside[0]) if len(outside) else int(np.argmax(gaps))
-            values = (float(one[span][place]), float(other[span][place]))
-            rungs.append(
-                Rung(
-                    span.start + place, stage, quantity, float(gaps.max()), bound, drift, values, span.start, span.stop
-                )
+            gap, drift = separation_of(
+                [float(differences[span].max()) for differences in between],
+                [float(differences[: span.stop].max()) for differences in within],
             )
+            allowed = drift
+            if first.dtype != "float64" and within:  # in float64 it grows at the same pace in all runs
+                allowed = max(float(differences[: following.stop].max()) for differences in within)
+            scale = max(magnitude(series[0][0][span]), magnitude(series[1][0][span]))
+            if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
+                limit = PROOF_BOUND * scale + SEPARATION[first.dtype] * (allowed or 0.0)
+            else:
+                limit = bound(first.dtype, allowed, max(1.0, scale))
+            outside = np.flatnonzero(between[0][span] > limit)
+            place = int(outside[0]) if len(outside) else int(np.argmax(between[0][span]))
+            values = float(series[0][0][span][place]), float(series[1][0][span][place])
+            step = span.start + place
+            rungs.append(Rung(step, stage, quantity, gap, limit, drift, values, span.start, span.stop))
+    for span in spans:
+        if span.stop - span.start >= MEAN_STEPS and first.dtype != "float64":
+            rungs.append(
+                _scalars(sides, span.stop - 1, "loss", "mean loss", lambda r, s=span: float(r.loss[s].mean()), span)
+            )
+    return rungs + _parameters(sides)
+
+
+def _parameters(sides: Sides) -> list[Rung]:
+    """The parameters along the run and after it: tensor by tensor in float64, else their Euclidean distance."""
+    first, second = sides[0][0], sides[1][0]
+    steps = sorted({int(key.partition("/")[0]) for key in first.along | second.along})
+    moments = [(step, {id(r): _at(r, step) for side in sides for r in side}) for step in steps] + [
+        (first.steps, {id(r): r.final for side in sides for r in side})
+    ]
+    rungs = []
+    for step, weights in moments:
+        ours, theirs = weights[id(first)], weights[id(second)]
+        if first.dtype == "float64":
+            for name in sorted(ours | theirs):
+                _, values = tensor_gap(ours.get(name), theirs.get(name))
+                gap, drift = separation(
+                    *sides, lambda a, b, n=name, w=weights: tensor_gap(w[id(a)].get(n), w[id(b)].get(n))[0]
+                )
+                scale = max(magnitude(ours.get(name)), magnitude(theirs.get(name)))
+                rungs.append(Rung(step - 1, "update", name, gap, bound("float64", drift, scale), drift, values))
+        elif ours or theirs:
+            gap, drift = separation(*sides, lambda a, b, w=weights: weights_distance(w[id(a)], w[id(b)]))
+            norm = float(np.sqrt(sum(np.sum(np.square(array.astype(np.float64))) for array in ours.values())))
+            travelled = [weights_distance(record.weights, weights[id(record)]) for record in (first, second)]
+            limit = bound(first.dtype, drift, norm, FLIP_SHARE * min(travelled))
+            rungs.append(Rung(step - 1, "update", "all parameters", gap, limit, drift))
     return rungs
 
 
-def _evaluation(
-    first: Record,
-    second: Record,
-    kin: list[tuple[Record, Record]],
-    labels: np.ndarray,
-    per_class: dict[str, dict[str, float | None]],
-) -> list[Rung]:
-    """Test loss, predictions, and the accuracy of each class."""
-    steps = first.steps
-    gap = _scalar_gap(first.test_loss, second.test_loss)
-    drift = max((_scalar_gap(a.test_loss, b.test_loss) for a, b in kin), default=None)
-    scale = max(1.0, _magnitude(np.array([first.test_loss, second.test_loss])))
-    values = (first.test_loss, second.test_loss)
-    bound = _bound(first.dtype, drift, scale)
-    rungs = [Rung(steps, "evaluate", "test loss", gap, bound, drift, values)]
+def _at(record: Record, step: int) -> dict[str, np.ndarray]:
+    prefix = f"{step}/"
+    return {key.removeprefix(prefix): array for key, array in record.along.items() if key.startswith(prefix)}
 
-    differing = len(labels) - _equal(first, second)
-    drift = max((float(len(labels) - _equal(a, b)) for a, b in kin), default=None)
+
+def _scalars(
+    sides: Sides, step: int, stage: str, name: str, of: Callable[[Record], float], span: slice | None = None
+) -> Rung:
+    """One number of each run."""
+    gap, drift = separation(*sides, lambda one, other: scalar_gap(of(one), of(other)))
+    values = of(sides[0][0]), of(sides[1][0])
+    limit = bound(sides[0][0].dtype, drift, max(1.0, magnitude(np.array(values))))
+    start, stop = (span.start, span.stop) if span else (None, None)
+    return Rung(step, stage, name, gap, limit, drift, values, start, stop)
+
+
+def _evaluation(sides: Sides, labels: np.ndarray) -> list[Rung]:
+    """Test loss, predictions, and for each class the images that one side recognises and the other does not."""
+    first, second = sides[0][0], sides[1][0]
+    steps, classes = first.steps, first.data["classes"]
+    rungs = [_scalars(sides, steps, "evaluate", "test loss", lambda record: record.test_loss)]
+
+    def allowed(drift: float | None) -> float:
+        if first.dtype == "float64":
+            return SEPARATION_IMAGES * (drift or 0.0)
+        return SEPARATION_IMAGES * ((drift or 0.0) + IMAGES_FLOOR)
+
+    gap, drift = separation(*sides, lambda one, other: float(len(labels) - _equal(one, other)))
     whole = len(first.predictions) == len(second.predictions) == len(labels)
-    images = 0 if first.dtype == "float64" else IMAGES_FLOOR
-    bound = 2 * (drift or 0.0) + images
-    rungs.append(Rung(steps, "evaluate", "predictions", float(differing) if whole else math.inf, bound, drift))
+    rungs.append(Rung(steps, "evaluate", "predictions", gap if whole else math.inf, allowed(drift), drift))
 
-    one, other = (per_class[record.backend] for record in (first, second))
-    spread = [_class_gaps(a, b, labels, first.data["classes"]) for a, b in kin]
-    drift = max((float(gaps.max()) for gaps in spread), default=None)
-    counts = np.bincount(labels, minlength=len(one))
-    for name, count in zip(one, counts, strict=True):
-        values = one[name], other[name]
-        if values[0] is None or values[1] is None:
-            continue  # a class without test images
-        gap = abs(values[0] - values[1])
-        bound = 2 * (drift or 0.0) + images / int(count)
-        rungs.append(Rung(steps, "evaluate", f"accuracy of {name}", gap, bound, drift, (values[0], values[1])))
+    recognised = {id(record): correct(record.predictions, labels) for side in sides for record in side}
+    for index, name in enumerate(classes):
+        members = labels == index
+        if not members.any():
+            continue
+        gap, drift = separation(
+            *sides, lambda a, b, m=members: float(np.sum((recognised[id(a)] != recognised[id(b)])[m]))
+        )
+        values = float(np.mean(recognised[id(first)][members])), float(np.mean(recognised[id(second)][members]))
+        limit, count = allowed(drift), int(members.sum())
+        drift = None if drift is None else drift / count
+        rungs.append(Rung(steps, "evaluate", f"accuracy of {name}", gap / count, limit / count, drift, values))
     return rungs
 
 
-def stretches(steps: int) -> list[tuple[int, int]]:
-    """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs; what is left over belongs to the last whole one."""
-    edges = [0, 1]
-    while (edge := (1, 3)[len(edges) % 2 == 0] * 10 ** ((len(edges) - 1) // 2)) <= steps:
-        edges.append(edge)
-    edges = [*edges[:-1], steps] if steps > 1 else edges
-    return list(itertools.pairwise(edges))
-
-
-# --- Gaps and bounds
-
-
-def _bound(dtype: str, drift: float | None, scale: float, gradient: float = 0.0, known: float = 0.0) -> float:
-    """How far two correct programs may be apart, in something of magnitude `scale`.
-
-    In the production lenses, that part of it which is made of a `gradient` may hold a tipped rectifier, and `known` is
-    a gap that was already seen, and allowed, in what it is computed from.
-    """
-    if drift is None:
-        return PROOF_BOUND * scale
-    if not math.isfinite(drift):
-        return 0.0  # twins that are not finite explain nothing
-    if dtype == "float64":
-        return PROOF_BOUND * scale + DRIFT_FACTOR * drift
-    floor = FLOOR_ULP[dtype] * float(ml_dtypes.finfo(dtype).eps) * scale
-    return DRIFT_FACTOR * drift + floor + FLIP_SHARE * gradient + known
-
-
-def _tipped(first: Record, second: Record, step: int, stage: str, tensor: str) -> dict[str, float]:
-    """What a rectifier tipped by rounding may do to a tensor of the opening: arguments of `_bound`."""
+def _tipped(first: Record, second: Record, step: int, stage: str, tensor: str) -> float:
+    """What a rectifier tipped by rounding may do to a tensor of the opening."""
     if stage in ("forward", "loss"):
-        return {"gradient": min(_loss_per_step(record, step) for record in (first, second))}
+        return FLIP_SHARE * min(_loss_per_step(record, step) for record in (first, second))
     if stage == "backward":
-        return {"gradient": _magnitude(first.opening.get(f"{step}/backward/{tensor}"))}
+        return FLIP_SHARE * magnitude(first.opening.get(f"{step}/backward/{tensor}"))
     # An update may differ by what its gradients were seen to differ, and no more.
     parameter = tensor.removeprefix("momentum of ")
     keys = [f"{earlier}/backward/{parameter}" for earlier in range(step + 1)]
-    gaps = [_tensor_gap(first.opening.get(key), second.opening.get(key))[0] for key in keys]
-    factor = 1.0 if tensor != parameter else _magnitude(first.lr[: step + 1])
-    return {"known": 2 * factor * sum(gaps) if all(map(math.isfinite, gaps)) else 0.0}
+    seen = sum(tensor_gap(first.opening.get(key), second.opening.get(key))[0] for key in keys)
+    factor = 1.0 if tensor != parameter else magnitude(first.lr[: step + 1])
+    return factor * seen if math.isfinite(seen) else 0.0
 
 
 def _loss_per_step(record: Record, steps: int) -> float:
     """How much one of the first `steps` updates may move the loss, to first order: lr g^2, kept on by momentum."""
     kept = 1 / (1 - min(record.config["momentum"], 0.99))
     with np.errstate(over="ignore", invalid="ignore"):
-        return _magnitude(kept * record.lr[:steps] * record.gradient_norm[:steps] ** 2)
-
-
-def _tensor_gap(one: np.ndarray | None, other: np.ndarray | None) -> tuple[float, tuple[float, float] | None]:
-    """The largest absolute difference and the values there; infinite for missing tensors, other shapes or dtypes."""
-    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return math.inf, None
-    return _largest(np.ravel(one).astype(np.float64), np.ravel(other).astype(np.float64))
-
-
-def _largest(one: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float] | None]:
-    if len(one) == 0:
-        return 0.0, None
-    gaps = _gaps(one, other)
-    worst = int(np.argmax(gaps))
-    return float(gaps[worst]), (float(one[worst]), float(other[worst]))
-
-
-def _difference(one: np.ndarray | None, other: np.ndarray | None) -> float:
-    """The largest absolute difference; 0 where there is none to take."""
-    gap, _ = _tensor_gap(one, other)
-    return gap if math.isfinite(gap) else 0.0
-
-
-def _scalar_gap(one: float, other: float) -> float:
-    return _largest(np.array([one]), np.array([other]))[0]
-
-
-def _gaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Absolute differences; infinite where either side is not finite, were both so."""
-    with np.errstate(invalid="ignore"):
-        gaps = np.abs(one - other)
-    return np.where(np.isfinite(gaps), gaps, np.inf)
-
-
-def _magnitude(array: np.ndarray | None) -> float:
-    if array is None or array.size == 0:
-        return 0.0
-    largest = float(np.max(np.abs(array.astype(np.float64))))
-    return largest if math.isfinite(largest) else 0.0  # no bound grows on what is not finite
-
-
-def _equal(one: Record, other: Record) -> int:
-    """How many predictions are the same; where one side has none, they are not."""
-    shared = min(len(one.predictions), len(other.predictions))
-    return int(np.sum(one.predictions[:shared] == other.predictions[:shared]))
-
-
-def class_accuracy(record: Record, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float | None]:
-    """Correct predictions over test images, per class; an image without prediction counts as wrong.
-
-    None for a class that has no test images.
-    """
-    predictions = np.full(len(labels), -1, np.int64)
-    shared = min(len(labels), len(record.predictions))
-    predictions[:shared] = record.predictions[:shared]
-    correct = np.bincount(labels[predictions == labels], minlength=len(classes))
-    counts = np.bincount(labels, minlength=len(classes))
-    return {name: int(c) / int(n) if n else None for name, c, n in zip(classes, correct, counts, strict=True)}
-
-
-def _class_gaps(one: Record, other: Record, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    a, b = (class_accuracy(record, labels, classes) for record in (one, other))
-    return np.array([abs((a[name] or 0.0) - (b[name] or 0.0)) for name in classes])
+        return magnitude(kept * record.lr[:steps] * record.gradient_norm[:steps] ** 2)
 
 
 # --- The report
@@ -407,24 +364,33 @@ def _describe(runs: dict[str, Record], labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _rule(dtype: str, kin: list[tuple[Record, Record]]) -> dict[str, Any]:
+def _rule(dtype: str, twins: int) -> dict[str, Any]:
+    separation = SEPARATION[dtype]
     if dtype == "float64":
         rule = f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; data, weights and predictions equal"
-        if kin:
-            rule += f"; after the first steps, {DRIFT_FACTOR:g} times the largest drift of {len(kin)} twins besides"
-        return {"rule": rule, "relative": PROOF_BOUND, "twins": len(kin)}
+        if twins:
+            rule += f"; after the first steps, {separation:g} times the drift of {twins} twins besides"
+        return {"rule": rule, "relative": PROOF_BOUND, "twins": twins}
     floor = FLOOR_ULP[dtype]
     rule = (
-        f"{DRIFT_FACTOR:g} times the largest drift of {len(kin)} twins started 1 ulp away, plus {floor:g} ulp, "
-        f"plus {100 * FLIP_SHARE:g} % of what one gradient changes"
+        f"the closest runs of the two frameworks may be {separation:g} times as far apart as the most distant runs of "
+        f"one ({twins} twins, with weights and images 1 ulp away), and a floor of {floor:g} ulp; for counts of test "
+        f"images {SEPARATION_IMAGES:g} times and {IMAGES_FLOOR} images"
     )
-    constants = {"drift_factor": DRIFT_FACTOR, "floor_ulp": floor, "flip_share": FLIP_SHARE}
-    return {"rule": rule, **constants, "twins": len(kin)}
+    constants = {
+        "separation": separation,
+        "separation_images": SEPARATION_IMAGES,
+        "floor_ulp": floor,
+        "flip_share": FLIP_SHARE,
+        "images": IMAGES_FLOOR,
+    }
+    return {"rule": rule, **constants, "twins": twins}
 
 
-def _divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
+def divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
+    """The rung where two runs part, as plain JSON, with a message of one line."""
     values: tuple[float | None, float | None] = rung.values or (None, None)
-    gap = rung.gap if rung.values is None else _scalar_gap(*rung.values)  # that step's; the rung's is its stretch's
+    gap = rung.gap if rung.values is None else scalar_gap(*rung.values)  # that step's; the rung's is its stretch's
     message = f"{rung.stage}: step {rung.step}: "
     if rung.tensor != rung.stage:
         message += f"{rung.tensor}: "
@@ -454,7 +420,8 @@ def _tell_apart(one: float, other: float) -> tuple[str, str]:
 
 def _row(rung: Rung) -> dict[str, Any]:
     place = {"step": rung.step, "stage": rung.stage, "tensor": rung.tensor}
-    return place | {"gap": _finite(rung.gap), "bound": _finite(rung.bound), "agrees": rung.agrees}
+    measured = {"gap": _finite(rung.gap), "drift": _finite(rung.drift), "bound": _finite(rung.bound)}
+    return place | measured | {"agrees": rung.agrees}
 
 
 def _stretch(rung: Rung) -> dict[str, Any]:
@@ -463,13 +430,42 @@ def _stretch(rung: Rung) -> dict[str, Any]:
     return place | measured | {"agrees": rung.agrees}
 
 
+def _equal(one: Record, other: Record) -> int:
+    """How many predictions are the same; where one side has none, they are not."""
+    shared = min(len(one.predictions), len(other.predictions))
+    return int(np.sum(one.predictions[:shared] == other.predictions[:shared]))
+
+
+def class_accuracy(record: Record, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float | None]:
+    """The share of each class's test images that was recognised; None for a class without any."""
+    recognised = correct(record.predictions, labels)
+    members = {name: labels == index for index, name in enumerate(classes)}
+    return {name: float(np.mean(recognised[own])) if own.any() else None for name, own in members.items()}
+
+
+def _class_differences(first: Record, second: Record, labels: np.ndarray) -> dict[str, Any]:
+    """Per class with test images, first less second, with the interval of `paired_difference`."""
+    one, other = (correct(record.predictions, labels) for record in (first, second))
+    classes = [(name, labels == index) for index, name in enumerate(first.data["classes"])]
+    classes = [(name, members) for name, members in classes if members.any()]
+    return {name: paired_difference(one[members], other[members], len(classes)) for name, members in classes}
+
+
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _position(key: str) -> tuple[int, int, str]:
-    step, stage, tensor = key.split("/", 2)
-    return int(step), STAGES.index(stage), f"{not tensor.startswith('momentum')} {tensor}"  # the buffer moves first
+def _travel(record: Record) -> Callable[[str], tuple[int, int, int, str]]:
+    """Sorts "<step>/<stage>/<tensor>" as a difference travels: forward through the layers, backward against them."""
+    layers = {tensor: place for place, tensor in enumerate(record.layers)}
+
+    def position(key: str) -> tuple[int, int, int, str]:
+        step, stage, tensor = key.split("/", 2)
+        layer = tensor.removeprefix("momentum of ").rpartition(".")[0]
+        place = {"forward": layers.get(tensor, 0), "backward": -layers.get(layer, 0)}.get(stage, 0)
+        return int(step), STAGES.index(stage), place, f"{not tensor.startswith('momentum')} {tensor}"  # buffers first
+
+    return position
 
 
 def _unnamed(data: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -40,6 +41,8 @@ class Record:
     steps_per_second: float  # after the first chunk, which compiles; of all steps where there is no other
     weights: Arrays = field(default_factory=dict)  # initial parameters, as the backend held them
     opening: Arrays = field(default_factory=dict)  # "<step>/<stage>/<tensor>" of the first steps
+    layers: list[str] = field(default_factory=list)  # the tensors of the forward pass, in the order of the calls
+    along: Arrays = field(default_factory=dict)  # "<steps done>/<parameter>", about once per stretch
     final: Arrays = field(default_factory=dict)  # parameters after the last step
 
     @property
@@ -52,12 +55,21 @@ class Record:
         return file_stem(self.backend, self.dtype, self.twin)
 
 
+def stretches(steps: int) -> list[tuple[int, int]]:
+    """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs; what is left over belongs to the last whole one."""
+    edges = [0, 1]
+    while (edge := (1, 3)[len(edges) % 2 == 0] * 10 ** ((len(edges) - 1) // 2)) <= steps:
+        edges.append(edge)
+    edges = [*edges[:-1], steps] if steps > 1 else edges
+    return list(itertools.pairwise(edges))
+
+
 def file_stem(backend: str, dtype: str, twin: int | None = None) -> str:
     return f"{backend}-{dtype}" + ("" if twin is None else f"-twin{twin}")
 
 
 _SERIES = ("loss", "gradient_norm", "lr", "predictions")
-_GROUPS = ("weights", "opening", "final")
+_GROUPS = ("weights", "opening", "along", "final")
 _FACTS = tuple(f.name for f in fields(Record) if f.name not in _SERIES + _GROUPS)
 
 

@@ -12,9 +12,10 @@ from common import data, machine
 from common.config import Config
 from common.data import Dataset
 from common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
-from common.record import Record
-from common.weights import initial_weights, numpy_dtype, twin_weights
+from common.record import Record, stretches
+from common.weights import initial_weights, moved, numpy_dtype, twin_images, twin_weights
 
+OPENING_IMAGES = 8  # of a batch, whose activations are recorded
 OPENING_STEPS = 2  # steps recorded tensor by tensor; two, since momentum and dampening first act in the second
 CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
 CHUNK_BYTES = 32 * 2**20  # ... whose images take at most so much memory
@@ -47,24 +48,32 @@ def train(
     weights = initial_weights(backend.shapes(), config.seed, dtype)
     if twin is not None:
         weights = twin_weights(weights, config.seed, twin)
+    rounding = None if twin is None else twin_images(config.seed, twin)
     state = backend.init(Snapshot.start(weights))
     initial = backend.export(state).parameters
 
     opening: Arrays = {}
+    along: Arrays = {}
+    edges = [stop for _, stop in stretches(config.total_steps) if stop > OPENING_STEPS]
     history: list[Metrics] = []
     log = _Log(config, len(dataset.train_images), log_every, observer)
     start = first_chunk_end = time.perf_counter()
     steps = first_chunk_steps = 0
     for indices in chunks(config, len(dataset.train_images), bytes_per_image=3072 * numpy_dtype(dtype).itemsize):
         images = data.normalise(dataset.train_images[indices], numpy_dtype(dtype))
+        if rounding is not None:
+            images = moved(images, rounding)
         labels = dataset.train_labels[indices]
         if steps < OPENING_STEPS:
-            opening |= _named(steps, backend.probe(state, images[0], labels[0]))
+            opening |= _named(steps, _cut(backend.probe(state, images[0], labels[0])))
         state, metrics = backend.train_steps(state, images, labels)
         if steps < OPENING_STEPS:
-            opening |= _named(steps, _updated(backend.export(state)))
+            opening |= _named(steps, updated(backend.export(state)))
         history.append(metrics)
         steps += len(indices)
+        if edges and edges[0] <= steps < config.total_steps:
+            along |= _named(steps, backend.export(state).parameters)
+            edges = [edge for edge in edges if edge > steps]
         log.add(metrics.loss)
         if first_chunk_steps == 0 and len(indices) > 1:
             first_chunk_end, first_chunk_steps = time.perf_counter(), steps
@@ -92,6 +101,8 @@ def train(
         steps_per_second=steady,
         weights=initial,
         opening=opening,
+        layers=layers_of(opening),
+        along=along,
         final=backend.export(state).parameters,
     )
 
@@ -146,7 +157,17 @@ def _named(step: int, arrays: Arrays) -> Arrays:
     return {f"{step}/{name}": array for name, array in arrays.items()}
 
 
-def _updated(snapshot: Snapshot) -> Arrays:
+def layers_of(opening: Arrays) -> list[str]:
+    """The tensors of the forward pass, in the order in which they are computed."""
+    return [key.split("/", 2)[2] for key in opening if key.startswith("0/forward/")]
+
+
+def _cut(arrays: Arrays) -> Arrays:
+    """Activations of a batch's first images only: what is wrong in a layer is wrong in all of them."""
+    return {name: a[:OPENING_IMAGES] if name.startswith("forward/") else a for name, a in arrays.items()}
+
+
+def updated(snapshot: Snapshot) -> Arrays:
     """The tensors of the update stage."""
     parameters = {f"update/{name}": array for name, array in snapshot.parameters.items()}
     return parameters | {f"update/momentum of {name}": array for name, array in snapshot.momentum.items()}

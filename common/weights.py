@@ -9,7 +9,8 @@ import numpy as np
 
 from common.protocol import Arrays
 
-WEIGHTS_STREAM, TWINS_STREAM = 1, 2  # keep random streams of one seed apart; the order of the batches has another
+# These keep the random streams of one seed apart; the order of the batches has another.
+WEIGHTS_STREAM, TWINS_STREAM, TWIN_IMAGES_STREAM = 1, 2, 3
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
@@ -36,14 +37,19 @@ def initial_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -
 
 def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
     """`weights`, each moved by one ulp up, one ulp down, or not at all, at random; `twin` is 1, 2, ..."""
-    moved = {}
-    for name, array in weights.items():
-        direction = _generator(seed, TWINS_STREAM, name, twin).integers(-1, 2, array.shape)
-        infinity = np.asarray(np.inf, array.dtype)
-        moved[name] = np.where(
-            direction > 0, np.nextafter(array, infinity), np.where(direction < 0, np.nextafter(array, -infinity), array)
-        )
-    return moved
+    return {name: moved(array, _generator(seed, TWINS_STREAM, name, twin)) for name, array in weights.items()}
+
+
+def moved(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay."""
+    bits = array.view(f"i{array.itemsize}")  # the next integer is the next float of the same sign
+    direction = generator.integers(-1, 2, array.shape, np.int8)
+    return np.where(bits << 1 == 0, bits, bits + direction).view(array.dtype)
+
+
+def twin_images(seed: int, twin: int) -> np.random.Generator:
+    """What a twin's images are `moved` by, batch after batch."""
+    return np.random.default_rng([seed, TWIN_IMAGES_STREAM, twin])
 
 
 def _generator(seed: int, stream: int, name: str, *more: int) -> np.random.Generator:

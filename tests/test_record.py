@@ -49,6 +49,8 @@ def make(twin: int | None = None) -> Record:
             "0/forward/logits": generator.normal(size=(2, 3)).T,  # in no C order
             "0/backward/nothing": np.zeros((0, 2)),
         },
+        layers=["logits", "a, of no order"],
+        along={"3/conv1.kernel": np.array([[1.0], [5e-324]]), "10/fc1.bias": np.array([-0.0], np.float32)},
         final={"conv1.kernel": np.array([math.nan, 1.0], ml_dtypes.bfloat16)},
     )
 
@@ -88,7 +90,8 @@ def test_a_record_is_read_back_bit_by_bit(tmp_path: Path, twin: int | None) -> N
 
 
 def test_the_comparison_of_records_that_this_file_uses_sees_one_bit() -> None:
-    for group, name in (("weights", "conv1.kernel"), ("opening", "0/loss/loss"), ("final", "conv1.kernel")):
+    groups = {"weights": "conv1.kernel", "opening": "0/loss/loss", "along": "10/fc1.bias", "final": "conv1.kernel"}
+    for group, name in groups.items():
         other = make()
         array = getattr(other, group)[name]
         array.flat[-1] = np.nextafter(array.flat[-1], np.asarray(9, array.dtype))
@@ -131,7 +134,7 @@ def archive(facts: Any, arrays: Arrays | None = None, digest: str | None = None)
 
 def facts(**changes: Any) -> dict[str, Any]:
     kept = {name: value for name, value in vars(make()).items() if not isinstance(value, np.ndarray)}
-    kept = {name: value for name, value in kept.items() if name not in ("weights", "opening", "final")}
+    kept = {name: value for name, value in kept.items() if name not in ("weights", "opening", "along", "final")}
     return {"schema": 1} | kept | changes
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import locate
 from common.data import Dataset
 from common.errors import RecordError
 from common.record import Record
 from common.report import Terminal, jsonable, safe, sentence, write_json, write_pictures
 from common.report.pictures import label, loss_gap, running_mean
-from common.report.terminal import condense, extreme
+from common.report.terminal import condense, extreme, merge
 
 HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "$x_1$ costs $", "[red]bold[/red]", "猫\n\udce9")
 PLAIN = ("plane", "car", "bird", "cat", "deer")
@@ -59,6 +60,7 @@ def lens(dtype: str, verdict: str, classes: tuple[str, ...], backends: tuple[str
         "dtype": dtype,
         "steps": STEPS,
         "verdict": verdict,
+        "score": (2.5 if bad else 0.25) if both else None,
         "max_abs_loss_gap": 1.1e-15 if both else None,
         "bound": {"rule": "a hundred times the largest gap that was measured over 37,500 steps of the same network"},
         "first_divergence": first | {"message": message} if bad else None,
@@ -74,6 +76,15 @@ def lens(dtype: str, verdict: str, classes: tuple[str, ...], backends: tuple[str
         "steps_per_second": dict.fromkeys(backends, 1234.5),
         "seconds": dict.fromkeys(backends, 3.0),
     }
+
+
+def found(tensor: str = "conv1", **changes: Any) -> dict[str, Any]:
+    """What `locate` says of where two runs part."""
+    first = {"step": 17, "stage": "forward", "tensor": tensor, "gap": 2.0, "bound": 1e-7}
+    first |= {"message": f"forward: step 17: {tensor}: torch=1 flax=3, gap 2.0e+00 > 1.0e-07"}
+    pair: list[np.ndarray | None] = [np.array([[1.0, 2.0], [np.nan, 4.0]]), np.array([[3.0, 2.0], [3.0, 1 / 3]])]
+    how = "replayed: both took step 17 from the state that torch had before it"
+    return locate._describe(first, ["torch", "flax"], pair, how) | changes
 
 
 def make(
@@ -152,6 +163,81 @@ def test_a_failure_is_marked_in_words_and_what_is_not_finite_says_so() -> None:
     text = printed(make("disagree"))
     assert "DISAGREE" in text and " NO\n" in text and "not finite" in text and "no images" in text
     assert " NO\n" not in printed(make("agree"))
+
+
+def located(found: dict[str, Any]) -> str:
+    out = io.StringIO()
+    Terminal(stdout=out, stderr=io.StringIO()).located(found)
+    return out.getvalue()
+
+
+def test_where_runs_part_is_shown_with_what_is_likely_and_the_entries_that_differ_most() -> None:
+    text = located(found(pattern="flax is 3 times torch"))
+    flat = " ".join(text.split())
+    assert "Where they part: forward: step 17: conv1: torch=1 flax=3, gap 2.0e+00 > 1.0e-07 (replayed: both" in flat
+    assert "In conv1: flax is 3 times torch." in flat
+    assert flat.count("A likely cause: ") == 2 and "padding (Flax pads SAME by default)" in flat
+    rows = text[text.index("largest differences in conv1") :].splitlines()
+    assert rows[0].split() == ["largest", "differences", "in", "conv1", "torch", "flax"]
+    assert [row.split() for row in rows[2:5]] == [
+        ["[1,", "0]", "not", "finite", "3"],
+        ["[1,", "1]", "4", "0.333333333"],
+        ["[0,", "0]", "1", "3"],
+    ]
+    assert len(rows) == 5  # what is the same is no difference
+
+
+def test_where_runs_part_is_said_without_what_is_not_known() -> None:
+    text = located(found(pattern=None, offenders=[], causes=[]))
+    assert text.startswith("Where they part: ") and "likely" not in text and "largest" not in text and "In " not in text
+
+
+def test_a_report_of_runs_that_disagree_shows_where_they_part_and_one_of_runs_that_agree_does_not() -> None:
+    report = make("disagree", "agree")
+    assert "Where they part" not in printed(report)
+    report["lenses"][0]["located"] = found()
+    assert printed(report).count("Where they part") == 1
+    assert "Where they part" not in printed(report, quiet=True)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "w" * 70])
+def test_where_runs_part_is_plain_text_of_eighty_columns_whatever_a_layer_is_called(name: str) -> None:
+    text = located(found(name, pattern=name))
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert text.splitlines()[-1].split() == ["[0,", "0]", "1", "3"]  # a long name leaves room for the numbers
+
+
+def test_the_drift_of_the_twins_stands_beside_the_gap() -> None:
+    report = make("agree", "agree")
+    report["lenses"][1]["stretches"] = [
+        report["lenses"][1]["stretches"][0] | {"gap": 3e-6, "drift": 2e-6, "bound": 1.6e-5},
+        report["lenses"][1]["stretches"][0] | {"quantity": "mean loss", "gap": 1e-6, "drift": None, "bound": 1e-5},
+    ]
+    rows = [line.split() for line in printed(report).splitlines()]
+    assert ["loss", "0", "to", "39", "3e-06", "2e-06", "1.6e-05", "ok"] in rows
+    assert ["mean", "loss", "0", "to", "39", "1e-06", "-", "1e-05", "ok"] in rows
+
+
+def test_float64_runs_that_needed_twins_say_that_rounding_was_amplified() -> None:
+    report = make("agree")
+    report["lenses"][0]["bound"]["twins"] = 4
+    report["lenses"][0]["max_abs_loss_gap"] = 3e-9
+    assert sentence(report) == (
+        "The two runs agree: float64 within what rounding explains, which this run amplifies to 3e-09."
+    )
+
+
+def test_neighbouring_stretches_that_read_alike_are_one_row_and_others_are_not() -> None:
+    row = {"quantity": "lr", "start": 0, "stop": 1, "gap": 0.0, "drift": 0.0, "bound": 1e-13, "agrees": True}
+    rows = [row, row | {"start": 1, "stop": 3}, row | {"start": 3, "stop": 10, "gap": 1e-16}]
+    rows += [row | {"start": 3, "stop": 10, "quantity": "loss"}, row | {"start": 30, "stop": 40, "quantity": "loss"}]
+    assert [(each["quantity"], each["start"], each["stop"]) for each in merge(rows)] == [
+        ("lr", 0, 3),
+        ("lr", 3, 10),
+        ("loss", 3, 10),
+        ("loss", 30, 40),
+    ]
 
 
 def test_hostile_names_are_shown_escaped_and_not_obeyed() -> None:

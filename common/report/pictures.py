@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,8 @@ def _gap(axes: Any, lens: dict[str, Any], runs: dict[str, Record], twins: dict[s
 
     gap = loss_gap(runs["torch"], runs["flax"])
     steps = len(gap)
-    drifts = [loss_gap(runs[name], twin) for name in BACKENDS for twin in twins.get(name, ())]
+    sides = [[runs[name], *twins.get(name, ())] for name in BACKENDS]
+    drifts = [loss_gap(one, other) for side in sides for one, other in itertools.combinations(side, 2)]
     stretches = [row for row in lens["stretches"] if row["quantity"] == "loss" and row["bound"] is not None]
     seen = np.concatenate([gap, *drifts, [row["bound"] for row in stretches]])
     seen = seen[np.isfinite(seen) & (seen > 0)]
@@ -194,9 +196,7 @@ def _gap(axes: Any, lens: dict[str, Any], runs: dict[str, Record], twins: dict[s
         shortest = min(len(drift) for drift in drifts)
         drift = np.fmax.accumulate(np.fmax.reduce([np.fmax(drift[:shortest], floor) for drift in drifts]))
         kept = _thin(shortest, logarithmic=True)
-        axes.fill_between(
-            kept, floor, drift[kept], color="#DDDDDD", linewidth=0, label="largest drift of a twin so far"
-        )
+        axes.fill_between(kept, floor, drift[kept], color="#DDDDDD", linewidth=0, label="between twins, largest so far")
     points = np.flatnonzero(np.isfinite(gap))
     points = points[_thin(len(points), logarithmic=True)]
     axes.plot(points, np.fmax(gap[points], floor), ".", markersize=2.5, color="#777777", label="gap")

@@ -148,14 +148,34 @@ class Terminal:
             if (rule := lens["bound"].get("rule")) and (lens["ladder"] or lens["stretches"]):
                 self._print("")
                 self._paragraph(f"Bounds: {rule.rstrip('.')}.")
+            if lens.get("located"):
+                self._print("")
+                self.located(lens["located"])
             self._accuracy(lens, classes)
             self._print("")
             self._closing(lens)
 
+    def located(self, found: dict[str, Any]) -> None:
+        """Where two runs part, what the tensor there looks like, and what usually causes it."""
+        self._paragraph(f"Where they part: {found['message']} ({found['how']}).", "bold")
+        if found["pattern"]:
+            self._paragraph(f"In {found['tensor']}: {found['pattern']}.")
+        for trap in found["causes"]:
+            self._paragraph(f"A likely cause: {trap}.")
+        if found["offenders"]:
+            names = [name for name in BACKENDS if name in found["offenders"][0]]
+            tensor = cut(self._safe(found["tensor"]), 22, self._ellipsis)
+            table = self._table(f"largest differences in {tensor}", *(f"{name}>" for name in names))
+            for entry in found["offenders"]:
+                place = ", ".join(map(str, entry["index"]))
+                values = ("not finite" if entry[name] is None else f"{entry[name]:.9g}" for name in names)
+                self._row(table, f"[{place}]", *values)
+            self._show(table)
+
     def _ladder(self, rows: list[dict[str, Any]]) -> None:
         table = self._table("when", "stage", "worst tensor", "step>", "gap>", "bound>", "ok")
         for when, row, agrees in condense(rows):
-            cells = [when, row["stage"], cut(self._safe(row["tensor"]), 22, self._ellipsis), f"{row['step']:,}"]
+            cells = [when, row["stage"], cut(self._safe(row["tensor"]), 20, self._ellipsis), f"{row['step']:,}"]
             self._row(table, *cells, number(row["gap"]), number(row["bound"], "none"), _mark(agrees))
         self._show(table)
 
@@ -178,13 +198,20 @@ class Terminal:
 
     def _accuracy(self, lens: dict[str, Any], classes: list[str]) -> None:
         names = _backends(lens)
-        table = self._table("test images", *(f"{name}>" for name in names))
+        # Two networks that drifted apart differ class by class, too: how exactly, the interval says; why, the twins.
+        differences = lens.get("class_differences", {})
+        columns = ["difference, 99 % interval>"] if differences else []
+        table = self._table("test images", *(f"{name}>" for name in names), *columns)
         self._row(table, "all classes", *(percent(lens["accuracy"][name]) for name in names))
         table.add_section()
         by_class = lens["per_class_accuracy"]
         if len(classes) <= MAX_CLASSES:
             for label in classes:
-                self._row(table, self._name(label), *(percent(by_class[name].get(label)) for name in names))
+                cells = [percent(by_class[name].get(label)) for name in names]
+                if found := differences.get(label):
+                    low, high = 100 * found["low"], 100 * found["high"]
+                    cells.append(f"{100 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
+                self._row(table, self._name(label), *cells)
             table.add_section()
         for title, worst in (("weakest class", True), ("strongest class", False)):
             cells = []
@@ -326,7 +353,8 @@ def _agreement(lens: dict[str, Any]) -> str:
 
 def _parting(lens: dict[str, Any]) -> str:
     if first := lens["first_divergence"]:
-        return f"{lens['dtype']}: {first['message'].rstrip('.')}."
+        alone = " in evaluation alone, the training trajectories agree" if first["stage"] == "evaluate" else ""
+        return f"{lens['dtype']}{alone}: {first['message'].rstrip('.')}."
     for row in lens["stretches"]:
         if not row["agrees"]:
             last = max(row["start"], row["stop"] - 1)
