@@ -3,7 +3,11 @@
     python compare.py                        both backends, the quick recipe
     python compare.py --backend torch        one backend; compared with the other's record, if there is one
     python compare.py --recipe tutorial      the whole run of PyTorch's tutorial
+    python compare.py locate                 where two runs part, from their records if they are there
     python compare.py grid                   every combination of the optimizer's options, 200 float64 steps each
+    python compare.py faults                 known faults: which are found, by which lens, and where
+    python compare.py alarms                 clean pairs of runs: how many are said to differ
+    python compare.py sensitivity            from which error of the learning rate on, and when, it is seen
 
 Exit status: 0 the runs agree, or a single one finished with nothing to compare it with; 1 they do not agree; 2 the
 request cannot be carried out.
@@ -12,7 +16,10 @@ request cannot be carried out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +29,7 @@ import backends
 from common.config import BACKENDS, DTYPES, RECIPES, SCHEDULES, Config, Recipe, Schedule
 from common.errors import BackendError, ConfigError, LockstepError, RecordError
 
+MAX_WORKERS = 8  # processes of `alarms`; each holds two gigabytes
 Runs = dict[str, dict[str, Any]]  # by dtype, then by backend
 
 
@@ -30,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = parse(arguments)
-        return {"run": run, "grid": grid}[options.command](options, arguments)
+        return COMMANDS[options.command](options, arguments)
     except LockstepError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
@@ -57,7 +65,7 @@ def printable(text: object) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run", choices=["run", "grid"], help="what to do (default: run)")
+    parser.add_argument("command", nargs="?", default="run", choices=list(COMMANDS), help="what to do (default: run)")
     parser.add_argument("--backend", default="both", choices=["both", *BACKENDS], help="which to train")
     lines = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     parser.add_argument("--recipe", default="quick", choices=list(RECIPES), metavar="NAME", help=lines)
@@ -93,6 +101,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("the comparison")
     group.add_argument("--dtype", choices=DTYPES, help="one lens only (default: the recipe's)")
     group.add_argument("--twins", type=int, metavar="M", help="twins per backend in the production lenses")
+
+    group = parser.add_argument_group("the evidence")
+    group.add_argument("--only", nargs="+", metavar="FAULT", help="faults: these only")
+    group.add_argument("--quick", action="store_true", help="faults: one or two of each stage")
+    group.add_argument("--pairs", type=int, metavar="N", help="alarms: pairs of runs (default 300)")
 
     group = parser.add_argument_group("where and how")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -139,7 +152,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Train, compare, report."""
     recipe = recipe_of(options)  # before anything slow: a wrong option is answered at once
 
-    from common import data, parity, record
+    from common import data, locate, parity, record
     from common.report import Terminal, write_json, write_pictures
 
     terminal = Terminal(quiet=options.quiet)
@@ -154,12 +167,14 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     twins: Runs = {dtype: {} for dtype in recipe.dtypes}
     for dtype in recipe.dtypes:  # before training: a damaged record is reported at once
         for name in BACKENDS:
-            if name not in names:
+            if name not in names or options.command == "locate":
                 family = find_records(folder, name, dtype, config, dataset, terminal)
                 if family:
                     runs[dtype][name], twins[dtype][name] = family[0], family[1:]
     for dtype in recipe.dtypes:
         for name in names:
+            if name in runs[dtype]:
+                continue
             made = []
             members = [None] if dtype == "float64" else [None, *range(1, recipe.twins + 1)]
             for result in train(name, dtype, members, config, dataset, device, options, terminal):
@@ -176,6 +191,18 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                     twins[dtype][name].append(result)
 
     report = make_report(options.recipe, config, dataset, arguments, runs, twins)
+    apart = next((lens for lens in report["lenses"] if lens["verdict"] == "disagree"), None)
+    if apart is not None:  # float64 comes first: what shows there shows most sharply
+        terminal.line(f"Looking for where the {apart['dtype']} runs part")
+        records = runs[apart["dtype"]]
+        with explained(" and ".join(records)):
+            apart["located"] = locate.locate(
+                apart,
+                records,
+                config,
+                dataset,
+                lambda name: backends.load(name)(config, len(dataset.classes), apart["dtype"], device, options.compile),
+            )
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
     write_json(report, folder)
     write_pictures(folder, report, runs, dataset, twins, sample)
@@ -214,14 +241,20 @@ def train(
         title = f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
         log_every = options.log_every if twin is None else 0
         terminal.line(f"Training {title}: {config.total_steps:,} steps on {backend.device}")
-        try:
-            with terminal.progress(title, config.total_steps) as advance:
-                observer = TerminalObserver(terminal.line, advance)
-                yield train.train(backend, config, dataset, dtype, observer, twin, log_every)
-        except (RuntimeError, MemoryError) as error:  # of a compiler, a driver, or the memory: they all come as these
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            remedy = "try --compile off, --device cpu or a smaller --batch-size"
-            raise BackendError(f"{name} cannot train here ({type(error).__name__}: {reason}): {remedy}") from error
+        with explained(name), terminal.progress(title, config.total_steps) as advance:
+            observer = TerminalObserver(terminal.line, advance)
+            yield train.train(backend, config, dataset, dtype, observer, twin, log_every)
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Errors of a compiler, a driver, or the memory, which all come as RuntimeError, as one line with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "try --compile off, --device cpu or a smaller --batch-size"
+        raise BackendError(f"{name} cannot train here ({type(error).__name__}: {reason}): {remedy}") from error
 
 
 class TerminalObserver:
@@ -262,47 +295,173 @@ def find_records(folder: Path, name: str, dtype: str, config: Config, dataset: A
 
 def grid(options: argparse.Namespace, arguments: list[str]) -> int:
     """Both backends through every legal combination of the optimizer's options."""
-    used = {"command", "data", "data_dir", "steps", "device", "compile", "out", "quiet"}
-    given = [name for name, value in vars(options).items() if value != vars(parse(["grid"]))[name] and name not in used]
-    if given:
-        raise ConfigError(f"grid takes no --{given[0].replace('_', '-')}: it goes through all combinations itself")
+    refuse(options, "it goes through all combinations itself", "steps")
 
-    from common import data, machine
     from common import grid as options_grid
-    from common.report import Terminal, write_json
 
     configs = list(options_grid.combinations(options_grid.STEPS if options.steps is None else options.steps))
-    terminal = Terminal(quiet=options.quiet)
-    dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    study = Study(options, arguments, folder="grid")
+    dataset = study.load(options.data)
     configs = [config.resolve(len(dataset.train_images)) for config in configs]
-    device = choose_device(options, configs[0], dataset, BACKENDS, terminal)
-    folder = options.out or Path("results/grid")
-    check_writable(folder)
-
-    def build(name: str, config: Config) -> Any:
-        return backends.load(name)(config, len(dataset.classes), "float64", device, options.compile)
-
+    build = functools.partial(study.build, dtype="float64")
     rows = []
-    with terminal.progress("combinations", len(configs)) as advance:
+    with study.terminal.progress("combinations", len(configs)) as advance:
         for config in configs:
             rows.append(options_grid.measure(config, dataset, build))
             advance(1, rows[-1]["last_loss"])
-    report = {
-        "schema": 1,
-        "command": ["compare.py", *arguments],
-        "data": {"name": dataset.name, "digest": dataset.digest},
-        "environment": machine.describe(),
-        "steps": configs[0].steps,
-        "bound": options_grid.GRID_BOUND,
-        "rows": rows,
-    }
-    write_json(report, folder)
-    terminal.table(*options_grid.table(rows))
+    facts = {"steps": configs[0].steps, "bound": options_grid.GRID_BOUND}
     agree = all(row["agrees"] for row in rows)
-    terminal.line(
-        f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}. Report: {folder}/report.json"
-    )
+    study.report(facts, rows, options_grid.table(rows))
+    study.terminal.line(f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}.")
     return 0 if agree else 1
+
+
+def faults(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Every known fault, or those asked for, put into the Flax side: is it found, and where?"""
+    refuse(options, "each fault has the run in which it shows", "only", "twins", "dtype", "quick")
+
+    from backends import faults as catalogue
+    from common.evidence import faults as matrix
+    from common.evidence import shortened
+
+    chosen = [catalogue.named(name) for name in options.only or ()] or list(catalogue.FAULTS)
+    if options.quick:
+        chosen = [fault for fault in chosen if fault.name in catalogue.QUICK]
+    study = Study(options, arguments, folder="faults")
+    dataset = shortened(study.load(options.data), matrix.TEST_IMAGES)
+    if (dataset.train_images == dataset.train_images[..., :1]).all():
+        left_out = [fault.name for fault in chosen if fault.needs_colour]
+        chosen = [fault for fault in chosen if not fault.needs_colour]
+        if left_out:
+            study.terminal.line(f"Left out, for {dataset.name} is grey: {', '.join(left_out)}")
+    lenses = matrix.LENSES if options.dtype is None else (options.dtype,)
+    twins = 2 if options.twins is None else options.twins
+    cache: dict[Any, Any] = {}
+    rows = []
+    with study.terminal.progress("faults", len(chosen)) as advance:
+        for fault in chosen:
+            rows.append(matrix.measure(fault, dataset, study.build, catalogue.injected, cache, lenses, twins))
+            advance(1, math.nan)
+    summary = matrix.summary(rows)
+    study.report({"summary": summary}, rows, matrix.table(rows), draw=matrix.draw)
+    study.terminal.line(matrix.sentence(summary))
+    return 0 if not summary["missed"] else 1
+
+
+def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Clean pairs of runs: how often are two correct programs said to differ?"""
+    refuse(options, "it has its own configurations", "pairs", "seed", "dtype", "twins")
+
+    import multiprocessing
+    import os
+    from concurrent.futures import ProcessPoolExecutor
+
+    from common.evidence import alarms as clean
+    from common.report.terminal import counted
+
+    pairs = clean.PAIRS if options.pairs is None else options.pairs
+    if pairs < 1:
+        raise ConfigError("--pairs must be 1 or more")
+    study = Study(options, arguments, folder="alarms")
+    for name in dict.fromkeys(cell.data for cell in clean.CELLS):
+        study.load(name)
+    first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
+    shares = list(clean.shares(pairs, first))
+    workers = 1 if options.device == "cuda" else min(len(shares), os.cpu_count() or 1, MAX_WORKERS)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    rows = []
+    with explained("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
+        for found in pool.map(clean_pairs, [options] * len(shares), *zip(*shares, strict=True)):
+            rows += found
+            advance(len(found), math.nan)
+    summary = clean.summary(rows)
+    study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw=clean.draw)
+    false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
+    study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {counted(len(rows), 'clean pair')} per lens.")
+    return 0
+
+
+def clean_pairs(options: argparse.Namespace, cell: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of one configuration, in a process of its own."""
+    from common.evidence import alarms as clean
+
+    study = Study(options, [], folder="alarms", quiet=True)
+    lenses = DTYPES if options.dtype is None else (options.dtype,)
+    twins = 2 if options.twins is None else options.twins
+    return list(clean.measure(cell, seeds, {cell.data: study.load(cell.data)}, study.build, lenses, twins))
+
+
+def sensitivity(options: argparse.Namespace, arguments: list[str]) -> int:
+    """A learning rate that is wrong by a tenth, a hundredth, ...: when does each lens see it?"""
+    refuse(options, "it has the quick recipe's configuration", "steps", "twins")
+
+    from common.evidence import sensitivity as curve
+
+    study = Study(options, arguments, folder="sensitivity")
+    dataset = study.load(options.data)
+    steps = curve.STEPS if options.steps is None else options.steps
+    twins = 2 if options.twins is None else options.twins
+    rows = []
+    with study.terminal.progress("errors", len(curve.ERRORS)) as advance:
+        for row in curve.measure(dataset, study.build, steps, twins=twins):
+            rows.append(row)
+            advance(1, math.nan)
+    study.report({"steps": steps}, rows, curve.table(rows), draw=curve.draw)
+    return 0
+
+
+class Study:
+    """What the commands that make evidence share: data, device, backends, and a report of rows."""
+
+    def __init__(self, options: argparse.Namespace, arguments: list[str], folder: str, quiet: bool = False) -> None:
+        from common.report import Terminal
+
+        self.options, self.arguments = options, arguments
+        self.folder = options.out or Path("results") / folder
+        self.terminal = Terminal(quiet=quiet or options.quiet)
+        self.datasets: list[Any] = []
+        self.device: str | None = None
+        check_writable(self.folder)
+
+    def load(self, name: str) -> Any:
+        from common import data
+
+        terminal = self.terminal
+        self.datasets.append(data.load(name, self.options.data_dir, terminal.line, progress=not terminal.quiet))
+        return self.datasets[-1]
+
+    def build(self, name: str, config: Config, dtype: str) -> Any:
+        classes = len(self.datasets[-1].classes)
+        if self.device is None:
+            self.device = choose_device(self.options, config, self.datasets[-1], BACKENDS, self.terminal)
+        return backends.load(name)(config, classes, dtype, self.device, self.options.compile)
+
+    def report(self, facts: dict[str, Any], rows: list[Any], table: Any, draw: Any = None) -> None:
+        from common import machine
+        from common.report import write_json
+
+        report = {
+            "schema": 1,
+            "command": ["compare.py", *self.arguments],
+            "data": [{"name": dataset.name, "digest": dataset.digest} for dataset in self.datasets],
+            "environment": machine.describe(),
+            **facts,
+            "rows": rows,
+        }
+        write_json(report, self.folder)
+        if draw is not None:
+            draw(rows, self.folder / f"{self.options.command}.png")
+        self.terminal.table(*table)
+        self.terminal.line(f"Report: {self.folder}")
+
+
+def refuse(options: argparse.Namespace, why: str, *used: str) -> None:
+    """Raise ConfigError if an option was given that the command does not use."""
+    used = (*used, "command", "data", "data_dir", "device", "compile", "out", "quiet")
+    default = vars(parse([options.command]))
+    given = [name for name, value in vars(options).items() if value != default[name] and name not in used]
+    if given:
+        raise ConfigError(f"{options.command} takes no --{given[0].replace('_', '-')}: {why}")
 
 
 def make_report(
@@ -337,6 +496,15 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise RecordError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
 
+
+COMMANDS = {
+    "run": run,
+    "locate": run,
+    "grid": grid,
+    "faults": faults,
+    "alarms": alarms,
+    "sensitivity": sensitivity,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 import compare
+from backends import faults
 from common import data, record
 from common.data import Dataset
-from tests import broken
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHORT = ["--data", "TINTED", "--steps", "24", "--batch-size", "4", "--lr", "0.01", "--momentum", "0.9", "--quiet"]
@@ -34,6 +34,13 @@ def lockstep(*arguments: str | Path) -> int:
 
 def report_of(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, fault: str, dataset: Dataset, *options: str | Path) -> None:
+    """Put a known fault into the Flax side, for the run of these options and this data."""
+    recipe = compare.recipe_of(compare.parse([str(option) for option in options]))
+    config = recipe.config.resolve(len(dataset.train_images))
+    faults.named(fault).apply(monkeypatch.setattr, config, dataset)
 
 
 # --- Verdicts
@@ -162,38 +169,32 @@ def test_lenses_that_have_no_partner_are_named_beside_those_that_agree(
 # --- Broken ports: (what is broken, further options, step, stage, tensor)
 
 PORTS = [
-    pytest.param(broken.bgr, [], 0, "data", "images", id="bgr"),
-    pytest.param(broken.other_shuffle, [], 0, "data", "images", id="other-shuffle"),
-    pytest.param(broken.wrong_labels, [], 0, "data", "labels", id="labels-from-one"),
-    pytest.param(broken.own_weights, [], 0, "weights", "fc2.kernel", id="own-weights"),
-    pytest.param(broken.flatten_order, [], 0, "forward", "logits", id="flatten-order"),
-    pytest.param(broken.same_padding, [], 0, "forward", "logits", id="same-padding"),
-    pytest.param(broken.float32_inside, [], 0, "forward", "logits", id="float32-inside"),
-    pytest.param(broken.sum_for_mean, [], 0, "loss", "loss", id="sum-for-mean"),
-    pytest.param(broken.stopped_gradient, [], 0, "backward", "fc3.bias", id="stopped-gradient"),
-    pytest.param(broken.momentum_089, [], 1, "update", "momentum of conv1.bias", id="momentum-0.89"),
-    pytest.param(
-        broken.dampening_on_the_first_step, ["--dampening", "0.5"], 0, "update", None, id="dampening-on-first-step"
-    ),
-    pytest.param(
-        broken.decoupled_weight_decay, ["--weight-decay", "0.01"], 0, "update", None, id="decoupled-weight-decay"
-    ),
-    pytest.param(
-        broken.schedule_off_by_one, ["--schedule", "exponential"], 0, "update", None, id="schedule-off-by-one"
-    ),
-    pytest.param(broken.last_batch_not_evaluated, [], 24, "evaluate", None, id="last-batch-not-evaluated"),
-    pytest.param(broken.classes_moved, [], 24, "evaluate", "predictions", id="classes-moved"),
+    ("bgr", [], 0, "data", "images"),
+    ("other-shuffle", [], 0, "data", "images"),
+    ("labels-from-one", [], 0, "data", "labels"),
+    ("own-weights", [], 0, "weights", "fc2.kernel"),
+    ("flatten-order", [], 0, "forward", "input of fc1"),
+    ("same-padding", [], 0, "forward", "conv1"),
+    ("float32-inside", [], 0, "forward", "logits"),
+    ("sum-for-mean", [], 0, "loss", "loss"),
+    ("stopped-gradient", [], 0, "backward", "fc3.bias"),
+    ("momentum-089", [], 1, "update", "momentum of conv1.bias"),
+    ("dampening-on-the-first-step", ["--dampening", "0.5"], 0, "update", None),
+    ("decoupled-weight-decay", ["--weight-decay", "0.01"], 0, "update", None),
+    ("schedule-off-by-one", ["--schedule", "exponential"], 0, "update", None),
+    ("last-batch-not-evaluated", [], 24, "evaluate", None),
+    ("classes-moved", [], 24, "evaluate", "predictions"),
 ]
 
 
-@pytest.mark.parametrize(("breaks", "options", "step", "stage", "tensor"), PORTS)
+@pytest.mark.parametrize(("fault", "options", "step", "stage", "tensor"), PORTS, ids=[port[0] for port in PORTS])
 def test_a_broken_port_disagrees_and_its_rung_is_named(
     both: tuple[int, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tinted: Path,
-    breaks: broken.Break,
+    fault: str,
     options: list[str],
     step: int,
     stage: str,
@@ -204,7 +205,7 @@ def test_a_broken_port_disagrees_and_its_rung_is_named(
         assert lockstep(*proof, "--backend", "torch") == 0
     else:
         shutil.copy(both[1] / "torch-float64.safetensors", tmp_path)
-    breaks(monkeypatch, data.load(str(tinted)))
+    broken(monkeypatch, fault, data.load(str(tinted)), *proof)
     assert lockstep(*proof, "--backend", "flax") == 1
     divergence = report_of(tmp_path)["lenses"][0]["first_divergence"]
     assert (divergence["step"], divergence["stage"]) == (step, stage)
@@ -231,7 +232,7 @@ def test_float64_runs_that_amplify_rounding_are_held_against_twins(
 def test_a_late_fault_is_not_taken_for_chaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Path) -> None:
     options = [*SHORT, "--dtype", "float64", "--schedule", "multistep:milestones=12,gamma=0.5", "--out", tmp_path]
     assert lockstep(*options, "--backend", "torch") == 0
-    broken.schedule_off_by_one(monkeypatch, data.load(str(tinted)))
+    broken(monkeypatch, "schedule-off-by-one", data.load(str(tinted)), *options)
     assert lockstep(*options, "--backend", "flax") == 1
     divergence = report_of(tmp_path)["lenses"][0]["first_divergence"]
     assert (divergence["step"], divergence["stage"], divergence["tensor"]) == (11, "update", "lr")
@@ -239,19 +240,14 @@ def test_a_late_fault_is_not_taken_for_chaos(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("breaks", "stage"),
-    [
-        pytest.param(broken.flatten_order, "forward", id="flatten-order"),
-        pytest.param(broken.momentum_089, "update", id="momentum-0.89"),
-        pytest.param(broken.classes_moved, "evaluate", id="classes-moved"),
-    ],
+    ("fault", "stage"), [("flatten-order", "forward"), ("momentum-089", "update"), ("classes-moved", "evaluate")]
 )
 def test_a_broken_port_disagrees_in_the_production_lens_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Dataset, breaks: broken.Break, stage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Path, fault: str, stage: str
 ) -> None:
     options = [*SHORT, "--dtype", "float32", "--twins", "1", "--steps", "100", "--out", tmp_path]
     assert lockstep(*options, "--backend", "torch") == 0
-    breaks(monkeypatch, digits)
+    broken(monkeypatch, fault, data.load(str(tinted)), *options)
     assert lockstep(*options, "--backend", "flax") == 1
     assert report_of(tmp_path)["lenses"][0]["first_divergence"]["stage"] == stage
 
@@ -382,7 +378,7 @@ def test_the_grid_command_compares_every_combination(tmp_path: Path, monkeypatch
     assert len(rows) == 3
     assert max(row["loss_gap"] for row in rows) <= 1e-14  # 9e-16 measured
     monkeypatch.setattr(grid, "combinations", lambda steps: [config for config in few if config.momentum][:1])
-    broken.momentum_089(monkeypatch, data.load("digits"))
+    broken(monkeypatch, "momentum-089", data.load("digits"))
     assert lockstep("grid", "--data", "digits", "--quiet", "--out", tmp_path) == 1
 
 

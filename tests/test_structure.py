@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("torch", "torchvision", "jax", "jaxlib", "flax", "optax")
 FOLDERS = ("torch_backend", "flax_backend")
-FILES = ("__init__.py", "backend.py", "convert.py", "model.py", "optimizer.py")
+FILES = ("__init__.py", "activations.py", "backend.py", "convert.py", "model.py", "optimizer.py")
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "backends", "common", "tests", "compare.py", "results"}
 
 # Imports modules, or every module of a package, or runs a script, and prints what has been imported at the end.
@@ -227,6 +228,29 @@ def test_the_comparison_of_orders_sees_two_functions_that_changed_places() -> No
 
 
 # --- The top level
+
+
+def packages(folder: Path, *tops: str) -> set[str]:
+    """The packages that lie in `tops`, by dotted name."""
+    found = (file.parent.relative_to(folder) for top in tops for file in (folder / top).rglob("__init__.py"))
+    return {".".join(path.parts) for path in found}
+
+
+def test_what_is_installed_is_every_package_there_is() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    listed = settings["packages"]
+    assert settings["py-modules"] == ["compare"]
+    assert sorted(listed) == sorted(packages(ROOT, "common", "backends"))
+    for file in sources(ROOT / "common") + sources(ROOT / "backends"):
+        assert ".".join(file.parent.relative_to(ROOT).parts) in listed, file
+
+
+def test_the_list_of_packages_sees_one_that_is_missing(tmp_path: Path) -> None:
+    for name in ("a", "a/b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    assert packages(tmp_path, "a") == {"a", "a.b"}
+    assert packages(tmp_path, "a", "c") == {"a", "a.b", "c"}
 
 
 def test_nothing_stands_at_the_top_level_but_what_belongs_there() -> None:

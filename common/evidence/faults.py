@@ -1,0 +1,209 @@
+"""The detection matrix: each known fault, whether the verdict finds it, and where it says that it lies.
+
+A fault is an object with the attributes of `backends.faults.Fault`; what puts it into the Flax side is handed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from common import locate, parity, train
+from common.config import BACKENDS, Config
+from common.data import Dataset
+from common.evidence import Build, Silent, family, peers
+from common.evidence.pictures import draw_faults
+from common.protocol import Backend
+from common.record import Record
+
+BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)  # what a fault's own options are put into
+LENSES = ("float64", "float32")
+TEST_IMAGES = 1000  # of the data: enough for the faults of evaluation, which is most of a short run's time
+FAULTY = "flax"  # whose runs have the fault
+Inject = Callable[[Any, Config, Dataset], AbstractContextManager[None]]
+
+
+def config_of(fault: Any, images: int) -> Config:
+    """The run in which `fault` shows, on so many training images."""
+    return dataclasses.replace(BASE, **fault.options).resolve(images)
+
+
+def measure(
+    fault: Any,
+    dataset: Dataset,
+    build: Build,
+    inject: Inject,
+    cache: dict[Any, Any],
+    lenses: Sequence[str] = LENSES,
+    twins: int = 2,
+) -> dict[str, Any]:
+    """One row: a fault, and what each lens says of a run that has it.
+
+    Args:
+        inject: within `inject(fault, config, dataset)` the Flax side has the fault.
+        cache: empty at first; keeps what faults share, which is the right side's runs.
+        twins: per backend; in float64, only where the verdict asks for them.
+    """
+    if fault.train_images is not None:
+        key = ("data", fault.train_images)
+        dataset = cache.setdefault(key, _first_images(dataset, fault.train_images))
+    config = config_of(fault, len(dataset.train_images))
+    right = next(name for name in BACKENDS if name != FAULTY)
+    found = {}
+    for dtype in lenses:
+        key = (config, dataset.digest, dtype)
+        if key not in cache:
+            cache[key] = _Family(build(right, config, dtype), config, dataset, dtype, twins)
+        with inject(fault, config, dataset):
+            faulty = _Family(build(FAULTY, config, dtype), config, dataset, dtype, twins)
+        families = [cache[key], faulty]
+        lens = parity.compare(_runs(families), _twins(families), dataset.test_labels)
+        if parity.may_be_chaos(lens):  # as for a user, twins say whether rounding explains it
+            cache[key].train_twins()
+            with inject(fault, config, dataset):
+                faulty.train_twins()
+            lens = parity.compare(_runs(families), _twins(families, late=True), dataset.test_labels)
+        backends = {family.run.backend: family.backend for family in families}
+        with inject(fault, config, dataset):  # what parts late is looked for again, as for a user
+            located = locate.locate(lens, _runs(families), config, dataset, backends.__getitem__, twins)
+        exact = cache.setdefault(("exact", config, dataset.digest), build(right, config, "float64"))
+        answers = peers.answers(cache[key].run, faulty.run, peers.reference(cache[key].run, exact))
+        found[dtype] = _finding(fault, lens, located) | {"peers": answers}
+    return {
+        "name": fault.name,
+        "sentence": fault.sentence,
+        "source": fault.source,
+        "stage": fault.stage,
+        "tensor": fault.tensor,
+        "changes_function": fault.changes_function,
+        "lens": fault.lens,
+        "config": config.to_json(),
+        "train_images": len(dataset.train_images),
+        "lenses": found,
+    }
+
+
+class _Family:
+    """A run and its twins; in float64, twins once they are asked for."""
+
+    def __init__(self, backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int) -> None:
+        self.run, *self.twins = family(backend, config, dataset, dtype, twins)
+        self.late_twins: list[Record] = []
+        self.backend = backend
+        self._arguments = (backend, config, dataset, dtype)
+        self._members = range(1, twins + 1)
+
+    def train_twins(self) -> None:
+        if not self.late_twins:
+            self.late_twins = [train.train(*self._arguments, Silent(), twin, 0) for twin in self._members]
+
+
+def _runs(families: Sequence[_Family]) -> dict[str, Record]:
+    return {family.run.backend: family.run for family in families}
+
+
+def _twins(families: Sequence[_Family], late: bool = False) -> dict[str, Sequence[Record]]:
+    return {family.run.backend: family.late_twins if late else family.twins for family in families}
+
+
+def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -> dict[str, Any]:
+    """What one lens says of a fault. Gaps and shares of bounds are None where they are not finite."""
+    first: dict[str, Any] = located or {}
+    place = {key: first.get(key) for key in ("step", "stage", "tensor", "gap", "bound")}
+    stage_right = place["stage"] == fault.stage
+    return {
+        "caught": lens["verdict"] == "disagree",
+        **place,
+        "gap_over_bound": first["gap"] / first["bound"] if first.get("gap") and first["bound"] else None,
+        "stage_right": stage_right,
+        "tensor_right": stage_right and fnmatchcase(first["tensor"], fault.tensor) if fault.tensor else None,
+        "trajectory_agrees": all(stretch["agrees"] for stretch in lens["stretches"]),
+    }
+
+
+def _first_images(dataset: Dataset, count: int) -> Dataset:
+    return dataclasses.replace(
+        dataset, train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count]
+    )
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts over the faults that a measured lens has; stage and tensor are those of the first lens that caught one."""
+    rows = [row for row in rows if row["lens"] is None or row["lens"] in row["lenses"]]
+    firsts = [next((f for f in row["lenses"].values() if f["caught"]), None) for row in rows]
+    caught = [finding for finding in firsts if finding is not None]
+    return {
+        "faults": len(rows),
+        "caught": len(caught),
+        "missed": [row["name"] for row, finding in zip(rows, firsts, strict=True) if finding is None],
+        "stage_right": _share(finding["stage_right"] for finding in caught),
+        "tensor_right": _share(f["tensor_right"] for f in caught if f["tensor_right"] is not None),
+        "lenses": {dtype: _of_lens(rows, dtype) for dtype in {d: None for row in rows for d in row["lenses"]}},
+    }
+
+
+def _of_lens(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """What one lens can be expected to see, and what it saw."""
+    has = [row for row in rows if dtype in row["lenses"] and row["lens"] in (None, dtype)]
+    changing = [row["lenses"][dtype]["caught"] for row in has if row["changes_function"]]
+    alarms = [row["name"] for row in rows if row not in has and row["lenses"].get(dtype, {}).get("caught")]
+    return {
+        "caught": _share(row["lenses"][dtype]["caught"] for row in has),
+        "caught_of_those_that_change_the_function": _share(changing),
+        "missed": [row["name"] for row in has if not row["lenses"][dtype]["caught"]],
+        "caught_without_having_it": alarms,
+    }
+
+
+def _share(answers: Any) -> dict[str, int]:
+    answers = list(answers)
+    return {"yes": sum(map(bool, answers)), "of": len(answers)}
+
+
+def sentence(summary: dict[str, Any]) -> str:
+    """The result in plain words."""
+    of = lambda share: f"{share['yes']} of {share['of']}"  # noqa: E731
+    lenses = ", ".join(f"{dtype}: {of(lens['caught'])}" for dtype, lens in summary["lenses"].items())
+    text = f"{summary['caught']} of {summary['faults']} known faults are found ({lenses}), "
+    text += f"{of(summary['stage_right'])} in the right stage, {of(summary['tensor_right'])} in the right tensor."
+    return text + (f" Missed: {', '.join(summary['missed'])}." if summary["missed"] else "")
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG of the matrix."""
+    draw_faults(rows, path)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names (`>` for numbers) and lines: for each lens the step, and the gap as a multiple of its bound.
+
+    A stage beside the step is the one that was named where the fault lies in another; `none` is where it has no fault.
+    """
+    lenses = list({dtype: None for row in rows for dtype in row["lenses"]})
+    columns = ("fault", "lies in", *(name for dtype in lenses for name in (dtype, "over>")))
+    lines = [(row["name"], row["stage"], *(cell for d in lenses for cell in _cells(row, d))) for row in rows]
+    return columns, lines
+
+
+def _cells(row: dict[str, Any], dtype: str) -> tuple[str, str]:
+    finding = row["lenses"].get(dtype)
+    if finding is None:
+        return "", ""
+    if not finding["caught"]:
+        return ("missed" if row["lens"] in (None, dtype) else "none"), ""
+    place = f"{finding['step']}" + ("" if finding["stage_right"] else f" {finding['stage']}")
+    return place, _multiple(finding["gap_over_bound"])
+
+
+def _multiple(over: float | None) -> str:
+    """A ratio in a few letters, as `1.2` or `3e12`; `inf` where nothing may differ, or the gap is not finite."""
+    if over is None:
+        return "inf"
+    if over < 10:
+        return f"{over:.1f}"
+    digit, exponent = f"{over:.0e}".split("e")
+    return f"{digit}e{int(exponent)}"

@@ -1,0 +1,127 @@
+"""Pictures of the evidence: the detection matrix, and false alarms of Lockstep beside those of other rules."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.record import write_whole
+
+COLOURS = {"float64": "#0072B2", "float32": "#D55E00", "bfloat16": "#009E73"}  # of Okabe and Ito's
+MISSED = "#F2F2F2"
+
+
+def draw_faults(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG of `faults.measure`'s rows: per fault and lens, how far past its bound the first divergence was, and when.
+
+    Raises:
+        RecordError: if the file cannot be written.
+    """
+    lenses = list({dtype: None for row in rows for dtype in row["lenses"]})
+    _save(path, (8.4, 1.4 + 0.17 * len(rows)), lambda figure: _matrix(figure, rows, lenses))
+
+
+def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    axes = figure.subplots()
+    norm = LogNorm(1, 1e15)
+    scale = colormaps["viridis_r"]
+    for line, row in enumerate(rows):
+        for place, dtype in enumerate(lenses):
+            finding = row["lenses"][dtype]
+            over = finding["gap_over_bound"]
+            if not finding["caught"]:
+                colour, dark, text = MISSED, False, "not seen"
+            else:
+                shade = norm(min(1e15, max(1.0, over if over is not None else 1e15)))
+                colour, dark = scale(shade), shade > 0.5
+                text = f"{finding['stage']}: {finding['tensor']}, step {finding['step']}"
+                text += "" if finding["stage_right"] else "  (elsewhere)"
+            axes.add_patch(_rectangle(place, line, colour))
+            axes.text(
+                place + 0.02,
+                line + 0.5,
+                text,
+                va="center",
+                fontsize=6.5,
+                color="white" if dark else "black",
+                clip_on=True,
+            )
+    axes.set_xlim(0, len(lenses))
+    axes.set_ylim(len(rows), 0)
+    axes.set_xticks([place + 0.5 for place in range(len(lenses))], list(lenses))
+    axes.xaxis.tick_top()
+    axes.set_yticks([line + 0.5 for line in range(len(rows))], [row["name"] for row in rows], fontsize=6.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(
+        ScalarMappable(norm, scale), ax=axes, orientation="horizontal", shrink=0.6, pad=0.01, aspect=40
+    )
+    bar.set_label("gap over its bound, where the fault was first seen", fontsize=8)
+
+
+def _rectangle(left: float, top: float, colour: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((left, top), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.0)
+
+
+def draw_alarms(summary: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG of `alarms.summary`: the rate of false alarms of every rule, with its 95 % interval, per lens.
+
+    Raises:
+        RecordError: if the file cannot be written.
+    """
+    rules = list({line["rule"]: None for line in summary})
+    _save(path, (8.4, 1.2 + 0.42 * len(rules)), lambda figure: _rates(figure, summary, rules))
+
+
+def _rates(figure: Any, summary: Sequence[dict[str, Any]], rules: Sequence[str]) -> None:
+    axes = figure.subplots()
+    lenses = list({line["lens"]: None for line in summary})
+    for place, dtype in enumerate(lenses):
+        lines = [line for line in summary if line["lens"] == dtype and line["rate"] is not None]
+        heights = [rules.index(line["rule"]) + 0.24 * (place - (len(lenses) - 1) / 2) for line in lines]
+        rates = [100 * line["rate"] for line in lines]
+        ends = [
+            [100 * (line["rate"] - line["interval"][0]) for line in lines],
+            [100 * (line["interval"][1] - line["rate"]) for line in lines],
+        ]
+        marker = {"float64": "o", "float32": "s", "bfloat16": "^"}[dtype]
+        axes.errorbar(
+            rates,
+            heights,
+            xerr=ends,
+            fmt=marker,
+            color=COLOURS[dtype],
+            markersize=5,
+            capsize=2,
+            label=dtype,
+            clip_on=False,
+        )
+    axes.set_yticks(range(len(rules)), rules, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("clean pairs that are said to differ, % (with 95 % intervals)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
+
+
+def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context("default"):  # neither a matplotlibrc nor a caller may change the picture
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", metadata={"Software": None})
+    write_whole(Path(path), content.getvalue())

@@ -1,0 +1,238 @@
+"""False alarms and sensitivity: tiny measurements come out as they must, and the statistics are right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom, binomtest
+
+from common import parity
+from common.config import Config, Schedule
+from common.data import Dataset
+from common.evidence import alarms, family, peers, sensitivity
+from common.evidence.alarms import CALIBRATION_SEEDS, CELLS, MEASUREMENT_SEEDS, Cell, clopper_pearson
+from common.protocol import Backend
+
+WIDTH = 80
+TINY = Cell(
+    "digits", Config(batch_size=16, momentum=0.9, lr=0.01, steps=3)
+)  # of three steps each is a chunk of its own: one program
+
+
+def width(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> int:
+    """Of a table with a frame and one space on each side of a cell."""
+    widest = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+    return sum(widest) + 3 * len(columns) + 1
+
+
+# --- The cells and the seeds
+
+
+def test_the_cells_are_twenty_and_as_wide_as_they_claim() -> None:
+    configs = [cell.config for cell in CELLS]
+    assert len(CELLS) == len(set(CELLS)) == 20
+    assert {cell.data for cell in CELLS} == {"digits", "cifar10"}
+    assert (min(c.batch_size for c in configs), max(c.batch_size for c in configs)) == (4, 128)
+    assert (min(c.momentum for c in configs), max(c.momentum for c in configs)) == (0.0, 0.95)
+    assert {c.schedule.kind for c in configs} == {"constant", "cosine", "step", "exponential"}
+    assert all(any(getattr(c, name) for c in configs) for name in ("weight_decay", "nesterov", "dampening"))
+    assert all(cell.config.resolve(1437).total_steps == cell.config.steps for cell in CELLS)
+
+
+def test_no_seed_is_used_both_to_set_levels_and_to_measure() -> None:
+    assert (CALIBRATION_SEEDS[0], MEASUREMENT_SEEDS[0]) == (5000, 9000)
+    assert not set(CALIBRATION_SEEDS) & set(MEASUREMENT_SEEDS)
+
+
+# --- The false-alarm rate
+
+
+@pytest.fixture(scope="module")
+def measured(digits: Dataset, build: Callable) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Two clean pairs, and what was built for them."""
+    built = []
+
+    def counted(name: str, config: Config, dtype: str) -> Backend:
+        built.append((name, dtype))
+        return build(name, config, dtype)
+
+    return list(alarms.measure(TINY, (9000, 9001), {"digits": digits}, counted, ("float64", "float32"), 1)), built
+
+
+def test_clean_pairs_are_measured_through_every_lens_and_each_backend_is_built_once(measured: Any) -> None:
+    rows, built = measured
+    assert sorted(built) == sorted((name, dtype) for name in ("torch", "flax") for dtype in ("float64", "float32"))
+    assert [row["seed"] for row in rows] == [9000, 9001]
+    for row in rows:
+        assert row["config"]["seed"] == row["seed"]
+        assert list(row["lenses"]) == ["float64", "float32"]
+        for lens in row["lenses"].values():
+            assert (lens["verdict"], lens["first_divergence"], lens["twins_asked"]) == ("agree", None, False)
+            assert set(lens["peers"]) == {rule.name for rule in peers.RULES}
+        assert not any(row["lenses"]["float64"]["peers"].values()), "two float64 runs of three steps differ for nobody"
+        assert row["lenses"]["float32"]["peers"]["TorchDynamo RMSE"] is False, "it had its reference"
+
+
+def test_seeds_of_one_cell_are_different_pairs(measured: Any) -> None:
+    one, other = (row["lenses"]["float32"]["score"] for row in measured[0])
+    assert one is None or one != other
+
+
+def test_a_flax_side_with_a_wrong_rate_is_an_alarm_of_lockstep_and_of_others(digits: Dataset, build: Callable) -> None:
+    def broken(name: str, config: Config, dtype: str) -> Backend:
+        return build(name, sensitivity.wrong(config, 0.5) if name == "flax" else config, dtype)
+
+    [row] = alarms.measure(TINY, [9000], {"digits": digits}, broken, ("float64",))
+    lens = row["lenses"]["float64"]
+    assert lens["verdict"] == "disagree"
+    assert lens["first_divergence"].startswith("update: step 0: ")
+    assert not lens["twins_asked"], "what shows in the first steps is no chaos"
+    for rule in ("assert_close, losses", "allclose, weights", "reprod_log, losses", "TorchDynamo RMSE"):
+        assert lens["peers"][rule] is True
+    for rule in ("transformers", "AlgoPerf, last step"):  # equal weights; and three steps do not double a loss
+        assert lens["peers"][rule] is False
+
+
+def test_float64_twins_are_asked_where_a_pair_parts_late(
+    digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(TINY.config, seed=1).resolve(len(digits.train_images))
+    backends = {name: build(name, config, "float64") for name in ("torch", "flax")}
+    families = {name: family(backend, config, digits, "float64", 2) for name, backend in backends.items()}
+    lens, asked = alarms.judge(families, backends, config, digits)
+    assert (lens["verdict"], asked, [len(members) for members in families.values()]) == ("agree", False, [1, 1])
+
+    monkeypatch.setattr(parity, "may_be_chaos", lambda lens: True)
+    lens, asked = alarms.judge(families, backends, config, digits)
+    assert (lens["verdict"], asked, [len(members) for members in families.values()]) == ("agree", True, [3, 3])
+    assert [record.twin for record in families["flax"]] == [None, 1, 2]
+
+
+def test_what_parts_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Callable) -> None:
+    right, wrong = (
+        dataclasses.replace(TINY.config, schedule=Schedule("step", period=period)).resolve(len(digits.train_images))
+        for period in (2, 3)
+    )
+    backends = {"torch": build("torch", right, "float64"), "flax": build("flax", wrong, "float64")}
+    families = {name: family(backend, right, digits, "float64", 2) for name, backend in backends.items()}
+    lens, asked = alarms.judge(families, backends, right, digits)
+    assert (lens["verdict"], lens["first_divergence"]["step"], asked) == ("disagree", 2, True)
+
+
+def fake(lenses: dict[str, tuple[str, bool | None]]) -> dict[str, Any]:
+    return {"lenses": {d: {"verdict": verdict, "peers": {"theirs": said}} for d, (verdict, said) in lenses.items()}}
+
+
+def test_the_summary_counts_alarms_and_leaves_out_what_a_rule_says_nothing_of() -> None:
+    rows = [
+        fake({"float32": ("agree", True), "float64": ("agree", None)}),
+        fake({"float32": ("disagree", True), "float64": ("agree", None)}),
+        fake({"float32": ("agree", False), "float64": ("agree", None)}),
+    ]
+    found = {(line["lens"], line["rule"]): line for line in alarms.summary(rows)}
+    assert list(found) == [(lens, rule) for lens in ("float64", "float32") for rule in ("Lockstep", "theirs")]
+    counts = {key: (line["alarms"], line["pairs"], line["rate"]) for key, line in found.items()}
+    assert counts == {
+        ("float64", "Lockstep"): (0, 3, 0.0),
+        ("float64", "theirs"): (0, 0, None),
+        ("float32", "Lockstep"): (1, 3, 1 / 3),
+        ("float32", "theirs"): (2, 3, 2 / 3),
+    }
+    assert found["float32", "theirs"]["interval"] == list(clopper_pearson(2, 3))
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 200])
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_the_interval_is_scipys_exact_one(pairs: int, confidence: float) -> None:
+    for count in range(0, pairs + 1, max(1, pairs // 10)):
+        true = binomtest(count, pairs).proportion_ci(confidence, method="exact")
+        assert clopper_pearson(count, pairs, confidence) == pytest.approx((true.low, true.high), rel=1e-9)
+
+
+def test_the_interval_covers_the_rate_as_often_as_it_says_and_no_pairs_say_nothing() -> None:
+    assert clopper_pearson(0, 0) == (0.0, 1.0)
+    intervals = [clopper_pearson(count, 40) for count in range(41)]
+    for rate in (0.01, 0.1, 0.5):
+        covered = [low <= rate <= high for low, high in intervals]
+        assert binom.pmf(range(41), 40, rate) @ covered >= 0.95
+
+
+def test_the_table_of_alarms_has_a_line_per_lens_and_rule_within_80_columns(measured: Any) -> None:
+    columns, lines = alarms.table([row for row in measured[0] for _ in range(300)])
+    assert len(lines) == 2 * (1 + len(peers.RULES))
+    assert ("float64", "Lockstep", "600", "0", "0.0 %", "0.0 to 0.6 %") in lines
+    assert all(len(line) == len(columns) for line in lines)
+    assert width(columns, lines) <= WIDTH
+
+
+# --- Sensitivity
+
+
+@pytest.fixture(scope="module")
+def errors(digits: Dataset, build: Callable) -> list[dict[str, Any]]:
+    """An error that float64's losses see, and one below every bound."""
+    small = dataclasses.replace(digits, test_images=digits.test_images[:50], test_labels=digits.test_labels[:50])
+    return [
+        *sensitivity.measure(small, build, 3, ("float64", "float32"), 1, [1e-6]),
+        *sensitivity.measure(small, build, 3, ("float64",), 1, [1e-14]),
+    ]
+
+
+def test_a_wrong_rate_is_seen_at_the_first_step_and_one_below_the_bound_is_not(errors: list[dict[str, Any]]) -> None:
+    middle, small = (row["lenses"] for row in errors)
+    assert [row["error"] for row in errors] == [1e-6, 1e-14]
+    for lens in middle.values():  # float32, too: its learning rates are compared as closely
+        assert (lens["caught"], lens["step"], lens["stage"]) == (True, 0, "update")
+        assert lens["message"].startswith("update: step 0: ")
+    assert not small["float64"]["caught"]
+    nothing = {name: small["float64"][name] for name in ("step", "stage", "tensor", "message", "loss_step")}
+    assert nothing == dict.fromkeys(nothing)
+
+
+def test_the_loss_shows_an_error_of_the_rate_from_the_second_step_on(errors: list[dict[str, Any]]) -> None:
+    assert [row["lenses"]["float64"]["loss_step"] for row in errors] == [1, None]
+    assert errors[0]["lenses"]["float32"]["loss_step"] is None, "a millionth is far below float32's drift"
+
+
+def test_the_losss_own_step_is_the_first_beyond_the_bound_of_its_stretch() -> None:
+    torch, flax = (
+        dataclasses.make_dataclass("Run", ["loss"])(np.array(loss)) for loss in ([0.0] * 6, [0, 1, 2, 3, 4, np.nan])
+    )
+    rows = [("lr", 0, 6, 0.0, False), ("loss", 0, 2, 1.0, True), ("loss", 2, 4, 2.5, False), ("loss", 4, 6, 0.0, False)]
+    lens = {
+        "stretches": [dict(zip(("quantity", "start", "stop", "bound", "agrees"), row, strict=True)) for row in rows]
+    }
+    assert sensitivity.loss_step(lens, torch, flax) == 3
+    lens["stretches"][2]["agrees"] = True
+    assert sensitivity.loss_step(lens, torch, flax) == 4
+    lens["stretches"][3]["bound"] = 9.0
+    assert sensitivity.loss_step(lens, torch, flax) == 5, "what is not finite is beyond any bound"
+    assert sensitivity.loss_step({"stretches": []}, torch, flax) is None
+
+
+def test_the_wrong_rate_is_wrong_by_the_error_and_nothing_else_is() -> None:
+    config = Config(steps=5, lr=0.01, schedule=Schedule("cosine")).resolve(100)
+    assert sensitivity.wrong(config, 1e-3).lr == 0.01 * 1.001
+    assert dataclasses.replace(sensitivity.wrong(config, 1e-3), lr=0.01) == config
+    assert len(sensitivity.ERRORS) == 14 and sensitivity.ERRORS[0] == 0.1 and sensitivity.ERRORS[-1] == 1e-14
+
+
+def test_the_table_of_errors_says_what_was_not_seen_within_80_columns(errors: list[dict[str, Any]]) -> None:
+    columns, lines = sensitivity.table(errors)
+    assert ("1e-14", "float64", "-", "not seen", "-") in lines
+    assert len(lines) == 3 and all(len(line) == len(columns) for line in lines)
+    assert lines[0][:3] == ("1e-06", "float64", "0") and lines[0][3].startswith("update, ")
+    assert width(columns, lines) <= WIDTH
+
+
+def test_the_picture_is_a_png_and_the_same_bytes_each_time(errors: list[dict[str, Any]], tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        sensitivity.draw(errors, tmp_path / name)
+    content = (tmp_path / "a.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert content == (tmp_path / "b.png").read_bytes()
