@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import backends
 from common.config import BACKENDS, DTYPES, RECIPES, SCHEDULES, Config, Recipe, Schedule
-from common.errors import BackendError, ConfigError, LockstepError, RecordError
+from common.errors import BackendError, ConfigError, DataError, LockstepError, RecordError
 
 MAX_WORKERS = 8  # processes of `alarms`; each holds two gigabytes
 Runs = dict[str, dict[str, Any]]  # by dtype, then by backend
@@ -334,6 +334,8 @@ def faults(options: argparse.Namespace, arguments: list[str]) -> int:
         chosen = [fault for fault in chosen if not fault.needs_colour]
         if left_out:
             study.terminal.line(f"Left out, for {dataset.name} is grey: {', '.join(left_out)}")
+        if not chosen:
+            raise ConfigError("there is no fault left to run: choose other ones, or data in colour (--data cifar10)")
     lenses = matrix.LENSES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
     cache: dict[Any, Any] = {}
@@ -344,6 +346,9 @@ def faults(options: argparse.Namespace, arguments: list[str]) -> int:
             advance(1, math.nan)
     summary = matrix.summary(rows)
     study.report({"summary": summary}, rows, matrix.table(rows), draw=matrix.draw)
+    if options.only:
+        for line in (line for row in rows for line in matrix.described(row)):
+            study.terminal.line(line)
     study.terminal.line(matrix.sentence(summary))
     return 0 if not summary["missed"] else 1
 
@@ -363,10 +368,17 @@ def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
     if pairs < 1:
         raise ConfigError("--pairs must be 1 or more")
     study = Study(options, arguments, folder="alarms")
+    cells = list(clean.CELLS)
     for name in dict.fromkeys(cell.data for cell in clean.CELLS):
-        study.load(name)
+        try:
+            study.load(name)
+        except DataError as error:
+            cells = [cell for cell in cells if cell.data != name]
+            study.terminal.line(
+                f"Left out, for want of {name}: {len(clean.CELLS) - len(cells)} configurations ({error})"
+            )
     first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
-    shares = list(clean.shares(pairs, first))
+    shares = list(clean.shares(cells, pairs, first))
     workers = 1 if options.device == "cuda" else min(len(shares), os.cpu_count() or 1, MAX_WORKERS)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     rows = []

@@ -252,6 +252,70 @@ def test_a_broken_port_disagrees_in_the_production_lens_too(
     assert report_of(tmp_path)["lenses"][0]["first_divergence"]["stage"] == stage
 
 
+def test_locate_says_from_the_records_where_two_runs_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tinted: Path
+) -> None:
+    options = [*SHORT, "--dtype", "float64", "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        broken(patch, "flatten-order", data.load(str(tinted)), *options)
+        assert lockstep(*options) == 1
+    by_itself = report_of(tmp_path)["lenses"][0]["located"]
+    capsys.readouterr()
+    assert lockstep("locate", *(option for option in options if option != "--quiet")) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Training" not in said
+    assert "Where they part: forward: step 0: input of fc1" in said
+    assert "In input of fc1: the same numbers in another order." in said
+    assert "A likely cause: flatten: PyTorch unrolls (C, H, W), Flax (H, W, C)." in said
+    located = report_of(tmp_path)["lenses"][0]["located"]
+    assert located == by_itself
+    assert len(located["offenders"]) == 5
+
+
+def test_locate_has_nothing_to_say_of_runs_that_agree(both: tuple[int, Path], tmp_path: Path) -> None:
+    for file in both[1].glob("*.safetensors"):
+        shutil.copy(file, tmp_path)
+    assert lockstep("locate", *SHORT, "--out", tmp_path) == 0
+    assert all("located" not in lens for lens in report_of(tmp_path)["lenses"])
+
+
+# --- The evidence
+
+
+def test_a_known_fault_can_be_run_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "classes-moved", "bgr", "--data", "digits", "--dtype", "float64", "--out", tmp_path]
+    assert lockstep("faults", *options) == 0
+    said = capsys.readouterr().out
+    assert "Left out, for digits is grey: bgr" in said
+    assert "float64: evaluate: step 60: predictions: gap" in said
+    [row] = report_of(tmp_path)["rows"]
+    found = row["lenses"]["float64"]
+    assert (found["caught"], found["stage"], found["trajectory_agrees"]) == (True, "evaluate", True)
+    assert found["peers"]["assert_close, losses"] is False  # the losses are equal: only the evaluation is wrong
+    assert (tmp_path / "faults.png").exists()
+
+
+@pytest.mark.parametrize(("fault", "word"), [("flatten", "flatten-order"), ("bgr", "--data cifar10")])
+def test_a_fault_that_is_unknown_or_cannot_show_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, word: str
+) -> None:
+    assert lockstep("faults", "--only", fault, "--data", "digits", "--quiet", "--out", tmp_path) == 2
+    assert_one_line(capsys, word)
+
+
+@pytest.mark.parametrize("cifar10", [True, False], ids=["with CIFAR-10", "without"])
+def test_clean_pairs_raise_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar10: bool) -> None:
+    if not cifar10:
+        monkeypatch.setenv("LOCKSTEP_DATA", str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert lockstep("alarms", "--pairs", "1", "--dtype", "float64", "--out", tmp_path) == 0
+    report = report_of(tmp_path)
+    assert [row["lenses"]["float64"]["verdict"] for row in report["rows"]] == ["agree"]
+    assert report["summary"][0]["rule"] == "Lockstep"
+    assert report["first_seed"] == report["rows"][0]["seed"] == 9000
+    assert (tmp_path / "alarms.png").exists()
+
+
 # --- Wrong input
 
 
@@ -287,6 +351,8 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         pytest.param(["--schedule", "exponential:gamma=nan"], "gamma", id="gamma-nan"),
         pytest.param(["--frob\nnicate\x1b[31m"], "--help", id="option-with-control-characters"),
         pytest.param(["grid"], "--batch-size", id="grid-with-options-it-does-not-use"),
+        pytest.param(["faults"], "--steps", id="faults-with-options-it-does-not-use"),
+        pytest.param(["sensitivity"], "--batch-size", id="sensitivity-with-options-it-does-not-use"),
         pytest.param(["--twins", "0", "--dtype", "float32"], "--twins", id="no-twins"),
         pytest.param(["--device", "cuda", "--backend", "torch"], "--device cpu", id="no-cuda-in-torch"),
         pytest.param(["--device", "cuda", "--backend", "flax"], "--device cpu", id="no-cuda-in-jax"),

@@ -18,7 +18,7 @@ from common.errors import RecordError
 from common.parity import Rung, class_accuracy, compare, divergence, may_be_chaos, opening_rungs
 from common.protocol import STAGES, Arrays
 from common.record import Record, stretches
-from common.separation import FLIP_SHARE, IMAGES_FLOOR, SEPARATION, paired_difference
+from common.separation import FLIP_SHARE, IMAGES_FLOOR, SEPARATION, SEPARATION_IMAGES, paired_difference
 from common.weights import numpy_dtype, twin_weights
 
 STEPS = 100
@@ -258,10 +258,10 @@ def test_a_fault_on_one_rung_is_named_by_its_step_its_stage_and_its_tensor(dtype
 @production
 def test_a_class_whose_images_are_recognised_by_one_side_only_is_named(dtype: str) -> None:
     runs, twins = family(dtype)
-    # Six images that a twin gets wrong in another way make room for 64 other predictions, and for no other class.
+    # Six images that a twin gets wrong in another way make room for 20 other predictions, and for no other class.
     others = np.where(WRONG & (np.arange(IMAGES) < 20), (LABELS + 2) % 5, runs["torch"].predictions)
     kin = {"torch": [dataclasses.replace(twins["torch"][0], predictions=others)], "flax": []}
-    allowed = int(SEPARATION[dtype] * IMAGES_FLOOR)
+    allowed = int(SEPARATION_IMAGES * IMAGES_FLOOR)
     bird, recognised = LABELS == 2, runs["flax"].predictions == LABELS
 
     def lens(lost: int, found: int = 0) -> dict:

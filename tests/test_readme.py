@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from backends import faults as catalogue
+from common import data
+from common.config import Config
 from common.report import sentence
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,7 +38,7 @@ def table() -> str:
     proof, production = (report_of(f"tutorial-{dtype}")["lenses"][0] for dtype in ("float64", "float32"))
     rows = [[row for row in lens["stretches"] if row["quantity"] == "loss"] for lens in (proof, production)]
     lines = [
-        "| loss gap up to step | float64, torch and flax | float32, torch and flax | float32, twins |",
+        "| loss gap up to step | float64 | float32, closest runs of torch and flax | float32, furthest twins |",
         "|--:|--:|--:|--:|",
     ]
     gaps = [0.0, 0.0]
@@ -71,12 +74,68 @@ def grid() -> str:
     )
 
 
+def faults() -> str:
+    summary = report_of("faults")["summary"]
+    lenses = summary["lenses"]
+    proof, production = (lenses[dtype] for dtype in ("float64", "float32"))
+    changing, seen = (lens["caught_of_those_that_change_the_function"] for lens in (proof, production))
+    stage, tensor = (f"{s['yes']} of {s['of']}" for s in (summary["stage_right"], summary["tensor_right"]))
+    text = (
+        f"Of {summary['faults']} faults {summary['caught']} are found by at least one lens. float64 finds "
+        f"{changing['yes']} of the {changing['of']} that change the computed function, float32 {seen['yes']}. "
+        f"Of the faults found, {stage} are named with the right stage, and, where one tensor is to blame, {tensor} "
+        "with the right tensor."
+    )
+    return textwrap.fill(text, 120) + "\n"
+
+
+def peers() -> str:
+    """False alarms and detections of every rule, lens by lens."""
+    alarms, found = report_of("alarms"), report_of("faults")
+    rates = {(line["lens"], line["rule"]): line for line in alarms["summary"]}
+    lines = ["| rule | " + " | ".join(f"{d}: false alarms | {d}: faults found" for d in ("float64", "float32")) + " |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for rule in dict.fromkeys(line["rule"] for line in alarms["summary"]):
+        cells = []
+        for dtype in ("float64", "float32"):
+            rate = rates[dtype, rule]
+            low, high = (100 * end for end in rate["interval"])
+            cells.append(f"{rate['alarms']} of {rate['pairs']} ({low:.1f} to {high:.1f} %)")
+            said = [row["lenses"][dtype] for row in found["rows"]]
+            said = [lens["caught"] if rule == "Lockstep" else lens["peers"][rule] for lens in said]
+            cells.append(f"{sum(map(bool, said))} of {len(said)}")
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    line = rates["bfloat16", "Lockstep"]
+    low, high = (100 * end for end in line["interval"])
+    note = (
+        f"In bfloat16: {line['alarms']} false alarms of Lockstep in {line['pairs']} pairs ({low:.1f} to {high:.1f} %). "
+        "Intervals: 95 %, Clopper and Pearson."
+    )
+    return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
+
+
+def sensitivity() -> str:
+    rows = report_of("sensitivity")["rows"]
+    parts = []
+    for dtype in ("float64", "float32"):
+        seen = [row["error"] for row in rows if row["lenses"][dtype]["caught"]]
+        loss = [row["error"] for row in rows if row["lenses"][dtype]["loss_step"] is not None]
+        parts.append(
+            f"In {dtype} an error of {min(seen):.0e} is still seen, in the learning rate itself or in the update, "
+            f"and one of {min(loss):.0e} in the losses of {rows[0]['steps']} steps."
+        )
+    return textwrap.fill(" ".join(parts), 120) + "\n"
+
+
 PASSAGES: dict[str, Callable[[], str]] = {
     "verdict of results/quick": verdict,
     "table of results/tutorial-*": table,
     "step of backends/torch_backend/backend.py": step("torch"),
     "step of backends/flax_backend/backend.py": step("flax"),
     "summary of results/grid": grid,
+    "summary of results/faults": faults,
+    "peers of results/alarms and results/faults": peers,
+    "summary of results/sensitivity": sensitivity,
 }
 
 
@@ -112,6 +171,23 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
     assert report["verdict"] == "agree"
     for picture in ("samples", "predictions", "losses", "classes"):
         assert (REPOSITORY / "results" / name / f"{picture}.png").exists()
+
+
+def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_broken_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = passage(README.read_text(), "example")[1].removeprefix("```python\n").removesuffix("```\n")
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    [example] = [value for name, value in names.items() if name.startswith("test_")]
+    example()
+    compared = []
+    same_run = names["same_run"]
+    names["same_run"] = lambda *arguments: compared.append(same_run(*arguments)) or compared[-1]
+    fault = catalogue.named("momentum-089")
+    with catalogue.injected(fault, Config(), data.load("digits")), pytest.raises(AssertionError):
+        example()
+    assert repr(compared[0]).startswith("the float64 runs part: update: step 1: momentum of conv1.bias: torch=")
 
 
 @pytest.mark.parametrize("recipe", ["tutorial", "basic"])

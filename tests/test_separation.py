@@ -446,3 +446,15 @@ def test_what_moves_a_twins_images_depends_on_its_seed_and_number_alone() -> Non
 
     assert draws(0, 1) == draws(0, 1)
     assert len({tuple(draws(seed, twin)) for seed in (0, 1) for twin in (1, 2)}) == 4
+
+
+def test_the_calmer_side_may_be_asked_so_that_a_coarser_program_does_not_excuse_itself() -> None:
+    def distance(one: float, other: float) -> float:
+        return abs(one - other)
+
+    fine, coarse = [0.0, 1e-7, 2e-7], [0.5, 0.7, 0.9]
+    assert separation(fine, coarse, distance) == (pytest.approx(0.5 - 2e-7), pytest.approx(0.4))
+    for sides in ((fine, coarse), (coarse, fine)):
+        assert separation(*sides, distance, calmer=True) == (pytest.approx(0.5 - 2e-7), pytest.approx(2e-7))
+    assert separation(fine, [0.5], distance, calmer=True).drift == pytest.approx(2e-7)  # one side has no twins
+    assert separation([0.0], [0.5], distance, calmer=True).drift is None

@@ -57,10 +57,10 @@ CELLS = (
 )
 
 
-def shares(pairs: int, first: int = MEASUREMENT_SEEDS[0]) -> Iterator[tuple[Cell, range]]:
-    """Every cell with its share of so many pairs: seeds from `first` on, the same for all."""
-    for index, cell in enumerate(CELLS[:pairs]):
-        yield cell, range(first, first + pairs // len(CELLS) + (index < pairs % len(CELLS)))
+def shares(cells: Sequence[Cell], pairs: int, first: int = MEASUREMENT_SEEDS[0]) -> Iterator[tuple[Cell, range]]:
+    """Each of the cells with its share of so many pairs: seeds from `first` on, the same for all."""
+    for index, cell in enumerate(cells[:pairs]):
+        yield cell, range(first, first + pairs // len(cells) + (index < pairs % len(cells)))
 
 
 def measure(

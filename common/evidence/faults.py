@@ -122,6 +122,7 @@ def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -
         "stage_right": stage_right,
         "tensor_right": stage_right and fnmatchcase(first["tensor"], fault.tensor) if fault.tensor else None,
         "trajectory_agrees": all(stretch["agrees"] for stretch in lens["stretches"]),
+        **{key: first.get(key) for key in ("message", "pattern", "causes")},
     }
 
 
@@ -157,6 +158,16 @@ def _of_lens(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
         "missed": [row["name"] for row in has if not row["lenses"][dtype]["caught"]],
         "caught_without_having_it": alarms,
     }
+
+
+def described(row: dict[str, Any]) -> list[str]:
+    """Lines that show a fault as a user would meet it."""
+    lines = [f"{row['name']}: {row['sentence']} ({row['source']})"]
+    for dtype, finding in row["lenses"].items():
+        said = "seen by nothing" if not finding["caught"] else finding["message"]
+        said += "".join(f"; {text}" for text in [finding["pattern"], *(finding["causes"] or ())] if text)
+        lines.append(f"  {dtype}: {said}")
+    return lines
 
 
 def _share(answers: Any) -> dict[str, int]:
