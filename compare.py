@@ -104,7 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("the evidence")
     group.add_argument("--only", nargs="+", metavar="FAULT", help="faults: these only")
-    group.add_argument("--quick", action="store_true", help="faults: one or two of each stage")
+    group.add_argument("--quick", action="store_true", help="faults: one of each stage")
     group.add_argument("--pairs", type=int, metavar="N", help="alarms: pairs of runs (default 300)")
 
     group = parser.add_argument_group("where and how")
@@ -287,6 +287,8 @@ def find_records(folder: Path, name: str, dtype: str, config: Config, dataset: A
                 terminal.line(f"Not compared: {path} is of a run with another configuration or other data")
                 return []
             continue  # a twin that an earlier run left here
+        if found.twin is not None and found.source != machine.source(name):
+            continue  # likewise
         if found.source != machine.source(name):
             raise RecordError(f"the record {path} is stale, the code has changed since: run --backend {name} again")
         family.append(found)

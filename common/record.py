@@ -19,6 +19,7 @@ from common.errors import RecordError
 from common.protocol import Arrays
 
 SCHEMA = 1
+OPENING_STEPS = 2  # steps recorded tensor by tensor; two, since momentum and dampening first act in the second
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from common import locate
 from common.config import Config
 from common.data import Dataset
+from common.errors import RecordError
 from common.evidence import family, judge
 from common.protocol import Backend
 
@@ -40,11 +41,13 @@ def same_run(
         twins: per backend, in float32 and bfloat16, and in float64 if rounding may explain what is seen.
 
     Raises:
-        RecordError: if there is nothing to compare, as without twins in float32.
+        RecordError: if there is nothing to compare, as without twins in float32, or two backends of one name.
     """
+    if one.name == other.name:
+        raise RecordError(f"both backends are called {one.name!r}: give one of them another `name`")
     backends = {backend.name: backend for backend in (one, other)}
     families = {name: family(backend, config, dataset, dtype, twins) for name, backend in backends.items()}
-    lens, _ = judge(families, backends, config, dataset)
+    lens, _ = judge(families, backends, config, dataset, twins)
     if lens["verdict"] == "disagree":
         runs = {name: members[0] for name, members in families.items()}
         lens["located"] = locate.locate(lens, runs, config, dataset, backends.__getitem__, twins)

@@ -12,11 +12,10 @@ from common import data, machine
 from common.config import Config
 from common.data import Dataset
 from common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
-from common.record import Record, stretches
+from common.record import OPENING_STEPS, Record, stretches
 from common.weights import initial_weights, moved, numpy_dtype, twin_images, twin_weights
 
 OPENING_IMAGES = 8  # of a batch, whose activations are recorded
-OPENING_STEPS = 2  # steps recorded tensor by tensor; two, since momentum and dampening first act in the second
 CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
 CHUNK_BYTES = 32 * 2**20  # ... whose images take at most so much memory
 

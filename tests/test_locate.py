@@ -524,7 +524,7 @@ def test_without_a_fault_nothing_is_found_and_a_difference_that_grew_is_said_to_
     found = pair.locate(pair.lens | {"first_divergence": first})
     assert found is not None
     assert {name: found[name] for name in first} == first
-    assert found["how"].endswith("built up over many steps")
+    assert "built up over many steps" in found["how"]
     assert sorted(pair.built) == sorted(BACKENDS)
 
 
@@ -564,4 +564,4 @@ def test_in_a_production_lens_a_step_is_judged_by_twins_of_its_own(
     clean = {name: build(name, pair.config, "float32") for name in BACKENDS}  # the control
     pair.sides = clean
     found = pair.locate(pair.lens | {"first_divergence": first | {"step": LATE + 2}}, twins=1)
-    assert found is not None and found["how"].endswith("built up over many steps")
+    assert found is not None and "built up over many steps" in found["how"]

@@ -319,6 +319,14 @@ def test_chaos_in_float64_is_suspected_late_and_never_in_the_first_steps() -> No
     assert judge("float64", flax=late, twins=drifting)["verdict"] == "agree"
 
 
+def test_what_shows_in_evaluation_alone_is_never_excused_by_twins_that_roll_dice() -> None:
+    other = make("flax", "float64").predictions.copy()
+    other[::7] = (other[::7] + 1) % 5  # dropout left on
+    lens = judge("float64", flax=make("flax", "float64", predictions=other))
+    assert lens["first_divergence"]["stage"] == "evaluate"
+    assert not may_be_chaos(lens)
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 def test_of_two_faults_the_earlier_step_is_named_and_within_a_step_the_earlier_stage(rung: str) -> None:
     fault, where = RUNGS[rung]  # in float64, where each parameter is a rung

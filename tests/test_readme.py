@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+import backends
 from backends import faults as catalogue
 from common import data
 from common.config import Config
+from common.errors import RecordError
 from common.report import sentence
+from common.testing import same_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -101,7 +104,7 @@ def peers() -> str:
             rate = rates[dtype, rule]
             low, high = (100 * end for end in rate["interval"])
             cells.append(f"{rate['alarms']} of {rate['pairs']} ({low:.1f} to {high:.1f} %)")
-            said = [row["lenses"][dtype] for row in found["rows"]]
+            said = [row["lenses"][dtype] for row in found["rows"] if row["lens"] in (None, dtype)]
             said = [lens["caught"] if rule == "Lockstep" else lens["peers"][rule] for lens in said]
             cells.append(f"{sum(map(bool, said))} of {len(said)}")
         lines.append(f"| {rule} | {' | '.join(cells)} |")
@@ -182,12 +185,19 @@ def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_br
     [example] = [value for name, value in names.items() if name.startswith("test_")]
     example()
     compared = []
-    same_run = names["same_run"]
     names["same_run"] = lambda *arguments: compared.append(same_run(*arguments)) or compared[-1]
     fault = catalogue.named("momentum-089")
     with catalogue.injected(fault, Config(), data.load("digits")), pytest.raises(AssertionError):
         example()
     assert repr(compared[0]).startswith("the float64 runs part: update: step 1: momentum of conv1.bias: torch=")
+
+
+def test_two_backends_of_one_name_are_refused() -> None:
+    dataset = data.load("digits")
+    config = Config(steps=3).resolve(len(dataset.train_images))
+    one, other = (backends.load("torch")(config, 10, "float64", "cpu") for _ in range(2))
+    with pytest.raises(RecordError, match="both backends are called 'torch'"):
+        same_run(one, other, dataset, config)
 
 
 @pytest.mark.parametrize("recipe", ["tutorial", "basic"])

@@ -34,12 +34,17 @@ def family(backend: Backend, config: Config, dataset: Dataset, dtype: str, twins
 
 
 def judge(
-    families: dict[str, list[Record]], backends: Mapping[str, Backend], config: Config, dataset: Dataset
+    families: dict[str, list[Record]],
+    backends: Mapping[str, Backend],
+    config: Config,
+    dataset: Dataset,
+    twins: int = FLOAT64_TWINS,
 ) -> tuple[dict[str, Any], bool]:
     """The lens as `parity.compare` has it, and whether float64 twins had to be trained for it, as `compare.py` does.
 
     Args:
         families: by backend, the run and its twins; float64 twins that are asked for are added.
+        twins: how many of them, per backend.
     """
 
     def compare() -> dict[str, Any]:
@@ -50,7 +55,7 @@ def judge(
     if not parity.may_be_chaos(lens):
         return lens, False
     for name, members in families.items():
-        for twin in range(1, FLOAT64_TWINS + 1):
+        for twin in range(1, max(1, twins) + 1):
             members.append(train.train(backends[name], config, dataset, "float64", Silent(), twin, log_every=0))
     return compare(), True
 

@@ -138,8 +138,8 @@ def clopper_pearson(alarms: int, pairs: int, confidence: float = CONFIDENCE) -> 
         high = quantile of Beta(k + 1, n - k) at 1 - a/2,  1 where k = n
 
     with k alarms, n pairs, a = 1 - confidence. It covers the rate at least that often if pairs are independent and
-    have one rate. Pairs here have each its own seed, but cells differ: as all cells have equally many pairs, the
-    interval for the mean of their rates is then too wide, if anything. Of no pairs: 0 to 1.
+    have one rate. Here every configuration is run with the same seeds, so that pairs of one seed share their random
+    numbers, and configurations may differ in their rates: take it as a guide. Of no pairs: 0 to 1.
 
     Source: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits illustrated in the case of the
     binomial", Biometrika 26 (1934), 404-413.

@@ -36,7 +36,8 @@ def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) 
             finding = row["lenses"][dtype]
             over = finding["gap_over_bound"]
             if not finding["caught"]:
-                colour, dark, text = MISSED, False, "not seen"
+                meant = row["lens"] in (None, dtype)
+                colour, dark, text = MISSED, False, "not seen" if meant else "this lens has no such fault"
             else:
                 shade = norm(min(1e15, max(1.0, over if over is not None else 1e15)))
                 colour, dark = scale(shade), shade > 0.5

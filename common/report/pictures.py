@@ -204,7 +204,7 @@ def _gap(axes: Any, lens: dict[str, Any], runs: dict[str, Record], twins: dict[s
     axes.plot(points, largest[points], color="black", linewidth=1.5, label="largest gap so far")
     for place, row in enumerate(stretches):
         ends, bound = [row["start"], max(row["stop"] - 1, row["start"] + 0.5)], max(row["bound"], floor)
-        name = None if place else "bound"
+        name = None if place else "bound (on the closest pair)"
         axes.plot(ends, [bound, bound], color="#009E73", linewidth=2, linestyle=(0, (4, 1)), label=name)
 
     axes.set_yscale("log")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from common.config import BACKENDS
+from common.parity import tell_apart
 from common.protocol import STAGES
 
 NAME_WIDTH = 16  # columns for a class name
@@ -168,8 +169,11 @@ class Terminal:
             table = self._table(f"largest differences in {tensor}", *(f"{name}>" for name in names))
             for entry in found["offenders"]:
                 place = ", ".join(map(str, entry["index"]))
-                values = ("not finite" if entry[name] is None else f"{entry[name]:.9g}" for name in names)
-                self._row(table, f"[{place}]", *values)
+                values = [entry[name] for name in names]
+                shown = ["not finite" if value is None else f"{value:.9g}" for value in values]
+                if None not in values and shown[0] == shown[1]:
+                    shown = list(tell_apart(*values))
+                self._row(table, f"[{place}]", *shown)
             self._show(table)
 
     def _ladder(self, rows: list[dict[str, Any]]) -> None:
