@@ -70,8 +70,9 @@ def measure(
         backends = {family.run.backend: family.backend for family in families}
         with inject(fault, config, dataset):  # what parts late is looked for again, as for a user
             located = locate.locate(lens, _runs(families), config, dataset, backends.__getitem__, twins)
-        exact = cache.setdefault(("exact", config, dataset.digest), build(right, config, "float64"))
-        answers = peers.answers(cache[key].run, faulty.run, peers.reference(cache[key].run, exact))
+        if (exact := ("exact", config, dataset.digest)) not in cache:  # what peers hold float32 against
+            cache[exact] = cache[key].backend if dtype == "float64" else build(right, config, "float64")
+        answers = peers.answers(cache[key].run, faulty.run, peers.reference(cache[key].run, cache[exact]))
         found[dtype] = _finding(fault, lens, located) | {"peers": answers}
     return {
         "name": fault.name,
