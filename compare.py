@@ -391,7 +391,8 @@ def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
     summary = clean.summary(rows)
     study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw=clean.draw)
     false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
-    study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {counted(len(rows), 'clean pair')} per lens.")
+    clean_pairs_seen = f"{counted(len(rows), 'clean pair')}, over all lenses"
+    study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
     return 0
 
 

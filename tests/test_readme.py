@@ -111,8 +111,8 @@ def peers() -> str:
     line = rates["bfloat16", "Lockstep"]
     low, high = (100 * end for end in line["interval"])
     note = (
-        f"In bfloat16: {line['alarms']} false alarms of Lockstep in {line['pairs']} pairs ({low:.1f} to {high:.1f} %). "
-        "Intervals: 95 %, Clopper and Pearson."
+        f"In bfloat16 {line['alarms']} of {line['pairs']} pairs raise a false alarm of Lockstep ({low:.1f} to "
+        f"{high:.1f} %). Intervals: 95 %, Clopper and Pearson."
     )
     return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
 
