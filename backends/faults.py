@@ -297,8 +297,11 @@ def _weights(patch: Patch, change: Callable[[str, np.ndarray], np.ndarray]) -> N
 def own_weights(patch: Patch, config: Config, dataset: Dataset) -> None:
     """One layer keeps the weights that Flax drew for it."""
     draw = nnx.initializers.lecun_normal()
-    own = lambda a: np.asarray(draw(jax.random.key(0), a.shape, a.dtype))  # noqa: E731
-    _weights(patch, lambda name, array: own(array) if name == "fc2.kernel" else array)
+
+    def own(name: str, array: np.ndarray) -> np.ndarray:
+        return np.asarray(draw(jax.random.key(0), array.shape, array.dtype)) if name == "fc2.kernel" else array
+
+    _weights(patch, own)
 
 
 @known("weights", "*.bias", "flax docs, nnx.Conv: bias_init is zeros")
@@ -440,6 +443,12 @@ def average_pooling(patch: Patch, config: Config, dataset: Dataset) -> None:
 def leaky_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The rectifier leaks one hundredth of what is negative."""
     _network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
+
+
+@known("forward", "input of *", "PyTorch docs, ReLU6: min(max(0, x), 6); MobileNet uses it", lr=0.05, steps=90)
+def relu6(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The rectifier stops at six, which activations reach after a while."""
+    _network(patch, relu=nnx.relu6)
 
 
 @known("forward", "input of fc3", "Keras docs, Dense: activation defaults to None")
@@ -768,8 +777,9 @@ def stale_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The optimizer is given the gradients of the step before, and zeros in the first."""
 
     def late() -> Any:
-        zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        return optax.GradientTransformation(zeros, lambda updates, state, params=None: (state, updates))
+        return optax.GradientTransformation(
+            lambda params: optax.tree.zeros_like(params), lambda updates, state, params=None: (state, updates)
+        )
 
     _before_the_rest(patch, late)
 
@@ -783,7 +793,7 @@ def gradients_not_zeroed(patch: Patch, config: Config, dataset: Dataset) -> None
             total = jax.tree.map(jnp.add, updates, state)
             return total, total
 
-        return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+        return optax.GradientTransformation(lambda params: optax.tree.zeros_like(params), update)
 
     _before_the_rest(patch, summed)
 
@@ -791,8 +801,11 @@ def gradients_not_zeroed(patch: Patch, config: Config, dataset: Dataset) -> None
 @known("update", "momentum of fc1.*", "PyTorch docs, ModuleList: layers in a plain list are not registered")
 def layer_not_in_the_optimizer(patch: Patch, config: Config, dataset: Dataset) -> None:
     """One layer's parameters were not given to the optimizer."""
-    zeros = lambda g: {name: 0 * a if name.startswith("fc1.") else a for name, a in g.items()}  # noqa: E731
-    _before_the_rest(patch, lambda: optax.stateless(lambda updates, params: zeros(updates)))
+
+    def left_out(updates: Any, params: Any) -> Any:
+        return {name: 0 * update if name.startswith("fc1.") else update for name, update in updates.items()}
+
+    _before_the_rest(patch, lambda: optax.stateless(left_out))
 
 
 @known("update", "*.bias", "Caffe's LeNet example: lr_mult is 2 for biases")
@@ -862,10 +875,8 @@ def plateau_one_window_early(patch: Patch, config: Config, dataset: Dataset) -> 
     """`patience` windows without improvement reduce the learning rate, where PyTorch puts up with so many."""
     reduce = flax_optimizer.reduce_on_plateau
     patience = (config.schedule.patience or 0) - 1
-    sooner = lambda config: dataclasses.replace(  # noqa: E731
-        config, schedule=dataclasses.replace(config.schedule, patience=patience)
-    )
-    patch(flax_optimizer, "reduce_on_plateau", lambda config: reduce(sooner(config)))
+    sooner = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, patience=patience))
+    patch(flax_optimizer, "reduce_on_plateau", lambda config: reduce(sooner))
 
 
 @known("update", None, "optax docs, reduce_on_plateau: the scale applies to the update at hand", schedule=_PLATEAU)
@@ -948,6 +959,19 @@ def weights_of_the_step_before(patch: Patch, config: Config, dataset: Dataset) -
         return evaluate(state._replace(parameters=parameters), images, labels)
 
     _evaluation(patch, one_step_back)
+
+
+@known("evaluate", "test loss", "PyTorch docs, Module.eval; flax docs, nnx.Dropout: deterministic")
+def dropout_left_on(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Half of the units before the last layer are dropped in evaluation, others each time."""
+    generator = np.random.default_rng(0)
+
+    def dropped(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+        kernel = state.parameters["fc3.kernel"]
+        kept = jnp.asarray(2.0 * generator.integers(0, 2, (len(kernel), 1)), kernel.dtype)
+        return evaluate(state._replace(parameters=state.parameters | {"fc3.kernel": kernel * kept}), images, labels)
+
+    _evaluation(patch, dropped)
 
 
 @known("evaluate", "test loss", "PyTorch docs, Module.bfloat16 and half: for inference", changes_function=False)

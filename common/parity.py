@@ -197,8 +197,8 @@ def opening_rungs(sides: Sides, amplified: bool = False) -> list[Rung]:
             continue
         drift = None
         if first.dtype != "float64" or amplified:
-            distance = lambda a, b, key=key: tensor_gap(a.opening.get(key), b.opening.get(key))[0]  # noqa: E731
-            gap, drift = separation(*sides, distance, calmer=True)
+            ours, theirs = ([record.opening.get(key) for record in side] for side in sides)
+            gap, drift = separation(ours, theirs, lambda a, b: tensor_gap(a, b)[0], calmer=True)
         scale = max(magnitude(one), magnitude(other))
         limit = bound(first.dtype, drift, scale, _tipped(first, second, int(step), stage, tensor))
         rungs.append(Rung(int(step), stage, tensor, gap, limit, drift, values))

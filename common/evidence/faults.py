@@ -176,12 +176,15 @@ def _share(answers: Any) -> dict[str, int]:
     return {"yes": sum(map(bool, answers)), "of": len(answers)}
 
 
+def _of(share: dict[str, int]) -> str:
+    return f"{share['yes']} of {share['of']}"
+
+
 def sentence(summary: dict[str, Any]) -> str:
     """The result in plain words."""
-    of = lambda share: f"{share['yes']} of {share['of']}"  # noqa: E731
-    lenses = ", ".join(f"{dtype}: {of(lens['caught'])}" for dtype, lens in summary["lenses"].items())
+    lenses = ", ".join(f"{dtype}: {_of(lens['caught'])}" for dtype, lens in summary["lenses"].items())
     text = f"{summary['caught']} of {summary['faults']} known faults are found ({lenses}), "
-    text += f"{of(summary['stage_right'])} in the right stage, {of(summary['tensor_right'])} in the right tensor."
+    text += f"{_of(summary['stage_right'])} in the right stage, {_of(summary['tensor_right'])} in the right tensor."
     return text + (f" Missed: {', '.join(summary['missed'])}." if summary["missed"] else "")
 
 
