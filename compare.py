@@ -324,7 +324,7 @@ def faults(options: argparse.Namespace, arguments: list[str]) -> int:
 
     from backends import faults as catalogue
     from common.evidence import faults as matrix
-    from common.evidence import shortened
+    from common.evidence import pictures, shortened
 
     chosen = [catalogue.named(name) for name in options.only or ()] or list(catalogue.FAULTS)
     if options.quick:
@@ -347,7 +347,7 @@ def faults(options: argparse.Namespace, arguments: list[str]) -> int:
             rows.append(matrix.measure(fault, dataset, study.build, catalogue.injected, cache, lenses, twins))
             advance(1, math.nan)
     summary = matrix.summary(rows)
-    study.report({"summary": summary}, rows, matrix.table(rows), draw=matrix.draw)
+    study.report({"summary": summary}, rows, matrix.table(rows), draw=functools.partial(pictures.draw_faults, rows))
     if options.only:
         for line in (line for row in rows for line in matrix.described(row)):
             study.terminal.line(line)
@@ -364,6 +364,7 @@ def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
     from concurrent.futures import ProcessPoolExecutor
 
     from common.evidence import alarms as clean
+    from common.evidence import pictures
     from common.report.terminal import counted
 
     pairs = clean.PAIRS if options.pairs is None else options.pairs
@@ -389,7 +390,8 @@ def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
             rows += found
             advance(len(found), math.nan)
     summary = clean.summary(rows)
-    study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw=clean.draw)
+    draw = functools.partial(pictures.draw_alarms, summary)
+    study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw)
     false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
     clean_pairs_seen = f"{counted(len(rows), 'clean pair')}, over all lenses"
     study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
@@ -410,6 +412,7 @@ def sensitivity(options: argparse.Namespace, arguments: list[str]) -> int:
     """A learning rate that is wrong by a tenth, a hundredth, ...: when does each lens see it?"""
     refuse(options, "it has the quick recipe's configuration", "steps", "twins")
 
+    from common.evidence import pictures
     from common.evidence import sensitivity as curve
 
     study = Study(options, arguments, folder="sensitivity")
@@ -421,7 +424,7 @@ def sensitivity(options: argparse.Namespace, arguments: list[str]) -> int:
         for row in curve.measure(dataset, study.build, steps, twins=twins):
             rows.append(row)
             advance(1, math.nan)
-    study.report({"steps": steps}, rows, curve.table(rows), draw=curve.draw)
+    study.report({"steps": steps}, rows, curve.table(rows), draw=functools.partial(pictures.draw_sensitivity, rows))
     return 0
 
 
@@ -465,7 +468,7 @@ class Study:
         }
         write_json(report, self.folder)
         if draw is not None:
-            draw(rows, self.folder / f"{self.options.command}.png")
+            draw(self.folder / f"{self.options.command}.png")
         self.terminal.table(*table)
         self.terminal.line(f"Report: {self.folder}")
 

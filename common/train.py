@@ -41,7 +41,7 @@ def train(
 
     Args:
         config: the run, resolved for this data set.
-        twin: None for the run itself; 1, 2, ... for the run whose initial weights are moved by at most one ulp.
+        twin: None for the run itself; 1, 2, ... for runs whose weights and images are moved by at most one ulp.
         log_every: steps between two log lines, counted within an epoch as the tutorial does; 0: none.
     """
     weights = initial_weights(backend.shapes(), config.seed, dtype)

@@ -16,6 +16,7 @@ from common.config import Config, Schedule
 from common.data import Dataset
 from common.evidence import alarms, family, peers, sensitivity
 from common.evidence.alarms import CALIBRATION_SEEDS, CELLS, MEASUREMENT_SEEDS, Cell, clopper_pearson
+from common.evidence.pictures import draw_sensitivity
 from common.protocol import Backend
 
 WIDTH = 80
@@ -232,7 +233,7 @@ def test_the_table_of_errors_says_what_was_not_seen_within_80_columns(errors: li
 
 def test_the_picture_is_a_png_and_the_same_bytes_each_time(errors: list[dict[str, Any]], tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        sensitivity.draw(errors, tmp_path / name)
+        draw_sensitivity(errors, tmp_path / name)
     content = (tmp_path / "a.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 10_000
     assert content == (tmp_path / "b.png").read_bytes()

@@ -20,6 +20,7 @@ from common.data import Dataset
 from common.errors import ConfigError
 from common.evidence import faults as matrix
 from common.evidence import shortened
+from common.evidence.pictures import draw_faults
 from common.protocol import STAGES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -215,7 +216,7 @@ def test_a_fault_that_no_measured_lens_has_is_not_missed(rows: list[dict[str, An
 
 
 def test_the_matrix_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    matrix.draw(rows, tmp_path / "faults.png")
+    draw_faults(rows, tmp_path / "faults.png")
     assert (tmp_path / "faults.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.config import BACKENDS, DTYPES, Config, Schedule
 from common.data import Dataset
 from common.evidence import Build, family, judge, peers, shortened
-from common.evidence.pictures import draw_alarms
 
 # Levels are set on pairs of the first seeds and measured on pairs of the others, so that none is used for both.
 PAIRS = 300  # per lens
@@ -160,8 +158,3 @@ def table(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tupl
         rate = "-" if line["rate"] is None else f"{100 * line['rate']:.1f} %"
         lines.append((line["lens"], line["rule"], str(line["pairs"]), str(line["alarms"]), rate, f"{low} to {high} %"))
     return ("lens", "rule", "pairs>", "alarms>", "rate>", "95 % interval>"), lines
-
-
-def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """The summary as a PNG."""
-    draw_alarms(summary(rows), path)

@@ -9,14 +9,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from common import locate, parity, train
 from common.config import BACKENDS, Config
 from common.data import Dataset
 from common.evidence import Build, Silent, family, peers
-from common.evidence.pictures import draw_faults
 from common.protocol import Backend
 from common.record import Record
 
@@ -186,11 +184,6 @@ def sentence(summary: dict[str, Any]) -> str:
     text = f"{summary['caught']} of {summary['faults']} known faults are found ({lenses}), "
     text += f"{_of(summary['stage_right'])} in the right stage, {_of(summary['tensor_right'])} in the right tensor."
     return text + (f" Missed: {', '.join(summary['missed'])}." if summary["missed"] else "")
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG of the matrix."""
-    draw_faults(rows, path)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.config import DTYPES
 from common.record import write_whole
+from common.report.pictures import new_figure, to_png
 
 COLOURS = {"float64": "#0072B2", "float32": "#D55E00", "bfloat16": "#009E73"}  # of Okabe and Ito's
+MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^"}
 MISSED = "#F2F2F2"
 
 
@@ -93,7 +96,7 @@ def _rates(figure: Any, summary: Sequence[dict[str, Any]], rules: Sequence[str])
             [100 * (line["rate"] - line["interval"][0]) for line in lines],
             [100 * (line["interval"][1] - line["rate"]) for line in lines],
         ]
-        marker = {"float64": "o", "float32": "s", "bfloat16": "^"}[dtype]
+        marker = MARKERS[dtype]
         axes.errorbar(
             rates,
             heights,
@@ -114,15 +117,56 @@ def _rates(figure: Any, summary: Sequence[dict[str, Any]], rules: Sequence[str])
     figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
 
 
-def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+def draw_sensitivity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A PNG of `measure`'s rows: the relative error (logarithmic) against the step at which each lens sees it.
+
+    Filled marks: the first divergence; open ones: the loss alone. What is not seen stands above the dotted line.
+
+    Raises:
+        RecordError: if the file cannot be written.
+    """
+    _save(path, (8.4, 4.6), lambda figure: _steps(figure, rows))
+
+
+def _steps(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    steps = max(row["steps"] for row in rows)
+    lenses = [dtype for dtype in DTYPES if any(dtype in row["lenses"] for row in rows)]
+    axes = figure.subplots()
+    unseen = steps * 2.2  # where the marks of what is not seen stand
+    for place, dtype in enumerate(lenses):
+        shift = 10 ** (0.24 * (place - (len(lenses) - 1) / 2))  # side by side, where both are at one step
+        points = [(row["error"] * shift, row["lenses"][dtype]) for row in rows if dtype in row["lenses"]]
+        style = {"color": COLOURS[dtype], "marker": MARKERS[dtype], "markersize": 7}
+        loss = [unseen if seen["loss_step"] is None else seen["loss_step"] for _, seen in points]
+        first = [unseen if seen["step"] is None else seen["step"] for _, seen in points]
+        errors = [error for error, _ in points]
+        axes.plot(errors, loss, linestyle=":", linewidth=1, fillstyle="none", label=f"{dtype}: in the loss", **style)
+        axes.plot(errors, first, linestyle="", label=f"{dtype}: anywhere", **style)
+    axes.axhline(steps * 1.4, color="#555555", linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.set_xscale("log")
+    axes.invert_xaxis()  # the smaller the error, the further to the right
+    axes.xaxis.set_major_locator(LogLocator(numticks=20))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("symlog", linthresh=1, linscale=0.5)
+    ticks = [0, *(10**power for power in range(math.ceil(math.log10(steps)))), steps]
+    axes.set_yticks([*ticks, unseen], [*(f"{tick:,}" for tick in ticks), "not seen"])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(-0.35, steps * 3.4)
+    axes.set_xlabel("relative error in Flax's learning rate")
+    axes.set_ylabel("step at which it is seen")
+    axes.set_title(f"How small an error is seen within {steps:,} steps, and when", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
+
+
+def _save(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:
     import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     with matplotlib.style.context("default"):  # neither a matplotlibrc nor a caller may change the picture
-        figure = Figure(figsize=size, dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", metadata={"Software": None})
-    write_whole(Path(path), content.getvalue())
+        figure = new_figure(*size)
+        paint(figure)
+        content = to_png(figure)
+    write_whole(Path(path), content)

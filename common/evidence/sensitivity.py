@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.config import BACKENDS, DTYPES, RECIPES, Config
+from common.config import BACKENDS, RECIPES, Config
 from common.data import Dataset
 from common.evidence import Build, family, judge
-from common.record import Record, write_whole
+from common.record import Record
 
 ERRORS = tuple(10.0**-power for power in range(1, 15))  # relative; below 1e-16 float64 has no number for them
 STEPS = 200
 LENSES = ("float64", "float32")
-COLOURS = {"float64": "#0072B2", "float32": "#D55E00", "bfloat16": "#009E73"}  # of Okabe and Ito's
-MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^"}
 
 
 def measure(
@@ -98,55 +93,3 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tupl
 
 def _number(step: int | None) -> str:
     return "-" if step is None else str(step)
-
-
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A PNG of `measure`'s rows: the relative error (logarithmic) against the step at which each lens sees it.
-
-    Filled marks: the first divergence; open ones: the loss alone. What is not seen stands above the dotted line.
-
-    Raises:
-        RecordError: if the file cannot be written.
-    """
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    steps = max(row["steps"] for row in rows)
-    lenses = [dtype for dtype in DTYPES if any(dtype in row["lenses"] for row in rows)]
-    with matplotlib.style.context("default"):  # neither a matplotlibrc nor a caller may change the picture
-        figure = Figure(figsize=(8.4, 4.6), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        unseen = steps * 2.2  # where the marks of what is not seen stand
-        for place, dtype in enumerate(lenses):
-            shift = 10 ** (0.24 * (place - (len(lenses) - 1) / 2))  # side by side, where both are at one step
-            points = [(row["error"] * shift, row["lenses"][dtype]) for row in rows if dtype in row["lenses"]]
-            style = {"color": COLOURS[dtype], "marker": MARKERS[dtype], "markersize": 7}
-            loss = [unseen if seen["loss_step"] is None else seen["loss_step"] for _, seen in points]
-            first = [unseen if seen["step"] is None else seen["step"] for _, seen in points]
-            errors = [error for error, _ in points]
-            axes.plot(
-                errors, loss, linestyle=":", linewidth=1, fillstyle="none", label=f"{dtype}: in the loss", **style
-            )
-            axes.plot(errors, first, linestyle="", label=f"{dtype}: anywhere", **style)
-        axes.axhline(steps * 1.4, color="#555555", linewidth=0.9, linestyle=(0, (1, 2)))
-        axes.set_xscale("log")
-        axes.invert_xaxis()  # the smaller the error, the further to the right
-        axes.xaxis.set_major_locator(LogLocator(numticks=20))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yscale("symlog", linthresh=1, linscale=0.5)
-        ticks = [0, *(10**power for power in range(math.ceil(math.log10(steps)))), steps]
-        axes.set_yticks([*ticks, unseen], [*(f"{tick:,}" for tick in ticks), "not seen"])
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(-0.35, steps * 3.4)
-        axes.set_xlabel("relative error in Flax's learning rate")
-        axes.set_ylabel("step at which it is seen")
-        axes.set_title(f"How small an error is seen within {steps:,} steps, and when", fontsize=11)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", metadata={"Software": None})
-    write_whole(Path(path), content.getvalue())

@@ -53,10 +53,10 @@ def write_pictures(
     # Neither a matplotlibrc nor what a caller has set may change the pictures.
     with matplotlib.style.context("default"), np.errstate(all="ignore"):
         pictures = {
-            "samples.png": _png(_samples(dataset, sample)),
-            "predictions.png": _png(_predictions(report, records, dataset)),
-            "losses.png": _png(_losses(report, records, twins or {})),
-            "classes.png": _png(_classes(report)),
+            "samples.png": to_png(_samples(dataset, sample)),
+            "predictions.png": to_png(_predictions(report, records, dataset)),
+            "losses.png": to_png(_losses(report, records, twins or {})),
+            "classes.png": to_png(_classes(report)),
         }
     for name, content in pictures.items():
         write_whole(Path(folder, name), content)
@@ -80,7 +80,8 @@ def _glyphs() -> frozenset[int]:
     return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, with a canvas of its own: pyplot and its state are left alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -89,7 +90,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """Equal figures give equal bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
@@ -109,7 +111,7 @@ def _samples(dataset: Dataset, sample: np.ndarray | None) -> Any:
     rows, columns = SAMPLES
     chosen = (np.arange(len(dataset.train_images)) if sample is None else np.asarray(sample))[: rows * columns]
     rows = max(1, math.ceil(len(chosen) / columns))
-    figure = _figure(1.15 * columns, 1.34 * rows + 0.35)
+    figure = new_figure(1.15 * columns, 1.34 * rows + 0.35)
     figure.suptitle(f"Training images{'' if sample is None else ', the first that the run sees'}", fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
@@ -125,7 +127,7 @@ def _predictions(report: dict[str, Any], records: Records, dataset: Dataset) -> 
     runs = records[lens["dtype"]]
     names = [name for name in BACKENDS if name in runs]
     count = min(4, len(dataset.test_images))
-    figure = _figure(2.3 * max(3, count), 3.0 + 0.45 * len(names))
+    figure = new_figure(2.3 * max(3, count), 3.0 + 0.45 * len(names))
     figure.suptitle(f"The first test images, after {counted(lens['steps'], 'step')} in {lens['dtype']}", fontsize=11)
     grid = figure.subplots(1 + len(names), count, squeeze=False, height_ratios=[2.3, *[0.36] * len(names)])
     for index, (axes, *below) in enumerate(grid.T):
@@ -144,7 +146,7 @@ def _predictions(report: dict[str, Any], records: Records, dataset: Dataset) -> 
 def _losses(report: dict[str, Any], records: Records, twins: Twins) -> Any:
     lenses = report["lenses"]
     both = any(len(records[lens["dtype"]]) == 2 for lens in lenses)
-    figure = _figure(11 if both else 6.5, 3.3 * len(lenses) + (0.5 if both else 0.2))
+    figure = new_figure(11 if both else 6.5, 3.3 * len(lenses) + (0.5 if both else 0.2))
     grid = figure.subplots(len(lenses), 2 if both else 1, squeeze=False)
     named: dict[str, Any] = {}
     for row, lens in zip(grid, lenses, strict=True):
@@ -261,7 +263,7 @@ def _classes(report: dict[str, Any]) -> Any:
         half = MAX_CLASSES // 2
         title += f"\nthe {half} weakest and the {half} strongest of {len(ranked):,}"
         ranked = ranked[:half] + ranked[-half:]
-    figure = _figure(7.6, 0.2 + 1.4 + (0.17 * len(names) + 0.13) * len(ranked))
+    figure = new_figure(7.6, 0.2 + 1.4 + (0.17 * len(names) + 0.13) * len(ranked))
     axes = figure.subplots()
     rows, height = np.arange(len(ranked)), 0.78 / len(names)
     for place, backend in enumerate(names):
