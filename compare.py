@@ -163,35 +163,40 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     folder = options.out or Path("results/runs") / f"{options.recipe}-{config.fingerprint(dataset.digest)}"
     check_writable(folder)
 
-    runs: Runs = {dtype: {} for dtype in recipe.dtypes}
-    twins: Runs = {dtype: {} for dtype in recipe.dtypes}
+    families: dict[str, dict[str, list[Any]]] = {dtype: {} for dtype in recipe.dtypes}  # each a run and its twins
     for dtype in recipe.dtypes:  # before training: a damaged record is reported at once
         for name in BACKENDS:
             if name not in names or options.command == "locate":
-                family = find_records(folder, name, dtype, config, dataset, terminal)
-                if family:
-                    runs[dtype][name], twins[dtype][name] = family[0], family[1:]
-    for dtype in recipe.dtypes:
+                found = find_records(folder, name, dtype, config, dataset, terminal)
+                if found:
+                    families[dtype][name] = found
+
+    def trained(dtype: str, name: str, members: Sequence[int | None]) -> list[Any]:
+        made = []
+        for result in train(name, dtype, members, config, dataset, device, options, terminal):
+            record.write(result, folder)
+            made.append(result)
+        return made
+
+    def more(dtype: str, name: str, twins: range) -> list[Any]:
+        if name not in names or not twins:
+            return []
+        terminal.line(
+            f"The {dtype} runs part after the first steps; twins of {name} will say whether by rounding alone"
+        )
+        return trained(dtype, name, twins)
+
+    lenses = []
+    for dtype, family in families.items():
         for name in names:
-            if name in runs[dtype]:
-                continue
-            made = []
-            members = [None] if dtype == "float64" else [None, *range(1, recipe.twins + 1)]
-            for result in train(name, dtype, members, config, dataset, device, options, terminal):
-                record.write(result, folder)
-                made.append(result)
-            runs[dtype][name], twins[dtype][name] = made[0], made[1:]
-        runs[dtype] = {name: runs[dtype][name] for name in BACKENDS if name in runs[dtype]}  # torch first
+            if name not in family:
+                family[name] = trained(dtype, name, [None, *range(1, 1 + (0 if dtype == "float64" else recipe.twins))])
+        families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
+        lenses.append(parity.judge(families[dtype], functools.partial(more, dtype), dataset.test_labels))
 
-        if parity.may_be_chaos(parity.compare(runs[dtype], twins[dtype], dataset.test_labels)):
-            terminal.line(f"{dtype}: the runs part after the first steps; twins will say whether rounding explains it")
-            for name in names:
-                for result in train(name, dtype, [1, 2], config, dataset, device, options, terminal):
-                    record.write(result, folder)
-                    twins[dtype][name].append(result)
-
-    report = make_report(options.recipe, config, dataset, arguments, runs, twins)
-    apart = next((lens for lens in report["lenses"] if lens["verdict"] == "disagree"), None)
+    runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in families.items()}
+    twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in families.items()}
+    apart = next((lens for lens in lenses if lens["verdict"] == "disagree"), None)
     if apart is not None:  # float64 comes first: what shows there shows most sharply
         terminal.line(f"Looking for where the {apart['dtype']} runs part")
         records = runs[apart["dtype"]]
@@ -203,6 +208,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                 dataset,
                 lambda name: backends.load(name)(config, len(dataset.classes), apart["dtype"], device, options.compile),
             )
+    report = make_report(options.recipe, config, dataset, arguments, runs, lenses)
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
     write_json(report, folder)
     write_pictures(folder, report, runs, dataset, twins, sample)
@@ -483,12 +489,11 @@ def refuse(options: argparse.Namespace, why: str, *used: str) -> None:
 
 
 def make_report(
-    recipe: str, config: Config, dataset: Any, arguments: list[str], runs: Runs, twins: Runs
+    recipe: str, config: Config, dataset: Any, arguments: list[str], runs: Runs, lenses: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """report.json, as a dictionary."""
-    from common import machine, parity, train
+    from common import machine, train
 
-    lenses = [parity.compare(runs[dtype], twins[dtype], dataset.test_labels) for dtype in runs]
     verdicts = {lens["verdict"] for lens in lenses}
     environment = {name: r.environment for by_backend in runs.values() for name, r in by_backend.items()}
     return {

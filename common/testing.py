@@ -38,7 +38,7 @@ def same_run(
     Args:
         one, other: of different names, both built for `config` and `dtype`; `one` is the reference.
         config: resolved for `dataset`.
-        twins: per backend, in float32 and bfloat16, and in float64 if rounding may explain what is seen.
+        twins: per backend, in float32 and bfloat16; more, and float64's, are trained where the verdict asks for them.
 
     Raises:
         RecordError: if there is nothing to compare, as without twins in float32, or two backends of one name.
@@ -47,7 +47,7 @@ def same_run(
         raise RecordError(f"both backends are called {one.name!r}: give one of them another `name`")
     backends = {backend.name: backend for backend in (one, other)}
     families = {name: family(backend, config, dataset, dtype, twins) for name, backend in backends.items()}
-    lens, _ = judge(families, backends, config, dataset, twins)
+    lens = judge(families, backends, config, dataset)
     if lens["verdict"] == "disagree":
         runs = {name: members[0] for name, members in families.items()}
         lens["located"] = locate.locate(lens, runs, config, dataset, backends.__getitem__, twins)

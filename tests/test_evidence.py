@@ -14,8 +14,8 @@ from scipy.stats import binom, binomtest
 from common import parity
 from common.config import Config, Schedule
 from common.data import Dataset
-from common.evidence import alarms, family, peers, sensitivity
-from common.evidence.alarms import CALIBRATION_SEEDS, CELLS, MEASUREMENT_SEEDS, Cell, clopper_pearson
+from common.evidence import alarms, family, judge, peers, sensitivity
+from common.evidence.alarms import CALIBRATION_SEEDS, CELLS, LOOKED_AT_SEEDS, MEASUREMENT_SEEDS, Cell, clopper_pearson
 from common.evidence.pictures import draw_sensitivity
 from common.protocol import Backend
 
@@ -46,8 +46,8 @@ def test_the_cells_are_twenty_and_as_wide_as_they_claim() -> None:
 
 
 def test_no_seed_is_used_both_to_set_levels_and_to_measure() -> None:
-    assert (CALIBRATION_SEEDS[0], MEASUREMENT_SEEDS[0]) == (5000, 9000)
-    assert not set(CALIBRATION_SEEDS) & set(MEASUREMENT_SEEDS)
+    assert (CALIBRATION_SEEDS[0], MEASUREMENT_SEEDS[0]) == (5000, 13000)
+    assert not {*CALIBRATION_SEEDS, *LOOKED_AT_SEEDS} & set(MEASUREMENT_SEEDS)
 
 
 # --- The false-alarm rate
@@ -70,13 +70,14 @@ def test_clean_pairs_are_measured_through_every_lens_and_each_backend_is_built_o
     assert sorted(built) == sorted((name, dtype) for name in ("torch", "flax") for dtype in ("float64", "float32"))
     assert [row["seed"] for row in rows] == [9000, 9001]
     for row in rows:
-        assert row["config"]["seed"] == row["seed"]
+        assert row["cell"] is None, "it is none of the twenty"
         assert list(row["lenses"]) == ["float64", "float32"]
         for lens in row["lenses"].values():
-            assert (lens["verdict"], lens["first_divergence"], lens["twins_asked"]) == ("agree", None, False)
-            assert set(lens["peers"]) == {rule.name for rule in peers.RULES}
-        assert not any(row["lenses"]["float64"]["peers"].values()), "two float64 runs of three steps differ for nobody"
-        assert row["lenses"]["float32"]["peers"]["TorchDynamo RMSE"] is False, "it had its reference"
+            assert (lens["verdict"], lens["first_divergence"]) == ("agree", None)
+            assert set(lens["alarms"]) <= {rule.name for rule in peers.RULES}
+        assert [lens["twins"] for lens in row["lenses"].values()] == [0, 1]
+        assert row["lenses"]["float64"]["alarms"] == [], "two float64 runs of three steps differ for nobody"
+        assert row["lenses"]["float32"]["silent"] == [], "TorchDynamo's rule had its reference"
 
 
 def test_seeds_of_one_cell_are_different_pairs(measured: Any) -> None:
@@ -92,26 +93,36 @@ def test_a_flax_side_with_a_wrong_rate_is_an_alarm_of_lockstep_and_of_others(dig
     lens = row["lenses"]["float64"]
     assert lens["verdict"] == "disagree"
     assert lens["first_divergence"].startswith("update: step 0: ")
-    assert not lens["twins_asked"], "what shows in the first steps is no chaos"
-    for rule in ("assert_close, losses", "allclose, weights", "reprod_log, losses", "TorchDynamo RMSE"):
-        assert lens["peers"][rule] is True
-    for rule in ("transformers", "AlgoPerf, last step"):  # equal weights; and three steps do not double a loss
-        assert lens["peers"][rule] is False
+    assert lens["twins"] == 0, "what shows in the first steps is no chaos"
+    assert {"assert_close, losses", "allclose, weights", "reprod_log, losses", "TorchDynamo RMSE"} <= set(
+        lens["alarms"]
+    )
+    # Equal weights; and three steps do not double a loss.
+    assert not {"transformers", "AlgoPerf, last step"} & {*lens["alarms"], *lens["silent"]}
 
 
-def test_float64_twins_are_asked_where_a_pair_parts_late(
-    digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "first", "then"), [("float64", 0, [2, 6]), ("float32", 1, [6])])
+def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
+    digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch, dtype: str, first: int, then: list[int]
 ) -> None:
     config = dataclasses.replace(TINY.config, seed=1).resolve(len(digits.train_images))
-    backends = {name: build(name, config, "float64") for name in ("torch", "flax")}
-    families = {name: family(backend, config, digits, "float64", 2) for name, backend in backends.items()}
-    lens, asked = alarms.judge(families, backends, config, digits)
-    assert (lens["verdict"], asked, [len(members) for members in families.values()]) == ("agree", False, [1, 1])
+    backends = {name: build(name, config, dtype) for name in ("torch", "flax")}
+    families = {name: family(backend, config, digits, dtype, first) for name, backend in backends.items()}
+    asked = []
 
-    monkeypatch.setattr(parity, "may_be_chaos", lambda lens: True)
-    lens, asked = alarms.judge(families, backends, config, digits)
-    assert (lens["verdict"], asked, [len(members) for members in families.values()]) == ("agree", True, [3, 3])
-    assert [record.twin for record in families["flax"]] == [None, 1, 2]
+    def late(lens: dict[str, Any]) -> int:
+        """As `twins_wanted` answers while a pair keeps parting late."""
+        parting = {"step": 2, "stage": "loss"}
+        asked.append(twins_wanted(lens | {"first_divergence": parting}))
+        return asked[-1]
+
+    twins_wanted = parity.twins_wanted
+    assert judge(families, backends, config, digits)["verdict"] == "agree"
+    assert [len(members) for members in families.values()] == [1 + first, 1 + first]
+    monkeypatch.setattr(parity, "twins_wanted", late)
+    lens = judge(families, backends, config, digits)
+    assert lens["verdict"] == "agree" and asked == [*then, 0]
+    assert [[record.twin for record in members] for members in families.values()] == 2 * [[None, *range(1, 7)]]
 
 
 def test_what_parts_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Callable) -> None:
@@ -121,12 +132,24 @@ def test_what_parts_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Ca
     )
     backends = {"torch": build("torch", right, "float64"), "flax": build("flax", wrong, "float64")}
     families = {name: family(backend, right, digits, "float64", 2) for name, backend in backends.items()}
-    lens, asked = alarms.judge(families, backends, right, digits)
-    assert (lens["verdict"], lens["first_divergence"]["step"], asked) == ("disagree", 2, True)
+    lens = judge(families, backends, right, digits)
+    assert (lens["verdict"], lens["first_divergence"]["step"]) == ("disagree", 2)
+    assert [len(members) - 1 for members in families.values()] == [parity.ENOUGH_TWINS, parity.ENOUGH_TWINS]
 
 
 def fake(lenses: dict[str, tuple[str, bool | None]]) -> dict[str, Any]:
-    return {"lenses": {d: {"verdict": verdict, "peers": {"theirs": said}} for d, (verdict, said) in lenses.items()}}
+    """A row in which msprobe's rule says this, and no other says anything."""
+    silent = [rule.name for rule in peers.RULES if rule.name != "msprobe"]
+    return {
+        "lenses": {
+            dtype: {
+                "verdict": verdict,
+                "alarms": ["msprobe"] if said else [],
+                "silent": silent + (["msprobe"] if said is None else []),
+            }
+            for dtype, (verdict, said) in lenses.items()
+        }
+    }
 
 
 def test_the_summary_counts_alarms_and_leaves_out_what_a_rule_says_nothing_of() -> None:
@@ -136,15 +159,17 @@ def test_the_summary_counts_alarms_and_leaves_out_what_a_rule_says_nothing_of() 
         fake({"float32": ("agree", False), "float64": ("agree", None)}),
     ]
     found = {(line["lens"], line["rule"]): line for line in alarms.summary(rows)}
-    assert list(found) == [(lens, rule) for lens in ("float64", "float32") for rule in ("Lockstep", "theirs")]
+    rules = ["Lockstep", *(rule.name for rule in peers.RULES)]
+    assert list(found) == [(lens, rule) for lens in ("float64", "float32") for rule in rules]
+    found = {key: line for key, line in found.items() if line["pairs"] or key[1] == "msprobe"}
     counts = {key: (line["alarms"], line["pairs"], line["rate"]) for key, line in found.items()}
     assert counts == {
         ("float64", "Lockstep"): (0, 3, 0.0),
-        ("float64", "theirs"): (0, 0, None),
+        ("float64", "msprobe"): (0, 0, None),
         ("float32", "Lockstep"): (1, 3, 1 / 3),
-        ("float32", "theirs"): (2, 3, 2 / 3),
+        ("float32", "msprobe"): (2, 3, 2 / 3),
     }
-    assert found["float32", "theirs"]["interval"] == list(clopper_pearson(2, 3))
+    assert found["float32", "msprobe"]["interval"] == list(clopper_pearson(2, 3))
 
 
 @pytest.mark.parametrize("pairs", [1, 7, 200])

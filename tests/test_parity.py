@@ -15,7 +15,17 @@ import pytest
 
 from common.config import DTYPES, Config
 from common.errors import RecordError
-from common.parity import Rung, class_accuracy, compare, divergence, may_be_chaos, opening_rungs
+from common.parity import (
+    ENOUGH_TWINS,
+    FIRST_TWINS,
+    Rung,
+    class_accuracy,
+    compare,
+    divergence,
+    opening_rungs,
+    twins_wanted,
+)
+from common.parity import judge as parity_judge
 from common.protocol import STAGES, Arrays
 from common.record import Record, stretches
 from common.separation import FLIP_SHARE, IMAGES_FLOOR, SEPARATION, SEPARATION_IMAGES, paired_difference
@@ -309,22 +319,54 @@ def test_in_the_proof_lens_a_prediction_may_differ_only_if_some_differ_between_t
     assert judge("float64", flax=flax, twins={"torch": [chaotic]})["verdict"] == "agree"
 
 
-def test_chaos_in_float64_is_suspected_late_and_never_in_the_first_steps() -> None:
-    late, early = in_series("loss", 17)(make("flax", "float64")), in_series("loss", 1)(make("flax", "float64"))
-    assert may_be_chaos(judge("float64", flax=late))
-    assert not may_be_chaos(judge("float64", flax=early))
-    assert not may_be_chaos(judge("float64"))
-    assert not may_be_chaos(judge("float64", flax=late, twins={"torch": [make("torch", "float64", 1)]}))
+def test_more_twins_are_asked_for_what_parts_late_and_never_in_the_first_steps() -> None:
+    tip = in_series("loss", 17)
+    late, early = tip(make("flax", "float64")), in_series("loss", 1)(make("flax", "float64"))
+    assert twins_wanted(judge("float64", flax=late)) == FIRST_TWINS
+    assert twins_wanted(judge("float64", flax=early)) == twins_wanted(judge("float64")) == 0
+    for count, wanted in ((1, ENOUGH_TWINS), (ENOUGH_TWINS, 0)):
+        twins = {name: [make(name, "float64", twin + 1) for twin in range(count)] for name in ("torch", "flax")}
+        twins["flax"] = [tip(twin) for twin in twins["flax"]]
+        assert twins_wanted(judge("float64", flax=late, twins=twins)) == wanted
     drifting = {"torch": [in_series("loss", 15)(make("torch", "float64", 1))]}
     assert judge("float64", flax=late, twins=drifting)["verdict"] == "agree"
 
 
-def test_what_shows_in_evaluation_alone_is_never_excused_by_twins_that_roll_dice() -> None:
+@pytest.mark.parametrize("dtype", PRODUCTION)
+def test_in_a_production_lens_too_more_twins_are_asked_for_what_parts_late(dtype: str) -> None:
+    late, early = (faulty(dtype, flax=in_series("loss", step)) for step in (17, 1))
+    assert late["verdict"] == early["verdict"] == "disagree"
+    assert (twins_wanted(late), twins_wanted(early), twins_wanted(judge(dtype))) == (ENOUGH_TWINS, 0, 0)
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_a_verdict_stands_only_when_enough_twins_were_asked(clears: bool) -> None:
+    """Rounding tips something in Flax's run; a third twin of PyTorch's shows that it may, or none does."""
+    tip = in_series("loss", 17)
+    runs, twins = family("float32")
+    families = {"torch": [runs["torch"], *twins["torch"]], "flax": [tip(runs["flax"]), *map(tip, twins["flax"])]}
+    asked = []
+
+    def more(name: str, numbers: range) -> list[Record]:
+        asked.append((name, list(numbers)))
+        made = [make(name, "float32", number) for number in numbers]
+        return [tip(twin) if name == "flax" or (clears and twin.twin == 3) else twin for twin in made]
+
+    lens = parity_judge(families, more, LABELS)
+    assert lens["verdict"] == ("agree" if clears else "disagree")
+    assert asked[:2] == [("torch", [3, 4, 5, 6]), ("flax", [3, 4, 5, 6])]
+    assert not any(numbers for _, numbers in asked[2:])
+    # Whoever has no more twins to give is not asked for ever.
+    families = {name: members[:3] for name, members in families.items()}
+    assert parity_judge(families, lambda name, numbers: [], LABELS)["verdict"] == "disagree"
+
+
+def test_what_shows_in_evaluation_alone_is_never_excused_by_float64_twins_that_roll_dice() -> None:
     other = make("flax", "float64").predictions.copy()
     other[::7] = (other[::7] + 1) % 5  # dropout left on
     lens = judge("float64", flax=make("flax", "float64", predictions=other))
     assert lens["first_divergence"]["stage"] == "evaluate"
-    assert not may_be_chaos(lens)
+    assert twins_wanted(lens) == 0
 
 
 @pytest.mark.parametrize("rung", RUNGS)

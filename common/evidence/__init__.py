@@ -6,7 +6,7 @@ Each module makes one report from many short pairs of runs; `compare.py` has a c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from common import parity, train
@@ -15,7 +15,6 @@ from common.data import Dataset
 from common.protocol import Backend
 from common.record import Record
 
-FLOAT64_TWINS = 2  # per backend, where a float64 pair may be chaotic
 Build = Callable[[str, Config, str], Backend]  # backend's name, resolved config, dtype
 
 
@@ -29,35 +28,25 @@ class Silent:
 
 def family(backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int) -> list[Record]:
     """The record of one run, followed by those of its twins (none in float64)."""
-    members: list[Any] = [None] if dtype == "float64" else [None, *range(1, twins + 1)]
+    return trained(backend, config, dataset, dtype, [None, *range(1, (0 if dtype == "float64" else twins) + 1)])
+
+
+def trained(
+    backend: Backend, config: Config, dataset: Dataset, dtype: str, members: Iterable[int | None]
+) -> list[Record]:
+    """The records of these members of a family: None is the run itself, 1, 2, ... are its twins."""
     return [train.train(backend, config, dataset, dtype, Silent(), twin, log_every=0) for twin in members]
 
 
 def judge(
-    families: dict[str, list[Record]],
-    backends: Mapping[str, Backend],
-    config: Config,
-    dataset: Dataset,
-    twins: int = FLOAT64_TWINS,
-) -> tuple[dict[str, Any], bool]:
-    """The lens as `parity.compare` has it, and whether float64 twins had to be trained for it, as `compare.py` does.
+    families: dict[str, list[Record]], backends: Mapping[str, Backend], config: Config, dataset: Dataset
+) -> dict[str, Any]:
+    """The lens as `compare.py` has it: `parity.judge`, with twins by `backends`."""
 
-    Args:
-        families: by backend, the run and its twins; float64 twins that are asked for are added.
-        twins: how many of them, per backend.
-    """
+    def more(name: str, twins: range) -> list[Record]:
+        return trained(backends[name], config, dataset, families[name][0].dtype, twins)
 
-    def compare() -> dict[str, Any]:
-        runs = {name: members[0] for name, members in families.items()}
-        return parity.compare(runs, {name: members[1:] for name, members in families.items()}, dataset.test_labels)
-
-    lens = compare()
-    if not parity.may_be_chaos(lens):
-        return lens, False
-    for name, members in families.items():
-        for twin in range(1, max(1, twins) + 1):
-            members.append(train.train(backends[name], config, dataset, "float64", Silent(), twin, log_every=0))
-    return compare(), True
+    return parity.judge(families, more, dataset.test_labels)
 
 
 def shortened(dataset: Dataset, test_images: int) -> Dataset:

@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from common import locate, parity, train
+from common import locate, parity
 from common.config import BACKENDS, Config
 from common.data import Dataset
-from common.evidence import Build, Silent, family, peers
-from common.protocol import Backend
+from common.evidence import Build, peers, trained
 from common.record import Record
 
 BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)  # what a fault's own options are put into
@@ -44,34 +43,12 @@ def measure(
     Args:
         inject: within `inject(fault, config, dataset)` the Flax side has the fault.
         cache: empty at first; keeps what faults share, which is the right side's runs.
-        twins: per backend; in float64, only where the verdict asks for them.
+        twins: per backend, in float32; more, and float64's, are trained where the verdict asks for them.
     """
     if fault.train_images is not None:
         key = ("data", fault.train_images)
         dataset = cache.setdefault(key, _first_images(dataset, fault.train_images))
     config = config_of(fault, len(dataset.train_images))
-    right = next(name for name in BACKENDS if name != FAULTY)
-    found = {}
-    for dtype in lenses:
-        key = (config, dataset.digest, dtype)
-        if key not in cache:
-            cache[key] = _Family(build(right, config, dtype), config, dataset, dtype, twins)
-        with inject(fault, config, dataset):
-            faulty = _Family(build(FAULTY, config, dtype), config, dataset, dtype, twins)
-        families = [cache[key], faulty]
-        lens = parity.compare(_runs(families), _twins(families), dataset.test_labels)
-        if parity.may_be_chaos(lens):  # as for a user, twins say whether rounding explains it
-            cache[key].train_twins()
-            with inject(fault, config, dataset):
-                faulty.train_twins()
-            lens = parity.compare(_runs(families), _twins(families, late=True), dataset.test_labels)
-        backends = {family.run.backend: family.backend for family in families}
-        with inject(fault, config, dataset):  # what parts late is looked for again, as for a user
-            located = locate.locate(lens, _runs(families), config, dataset, backends.__getitem__, twins)
-        if (exact := ("exact", config, dataset.digest)) not in cache:  # what peers hold float32 against
-            cache[exact] = cache[key].backend if dtype == "float64" else build(right, config, "float64")
-        answers = peers.answers(cache[key].run, faulty.run, peers.reference(cache[key].run, cache[exact]))
-        found[dtype] = _finding(fault, lens, located) | {"peers": answers}
     return {
         "name": fault.name,
         "sentence": fault.sentence,
@@ -82,31 +59,50 @@ def measure(
         "lens": fault.lens,
         "config": config.to_json(),
         "train_images": len(dataset.train_images),
-        "lenses": found,
+        "lenses": {
+            dtype: _through(dtype, fault, config, dataset, build, inject, cache, twins if dtype != "float64" else 0)
+            for dtype in lenses
+        },
     }
 
 
-class _Family:
-    """A run and its twins; in float64, twins once they are asked for."""
+def _through(
+    dtype: str,
+    fault: Any,
+    config: Config,
+    dataset: Dataset,
+    build: Build,
+    inject: Inject,
+    cache: dict[Any, Any],
+    twins: int,
+) -> dict[str, Any]:
+    """What one lens says of a fault, by the way that a user's runs go: judge, ask more twins if need be, locate."""
+    right = next(name for name in BACKENDS if name != FAULTY)
+    key = (config, dataset.digest, dtype)
+    if key not in cache:
+        cache[key] = build(right, config, dtype), []
+    backend, members = cache[key]
 
-    def __init__(self, backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int) -> None:
-        self.run, *self.twins = family(backend, config, dataset, dtype, twins)
-        self.late_twins: list[Record] = []
-        self.backend = backend
-        self._arguments = (backend, config, dataset, dtype)
-        self._members = range(1, twins + 1)
+    def of_right(numbers: range) -> list[Record]:
+        members.extend(trained(backend, config, dataset, dtype, [n or None for n in range(len(members), numbers.stop)]))
+        return members[numbers.start : numbers.stop]
 
-    def train_twins(self) -> None:
-        if not self.late_twins:
-            self.late_twins = [train.train(*self._arguments, Silent(), twin, 0) for twin in self._members]
+    def of_faulty(numbers: range) -> list[Record]:
+        with inject(fault, config, dataset):
+            return trained(faulty, config, dataset, dtype, [n or None for n in numbers])
 
-
-def _runs(families: Sequence[_Family]) -> dict[str, Record]:
-    return {family.run.backend: family.run for family in families}
-
-
-def _twins(families: Sequence[_Family], late: bool = False) -> dict[str, Sequence[Record]]:
-    return {family.run.backend: family.late_twins if late else family.twins for family in families}
+    with inject(fault, config, dataset):
+        faulty = build(FAULTY, config, dtype)
+    sides = {right: of_right, FAULTY: of_faulty}
+    families = {name: more(range(1 + twins)) for name, more in sides.items()}
+    lens = parity.judge(families, lambda name, numbers: sides[name](numbers), dataset.test_labels)
+    runs = {name: members[0] for name, members in families.items()}
+    with inject(fault, config, dataset):  # what parts late is looked for again
+        located = locate.locate(lens, runs, config, dataset, {right: backend, FAULTY: faulty}.__getitem__, twins or 2)
+    if (exact := ("exact", config, dataset.digest)) not in cache:  # what peers hold float32 against
+        cache[exact] = backend if dtype == "float64" else build(right, config, "float64")
+    answers = peers.answers(runs[right], runs[FAULTY], peers.reference(runs[right], cache[exact]))
+    return _finding(fault, lens, located) | {"twins": len(families[FAULTY]) - 1, "peers": answers}
 
 
 def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -> dict[str, Any]:

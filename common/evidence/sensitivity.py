@@ -34,7 +34,8 @@ def measure(
     Returns:
         error (relative), steps, and lenses: by dtype caught (bool) and, of the first divergence, step, stage, tensor
         and message (None where nothing was seen), loss_step (the first step whose loss is past its bound, whatever was
-        seen before it; None: not within the run), and twins_asked (float64 needed them).
+        seen before it; None: not within the run), and twins (per side; more than given where the verdict asked for
+        them).
     """
     config = dataclasses.replace(RECIPES["quick"].config, steps=steps).resolve(len(dataset.train_images))
     torch = {dtype: build("torch", config, dtype) for dtype in lenses}
@@ -44,13 +45,13 @@ def measure(
         for dtype in lenses:
             flax = build("flax", wrong(config, error), dtype)
             families = {"torch": list(right[dtype]), "flax": family(flax, config, dataset, dtype, twins)}
-            lens, asked = judge(families, {"torch": torch[dtype], "flax": flax}, config, dataset)
+            lens = judge(families, {"torch": torch[dtype], "flax": flax}, config, dataset)
             first = lens["first_divergence"] or {}
             row["lenses"][dtype] = {
                 "caught": lens["verdict"] == "disagree",
                 **{name: first.get(name) for name in ("step", "stage", "tensor", "message")},
                 "loss_step": loss_step(lens, *(families[name][0] for name in BACKENDS)),
-                "twins_asked": asked,
+                "twins": len(families["flax"]) - 1,
             }
         yield row
 
