@@ -8,6 +8,7 @@
     python compare.py faults                 known faults: which are found, by which lens, and where
     python compare.py alarms                 clean pairs of runs: how many are said to differ
     python compare.py sensitivity            from which error of the learning rate on, and when, it is seen
+    python compare.py read                   two pages to learn from: both sources side by side, and a walk-through
 
 Exit status: 0 the runs agree, or a single one finished with nothing to compare it with; 1 they do not agree; 2 the
 request cannot be carried out.
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ from common.errors import BackendError, ConfigError, DataError, LockstepError, R
 
 MAX_WORKERS = 8  # processes of `alarms`; each holds two gigabytes
 Runs = dict[str, dict[str, Any]]  # by dtype, then by backend
+Family = dict[str, list[Any]]  # by backend: a run and its twins
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except LockstepError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: the records that were finished are kept", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        where = f" ({interruption})" if str(interruption) else ""
+        print(f"interrupted{where}: the records that were finished are kept", file=sys.stderr)
         return 130
 
 
@@ -118,6 +121,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--out", type=Path, metavar="DIR", help="default: results/runs/<recipe>-<fingerprint>")
     group.add_argument("--log-every", type=int, default=2000, metavar="N", help="steps between log lines; 0: none")
     group.add_argument("--quiet", action="store_true", help="the verdict only")
+    group.add_argument("--json", action="store_true", help="the report on standard output, all else on standard error")
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="losses, gaps and images for TensorBoard, too")
     return parser.parse_args(arguments)
 
 
@@ -152,10 +157,14 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Train, compare, report."""
     recipe = recipe_of(options)  # before anything slow: a wrong option is answered at once
 
-    from common import data, locate, parity, record
-    from common.report import Terminal, write_json, write_pictures
+    from common import data, locate, parity
+    from common import report as reports
+    from common.report import Terminal
 
-    terminal = Terminal(quiet=options.quiet)
+    if options.tensorboard is not None:
+        reports.check_tensorboard()
+        check_writable(options.tensorboard)
+    terminal = Terminal(quiet=options.quiet, aside=options.json)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     config = recipe.config.resolve(len(dataset.train_images))
     names = BACKENDS if options.backend == "both" else (options.backend,)
@@ -163,7 +172,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     folder = options.out or Path("results/runs") / f"{options.recipe}-{config.fingerprint(dataset.digest)}"
     check_writable(folder)
 
-    families: dict[str, dict[str, list[Any]]] = {dtype: {} for dtype in recipe.dtypes}  # each a run and its twins
+    families: dict[str, Family] = {dtype: {} for dtype in recipe.dtypes}
     for dtype in recipe.dtypes:  # before training: a damaged record is reported at once
         for name in BACKENDS:
             if name not in names or options.command == "locate":
@@ -171,33 +180,29 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                 if found:
                     families[dtype][name] = found
 
-    def trained(dtype: str, name: str, members: Sequence[int | None]) -> list[Any]:
-        made = []
-        for result in train(name, dtype, members, config, dataset, device, options, terminal):
-            record.write(result, folder)
-            made.append(result)
-        return made
-
-    def more(dtype: str, name: str, twins: range) -> list[Any]:
-        if name not in names or not twins:
-            return []
-        terminal.line(
-            f"The {dtype} runs part after the first steps; twins of {name} will say whether by rounding alone"
-        )
-        return trained(dtype, name, twins)
-
+    trainer = Trainer(options, terminal, dataset, config, device, folder)
     lenses = []
-    for dtype, family in families.items():
-        for name in names:
-            if name not in family:
-                family[name] = trained(dtype, name, [None, *range(1, 1 + (0 if dtype == "float64" else recipe.twins))])
-        families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
-        lenses.append(parity.judge(families[dtype], functools.partial(more, dtype), dataset.test_labels))
+    cut_short = None
+    try:
+        for dtype, family in families.items():
+            for name in names:
+                if name not in family:
+                    twins = 0 if dtype == "float64" else recipe.twins
+                    family[name] = trainer.train(name, dtype, [None, *range(1, 1 + twins)])
+            families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
+            lenses.append(parity.judge(families[dtype], trainer.more(dtype, names), dataset.test_labels))
+    except Interrupted as interruption:  # what is finished is reported
+        cut_short = str(interruption)
+        families = {dtype: family for dtype, family in families.items() if family}
+        for family in list(families.values())[len(lenses) :]:
+            lenses.append(parity.judge(family, lambda name, twins: [], dataset.test_labels))
+        if not lenses:
+            raise
 
     runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in families.items()}
     twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in families.items()}
     apart = next((lens for lens in lenses if lens["verdict"] == "disagree"), None)
-    if apart is not None:  # float64 comes first: what shows there shows most sharply
+    if apart is not None and cut_short is None:  # float64 comes first: what shows there shows most sharply
         terminal.line(f"Looking for where the {apart['dtype']} runs part")
         records = runs[apart["dtype"]]
         with explained(" and ".join(records)):
@@ -208,13 +213,18 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                 dataset,
                 lambda name: backends.load(name)(config, len(dataset.classes), apart["dtype"], device, options.compile),
             )
-    report = make_report(options.recipe, config, dataset, arguments, runs, lenses)
+    report = make_report(options.recipe, config, dataset, arguments, runs, lenses, cut_short)
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
-    write_json(report, folder)
-    write_pictures(folder, report, runs, dataset, twins, sample)
+    reports.write_json(report, folder)
+    reports.write_pictures(folder, report, runs, dataset, twins, sample)
+    reports.write_report_page(folder, report, runs, dataset, twins, sample)
+    if options.tensorboard is not None:
+        reports.write_tensorboard(options.tensorboard, report, runs, twins, dataset, sample)
     terminal.verdict(report)
     terminal.line(f"Report, pictures and records: {folder}")
-    return 1 if report["verdict"] == "disagree" else 0
+    if options.json:
+        print_json(report)
+    return 130 if cut_short is not None else 1 if report["verdict"] == "disagree" else 0
 
 
 def choose_device(options: argparse.Namespace, config: Config, dataset: Any, names: Any, terminal: Any) -> str:
@@ -229,27 +239,56 @@ def choose_device(options: argparse.Namespace, config: Config, dataset: Any, nam
     return next(iter(found.values()))
 
 
-def train(
-    name: str,
-    dtype: str,
-    members: Sequence[int | None],
-    config: Config,
-    dataset: Any,
-    device: str,
-    options: argparse.Namespace,
-    terminal: Any,
-) -> Iterator[Any]:
-    """The records of one backend through one lens: of the run itself (None) and of its twins (1, 2, ...)."""
-    from common import train
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C; says where."""
 
-    backend = backends.load(name)(config, len(dataset.classes), dtype, device, options.compile)
-    for twin in members:
-        title = f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
-        log_every = options.log_every if twin is None else 0
-        terminal.line(f"Training {title}: {config.total_steps:,} steps on {backend.device}")
-        with explained(name), terminal.progress(title, config.total_steps) as advance:
-            observer = TerminalObserver(terminal.line, advance)
-            yield train.train(backend, config, dataset, dtype, observer, twin, log_every)
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What all training of one command shares."""
+
+    options: argparse.Namespace
+    terminal: Any
+    dataset: Any
+    config: Config
+    device: str
+    folder: Path
+
+    def train(self, name: str, dtype: str, members: Sequence[int | None]) -> list[Any]:
+        """The records of one backend through one lens: of the run itself (None) and of its twins (1, 2, ...).
+
+        Each is written to the folder as soon as it is finished.
+        """
+        from common import record, train
+
+        options, terminal, total = self.options, self.terminal, self.config.total_steps
+        backend = backends.load(name)(self.config, len(self.dataset.classes), dtype, self.device, options.compile)
+        made = []
+        for twin in members:
+            title = f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
+            log_every = options.log_every if twin is None else 0
+            terminal.line(f"Training {title}: {total:,} steps on {backend.device}")
+            with explained(name), terminal.progress(title, total) as advance:
+                observer = TerminalObserver(terminal.line, advance)
+                try:
+                    made.append(train.train(backend, self.config, self.dataset, dtype, observer, twin, log_every))
+                except KeyboardInterrupt:
+                    raise Interrupted(f"{title} was interrupted at step {observer.steps:,} of {total:,}") from None
+            record.write(made[-1], self.folder)
+        return made
+
+    def more(self, dtype: str, names: Sequence[str]) -> Callable[[str, range], list[Any]]:
+        """Trains the twins that `parity.judge` asks for, of the backends that may be trained."""
+
+        def twins_of(name: str, twins: range) -> list[Any]:
+            if name not in names or not twins:
+                return []
+            self.terminal.line(
+                f"The {dtype} runs part after the first steps; twins of {name} will say whether by rounding alone"
+            )
+            return self.train(name, dtype, twins)
+
+        return twins_of
 
 
 @contextlib.contextmanager
@@ -264,10 +303,15 @@ def explained(name: str) -> Iterator[None]:
 
 
 class TerminalObserver:
-    """Passes what the training loop tells on to the terminal."""
+    """Passes what the training loop tells on to the terminal, and knows how far it has come."""
 
     def __init__(self, line: Any, advance: Any) -> None:
-        self.line, self.advance = line, advance
+        self.line, self._advance = line, advance
+        self.steps = 0  # done so far
+
+    def advance(self, steps: int, loss: float) -> None:
+        self.steps += steps
+        self._advance(steps, loss)
 
 
 def find_records(folder: Path, name: str, dtype: str, config: Config, dataset: Any, terminal: Any) -> list[Any]:
@@ -414,6 +458,31 @@ def clean_pairs(options: argparse.Namespace, cell: Any, seeds: Sequence[int]) ->
     return list(clean.measure(cell, seeds, {cell.data: study.load(cell.data)}, study.build, lenses, twins))
 
 
+def read(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Two pages to learn from: the two backends side by side, and a walk through what SGD does."""
+    refuse(options, "it reads the sources, and runs a few steps of its own")
+
+    import json
+
+    from backends import faults as catalogue
+    from common.reading import walk_through, write_read_page, write_walk_page
+
+    study = Study(options, arguments, folder="read")
+    root = Path(__file__).resolve().parent
+    path = root / "results" / "faults" / "report.json"  # for what goes wrong where a difference is missed
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        remedy = "make it with: python compare.py faults --data cifar10"
+        raise RecordError(f"{path} cannot be read ({type(error).__name__}): {remedy}") from error
+    write_read_page(study.folder / "read.html", root, report, [fault.name for fault in catalogue.FAULTS])
+    dataset = study.load("digits" if options.data == "auto" else options.data)
+    walked = walk_through(study.build, dataset, root, study.terminal.line)
+    write_walk_page(study.folder / "walk.html", walked)
+    study.terminal.line(f"Pages: {study.folder}")
+    return 0
+
+
 def sensitivity(options: argparse.Namespace, arguments: list[str]) -> int:
     """A learning rate that is wrong by a tenth, a hundredth, ...: when does each lens see it?"""
     refuse(options, "it has the quick recipe's configuration", "steps", "twins")
@@ -442,7 +511,7 @@ class Study:
 
         self.options, self.arguments = options, arguments
         self.folder = options.out or Path("results") / folder
-        self.terminal = Terminal(quiet=quiet or options.quiet)
+        self.terminal = Terminal(quiet=quiet or options.quiet, aside=options.json)
         self.datasets: list[Any] = []
         self.device: str | None = None
         check_writable(self.folder)
@@ -477,11 +546,20 @@ class Study:
             draw(self.folder / f"{self.options.command}.png")
         self.terminal.table(*table)
         self.terminal.line(f"Report: {self.folder}")
+        if self.options.json:
+            print_json(report)
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """The report, as its file holds it, on standard output."""
+    from common.report import to_json
+
+    print(to_json(report), end="", flush=True)
 
 
 def refuse(options: argparse.Namespace, why: str, *used: str) -> None:
     """Raise ConfigError if an option was given that the command does not use."""
-    used = (*used, "command", "data", "data_dir", "device", "compile", "out", "quiet")
+    used = (*used, "command", "data", "data_dir", "device", "compile", "out", "quiet", "json")
     default = vars(parse([options.command]))
     given = [name for name, value in vars(options).items() if value != default[name] and name not in used]
     if given:
@@ -489,9 +567,19 @@ def refuse(options: argparse.Namespace, why: str, *used: str) -> None:
 
 
 def make_report(
-    recipe: str, config: Config, dataset: Any, arguments: list[str], runs: Runs, lenses: list[dict[str, Any]]
+    recipe: str,
+    config: Config,
+    dataset: Any,
+    arguments: list[str],
+    runs: Runs,
+    lenses: list[dict[str, Any]],
+    cut_short: str | None,
 ) -> dict[str, Any]:
-    """report.json, as a dictionary."""
+    """report.json, as a dictionary.
+
+    Args:
+        cut_short: where the run was interrupted, if it was.
+    """
     from common import machine, train
 
     verdicts = {lens["verdict"] for lens in lenses}
@@ -499,6 +587,7 @@ def make_report(
     return {
         "schema": 1,
         "verdict": next(v for v in ("disagree", "agree", "single") if v in verdicts),
+        "cut_short": cut_short,
         "command": ["compare.py", *arguments],
         "recipe": recipe,
         "config": config.to_json(),
@@ -527,6 +616,7 @@ COMMANDS = {
     "faults": faults,
     "alarms": alarms,
     "sensitivity": sensitivity,
+    "read": read,
 }
 
 if __name__ == "__main__":

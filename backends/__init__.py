@@ -6,6 +6,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from common import machine
 from common.errors import BackendError
 
 # Read when PyTorch is first imported, by whomever. Its threads otherwise wait for each other at full speed, and where
@@ -28,9 +29,29 @@ def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
     if name not in known:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(known)}")
     folder, cls = known[name]
+    if name == "flax":
+        keep_compiled_programs()
     try:
         return getattr(importlib.import_module(f"backends.{folder}.backend"), cls)
     except ModuleNotFoundError as error:
         raise BackendError(
             f"the {name} backend needs {error.name}, which is not installed: pip install -e ."
         ) from error
+
+
+def keep_compiled_programs() -> None:
+    """Have JAX keep its compiled programs on disk, unless the user has said where, so that later starts are quick.
+
+    Read when JAX is first imported. A program may be run by whoever can write it, so the folder is the user's alone.
+    `torch.compile` does the same of its own accord.
+    """
+    folder = machine.cache_folder() / "jax"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return  # without a place to keep them they are compiled each time
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # bytes; the least recently used go first
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

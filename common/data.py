@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from common import machine
 from common.config import Config
 from common.errors import DataError
 
@@ -165,7 +166,7 @@ class _Unreachable(Exception):
 def _load_cifar10(choice: str, data_dir: Path | None, announce: Callable[[str], None], progress: bool) -> Dataset:
     if data_dir is not None and not os.path.isdir(data_dir):
         raise DataError(f"--data-dir {str(data_dir)!r} is not a folder: create it, or name another")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lockstep"
+    cache = machine.cache_folder()
     named = os.environ.get("LOCKSTEP_DATA")
     places = [data_dir] if data_dir is not None else [*([Path(named)] if named else []), cache]
     for place in places:

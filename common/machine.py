@@ -21,6 +21,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def cache_folder() -> Path:
+    """Where what need not be fetched or compiled twice is kept: `lockstep` in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lockstep"
+
+
 def source(backend: str) -> str:
     """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and what trains and feeds it."""
     root = Path(__file__).resolve().parent.parent

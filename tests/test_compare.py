@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 
 import compare
 from backends import faults
-from common import data, record
+from common import data, record, train
 from common.data import Dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -81,11 +82,13 @@ def test_two_correct_ports_agree_in_both_lenses(both: tuple[int, Path]) -> None:
 
 def test_a_run_leaves_its_report_pictures_and_records(both: tuple[int, Path]) -> None:
     names = {path.name for path in both[1].iterdir()}
-    pictures = {"samples.png", "predictions.png", "losses.png", "classes.png"}
+    pictures = {"samples.png", "predictions.png"}
+    pictures |= {f"{chart}.{kind}" for chart in ("losses", "course", "classes", "confusion") for kind in ("png", "svg")}
     records = {f"{backend}-float64.safetensors" for backend in ("torch", "flax")}
     for twin in ("", "-twin1", "-twin2"):
         records |= {f"{backend}-float32{twin}.safetensors" for backend in ("torch", "flax")}
-    assert names == {"report.json"} | pictures | records
+    assert names == {"report.json", "report.html"} | pictures | records
+    assert (both[1] / "report.html").stat().st_size < 3_000_000
 
 
 def test_the_report_follows_its_contract(both: tuple[int, Path]) -> None:
@@ -97,6 +100,68 @@ def test_the_report_follows_its_contract(both: tuple[int, Path]) -> None:
         "per_class_accuracy", "predictions_equal", "predictions_total", "steps_per_second",
     }  # fmt: skip
     assert all(lens <= found.keys() for found in report["lenses"])
+
+
+@pytest.mark.parametrize(("finished", "said"), [(1, "single"), (3, "agree")])
+def test_a_run_that_is_interrupted_reports_what_was_finished(
+    finished: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete, done = train.train, []
+
+    def interrupted(backend: Any, config: Any, dataset: Any, dtype: str, observer: Any, *rest: Any) -> Any:
+        if len(done) == finished:
+            observer.advance(7, 2.0)
+            raise KeyboardInterrupt
+        done.append((backend.name, dtype))
+        return complete(backend, config, dataset, dtype, observer, *rest)
+
+    monkeypatch.setattr(train, "train", interrupted)
+    options = [*SHORT, "--twins", "1", "--steps", "3", "--out", tmp_path]
+    assert lockstep(*options) == 130
+    report = report_of(tmp_path)
+    where = {1: "flax float64", 3: "torch float32, twin 1"}[finished]
+    assert (report["verdict"], report["cut_short"]) == (said, f"{where} was interrupted at step 7 of 3")
+    assert len(report["lenses"]) == 1, "a backend whose twins were not all trained is not reported"
+    assert capsys.readouterr().out.startswith(f"The run was cut short: {where} was interrupted at step 7")
+    assert "The run was cut short" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_is_interrupted_before_anything_is_finished_leaves_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    assert lockstep(*SHORT, "--out", tmp_path) == 130
+    assert "(torch float64 was interrupted at step 0 of 24)" in capsys.readouterr().err
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_with_json_the_report_is_all_of_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loud = [option for option in SHORT if option != "--quiet"]
+    assert lockstep(*loud, "--dtype", "float64", "--backend", "torch", "--out", tmp_path, "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == report_of(tmp_path)
+    assert "Trained torch alone" in printed.err
+
+
+def test_what_tensorboard_is_to_show_is_written_where_it_was_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    options = [*SHORT, "--dtype", "float64", "--backend", "torch", "--out", tmp_path / "run"]
+    assert lockstep(*options, "--tensorboard", tmp_path / "events") == 0
+    assert list((tmp_path / "events").rglob("events.out.*"))
+    assert not list((tmp_path / "run").rglob("events.out.*"))
+
+
+def test_without_tensorboard_nothing_is_trained_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ["tensorboard", *(name for name in sys.modules if name.startswith("tensorboard."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert lockstep(*SHORT, "--out", tmp_path / "run", "--tensorboard", tmp_path / "events") == 2
+    assert "pip install" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_backend_after_the_other_gives_the_verdict_of_both(both: tuple[int, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,12 +19,17 @@ from common.data import Dataset
 from common.errors import RecordError
 from common.record import Record
 from common.report import Terminal, jsonable, safe, sentence, write_json, write_pictures
-from common.report.pictures import label, loss_gap, running_mean
+from common.report.charts import loss_gap, running_mean
+from common.report.drawing import COLOURS, drawing, label, new_figure, to_svg
 from common.report.terminal import condense, extreme, merge
 
 HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "$x_1$ costs $", "[red]bold[/red]", "猫\n\udce9")
 PLAIN = ("plane", "car", "bird", "cat", "deer")
 STEPS = 40
+PICTURES = [
+    "samples.png", "predictions.png", "losses.png", "losses.svg", "classes.png", "classes.svg",
+    "confusion.png", "confusion.svg", "course.png", "course.svg",
+]  # fmt: skip
 
 
 class Tty(io.StringIO):
@@ -332,15 +338,19 @@ def test_the_report_is_json_that_any_parser_reads(tmp_path: Path) -> None:
     assert path.name == "report.json" and read["x"] is None and read["data"]["classes"] == list(HOSTILE)
 
 
-@pytest.mark.parametrize("backends", [("torch", "flax"), ("torch",)], ids=["both", "one"])
-@pytest.mark.parametrize("classes", [PLAIN, HOSTILE, ("", " ", "car")], ids=["plain", "hostile", "nameless"])
+@pytest.mark.parametrize(
+    ("classes", "backends"),
+    [(PLAIN, ("torch",)), (HOSTILE, ("torch", "flax")), (("", " ", "car"), ("torch", "flax"))],
+    ids=["plain", "hostile", "nameless"],
+)
 def test_pictures_are_drawn_and_equal_runs_give_equal_bytes(
     tmp_path: Path, classes: tuple[str, ...], backends: tuple[str, ...]
 ) -> None:
     first, second = pictures(tmp_path / "a", classes, backends), pictures(tmp_path / "b", classes, backends)
-    assert [path.name for path in first] == ["samples.png", "predictions.png", "losses.png", "classes.png"]
+    assert [path.name for path in first] == PICTURES
     for one, other in zip(first, second, strict=True):
-        assert one.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and 5_000 < one.stat().st_size < 400_000
+        start = b"\x89PNG\r\n\x1a\n" if one.suffix == ".png" else b'<?xml version="1.0"'
+        assert one.read_bytes().startswith(start) and 5_000 < one.stat().st_size < 400_000
         assert one.read_bytes() == other.read_bytes()
 
 
@@ -354,14 +364,16 @@ def test_runs_that_blow_up_or_coincide_can_be_drawn(tmp_path: Path) -> None:
     }
     for lens in report["lenses"]:
         lens["stretches"] = []
-    assert len(write_pictures(tmp_path, report, records, dataset(), None, None)) == 4
+    assert len(write_pictures(tmp_path, report, records, dataset(), None, None)) == len(PICTURES)
 
 
 def test_a_run_of_one_step_can_be_drawn(tmp_path: Path) -> None:
     one = record("torch", "float64")
-    short = Record(**{**vars(one), "loss": one.loss[:1]})
+    short = Record(**{**vars(one), **{name: getattr(one, name)[:1] for name in ("loss", "gradient_norm", "lr")}})
     report = make("agree")
-    assert len(write_pictures(tmp_path, report, {"float64": {"torch": short, "flax": short}}, dataset())) == 4
+    assert len(write_pictures(tmp_path, report, {"float64": {"torch": short, "flax": short}}, dataset())) == len(
+        PICTURES
+    )
 
 
 def test_nothing_half_written_is_left_where_the_folder_cannot_be(tmp_path: Path) -> None:
@@ -377,6 +389,26 @@ def test_nothing_half_written_is_left_where_the_folder_cannot_be(tmp_path: Path)
 def test_a_name_in_a_picture_is_never_a_formula_nor_a_missing_glyph(name: str) -> None:
     assert "$" not in label(name).replace(r"\$", "") and label(name).isprintable()
     assert len(label("w" * 50)) == 16
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_in_an_svg_is_text_and_no_markup(name: str) -> None:
+    with drawing():
+        figure = new_figure(3, 2)
+        figure.subplots().set_title(label(name, 60))
+        svg = to_svg(figure)
+    texts = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert label(name, 60).replace(r"\$", "$") in texts and "<script" not in svg
+
+
+def test_one_svg_differs_from_another_where_the_figures_do() -> None:
+    def drawn(colour: str) -> str:
+        with drawing():
+            figure = new_figure(3, 2)
+            figure.subplots().plot([0, 1], [0, 1], color=colour)
+            return to_svg(figure)
+
+    assert drawn(COLOURS["torch"]) == drawn(COLOURS["torch"]) != drawn(COLOURS["flax"])
 
 
 def test_escapes_show_what_a_terminal_would_obey() -> None:

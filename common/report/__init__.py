@@ -1,4 +1,4 @@
-"""What a run shows: `report.json`, the lines and tables on the terminal, and the pictures.
+"""What a run shows: `report.json`, the lines and tables on the terminal, the pictures, and `report.html`.
 
 `report.json` holds JSON types only; a number that is not finite is null there.
 """
@@ -15,9 +15,22 @@ import numpy as np
 
 from common.record import write_whole
 from common.report.pictures import write_pictures
+from common.report.run_page import write_report_page
+from common.report.tensorboard import check_tensorboard, write_tensorboard
 from common.report.terminal import Terminal, safe, sentence
 
-__all__ = ["Terminal", "jsonable", "safe", "sentence", "write_json", "write_pictures"]
+__all__ = [
+    "Terminal",
+    "check_tensorboard",
+    "jsonable",
+    "safe",
+    "sentence",
+    "to_json",
+    "write_json",
+    "write_pictures",
+    "write_report_page",
+    "write_tensorboard",
+]
 
 
 def jsonable(value: Any) -> Any:
@@ -38,6 +51,11 @@ def jsonable(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def to_json(report: dict[str, Any]) -> str:
+    """`report` as the text of its file."""
+    return json.dumps(jsonable(report), allow_nan=False, indent=1) + "\n"
+
+
 def write_json(report: dict[str, Any], folder: Path) -> Path:
     """Keep `report` as `report.json` in `folder`, whole or not at all.
 
@@ -45,5 +63,5 @@ def write_json(report: dict[str, Any], folder: Path) -> Path:
         RecordError: if the folder cannot be written.
     """
     path = Path(folder, "report.json")
-    write_whole(path, (json.dumps(jsonable(report), allow_nan=False, indent=1) + "\n").encode())
+    write_whole(path, to_json(report).encode())
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from common.config import BACKENDS
 from common.parity import tell_apart
 from common.protocol import STAGES
 
-NAME_WIDTH = 16  # columns for a class name
+NAME_WIDTH = 16  # letters of a class name in a picture
 PAGE_WIDTH = 80  # columns of what goes to a file or a pipe
 MAX_CLASSES = 100  # more are not listed: report.json has them
 OPENING = ("data", "weights", "forward", "backward")  # stages that are looked into during the first steps only
@@ -57,12 +58,24 @@ def percent(value: float | None) -> str:
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """The result in plain words."""
+    """The result in plain words. Of a run that was cut short: where, and what its finished lenses say."""
     lenses = report["lenses"]
-    if report["verdict"] == "single":
+    if reason := report.get("cut_short"):
+        return f"The run was cut short: {reason.rstrip('.')}. {_so_far(lenses)}"
+    return _outcome(lenses, report["verdict"])
+
+
+def _so_far(lenses: list[dict[str, Any]]) -> str:
+    verdicts = {lens["verdict"] for lens in lenses}
+    found = next((verdict for verdict in ("disagree", "agree") if verdict in verdicts), None)
+    return _outcome(lenses, found) if found else "Nothing was compared."
+
+
+def _outcome(lenses: list[dict[str, Any]], verdict: str) -> str:
+    if verdict == "single":
         names = [name for name in BACKENDS if any(name in lens["accuracy"] for lens in lenses)]
         return f"Trained {' and '.join(names)} alone; nothing to compare it with."
-    if report["verdict"] == "agree":
+    if verdict == "agree":
         return f"The two runs agree: {'; '.join(_agreement(lens) for lens in lenses)}."
     parts = [_parting(lens) for lens in lenses if lens["verdict"] == "disagree"]
     parts += [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
@@ -73,13 +86,17 @@ class Terminal:
     """Where a run speaks: results to standard output, the progress bar to standard error, and that only on a terminal.
 
     Nothing is read as markup, and what could steer a terminal is escaped. Where the output is no terminal, it is plain
-    text of at most 80 columns. With `quiet`, the verdict's first sentence is all that is printed.
+    text of tables and paragraphs of at most 80 columns. With `quiet`, the verdict's first sentence is all that is
+    printed. With `aside`, standard output is left to something else, such as a report in JSON, and all of this goes to
+    standard error.
     """
 
-    def __init__(self, quiet: bool = False, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
+    def __init__(
+        self, quiet: bool = False, stdout: TextIO | None = None, stderr: TextIO | None = None, aside: bool = False
+    ) -> None:
         self.quiet = quiet
-        self._out = _console(sys.stdout if stdout is None else stdout)
         self._err = _console(sys.stderr if stderr is None else stderr)
+        self._out = self._err if aside else _console(sys.stdout if stdout is None else stdout)
         self._fancy = self._out.is_terminal and self._out.encoding.lower().startswith("utf")
         self._bar: Any = None
 
@@ -132,9 +149,7 @@ class Terminal:
 
     def verdict(self, report: dict[str, Any]) -> None:
         """Print the result: one sentence, then the evidence of each lens."""
-        self._paragraph(
-            sentence(report), {"agree": "bold green", "disagree": "bold red"}.get(report["verdict"], "bold")
-        )
+        self._sentence(report)
         if self.quiet:
             return
         classes = report["data"]["classes"]
@@ -154,7 +169,10 @@ class Terminal:
                 self.located(lens["located"])
             self._accuracy(lens, classes)
             self._print("")
-            self._closing(lens)
+            self._closing(lens, classes)
+        if self._out.is_terminal and report["lenses"]:  # the first one has scrolled away
+            self._print("")
+            self._sentence(report)
 
     def located(self, found: dict[str, Any]) -> None:
         """Where two runs part, what the tensor there looks like, and what usually causes it."""
@@ -176,27 +194,41 @@ class Terminal:
                 self._row(table, f"[{place}]", *shown)
             self._show(table)
 
+    def _sentence(self, report: dict[str, Any]) -> None:
+        verdicts = {lens["verdict"] for lens in report["lenses"]}
+        fine = verdicts == {"agree"} and not report.get("cut_short")
+        self._paragraph(sentence(report), "bold red" if "disagree" in verdicts else "bold green" if fine else "bold")
+
     def _ladder(self, rows: list[dict[str, Any]]) -> None:
-        table = self._table("when", "stage", "worst tensor", "step>", "gap>", "bound>", "ok")
-        for when, row, agrees in condense(rows):
-            cells = [when, row["stage"], cut(self._safe(row["tensor"]), 20, self._ellipsis), f"{row['step']:,}"]
-            self._row(table, *cells, number(row["gap"]), number(row["bound"], "none"), _mark(agrees))
+        groups = itertools.groupby(condense(rows), key=lambda entry: entry[0])
+        table = None
+        for when, group in groups:
+            if table is None:
+                table = self._table(when, "worst tensor", "step>", "gap>", "bound>", "ok")
+            else:
+                table.add_section()
+                self._row(table, when, style="bold")
+            for _, row, agrees in group:
+                cells = [row["stage"], row["tensor"], f"{row['step']:,}", number(row["gap"])]
+                self._row(table, *cells, number(row["bound"], "none"), _mark(agrees))
         self._show(table)
 
     def _stretches(self, rows: list[dict[str, Any]]) -> None:
-        table = self._table("over the run", "steps", "gap>", "twins' drift>", "bound>", "ok")
+        drifts = any(row["drift"] is not None for row in rows)
+        table = self._table("over the run", "steps>", "gap>", *["twins' drift>"] * drifts, "bound>", "ok")
         for row in merge(rows):
             last = max(row["start"], row["stop"] - 1)
             steps = f"{row['start']:,}" + (f" to {last:,}" if last > row["start"] else "")
-            cells = [cut(self._safe(row["quantity"]), 18, self._ellipsis), steps, number(row["gap"])]
-            self._row(table, *cells, number(row["drift"], "-"), number(row["bound"], "none"), _mark(row["agrees"]))
+            cells = [row["quantity"].replace("_", " "), steps, number(row["gap"])]
+            cells += [number(row["drift"], "-")] * drifts
+            self._row(table, *cells, number(row["bound"], "none"), _mark(row["agrees"]))
         self._show(table)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table of its own; a column is aligned to the right where its name ends in `>`."""
         table = self._table(*columns)
         for row in rows:
-            self._row(table, *(self._safe(cell) for cell in row))
+            self._row(table, *row)
         if not self.quiet:
             self._show(table)
 
@@ -209,27 +241,27 @@ class Terminal:
         self._row(table, "all classes", *(percent(lens["accuracy"][name]) for name in names))
         table.add_section()
         by_class = lens["per_class_accuracy"]
-        if len(classes) <= MAX_CLASSES:
-            for label in classes:
-                cells = [percent(by_class[name].get(label)) for name in names]
-                if found := differences.get(label):
-                    low, high = 100 * found["low"], 100 * found["high"]
-                    cells.append(f"{100 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
-                self._row(table, self._name(label), *cells)
-            table.add_section()
-        for title, worst in (("weakest class", True), ("strongest class", False)):
-            cells = []
-            for name in names:
-                label = extreme(by_class[name], classes, weakest=worst)
-                cells.append("-" if label is None else f"{self._name(label)} {percent(by_class[name][label])}")
-            self._row(table, title, *cells)
+        for label in classes if len(classes) <= MAX_CLASSES else ():
+            cells = [percent(by_class[name].get(label)) for name in names]
+            if found := differences.get(label):
+                low, high = 100 * found["low"], 100 * found["high"]
+                cells.append(f"{100 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
+            self._row(table, label, *cells)
         table.add_section()
         for title, key in (("test loss, nats", "test_loss"), ("last batch, nats", "final_loss")):
             values = [lens[key][name] for name in names]
             self._row(table, title, *(_loss(value) for value in values))
         self._show(table)
 
-    def _closing(self, lens: dict[str, Any]) -> None:
+    def _closing(self, lens: dict[str, Any], classes: list[str]) -> None:
+        names = _backends(lens)
+        for title, weakest in (("Weakest", True), ("Strongest", False)):
+            found = []
+            for name in names:
+                by_class = lens["per_class_accuracy"][name]
+                label = extreme(by_class, classes, weakest)
+                found.append(f"{name} none" if label is None else f"{name} {label} ({percent(by_class[label])})")
+            self._paragraph(f"{title} class: {', '.join(found)}.")
         if lens["predictions_equal"] is not None:
             text = f"Predictions equal: {lens['predictions_equal']:,} of {lens['predictions_total']:,}"
             twins = []
@@ -237,8 +269,8 @@ class Terminal:
                 if runs := lens.get("twins", {}).get(name):
                     twins.append(f"{name} {', '.join(format(twin['predictions_equal'], ',') for twin in runs)}")
             self._paragraph(text + (f" (twins: {'; '.join(twins)})" if twins else "") + ".")
-        speeds = ((name, lens["steps_per_second"].get(name)) for name in _backends(lens))
-        self._paragraph("Steps per second: " + ", ".join(f"{name} {_rate(speed)}" for name, speed in speeds) + ".")
+        speeds = (f"{name} {_rate(lens['steps_per_second'].get(name))}" for name in names)
+        self._paragraph(f"Steps per second: {', '.join(speeds)}.")
 
     @property
     def _ellipsis(self) -> str:
@@ -247,11 +279,11 @@ class Terminal:
     def _safe(self, text: object) -> str:
         return safe(text, self._out.encoding)
 
-    def _name(self, label: str) -> str:
-        return cut(self._safe(label), NAME_WIDTH, self._ellipsis)
-
     def _table(self, *columns: str) -> Any:
-        """A table whose columns are aligned to the right where the name ends in `>`."""
+        """A table. Columns whose name ends in `>` hold numbers: aligned to the right, and never broken.
+
+        Names in the others take a second line where the table would be wider than the page.
+        """
         from rich import box
         from rich.table import Table
 
@@ -259,14 +291,16 @@ class Terminal:
         shape = box.HORIZONTALS if self._fancy else plain
         table = Table(box=shape, pad_edge=False, show_edge=False, header_style="bold")
         for column in columns:
-            table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+            numbers = column.endswith(">")
+            justify = "right" if numbers else "left"
+            table.add_column(column.rstrip(">"), justify=justify, no_wrap=numbers, overflow="fold")
         return table
 
-    def _row(self, table: Any, *cells: str) -> None:
+    def _row(self, table: Any, *cells: str, style: str = "") -> None:
         from rich.text import Text
 
         styles = {"ok": "green", "NO": "bold red", "not finite": "bold red"}
-        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in cells))
+        table.add_row(*(Text(self._safe(cell), style=styles.get(cell, style)) for cell in cells))
 
     def _show(self, table: Any) -> None:
         self._print("")
@@ -284,11 +318,21 @@ class Terminal:
         try:
             # When the reader has gone, rich exits with 1, which would say that the runs differ.
             with contextlib.suppress(SystemExit):
-                self._out.print(item, soft_wrap=soft_wrap)
+                if self._out.is_terminal:
+                    self._out.print(item, soft_wrap=soft_wrap)
+                else:
+                    self._plain(item, soft_wrap)
                 self._out.file.flush()
         finally:
             if self._bar is not None:
                 self._bar.start()
+
+    def _plain(self, item: Any, soft_wrap: bool) -> None:
+        """Print `item` without the spaces that rich fills lines with."""
+        with self._out.capture() as capture:
+            self._out.print(item, soft_wrap=soft_wrap)
+        for line in capture.get().splitlines():
+            self._out.print(line.rstrip(), soft_wrap=True)
 
 
 def merge(stretches: list[dict[str, Any]]) -> list[dict[str, Any]]:

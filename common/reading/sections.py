@@ -1,0 +1,367 @@
+"""Which functions of the two backends stand beside each other, and their text, cut out of the sources with `ast`.
+
+A definition is named by file and name, `backend.py:Backend.train_step`; both backend classes are called `Backend`
+here. Every definition of both backends belongs to a section: to a pair, or to one side alone, with the reason why.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import LockstepError
+
+FOLDERS = {"torch": "backends/torch_backend", "flax": "backends/flax_backend"}  # below the repository's root
+CLASSES = {"torch": "TorchBackend", "flax": "FlaxBackend"}  # called `Backend` in the names of definitions
+FILES = ("backend.py", "model.py", "optimizer.py", "convert.py", "activations.py")
+SETTINGS = "settings"  # the name of a module's own statements, but for imports
+
+
+class SourceError(LockstepError):
+    """The sources have changed, and what is said of them has not."""
+
+
+class Line(NamedTuple):
+    """One line of a source; a definition's lines are moved to the left margin together."""
+
+    number: int  # in its file, from 1
+    text: str
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A function, a method, a class without its methods, or a module's own statements."""
+
+    file: str  # below the root, as `backends/torch_backend/model.py`
+    lines: tuple[Line, ...]
+
+    @property
+    def span(self) -> str:
+        first, last = self.lines[0].number, self.lines[-1].number
+        return f"line {first}" if first == last else f"lines {first} to {last}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two definitions that do the same, or one that has no partner."""
+
+    torch: str | None
+    flax: str | None
+    why: str = ""  # where there is no partner: why not
+
+    @property
+    def title(self) -> str:
+        names = [name.partition(":")[2].removeprefix("Backend.") for name in (self.torch, self.flax) if name]
+        return " / ".join(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    key: str  # for links
+    title: str
+    text: str
+    pairs: tuple[Pair, ...]
+    shared: tuple[str, ...] = ()  # of `common`, which both sides are given: `data.py:normalise`
+
+
+def both(file: str, *names: str) -> tuple[Pair, ...]:
+    """Definitions that both sides have by the same name."""
+    return tuple(Pair(f"{file}:{name}", f"{file}:{name}") for name in names)
+
+
+SECTIONS = (
+    Section(
+        "data",
+        "Data",
+        "Neither framework loads, normalises or shuffles anything. Both are given the same bytes, made once in NumPy "
+        "by the functions below; each then only carries them to its device, in its own layout.",
+        both("backend.py", "Backend._images", "Backend._labels"),
+        shared=("data.py:normalise", "data.py:permutation", "data.py:batch_indices"),
+    ),
+    Section(
+        "setup",
+        "Set-up: what makes two runs comparable",
+        "Defaults differ more than programs do. Precision, determinism and memory are set here, once, before anything "
+        "is computed.",
+        (
+            *both("backend.py", SETTINGS, "State", "Backend", "Backend.__init__"),
+            Pair(
+                "backend.py:Backend._empty_model",
+                None,
+                "In Flax, `nnx.eval_shape` in `__init__` does this: it traces the network and draws no weight.",
+            ),
+            *both("backend.py", "choose_device", "make_comparable", "Backend.describe"),
+            Pair(
+                "backend.py:set_threads",
+                None,
+                "JAX has no such call: XLA shares its work out by itself.",
+            ),
+        ),
+    ),
+    Section(
+        "model",
+        "Model",
+        "The same five layers under the same names. A PyTorch module holds its weights; a Flax module is only a "
+        "description until weights are put into it, which `_model` does at the start of each step.",
+        (
+            *both("model.py", "Net", "Net.__init__"),
+            Pair("model.py:Net.forward", "model.py:Net.__call__"),
+            Pair(
+                None,
+                "model.py:convolution",
+                "PyTorch's convolution is quick on the CPU. XLA's is not, so there the Flax side multiplies matrices.",
+            ),
+            Pair(None, "model.py:_patches_times_matrix", "Likewise."),
+        ),
+    ),
+    Section(
+        "loss",
+        "Loss and gradient norm",
+        "Both are one library call, but the two calls do not give the same thing back.",
+        both("backend.py", "cross_entropy", "global_norm", "upcast"),
+    ),
+    Section(
+        "optimizer",
+        "Optimizer",
+        "`torch.optim.SGD` is one class with six options. optax builds the same from small transformations of the "
+        "gradient, each with a state of its own, and the order of the chain is the order of the formula.",
+        (
+            *both("optimizer.py", "make_optimizer"),
+            Pair(
+                None,
+                "optimizer.py:in_float32",
+                "PyTorch's kernels compute a bfloat16 update in float32 by themselves, and round once at the end.",
+            ),
+            Pair(None, "optimizer.py:DampeningState", "PyTorch keeps this in the optimizer: is there a buffer yet?"),
+            Pair(None, "optimizer.py:dampen", "In PyTorch an option of SGD; optax has no dampening."),
+        ),
+    ),
+    Section(
+        "schedule",
+        "Learning-rate schedule",
+        "A PyTorch scheduler is an object that is stepped, and writes `lr` into the optimizer. An optax schedule is a "
+        "function of the number of steps done, called inside the compiled update.",
+        (
+            *both("optimizer.py", "make_schedule"),
+            Pair(
+                "optimizer.py:Scheduler",
+                None,
+                "Flax needs no object to step: what changes along a run is part of the optimizer's state.",
+            ),
+            Pair("optimizer.py:Scheduler.__init__", None, "Likewise."),
+            Pair("optimizer.py:Scheduler.lr", "optimizer.py:learning_rate"),
+            Pair("optimizer.py:Scheduler.step", "optimizer.py:reduce_on_plateau"),
+        ),
+    ),
+    Section(
+        "step",
+        "One training step",
+        "The unit to read. PyTorch changes objects, statement by statement. JAX is given a state and returns the next "
+        "one: nothing is changed, so nothing may be forgotten on the way out.",
+        (
+            *both("backend.py", "Backend._step"),
+            Pair(
+                None,
+                "backend.py:Backend._forward",
+                "In PyTorch, `model(images)`: the model holds its parameters, so there is nothing to hand over.",
+            ),
+            Pair(None, "backend.py:Backend._model", "Likewise: nothing has to be put together before it is called."),
+            *both("backend.py", "Backend.train_step"),
+        ),
+    ),
+    Section(
+        "fused",
+        "Many steps in one call",
+        "JAX compiles the loop over the steps into one program. PyTorch runs a Python loop, over a compiled step where "
+        "`torch.compile` is on.",
+        (
+            *both("backend.py", "Backend.train_steps"),
+            Pair("backend.py:Backend._fused_step", "backend.py:Backend._fused_steps"),
+            Pair(
+                "backend.py:Backend._functional_step",
+                None,
+                "`_step` of the Flax side is written this way already: a function from arrays to arrays.",
+            ),
+            Pair("backend.py:stack", None, "`jax.lax.scan` stacks what its steps return by itself."),
+        ),
+    ),
+    Section(
+        "evaluation",
+        "Evaluation",
+        "Predictions and the mean loss over all test images, in pieces that fit into memory.",
+        both("backend.py", "Backend.evaluate"),
+    ),
+    Section(
+        "probe",
+        "Looking inside a step",
+        "What the next step would compute, tensor by tensor, without taking it: this is how Lockstep finds where two "
+        "runs part.",
+        (
+            *both("backend.py", "Backend.probe"),
+            Pair(
+                None,
+                "backend.py:Backend._probe",
+                "PyTorch computes eagerly, so that `probe` can read everything. Here it is a program of its own.",
+            ),
+            *both("activations.py", "recorded"),
+            Pair(None, "activations.py:has_parameters", "PyTorch asks `layer.parameters(recurse=False)`."),
+            Pair(None, "activations.py:put", "PyTorch has hooks; here each layer is replaced, and put back."),
+        ),
+    ),
+    Section(
+        "conversion",
+        "Conversion: layouts, in and out",
+        "Files and reports hold Flax's layout, so that its conversion is a copy. PyTorch's transposes kernels, and "
+        "reorders the rows of the dense kernel that follows the flatten.",
+        (
+            *both("backend.py", "Backend.shapes", "Backend.init", "Backend.export"),
+            *both("convert.py", "to_canonical", "from_canonical"),
+            Pair("convert.py:kernel_to_canonical", None, "Flax's kernels are in the canonical layout already."),
+            Pair("convert.py:kernel_from_canonical", None, "Likewise."),
+            Pair("convert.py:activation_to_canonical", None, "Likewise for its activations."),
+            Pair("convert.py:flattened", None, "Likewise: its flatten leaves the canonical order behind."),
+            Pair(None, "convert.py:flatten", "PyTorch's `named_parameters` are flat, with dotted names."),
+            Pair(None, "convert.py:nest", "Likewise."),
+            *both("convert.py", "to_numpy"),
+            Pair("convert.py:to_tensor", "convert.py:to_array"),
+            *both("optimizer.py", "export_schedule", "restore_schedule", "export_momentum", "restore_momentum"),
+        ),
+        shared=("weights.py:initial_weights",),
+    ),
+)
+
+
+def definitions(source: str, file: str) -> dict[str, Definition]:
+    """The definitions of one file by name; what lies between them belongs to none."""
+    text = source.splitlines()
+    found: dict[str, list[Line]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and (methods := _methods(node)):
+            found[node.name] = _cut(text, _first(node), _first(methods[0]) - 1)
+            found |= {f"{node.name}.{m.name}": _cut(text, _first(m), m.end_lineno or 0) for m in methods}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = _cut(text, _first(node), node.end_lineno or 0)
+        elif not isinstance(node, ast.Import | ast.ImportFrom) and not _is_docstring(node):
+            first = node.lineno
+            while text[first - 2].startswith("#") and not text[first - 2].startswith("# --- "):
+                first -= 1
+            found.setdefault(SETTINGS, []).extend(_cut(text, first, node.end_lineno or 0))
+    return {name: Definition(file, tuple(lines)) for name, lines in found.items()}
+
+
+def _methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
+    return [child for child in node.body if isinstance(child, ast.FunctionDef)]
+
+
+def _first(node: ast.FunctionDef | ast.ClassDef) -> int:
+    """The line of a definition's first decorator, or of the definition itself."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _cut(text: Sequence[str], first: int, last: int) -> list[Line]:
+    """Lines `first` to `last`, without what is blank or the heading of a section, at the left margin."""
+    lines = [Line(number, text[number - 1]) for number in range(first, last + 1)]
+    lines = [line for line in lines if line.text.strip() and not line.text.strip().startswith("# --- ")]
+    margin = len(lines[0].text) - len(lines[0].text.lstrip())
+    return [Line(line.number, line.text[margin:]) for line in lines]
+
+
+def read_backends(root: Path) -> dict[str, dict[str, Definition]]:
+    """The definitions of each side, by `file:name`.
+
+    Raises:
+        SourceError: if a source is missing or cannot be parsed.
+    """
+    return {
+        side: {
+            f"{name}:{_renamed(key, CLASSES[side])}": definition
+            for name in FILES
+            for key, definition in _read(root, f"{folder}/{name}").items()
+        }
+        for side, folder in FOLDERS.items()
+    }
+
+
+def read_shared(root: Path, sections: Sequence[Section] = SECTIONS) -> dict[str, Definition]:
+    """The definitions of `common` that both sides are given, by `file:name`.
+
+    Raises:
+        SourceError: if one is missing.
+    """
+    names = [name for section in sections for name in section.shared]
+    files = dict.fromkeys(name.partition(":")[0] for name in names)
+    found = {f"{f}:{key}": value for f in files for key, value in _read(root, f"common/{f}").items()}
+    for name in names:
+        if name not in found:
+            raise SourceError(f"common has no {name} any more: change common/reading/sections.py")
+    return {name: found[name] for name in names}
+
+
+def _renamed(name: str, cls: str) -> str:
+    head, dot, rest = name.partition(".")
+    return ("Backend" if head == cls else head) + dot + rest
+
+
+def _read(root: Path, file: str) -> dict[str, Definition]:
+    try:
+        return definitions((root / file).read_text(encoding="utf-8"), file)
+    except OSError as error:
+        raise SourceError(f"the source {file} cannot be read: make the page from a checkout of the project") from error
+    except SyntaxError as error:
+        raise SourceError(f"the source {file} cannot be parsed (line {error.lineno}): mend it first") from error
+
+
+def check(backends: dict[str, dict[str, Definition]], sections: Sequence[Section] = SECTIONS) -> None:
+    """Raise SourceError unless each definition of each side stands in one section, and each pair has two sides."""
+    for name, side, other in sides(sections):
+        if name not in backends[side]:
+            where = f"{other} only" if name in backends[other] else "neither side"
+            raise SourceError(f"{name} is in {where}: give it a partner, or declare it one-sided in sections.py")
+    for section in sections:
+        for pair in section.pairs:
+            for name, other in ((pair.torch, "flax"), (pair.flax, "torch")):
+                if name and None in (pair.torch, pair.flax) and name in backends[other]:
+                    raise SourceError(f"{name} is declared one-sided, and {other} has it: pair them in sections.py")
+    for side in FOLDERS:
+        listed = [name for name, listed_side, _ in sides(sections) if listed_side == side]
+        for name in backends[side]:
+            if listed.count(name) != 1:
+                times = "in no section" if name not in listed else "in more than one section"
+                raise SourceError(f"{name} of {side} is {times}: change common/reading/sections.py")
+
+
+def sides(sections: Sequence[Section]) -> Iterator[tuple[str, str, str]]:
+    """Each definition that is spoken of, its side, and the other side."""
+    for section in sections:
+        for pair in section.pairs:
+            if pair.torch:
+                yield pair.torch, "torch", "flax"
+            if pair.flax:
+                yield pair.flax, "flax", "torch"
+
+
+def head(definition: Definition) -> Line | None:
+    """The line that gives a definition its name; a module's own statements have none."""
+    return next((line for line in definition.lines if line.text.startswith(("def ", "class "))), None)
+
+
+def find(definition: Definition, name: str, snippet: str) -> Line:
+    """The one line of `definition` that holds `snippet`.
+
+    Raises:
+        SourceError: if none does, or more than one.
+    """
+    lines = [line for line in definition.lines if snippet in line.text]
+    if len(lines) != 1:
+        times = "nowhere" if not lines else f"{len(lines)} times"
+        raise SourceError(f"{definition.file}: {snippet!r} stands {times} in {name}: change what is said of it")
+    return lines[0]
