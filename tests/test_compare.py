@@ -377,7 +377,7 @@ def test_clean_pairs_raise_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = report_of(tmp_path)
     assert [row["lenses"]["float64"]["verdict"] for row in report["rows"]] == ["agree"]
     assert report["summary"][0]["rule"] == "Lockstep"
-    assert report["first_seed"] == report["rows"][0]["seed"] == 9000
+    assert report["first_seed"] == report["rows"][0]["seed"] == 13000
     assert (tmp_path / "alarms.png").exists()
 
 
