@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends import faults as catalogue
 from common.config import Config
 from common.data import Dataset
 from common.parity import compare
-from common.reading import write_read_page
 from common.record import Record
 from common.report import write_report_page
 from common.report.page import write_page
@@ -97,11 +94,6 @@ def hostile_names(folder: Path) -> Path:
     return report_page(folder, {"float64": runs}, tuple(names))
 
 
-def the_sources_side_by_side(folder: Path) -> Path:
-    faults_report = json.loads((REPOSITORY / "results" / "faults" / "report.json").read_text())
-    return write_read_page(folder / "read.html", REPOSITORY, faults_report, [fault.name for fault in catalogue.FAULTS])
-
-
 MAKERS: list[Maker] = [
     base,
     runs_that_agree,
@@ -109,7 +101,6 @@ MAKERS: list[Maker] = [
     one_backend,
     a_run_cut_short,
     hostile_names,
-    the_sources_side_by_side,
 ]
 
 
