@@ -163,7 +163,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     if options.tensorboard is not None:
         reports.check_tensorboard()
-        check_writable(options.tensorboard)
+        check_writable(options.tensorboard, "--tensorboard")
     terminal = Terminal(quiet=options.quiet, aside=options.json)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     config = recipe.config.resolve(len(dataset.train_images))
@@ -471,12 +471,12 @@ def read(options: argparse.Namespace, arguments: list[str]) -> int:
     root = Path(__file__).resolve().parent
     path = root / "results" / "faults" / "report.json"  # for what goes wrong where a difference is missed
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        report = {"rows": json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         remedy = "make it with: python compare.py faults --data cifar10"
         raise RecordError(f"{path} cannot be read ({type(error).__name__}): {remedy}") from error
-    write_read_page(study.folder / "read.html", root, report, [fault.name for fault in catalogue.FAULTS])
     dataset = study.load("digits" if options.data == "auto" else options.data)
+    write_read_page(study.folder / "read.html", root, report, [fault.name for fault in catalogue.FAULTS])
     walked = walk_through(study.build, dataset, root, study.terminal.line)
     write_walk_page(study.folder / "walk.html", walked)
     study.terminal.line(f"Pages: {study.folder}")
@@ -597,8 +597,8 @@ def make_report(
     }
 
 
-def check_writable(folder: Path) -> None:
-    """Raise RecordError, before hours of training, if nothing can be written to `folder`."""
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Raise RecordError, before hours of training, if nothing can be written to `folder`, which `option` names."""
     import tempfile
 
     try:
@@ -606,7 +606,9 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise RecordError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
+        raise RecordError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder with {option}"
+        ) from error
 
 
 COMMANDS = {

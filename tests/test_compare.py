@@ -424,6 +424,8 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         pytest.param(["--data", "/no/such/place"], "cifar10", id="no-such-data"),
         pytest.param(["--out", "/proc/nothing"], "--out", id="unwritable-out"),
         pytest.param(["--out", "/dev/null"], "--out", id="out-is-a-file"),
+        pytest.param(["--tensorboard", "/proc/nothing"], "--tensorboard", id="unwritable-tensorboard"),
+        pytest.param(["read"], "--steps", id="read-with-options-it-does-not-use"),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(
@@ -434,6 +436,19 @@ def test_wrong_options_give_one_line_and_status_2(
     assert lockstep(*SHORT, "--out", tmp_path, *options) == 2
     assert_one_line(capsys, word)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"], ids=["missing", "damaged", "a list", "empty"])
+def test_pages_to_learn_from_without_the_faults_report_give_one_line_and_status_2(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "compare.py"))
+    (tmp_path / "results" / "faults").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "results" / "faults" / "report.json").write_text(content)
+    assert lockstep("read", "--out", tmp_path / "pages") == 2
+    assert_one_line(capsys, "python compare.py faults")
+    assert list((tmp_path / "pages").iterdir()) == []
 
 
 def only_cpu(*_: str) -> list:
