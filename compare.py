@@ -471,7 +471,8 @@ def read(options: argparse.Namespace, arguments: list[str]) -> int:
     root = Path(__file__).resolve().parent
     path = root / "results" / "faults" / "report.json"  # for what goes wrong where a difference is missed
     try:
-        report = {"rows": json.loads(path.read_text(encoding="utf-8"))["rows"]}
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report = {name: report[name] for name in ("command", "data", "rows")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         remedy = "make it with: python compare.py faults --data cifar10"
         raise RecordError(f"{path} cannot be read ({type(error).__name__}): {remedy}") from error

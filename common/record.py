@@ -100,7 +100,8 @@ def read(path: Path) -> Record:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            names = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
         facts: dict[str, Any] = json.loads(metadata["facts"])
         if metadata["digest"] != _digest(metadata["facts"], arrays):
             raise RecordError(f"the record {path} is damaged (its digest does not match): {remedy}")

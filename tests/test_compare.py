@@ -438,6 +438,19 @@ def test_wrong_options_give_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pages_to_learn_from_are_made_where_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked = []  # the walk itself has tests of its own, and takes a minute
+    monkeypatch.setattr("common.reading.walk_through", lambda *given: walked.append(given) or "walked")
+    monkeypatch.setattr("common.reading.write_walk_page", lambda path, walk: path.write_text(walk))
+    assert lockstep("read", "--out", tmp_path, "--quiet") == 0
+    assert "The two backends side by side" in (tmp_path / "read.html").read_text()
+    assert (tmp_path / "walk.html").read_text() == "walked"
+    [(_, dataset, sources, _)] = walked
+    assert (dataset.name, sources) == ("digits", REPOSITORY)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"], ids=["missing", "damaged", "a list", "empty"])
 def test_pages_to_learn_from_without_the_faults_report_give_one_line_and_status_2(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

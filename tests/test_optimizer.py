@@ -253,8 +253,7 @@ def schedule_off_by_one(config: Config) -> Any:
 def staircase_by_division(config: Config) -> Any:
     schedule: Any = config.schedule
     rate = optax.exponential_decay(config.lr, schedule.period, schedule.gamma, staircase=True)
-    exact = lambda count: rate(jnp.asarray(count, jnp.float64))  # noqa: E731
-    return assemble(config, sgd=optax.sgd(exact, config.momentum))
+    return assemble(config, sgd=optax.sgd(lambda count: rate(jnp.asarray(count, jnp.float64)), config.momentum))
 
 
 def plateau_with_optax_timing(config: Config) -> Any:
@@ -314,7 +313,10 @@ def updated(optimizer: Any, dtype: Any) -> tuple[Any, Any]:
     parameters = {name: jax.ShapeDtypeStruct(size, dtype) for name, size in SIZES.items()}
     before = jax.eval_shape(optimizer.init, parameters)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
-    update = lambda g, state, p, value: optimizer.update(g, state, p, value=value)[1]  # noqa: E731
+
+    def update(gradients: Any, state: Any, parameters: Any, loss: Any) -> Any:
+        return optimizer.update(gradients, state, parameters, value=loss)[1]
+
     return before, jax.eval_shape(update, parameters, before, parameters, loss)
 
 

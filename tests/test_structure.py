@@ -70,7 +70,7 @@ def tracked() -> list[str]:
         command = ["git", "-C", str(ROOT), "ls-files", "-z"]
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        pytest.skip("not a git checkout")
+        pytest.skip("not a git checkout: nothing says which files belong to the project")
     return [name for name in listed.split("\0") if name]
 
 

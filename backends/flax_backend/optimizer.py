@@ -37,12 +37,13 @@ def make_schedule(config: Config) -> optax.Schedule:
     """The learning rate as a function of the steps done."""
     lr = config.lr
     schedule = cast(Any, config.schedule)  # resolved, so that no option is None
+    period = 1  # steps between two learning rates
     match schedule.kind:
         case "step":
             # not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period instead, and
             # 49 * (1 / 49) is less than 1, so that lr would decay one step late
-            decay = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
-            rate = lambda count: decay(count // schedule.period)  # noqa: E731
+            period = schedule.period
+            rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "multistep":
             rate = optax.piecewise_constant_schedule(lr, dict.fromkeys(schedule.milestones, float(schedule.gamma)))
         case "exponential":
@@ -53,7 +54,7 @@ def make_schedule(config: Config) -> optax.Schedule:
             rate = optax.constant_schedule(lr)
     # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters are: lr would be off
     # by 1e-8. PyTorch computes lr as a Python float, so the count is made float64 first.
-    return lambda count: rate(jnp.asarray(count, jnp.float64))
+    return lambda count: rate((jnp.asarray(count) // period).astype(jnp.float64))
 
 
 def in_float32() -> optax.GradientTransformation:

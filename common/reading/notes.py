@@ -380,7 +380,7 @@ NOTES = (
     Note(
         title="A staircase that is one step late",
         torch=Anchor(_SCHEDULE, "lr_scheduler.StepLR("),
-        flax=Anchor(_SCHEDULE, "rate = lambda count: decay(count // schedule.period)"),
+        flax=Anchor(_SCHEDULE, "period = schedule.period"),
         what=(
             "`StepLR` divides integers. optax's `staircase=True` takes the floor of a division of floats, and XLA "
             "makes of that division a product with the reciprocal. So the Flax side divides integers itself."
@@ -395,7 +395,7 @@ NOTES = (
     Note(
         title="A learning rate in float32",
         torch=Anchor(_SCHEDULE, "lr_scheduler.ExponentialLR("),
-        flax=Anchor(_SCHEDULE, "return lambda count: rate(jnp.asarray(count, jnp.float64))"),
+        flax=Anchor(_SCHEDULE, "return lambda count: rate((jnp.asarray(count) // period).astype(jnp.float64))"),
         what=(
             "PyTorch computes the rate as a Python float, in float64. optax counts steps in int32, and JAX divides "
             "int32 by int32 in float32. So the count is made float64 first."
