@@ -12,8 +12,10 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import io
 import json
 import os
+import pickle
 import struct
 import tempfile
 import time
@@ -53,6 +55,7 @@ REMEDY = (
 # What parsers let through when they stumble over a damaged file.
 _DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, MemoryError)
 _DAMAGE += (RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+_BLOCK = 1 << 15  # pixels that are normalised at a time
 _TABLE = (np.arange(256, dtype=np.float64) / 255 - 0.5) / 0.5
 
 
@@ -74,7 +77,7 @@ class Dataset:
         # The shapes say where one array ends and the next begins.
         digest = hashlib.sha256(json.dumps([self.classes, [array.shape for array in splits]]).encode())
         for array in splits:
-            digest.update(np.ascontiguousarray(array, "<i8" if array.ndim == 1 else np.uint8).tobytes())
+            digest.update(np.ascontiguousarray(array, "<i8" if array.ndim == 1 else np.uint8).reshape(-1).data)
         return digest.hexdigest()
 
 
@@ -123,7 +126,14 @@ def normalise(images: np.ndarray, dtype: Any) -> np.ndarray:
         An array of that dtype and the images' shape.
     """
     assert images.dtype == np.uint8, images.dtype
-    return _TABLE.astype(dtype)[images]
+    table, normalised = _TABLE.astype(dtype), np.empty(images.shape, dtype)
+    pixels, values = images.reshape(-1), normalised.reshape(-1)
+    # `table[images]` makes every index eight bytes wide first. Those of a block stay in the processor's cache, which
+    # takes half the time; and with `clip`, which no byte needs, `take` writes where it is told to, without a copy.
+    for start in range(0, len(pixels), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        table.take(pixels[block], out=values[block], mode="clip")
+    return normalised
 
 
 def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
@@ -185,22 +195,32 @@ def _load_cifar10(choice: str, data_dir: Path | None, announce: Callable[[str], 
 
 def _read_cifar10(root: Path) -> Dataset:
     from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
 
     remedy = f"remove {str(root / CIFAR10_FOLDER)!r} so that it is downloaded again, or {REMEDY}"
-    # CIFAR10 checks the batches before it unpickles any, but batches.meta only after them, and its error names no file.
-    files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+    meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
+    contents = {}
     try:
-        for name, md5 in files:
+        for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, meta):
             file = root / CIFAR10_FOLDER / name
-            if not check_integrity(file, md5):
+            contents[name] = file.read_bytes() if file.is_file() else b""
+            if hashlib.md5(contents[name], usedforsecurity=False).hexdigest() != md5:
                 problem = "is truncated or altered" if file.exists() else "is missing"
                 raise DataError(f"CIFAR-10 file {str(file)!r} {problem}: {remedy}")
-        splits = [CIFAR10(root, train=train, download=False) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise DataError(f"CIFAR-10 in {str(root)!r} cannot be read ({_line(error)}): {remedy}") from error
-    train, test = ((np.ascontiguousarray(split.data), np.array(split.targets, np.int64)) for split in splits)
+    # Only now, when all files are known to be genuine, is any unpickled, and the very bytes that were checked: CIFAR10
+    # itself would check all files again for each split, and then read them once more.
+    splits = (CIFAR10.train_list, CIFAR10.test_list)
+    train, test = (_unpickled([contents.pop(name) for name, _ in split]) for split in splits)
     return Dataset("cifar10", *train, *test, CIFAR10_CLASSES)
+
+
+def _unpickled(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of CIFAR-10's batches, which are NCHW."""
+    batches = [pickle.load(io.BytesIO(content), encoding="latin1") for content in files]
+    planes = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).swapaxes(0, 1)
+    images = np.stack([*planes], axis=-1)  # takes half as long as a copy of the transposed array
+    return images, np.concatenate([np.array(batch["labels"], np.int64) for batch in batches])
 
 
 def _download_cifar10(root: Path, progress: bool) -> Dataset:

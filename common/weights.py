@@ -43,8 +43,9 @@ def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
 def moved(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay."""
     bits = array.view(f"i{array.itemsize}")  # the next integer is the next float of the same sign
-    direction = generator.integers(-1, 2, array.shape, np.int8)
-    return np.where(bits << 1 == 0, bits, bits + direction).view(array.dtype)
+    with np.errstate(invalid="ignore"):  # NaN
+        direction = generator.integers(-1, 2, array.shape, np.int8) * (array != 0)
+    return (bits + direction).view(array.dtype)
 
 
 def twin_images(seed: int, twin: int) -> np.random.Generator:

@@ -70,6 +70,18 @@ def test_normalisation_is_the_float64_formula_rounded_once(dtype: Any) -> None:
     assert (got != wrong.astype(dtype)).any()
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16], ids=["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("count", [0, 1, 2 * data._BLOCK, 2 * data._BLOCK + 7])
+def test_normalisation_gives_a_pixel_the_same_bits_wherever_it_stands(dtype: Any, count: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3), np.uint8)
+    bits = f"u{np.dtype(dtype).itemsize}"
+    expected = data.normalise(np.arange(256, dtype=np.uint8), dtype)[pixels].view(bits)
+    for images, values in ((pixels, expected), (pixels.T[::-1], expected.T[::-1])):
+        got = data.normalise(images, dtype)
+        assert got.shape == images.shape
+        np.testing.assert_array_equal(got.view(bits), values)
+
+
 def test_bfloat16_normalisation_is_the_nearest_bfloat16_to_the_exact_value() -> None:
     positive = np.arange(0x4000, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)  # all below 2
     grid = np.concatenate([-positive, positive])
@@ -439,6 +451,21 @@ def test_genuine_cifar10_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @needs_cifar10
+def test_genuine_cifar10_is_what_torchvision_reads() -> None:
+    from torchvision.datasets import CIFAR10
+
+    cifar10 = data.load("cifar10", GENUINE)
+    for train, images, labels in (
+        (True, cifar10.train_images, cifar10.train_labels),
+        (False, cifar10.test_images, cifar10.test_labels),
+    ):
+        theirs = CIFAR10(GENUINE, train=train)
+        np.testing.assert_array_equal(images, theirs.data)
+        assert labels.tolist() == theirs.targets
+        assert images.flags.c_contiguous
+
+
+@needs_cifar10
 @pytest.mark.parametrize("choice", ["auto", "cifar10"])
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
@@ -559,6 +586,28 @@ def accept(archive: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+
+
+def test_what_is_unpickled_are_the_bytes_that_were_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: bytes
+) -> None:
+    """Whoever changes a file after its check changes nothing."""
+    from torchvision.datasets import CIFAR10
+
+    accept(archive, tmp_path, monkeypatch)
+    genuine, batch = pickle.load, tmp_path / data.CIFAR10_FOLDER / "test_batch"
+
+    def load_after_a_change(*arguments: Any, **options: Any) -> Any:
+        batch.write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 0]}))
+        return genuine(*arguments, **options)
+
+    checked = batch.read_bytes()
+    monkeypatch.setattr(pickle, "load", load_after_a_change)
+    cifar10 = data.load("cifar10", tmp_path)
+    assert cifar10.test_labels.tolist() == [4, 9]
+    assert (cifar10.test_images == 3).all()
+    batch.write_bytes(checked)  # the control: torchvision checks a file, and opens it again after that
+    assert CIFAR10(tmp_path, train=False).targets == [0, 0]
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["with its length", "without its length"])

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common import locate
 from common.data import Dataset
@@ -20,7 +21,7 @@ from common.errors import RecordError
 from common.record import Record
 from common.report import Terminal, jsonable, safe, sentence, write_json, write_pictures
 from common.report.charts import loss_gap, running_mean
-from common.report.drawing import COLOURS, drawing, label, new_figure, to_svg
+from common.report.drawing import COLOURS, drawing, label, new_figure, to_png, to_svg
 from common.report.terminal import condense, extreme, merge
 
 HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "$x_1$ costs $", "[red]bold[/red]", "猫\n\udce9")
@@ -352,6 +353,46 @@ def test_pictures_are_drawn_and_equal_runs_give_equal_bytes(
         start = b"\x89PNG\r\n\x1a\n" if one.suffix == ".png" else b'<?xml version="1.0"'
         assert one.read_bytes().startswith(start) and 5_000 < one.stat().st_size < 400_000
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_samples_are_the_images_in_their_order(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).permutation(250)[: 10 * 3].reshape(10, 3).astype(np.uint8)
+    plain = np.broadcast_to(colours[:, None, None], (10, 32, 32, 3))
+    small = Dataset("small", plain, np.zeros(10, np.int64), plain, np.zeros(10, np.int64), PLAIN)
+    report, records = make("agree"), {"float64": {b: record(b, "float64") for b in ("torch", "flax")}}
+    write_pictures(tmp_path, report, records, small, None, np.arange(10)[::-1])
+    picture = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB"))
+    middles = []
+    for colour in colours[::-1]:
+        rows, columns = np.nonzero((picture == colour).all(axis=-1))
+        assert len(rows) == pytest.approx(126**2, rel=0.05)  # 32 by 32, each four dots wide, less the frame
+        middles.append((round(rows.mean(), -1), columns.mean()))
+    assert middles == sorted(middles)  # eight in the first row, two in the second
+    assert [row for row, _ in middles] == [middles[0][0]] * 8 + [middles[8][0]] * 2
+
+
+def test_a_figure_is_laid_out_once_and_as_matplotlib_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    def drawn() -> Any:
+        figure = new_figure(3, 2)
+        for axes in figure.subplots(1, 2):
+            axes.set_title("a title\nof two lines")
+            axes.set_ylabel("a label")
+        return figure
+
+    execute, laid_out = ConstrainedLayoutEngine.execute, []
+    monkeypatch.setattr(
+        ConstrainedLayoutEngine, "execute", lambda engine, figure: (laid_out.append(figure), execute(engine, figure))
+    )
+    with drawing():
+        figure, theirs, without = drawn(), io.BytesIO(), drawn()
+        png, svg = to_png(figure), to_svg(figure)
+        assert laid_out == [figure]
+        drawn().savefig(theirs, metadata={"Software": None})
+        without.set_layout_engine(None)
+        assert png == theirs.getvalue() != to_png(without)
+        assert svg != to_svg(without)
 
 
 def test_runs_that_blow_up_or_coincide_can_be_drawn(tmp_path: Path) -> None:

@@ -303,7 +303,8 @@ def _cells(axes: Any, colours: np.ndarray, texts: list[list[str]], written: np.n
     axes.imshow(colours, interpolation="none")
     if count <= MAX_WRITTEN:
         for row, column in np.argwhere(written).tolist():
-            axes.text(column, row, texts[row][column], ha="center", va="center_baseline", fontsize=7.5)
+            place = {"ha": "center", "va": "center_baseline", "in_layout": False}  # what lies within needs no room
+            axes.text(column, row, texts[row][column], fontsize=7.5, **place)
     drawn = [label(name) for name in names]
     size = {"fontsize": 8.5 if count <= 20 else 5}
     axes.set_xticks(np.arange(count), drawn, rotation=90, **size)

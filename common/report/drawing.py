@@ -65,6 +65,7 @@ def new_figure(width: float, height: float) -> Any:
 def to_png(figure: Any) -> bytes:
     """Equal figures give equal bytes."""
     content = io.BytesIO()
+    _lay_out(figure)
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
 
@@ -73,6 +74,7 @@ def to_svg(figure: Any, transparent: bool = False) -> str:
     """Equal figures give equal texts, within `drawing`. Coordinates are rounded to a hundredth of a point."""
     content = io.StringIO()
     nobody = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _lay_out(figure)
     figure.savefig(content, format="svg", metadata=nobody, transparent=transparent)
 
     def rounded(tag: str) -> str:
@@ -102,6 +104,13 @@ def to_inline(figure: Any, prefix: str, text: str) -> str:
         return re.sub(r"#[0-9a-f]{6}\b", lambda m: variables.get(m[0], m[0]), tag)
 
     return _in_tags(svg, at_home).replace("<svg", f'<svg role="img" aria-label="{html.escape(text)}"', 1)
+
+
+def _lay_out(figure: Any) -> None:
+    """Give everything its place, once: `savefig` would do so for each format, and draw all in vain to that end."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def _in_tags(svg: str, change: Callable[[str], str]) -> str:
