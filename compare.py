@@ -8,6 +8,7 @@
     python compare.py faults                 known faults: which are found, by which lens, and where
     python compare.py alarms                 clean pairs of runs: how many are said to differ
     python compare.py sensitivity            from which error of the learning rate on, and when, it is seen
+    python compare.py bench                  speed: both backends beside the tutorial's own loop, in turns
     python compare.py read                   two pages to learn from: both sources side by side, and a walk-through
 
 Exit status: 0 the runs agree, or a single one finished with nothing to compare it with; 1 they do not agree; 2 the
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,7 @@ Family = dict[str, list[Any]]  # by backend: a run and its twins
 def main(argv: list[str] | None = None) -> int:
     """Carry out one command line and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
+    gc.set_threshold(50_000)  # importing and tracing make many objects and little garbage: a second of looking for it
     try:
         options = parse(arguments)
         return COMMANDS[options.command](options, arguments)
@@ -107,7 +110,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("the evidence")
     group.add_argument("--only", nargs="+", metavar="FAULT", help="faults: these only")
-    group.add_argument("--quick", action="store_true", help="faults: one of each stage")
+    group.add_argument("--quick", action="store_true", help="faults: one of each stage; bench: a minute")
     group.add_argument("--pairs", type=int, metavar="N", help="alarms: pairs of runs (default 300)")
 
     group = parser.add_argument_group("where and how")
@@ -458,6 +461,53 @@ def clean_pairs(options: argparse.Namespace, cell: Any, seeds: Sequence[int]) ->
     return list(clean.measure(cell, seeds, {cell.data: study.load(cell.data)}, study.build, lenses, twins))
 
 
+def bench(options: argparse.Namespace, arguments: list[str]) -> int:
+    """How fast: the tutorial's loop and both backends, single steps and fused, in turns."""
+    refuse(options, "it measures each way to train as it is", "batch_size", "dtype", "seed", "quick")
+    if options.compile != "auto":
+        raise ConfigError("bench takes no --compile: it measures what is compiled beside what is not")
+    config = Config(batch_size=4 if options.batch_size is None else options.batch_size, seed=options.seed or 0)
+
+    import tempfile
+
+    from backends import timing, workers
+    from common import machine
+    from common.evidence import bench as speed
+    from common.evidence import pictures
+
+    busy, found = speed.load(), machine.describe()
+    device, card = workers.find_device(options.device)
+    where = card or f"{found['processor']}, {found['cores']} cores"
+    study = Study(options, arguments, folder=f"bench/{speed.slug(where)}")
+    dataset = study.load(options.data)
+    images = len(dataset.train_images)
+    config.resolve(images)  # a batch that is larger than the data is refused
+    if busy is not None and busy > found["cores"] / 4:
+        study.terminal.line(f"This machine is busy (load {busy:.1f}, {found['cores']} cores): what is measured is, too")
+    plan = speed.make_plan(images, options.batch_size, options.quick)
+    dtype = options.dtype or "float32"
+    with tempfile.TemporaryDirectory(prefix="lockstep-bench-", ignore_cleanup_errors=True) as folder:
+        timing.write_images(dataset.train_images, dataset.train_labels, Path(folder))
+
+        def start(path: str, batch_size: int, images: int, cache: str | None) -> Any:
+            classes = len(dataset.classes)
+            job = timing.Job(path, batch_size, images, classes, dtype, device, config.seed, Path(folder))
+            return workers.start(job, cache)
+
+        with study.terminal.progress("turns", plan.turns) as advance:
+            rows = speed.measure(plan, start, lambda turns: advance(turns, math.nan))
+    lines = speed.summary(rows)
+    facts = {"dtype": dtype, "device": device, "card": card, "load": busy, "plan": dataclasses.asdict(plan)}
+    facts["summary"] = lines
+    draw = functools.partial(pictures.draw_bench, lines, f"{where}, {dtype}")
+    study.report(facts, rows, speed.speed_table(lines), draw)
+    study.terminal.table(*speed.start_table(lines))
+    if plan.growth:
+        study.terminal.table(*speed.growth_table(lines))
+    study.terminal.line(speed.sentence(lines))
+    return 0
+
+
 def read(options: argparse.Namespace, arguments: list[str]) -> int:
     """Two pages to learn from: the two backends side by side, and a walk through what SGD does."""
     refuse(options, "it reads the sources, and runs a few steps of its own")
@@ -619,6 +669,7 @@ COMMANDS = {
     "faults": faults,
     "alarms": alarms,
     "sensitivity": sensitivity,
+    "bench": bench,
     "read": read,
 }
 

@@ -12,6 +12,7 @@ from common.errors import BackendError
 # Read when PyTorch is first imported, by whomever. Its threads otherwise wait for each other at full speed, and where
 # another process wants the same cores they wait for ever: `Net` at batch 4 in float64, two threads on two busy cores,
 # 3 steps per second so, 23 to 158 with passive waiting.
+USERS_WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY")  # for what is to run as it would without this
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

@@ -71,10 +71,23 @@ class Backend(Protocol):
         """One step of SGD on one batch: the unit to read."""
         ...
 
-    def train_steps(self, state: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Metrics]:
+    def upload(self, images: np.ndarray, labels: np.ndarray) -> Any:
+        """A data set on the device, once: uint8 images (n, 32, 32, 3) and labels (n,)."""
+        ...
+
+    def gather(self, uploaded: Any, indices: np.ndarray) -> tuple[Any, Any]:
+        """Batches of what was uploaded, on the device and normalised: indices int64 (steps, batch).
+
+        They are bit for bit what `common.data.normalise` makes of the same images, in the framework's own layout; the
+        methods that take images and labels take these as well.
+        """
+        ...
+
+    def train_steps(self, state: Any, images: Any, labels: Any) -> tuple[Any, Metrics]:
         """As many steps as there are batches: images (steps, batch, 32, 32, 3), labels (steps, batch).
 
-        JAX runs them in one compiled program; PyTorch in a loop over a step that is compiled where `compile` says so.
+        One compiled program with a loop in it, in PyTorch where `compile` says so; the same numbers as single steps, up
+        to rounding.
         """
         ...
 

@@ -56,13 +56,15 @@ def train(
     edges = [stop for _, stop in stretches(config.total_steps) if stop > OPENING_STEPS]
     history: list[Metrics] = []
     log = _Log(config, len(dataset.train_images), log_every, observer)
+    uploaded = backend.upload(dataset.train_images, dataset.train_labels)
     start = first_chunk_end = time.perf_counter()
     steps = first_chunk_steps = 0
     for indices in chunks(config, len(dataset.train_images), bytes_per_image=3072 * numpy_dtype(dtype).itemsize):
-        images = data.normalise(dataset.train_images[indices], numpy_dtype(dtype))
-        if rounding is not None:
-            images = moved(images, rounding)
-        labels = dataset.train_labels[indices]
+        if rounding is None:
+            images, labels = backend.gather(uploaded, indices)
+        else:
+            images = moved(data.normalise(dataset.train_images[indices], numpy_dtype(dtype)), rounding)
+            labels = dataset.train_labels[indices]
         if steps < OPENING_STEPS:
             opening |= _named(steps, _cut(backend.probe(state, images[0], labels[0])))
         state, metrics = backend.train_steps(state, images, labels)

@@ -14,6 +14,7 @@ import torch
 import backends
 from backends.flax_backend import backend as flax_module
 from backends.torch_backend import backend as torch_module
+from common import data
 from common.config import BACKENDS, DTYPES, Config, Schedule
 from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Snapshot
@@ -245,30 +246,81 @@ def test_both_backends_train_alike(backend: Callable) -> None:
     assert gap(other.parameters, snapshots[1].parameters) > 1e-9
 
 
-# Slow: torch.compile takes half a minute.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_compiled_loop_agrees_with_an_eager_one_in_pytorch(build: Callable) -> None:
-    images, labels = batches()
-    for config in (RICH, PLAIN):  # with and without momentum, under a schedule and without
-        eager, compiled = build("torch", config, compile="off"), build("torch", config, compile="on")
+# Measured, after six steps: parameters 2.8e-17, 1.5e-08, 2.4e-03; momentum 6.9e-17, 3.0e-08, 9.0e-03; metrics 4.4e-16,
+# 2.4e-07, 5.0e-03. The compiled loop convolves as a matrix product, and sums in another order. The batches in another
+# order: 0.09.
+COMPILED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2}
+
+
+# Slow: torch.compile takes half a minute for each.
+@dtypes
+def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: Callable) -> None:
+    images, labels = batches(dtype)
+    for config in (RICH, PLAIN)[: 2 if dtype == "float64" else 1]:  # with and without momentum and a schedule
+        eager, compiled = (build("torch", config, dtype, compile) for compile in ("off", "on"))
         assert compiled.describe()["compiled"] and not eager.describe()["compiled"]
-        expected, history = eager.train_steps(eager.init(start(eager)), images, labels)
-        expected = eager.export(expected)
+        one_by_one, history = train(eager, eager.init(start(eager, dtype)), images, labels)
         torch._dynamo.utils.counters.clear()
-        state, metrics = compiled.train_steps(compiled.init(start(compiled)), images, labels)
-        reached = compiled.export(state)
-        # measured 2.8e-17 and 4.4e-16; without dampening, below: 6.8e-03
-        assert gap(expected.parameters, reached.parameters) <= 1e-13
-        assert np.abs(np.array(history) - np.array(metrics)).max() <= 1e-13
-        assert gap(expected.momentum, reached.momentum) <= 1e-13 if config.momentum else not reached.momentum
-        assert (reached.schedule, reached.step) == (expected.schedule, expected.step)
+        at_once, metrics = compiled.train_steps(compiled.init(start(compiled, dtype)), images, labels)
         # it was compiled, and a new learning rate did not compile it anew
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    eager = build("torch", replace(RICH, dampening=0.0))  # control
-    other = eager.export(eager.train_steps(eager.init(start(eager)), images, labels)[0])
-    rich = build("torch", RICH)
-    expected = rich.export(rich.train_steps(rich.init(start(rich)), images, labels)[0])
-    assert gap(expected.parameters, other.parameters) > 1e-9
+        one_by_one, at_once, bound = eager.export(one_by_one), compiled.export(at_once), COMPILED_BOUND[dtype]
+        assert gap(one_by_one.parameters, at_once.parameters) <= bound
+        assert gap(one_by_one.momentum, at_once.momentum) <= 4 * bound if config.momentum else not at_once.momentum
+        assert np.abs(history - np.array(metrics)).max() <= 4 * bound
+        assert (one_by_one.schedule, one_by_one.step) == (at_once.schedule, at_once.step)
+        other, _ = compiled.train_steps(compiled.init(start(compiled, dtype)), images[::-1].copy(), labels[::-1].copy())
+        assert gap(one_by_one.parameters, compiled.export(other).parameters) > max(bound, 1e-3)  # control
+
+
+@pytest.mark.parametrize(
+    ("config", "compile", "compiled"),
+    [
+        pytest.param(replace(PLAIN, steps=19_999), "auto", False, id="short"),
+        pytest.param(replace(PLAIN, steps=20_000), "auto", True, id="long"),
+        pytest.param(replace(PLAIN, steps=20_000, batch_size=32), "auto", False, id="long, of large batches"),
+        pytest.param(replace(PLAIN, steps=20_000), "off", False, id="long, but not wanted"),
+        pytest.param(replace(PLAIN, steps=1), "on", True, id="short, but wanted"),
+        pytest.param(replace(PLAIN, steps=20_000, schedule=Schedule("plateau")), "on", False, id="plateau"),
+    ],
+)
+def test_pytorch_compiles_long_runs_of_small_batches(
+    config: Config, compile: str, compiled: bool, build: Callable
+) -> None:
+    assert build("torch", config, compile=compile).describe()["compiled"] is compiled
+
+
+# What is on the device
+
+
+@dtypes
+def test_gathered_batches_are_the_normalised_images_bit_for_bit(name: str, dtype: str, backend: Callable) -> None:
+    side = backend(name, RICH, dtype)
+    images = (
+        np.resize(np.arange(256, dtype=np.uint8), (9, 32, 32, 3)) + np.arange(9, dtype=np.uint8)[:, None, None, None]
+    )
+    labels, indices = np.arange(9) % CLASSES, np.array([[8, 1, 1, 4], [0, 7, 2, 3]])
+    got, truth = side.gather(side.upload(images, labels), indices)
+    got = side.probe(side.init(start(side, dtype)), got[1], truth[1])
+    expected = data.normalise(images, numpy_dtype(dtype))
+    assert got["data/images"].tobytes() == expected[indices[1]].tobytes()
+    assert got["data/labels"].tolist() == labels[indices[1]].tolist()
+    assert got["data/images"].tobytes() != expected[indices[0]].tobytes()  # control
+
+
+@dtypes
+def test_gathered_batches_train_as_those_from_the_host(name: str, dtype: str, backend: Callable) -> None:
+    side, generator = backend(name, RICH, dtype), np.random.default_rng(3)
+    images = generator.integers(0, 256, (20, 32, 32, 3), np.uint8)
+    labels, indices = generator.integers(0, CLASSES, 20), generator.integers(0, 20, (STEPS, BATCH))
+
+    def after(indices: np.ndarray, gathered: bool) -> Snapshot:
+        host = data.normalise(images[indices], numpy_dtype(dtype)), labels[indices]
+        given = side.gather(side.upload(images, labels), indices) if gathered else host
+        return side.export(side.train_steps(side.init(start(side, dtype)), *given)[0])
+
+    assert same_snapshot(after(indices, True), after(indices, False))
+    assert not same_snapshot(after(indices[::-1].copy(), True), after(indices, False))  # control
 
 
 # Looking without touching

@@ -93,8 +93,8 @@ def test_a_new_function_on_one_side_is_named(side: str, house: Path) -> None:
 
 def test_a_one_sided_function_that_gets_a_partner_is_named(house: Path) -> None:
     with (house / sections.FOLDERS["flax"] / "backend.py").open("a", encoding="utf-8") as file:
-        file.write("\n\ndef set_threads(batch_size: int) -> None: ...\n")
-    with pytest.raises(SourceError, match=r"^backend\.py:set_threads is declared one-sided, and flax has it"):
+        file.write("\n\ndef to_array(batch_size: int) -> None: ...\n")
+    with pytest.raises(SourceError, match=r"^backend\.py:to_array is declared one-sided, and flax has it"):
         sections.check(sections.read_backends(house))
 
 

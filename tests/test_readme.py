@@ -17,8 +17,10 @@ from backends import faults as catalogue
 from common import data
 from common.config import Config
 from common.errors import RecordError
+from common.evidence.bench import PATHS, summary
 from common.report import sentence
 from common.testing import same_run
+from tests.test_bench import made_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -130,6 +132,70 @@ def sensitivity() -> str:
     return textwrap.fill(" ".join(parts), 120) + "\n"
 
 
+def bench() -> str:
+    """Per machine: images per second, what a start takes, and what more images take."""
+    parts = []
+    for path in sorted((REPOSITORY / "results" / "bench").glob("*/report.json")):
+        report = json.loads(path.read_text())
+        machine = report["environment"]
+        where = report["card"] or f"{machine['processor']}, {machine['cores']} cores"
+        lines = [line for line in report["summary"] if line["table"] == "speed"]
+        parts.append(f"**{where}, {report['dtype']}.** Images per second, and how many times the tutorial's that is:\n")
+        parts.append(speeds(lines))
+        parts.append(f"![Images per second by batch size](results/bench/{path.parent.name}/bench.png)\n")
+        size = report["plan"]["growth_batch"]
+        parts.append(f"From nothing to the end of the first step, at batch {size}:\n")
+        parts.append(starts([line for line in lines if line["batch_size"] == size]))
+        parts.append("The fused steps on more and more images:\n")
+        parts.append(growth([line for line in report["summary"] if line["table"] == "growth"]))
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def speeds(lines: list[dict[str, Any]]) -> str:
+    """A row for each way to train, a column for each batch size, and a row for what the arithmetic would allow."""
+    cells: dict[str, list[str]] = {}
+    for line in lines:
+        rate, ratio = (line[key]["median"] for key in ("images_per_second", "to_tutorial"))
+        multiple = "" if line["path"] == "tutorial" else f" ({ratio:.1f}x)"
+        cells.setdefault(PATHS[line["path"]], []).append(f"{rate:,.0f}{multiple}")
+    for framework in ("torch", "flax"):
+        fused = [line for line in lines if line["path"] == f"{framework} fused"]
+        limits = [f"{line['gflops'] * 1e9 / line['flops_per_image']:,.0f}" for line in fused]
+        cells[f"{framework}'s matrix products would allow"] = limits
+    sizes = [f"batch {size}" for size in dict.fromkeys(line["batch_size"] for line in lines)]
+    return markdown(["", *sizes], [[title, *row] for title, row in cells.items()])
+
+
+def starts(lines: list[dict[str, Any]]) -> str:
+    rows = []
+    for line in lines:
+        found = line["starts"]
+        compiling = ["-" if f["compile"] is None else f"{f['compile']:.1f} s" for f in found.values()]
+        loader = line["loader"]
+        memory = f"{line['memory'] / 1e6:,.0f} MB"
+        memory += f", and {loader['processes']} loaders of {loader['memory'] / 1e6:,.0f} MB" if loader else ""
+        times = [f"{f['first_step']:.1f} s" for f in found.values()]
+        rows.append([PATHS[line["path"]], *times, *compiling, memory])
+    names = list(lines[0]["starts"])
+    return markdown(["", *names, *(f"compiling, {name}" for name in names), "peak memory"], rows)
+
+
+def growth(lines: list[dict[str, Any]]) -> str:
+    rows = []
+    for line in lines:
+        rates = f"{line['steps_per_second']['median']:,.0f}"
+        times = [f"{found['first_step']:.1f} s" for found in line["starts"].values()]
+        rows.append([PATHS[line["path"]], f"{line['images']:,}", rates, *times, f"{line['memory'] / 1e6:,.0f} MB"])
+    return markdown(["", "images", "steps per second", "first step", "peak memory"], rows)
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text; the others are numbers."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    lines.insert(1, "|---" + "|--:" * (len(columns) - 1) + "|")
+    return "\n".join(lines) + "\n"
+
+
 PASSAGES: dict[str, Callable[[], str]] = {
     "verdict of results/quick": verdict,
     "table of results/tutorial-*": table,
@@ -139,6 +205,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "summary of results/faults": faults,
     "peers of results/alarms and results/faults": peers,
     "summary of results/sensitivity": sensitivity,
+    "tables of results/bench": bench,
 }
 
 
@@ -164,6 +231,36 @@ def test_a_readme_that_says_something_else_is_noticed() -> None:
     text = README.read_text()
     assert rewritten(text) == text
     assert rewritten(text.replace("optimizer.step()", "optimizer.skip()")) == text
+
+
+def test_speed_that_was_measured_is_shown_machine_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_readme.REPOSITORY", tmp_path)
+    assert bench() == "Not measured yet.\n"
+    report = {"card": None, "dtype": "float32", "plan": {"growth_batch": 4}, "summary": summary(made_rows())}
+    for name in ("fast", "slow"):
+        folder = tmp_path / "results" / "bench" / name
+        folder.mkdir(parents=True)
+        told = report | {"environment": {"processor": f"a {name} one", "cores": 2}}
+        (folder / "report.json").write_text(json.dumps(told))
+    shown = bench()
+    assert shown.index("**a fast one, 2 cores, float32.**") < shown.index("**a slow one, 2 cores, float32.**")
+    for row in (
+        "| flax, fused steps | 8,000 (8.0x) |",
+        "| the tutorial's loop | 1,000 |",
+        "| torch's matrix products would allow | 26,804 |",
+        "| the tutorial's loop | 7.0 s | - | 500 MB, and 2 loaders of 300 MB |",
+        "| torch, fused steps | 7.0 s | 2.7 s | 500 MB |",
+        "| torch, fused steps | 1,000 | 1,000 | 7.0 s | 500 MB |",
+        "![Images per second by batch size](results/bench/slow/bench.png)",
+    ):
+        assert row in shown.splitlines(), row
+
+
+def test_committed_measurements_of_speed_were_made_by_the_command_in_the_readme() -> None:
+    for path in (REPOSITORY / "results" / "bench").glob("*/report.json"):
+        command = " ".join(["python", *json.loads(path.read_text())["command"]])
+        assert f"| `results/bench/*` | `{command}` |" in README.read_text()
+        assert path.with_name("bench.png").exists() and path.with_name("bench.svg").exists()
 
 
 @pytest.mark.parametrize("name", ["quick", "tutorial-float64", "tutorial-float32", "basic-float64", "basic-float32"])

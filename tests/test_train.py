@@ -33,7 +33,8 @@ class Notebook:
     name = "torch"
     device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
+        self.dtype = dtype
         self.batches: list[tuple[np.ndarray, np.ndarray]] = []
         self.calls: list[tuple[str, int]] = []  # which method, at which step
         self.evaluated: tuple[np.ndarray, np.ndarray] | None = None
@@ -50,6 +51,15 @@ class Notebook:
         momentum = {name: np.full(shape, float(state.step)) for name, shape in SHAPES.items() if state.step}
         parameters = {name: array + np.asarray(state.step, array.dtype) for name, array in state.parameters.items()}
         return Snapshot(parameters, {}, momentum, {}, state.step)
+
+    def upload(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert images.dtype == np.uint8
+        self.calls.append(("upload", 0))
+        return images, labels
+
+    def gather(self, uploaded: tuple[np.ndarray, np.ndarray], indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = uploaded
+        return data.normalise(images[indices], numpy_dtype(self.dtype)), labels[indices]
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
         assert images.ndim == 4
@@ -93,7 +103,7 @@ def dataset(images: int, tests: int = 7) -> Dataset:
 def run(
     config: Config, images: int, observer: SilentObserver, dtype: str = "float32", **options: Any
 ) -> tuple[Notebook, Record]:
-    backend: Notebook = Notebook()
+    backend: Notebook = Notebook(dtype)
     signed: Backend = backend  # the type checker holds the notebook to the protocol
     return backend, train.train(signed, config.resolve(images), dataset(images), dtype, observer, **options)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._higher_order_ops import scan
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -27,11 +28,17 @@ from backends.torch_backend.optimizer import (
     restore_schedule,
 )
 from common.config import Config
+from common.data import normalise
 from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Metrics, Snapshot
 
-EVALUATION_BATCH = 1000  # images per forward pass: large enough to be quick, small enough for float64 in memory
+EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
 ALL_THREADS = torch.get_num_threads()
+SMALL_BATCH = 16  # up to which one thread and compiled steps are quicker than two and eager ones
+LONG_RUN = 20_000  # steps from which on compiling, half a minute, pays: a step is a millisecond shorter
+
+Carry = tuple[dict[str, Tensor], dict[str, Tensor]]  # parameters and momentum, by PyTorch's names
+Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, and lr
 
 
 class State(NamedTuple):
@@ -41,6 +48,13 @@ class State(NamedTuple):
     optimizer: SGD
     scheduler: Scheduler
     step: int
+
+
+class Data(NamedTuple):
+    """A data set on the device."""
+
+    images: Tensor  # uint8 (n, channels, height, width)
+    labels: Tensor  # int64 (n,)
 
 
 @final
@@ -55,20 +69,24 @@ class TorchBackend:
         self, config: Config, classes: int, dtype: str = "float32", device: str = "auto", compile: str = "auto"
     ) -> None:
         self.device = choose_device(device)
-        make_comparable()
+        make_comparable(self.device)
         set_threads(config.batch_size)
         self.config = config
         self.dtype = getattr(torch, dtype)
         self.classes = classes
-        self.compiled = compile == "on" or (compile == "auto" and self.device == "cuda")
-        torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_functional_step`'s programs
-        self._compiled_step = torch.compile(self._functional_step, fullgraph=True, disable=not self.compiled)
+        pays = (config.steps or 0) >= LONG_RUN and config.batch_size <= SMALL_BATCH
+        wanted = compile == "on" or (compile == "auto" and pays)
+        self.compiled = wanted and config.schedule.kind != "plateau"  # whose next lr hangs on the losses
+        self._skeleton = self._empty_model("meta")  # the network without weights
+        torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_scan`'s programs
+        self._compiled_scan = torch.compile(self._scan, fullgraph=True, dynamic=False)
+        table = normalise(np.arange(256, dtype=np.uint8), np.float64)
+        self._normalised = torch.from_numpy(table).to(self.device, self.dtype)  # by pixel
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        model = self._empty_model("cpu")
-        return {
-            name: array.shape for name, array in convert.to_canonical(model, dict(model.named_parameters())).items()
-        }
+        model = self._skeleton
+        zeros = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in model.named_parameters()}
+        return {name: array.shape for name, array in convert.to_canonical(model, zeros).items()}
 
     def init(self, snapshot: Snapshot) -> State:
         model = self._empty_model(self.device)
@@ -108,62 +126,78 @@ class TorchBackend:
 
     # --- Many steps in one call
 
-    def train_steps(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
-        step = self._fused_step if self.compiled else self._step
+    def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
+        return Data(torch.from_numpy(images).to(self.device).movedim(-1, -3).contiguous(), self._labels(labels))
+
+    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        chosen = torch.from_numpy(indices).to(self.device)
+        pixels = uploaded.images[chosen]
+        images = self._normalised.index_select(0, pixels.flatten().int()).view(pixels.shape)
+        return images, uploaded.labels[chosen]
+
+    def train_steps(
+        self, state: State, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> tuple[State, Metrics]:
+        images, labels = self._images(images), self._labels(labels)
+        if self.compiled and len(labels) > 1:
+            if state.step > 0:
+                return self._fused_steps(state, images, labels)
+            state, first = self.train_steps(state, images[:1], labels[:1])  # it makes the momentum buffers
+            state, others = self.train_steps(state, images[1:], labels[1:])
+            return state, Metrics(*map(np.concatenate, zip(first, others, strict=True)))
         history = []
-        for batch, truth in zip(self._images(images), self._labels(labels), strict=True):
-            state, metrics = step(state, batch, truth)
+        for batch, truth in zip(images, labels, strict=True):
+            state, metrics = self._step(state, batch, truth)
             history.append(metrics)
         loss, gradient_norm, lr = zip(*history, strict=True)
-        return state, Metrics(stack(loss), stack(gradient_norm), np.array(lr))
+        return state, Metrics(to_array(torch.stack(loss)), to_array(torch.stack(gradient_norm)), np.array(lr))
 
-    def _fused_step(self, state: State, images: Tensor, labels: Tensor) -> tuple[State, Metrics]:
-        """`_step` with forward pass, backward pass and update in one compiled program."""
+    def _fused_steps(self, state: State, images: Tensor, labels: Tensor) -> tuple[State, Metrics]:
+        """`_step` over the leading axis, as one compiled loop."""
         model, optimizer, scheduler, step = state
-        # detached, they share the model's memory, and autograd records nothing beside `grad_and_value`
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        buffers = list(export_momentum(model, optimizer).values())
-        if step == 0 or (self.config.momentum != 0 and not buffers):
-            return self._step(state, images, labels)  # it makes the buffers; and schedulers insist on one SGD.step
-        lr = torch.tensor(scheduler.lr, dtype=torch.float64)  # as a number, each new lr would be compiled anew
-        loss, gradient_norm = self._compiled_step(model, parameters, buffers, lr, images, labels)
-        metrics = Metrics(loss, gradient_norm, scheduler.lr)
-        scheduler.step(loss)
-        return State(model, optimizer, scheduler, step + 1), metrics
+        momentum = export_momentum(model, optimizer)
+        lr = scheduler.advance(len(labels))
+        with torch.no_grad():  # `grad_and_value` takes the gradients; autograd has nothing to record
+            rates = torch.from_numpy(lr).to(self.device)
+            carry, (loss, gradient_norm) = self._compiled_scan((parameters, momentum), (images, labels, rates))
+        parameters, momentum = carry
+        model.load_state_dict(parameters)
+        restore_momentum(model, optimizer, momentum)
+        metrics = Metrics(to_array(loss), to_array(gradient_norm), lr)
+        return State(model, optimizer, scheduler, step + len(labels)), metrics
 
-    def _functional_step(
-        self,
-        model: Net,
-        parameters: Mapping[str, Tensor],
-        buffers: list[Tensor],
-        lr: Tensor,
-        images: Tensor,
-        labels: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _scan(self, carry: Carry, batches: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
+        """PyTorch's `lax.scan`; a prototype in its own words, so tests hold it against single steps."""
+        return scan(self._functional_step, carry, batches)
+
+    def _functional_step(self, carry: Carry, batch: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
         """What torch.compile can trace whole: `loss.backward` and `SGD.step` break its graph, these do not.
 
-        `sgd` is the function that `SGD.step` calls; it writes into `parameters` and `buffers`.
+        `sgd` is the function that `SGD.step` calls; it writes into the parameters and the momentum that it is given.
         """
+        parameters, momentum = carry
+        images, labels, lr = batch
 
-        def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
-            return cross_entropy(functional_call(model, dict(parameters), (images,)), labels)
+        def loss_of(parameters: dict[str, Tensor]) -> Tensor:
+            return cross_entropy(functional_call(self._skeleton, parameters, (images,)), labels)
 
         gradients, loss = grad_and_value(loss_of)(parameters)
-        gradients = list(gradients.values())
-        with torch.no_grad():
-            sgd(
-                list(parameters.values()),
-                gradients,
-                list(buffers) or [None] * len(gradients),
-                foreach=True,
-                lr=lr,
-                momentum=self.config.momentum,
-                dampening=self.config.dampening,
-                weight_decay=self.config.weight_decay,
-                nesterov=self.config.nesterov,
-                maximize=self.config.maximize,
-            )
-        return loss, global_norm(gradients)
+        parameters = {name: parameter.clone() for name, parameter in parameters.items()}
+        momentum = {name: buffer.clone() for name, buffer in momentum.items()}
+        sgd(
+            list(parameters.values()),
+            list(gradients.values()),
+            list(momentum.values()) or [None] * len(gradients),
+            foreach=False,  # `scan` of torch 2.15 cannot trace it
+            lr=lr,
+            momentum=self.config.momentum,
+            dampening=self.config.dampening,
+            weight_decay=self.config.weight_decay,
+            nesterov=self.config.nesterov,
+            maximize=self.config.maximize,
+        )
+        return (parameters, momentum), (loss, global_norm(list(gradients.values())))
 
     # --- Looking without touching
 
@@ -209,18 +243,22 @@ class TorchBackend:
     def _empty_model(self, device: str) -> Net:
         """Built on no device, so that PyTorch draws no random weights that nobody uses."""
         with torch.device("meta"):
-            model = Net(self.classes).to(self.dtype)
+            model = Net(self.classes, self.device, self.compiled).to(self.dtype)
         return model.to_empty(device=device)
 
-    def _images(self, images: np.ndarray) -> Tensor:
-        """(..., height, width, channels) to (..., channels, height, width)."""
+    def _images(self, images: np.ndarray | Tensor) -> Tensor:
+        """(..., height, width, channels) to (..., channels, height, width); a tensor is left as it is."""
+        if isinstance(images, Tensor):
+            return images
         if self.dtype == torch.bfloat16:
             tensor = torch.from_numpy(images.view(np.int16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(images)
         return tensor.to(self.device).movedim(-1, -3).contiguous()
 
-    def _labels(self, labels: np.ndarray) -> Tensor:
+    def _labels(self, labels: np.ndarray | Tensor) -> Tensor:
+        if isinstance(labels, Tensor):
+            return labels
         return torch.from_numpy(labels).to(self.device, torch.int64)
 
 
@@ -239,9 +277,9 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
-def stack(values: tuple[Tensor, ...]) -> np.ndarray:
-    """Scalars on the device as one float64 array on the host, with one synchronisation for all."""
-    return torch.stack(values).double().cpu().numpy()
+def to_array(series: Tensor) -> np.ndarray:
+    """Scalars on the device as a float64 array on the host, with one synchronisation for all."""
+    return series.double().cpu().numpy()
 
 
 def choose_device(device: str) -> str:
@@ -263,13 +301,13 @@ def set_threads(batch_size: int) -> None:
     `Net` in eager mode on two cores, steps per second with one thread / with two: batch 4 in float32 583 / 515, batch
     32 in float32 210 / 296.
     """
-    torch.set_num_threads(1 if batch_size <= 16 else ALL_THREADS)
+    torch.set_num_threads(1 if batch_size <= SMALL_BATCH else ALL_THREADS)
 
 
-def make_comparable() -> None:
+def make_comparable(device: str) -> None:
     """Full float32 and deterministic kernels: TF32 keeps three digits of a float32's seven."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(device == "cuda")  # on the CPU they are; inductor would be half as fast

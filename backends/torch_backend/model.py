@@ -6,15 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backends.torch_backend.layers import convolution
+
 
 class Net(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes)."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, kernel_size=5)
+        Conv2d = convolution(device, compiled)
+        self.conv1 = Conv2d(3, 6, kernel_size=5)
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
-        self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
+        self.conv2 = Conv2d(6, 16, kernel_size=5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
 
@@ -82,6 +83,14 @@ class Scheduler:
         if self.count == self.window:
             self.schedule.step(self.mean)
             self.count, self.mean = 0, 0.0
+
+    def advance(self, steps: int) -> np.ndarray:
+        """The learning rates of the next steps, float64 (steps,), and the schedule beyond them; not for plateau."""
+        rates = []
+        for _ in range(steps):
+            rates.append(self.lr)
+            self.schedule.step()
+        return np.array(rates)
 
 
 def export_schedule(scheduler: Scheduler) -> dict[str, float]:

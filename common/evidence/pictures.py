@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import DTYPES
+from common.evidence.bench import PATHS
 from common.record import write_whole
-from common.report.pictures import new_figure, to_png
+from common.report.drawing import BOUND, GREY, INK, drawing, label, new_figure, plain, to_png, to_svg
+from common.report.drawing import COLOURS as BACKEND_COLOURS
 
 COLOURS = {"float64": "#0072B2", "float32": "#D55E00", "bfloat16": "#009E73"}  # of Okabe and Ito's
 MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^"}
@@ -160,6 +162,68 @@ def _steps(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
+
+
+SPEEDS = {  # by way to train: colour, line, marker, and whether that is full
+    "flax fused": (BACKEND_COLOURS["flax"], "-", "s", "full"),
+    "torch fused": (BACKEND_COLOURS["torch"], "-", "o", "full"),
+    "flax": (BACKEND_COLOURS["flax"], (0, (4, 2)), "s", "none"),
+    "torch": (BACKEND_COLOURS["torch"], (0, (4, 2)), "o", "none"),
+    "eager": (GREY, (0, (1, 1.5)), "D", "none"),
+    "tutorial": (INK, "-", "X", "full"),
+}
+
+
+def draw_bench(lines: Sequence[Mapping[str, Any]], where: str, path: Path) -> None:
+    """A PNG, and an SVG beside it, of `bench.summary`: images per second by batch size, a line for each way to train.
+
+    Args:
+        where: the machine and the precision, for the title.
+
+    Raises:
+        RecordError: if a file cannot be written.
+    """
+    with drawing():
+        figure = new_figure(8.4, 4.8)
+        _speeds(figure, [line for line in lines if line["table"] == "speed"])
+        figure.suptitle(f"Images trained on per second: {label(where, 80)}", fontsize=11)
+        png, svg = to_png(figure), to_svg(figure).encode()
+    write_whole(Path(path), png)
+    write_whole(Path(path).with_suffix(".svg"), svg)
+
+
+def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes = figure.subplots()
+    sizes = sorted({line["batch_size"] for line in lines})
+    for name, (colour, style, marker, fill) in SPEEDS.items():
+        mine = [line for line in lines if line["path"] == name]
+        x = [line["batch_size"] for line in mine]
+        rates = [line["images_per_second"] for line in mine]
+        y = [rate["median"] for rate in rates]
+        ends = [[rate["median"] - rate["low"] for rate in rates], [rate["high"] - rate["median"] for rate in rates]]
+        axes.errorbar(x, y, yerr=ends, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=3)
+        shape = {"marker": marker, "markersize": 6.5, "fillstyle": fill, "markeredgewidth": 1.3}
+        axes.plot(x, y, color=colour, linestyle=style, linewidth=1.8, label=PATHS[name], zorder=4, **shape)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    if limits := [(line["gflops"] * 1e9 / line["flops_per_image"], line["gflops"]) for line in lines if line["gflops"]]:
+        height, gflops = max(limits)
+        text = f"the arithmetic at the speed of large matrix products, {gflops:,.0f} GFLOP/s"
+        axes.axhline(height, color=BOUND, linewidth=1.8, linestyle=(0, (6, 2)))
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(text, (0, height), xytext=(5, 4), fontsize=8.5, color=BOUND, **place)
+        axes.set_ylim(top=1.6 * height)
+    axes.set_xlabel("images per step (batch size)")
+    axes.set_ylabel("images per second\n(median and quartiles)")
+    plain(axes)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
 
 
 def _save(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:

@@ -170,8 +170,8 @@ NOTES = (
         torch=Anchor(_NET, "self.conv2 ="),
         flax=Anchor(_NET, "self.conv2 ="),
         what=(
-            "Neither library flips the kernel. The Flax side may therefore compute its convolution as a plain product "
-            "of patches and kernel on the CPU, where that is quicker (`conv_general_dilated=convolve`)."
+            "Neither library flips the kernel. Both sides may therefore compute their convolution as a plain product "
+            "of patches and kernel on the CPU, where that is quicker (`layers.py`)."
         ),
         why=(
             "For a network that learns its kernels, flipped or not is all the same; for one that is given them, it is "
@@ -183,7 +183,7 @@ NOTES = (
     Note(
         title="Pooling: the stride has to be said",
         torch=Anchor(_NET, "nn.MaxPool2d"),
-        flax=Anchor(_NET, "nnx.max_pool"),
+        flax=Anchor("layers.py:max_pooling", "nnx.max_pool"),
         what=(
             "In PyTorch, pooling is a layer whose stride is its window unless something else is said. In Flax it is a "
             "function whose stride is one."
@@ -455,7 +455,7 @@ NOTES = (
         missed="A compiled program may add in another order, so its last digits differ. More than these must not.",
         tests=(
             "tests/test_backends.py::test_many_steps_in_one_call_are_as_many_single_steps",
-            "tests/test_backends.py::test_a_compiled_loop_agrees_with_an_eager_one_in_pytorch",
+            "tests/test_backends.py::test_a_compiled_loop_in_pytorch_is_as_many_single_steps",
         ),
     ),
     # --- Evaluation
@@ -477,7 +477,7 @@ NOTES = (
     Note(
         title="Which weights are evaluated",
         torch=Anchor("backend.py:Backend.evaluate", "logits = state.model("),
-        flax=Anchor("backend.py:Backend.evaluate", "logits = self._logits(state.parameters"),
+        flax=Anchor("backend.py:Backend.evaluate", "self._compiled_evaluate(state,"),
         what=(
             "PyTorch's model holds its weights, and `inference_mode` keeps autograd from recording. In JAX the "
             "weights are an argument, and nothing is recorded unless a gradient is asked for."

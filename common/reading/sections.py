@@ -16,7 +16,7 @@ from common.errors import LockstepError
 
 FOLDERS = {"torch": "backends/torch_backend", "flax": "backends/flax_backend"}  # below the repository's root
 CLASSES = {"torch": "TorchBackend", "flax": "FlaxBackend"}  # called `Backend` in the names of definitions
-FILES = ("backend.py", "model.py", "optimizer.py", "convert.py", "activations.py")
+FILES = ("backend.py", "model.py", "layers.py", "optimizer.py", "convert.py", "activations.py")
 SETTINGS = "settings"  # the name of a module's own statements, but for imports
 
 
@@ -80,7 +80,10 @@ SECTIONS = (
         "Data",
         "Neither framework loads, normalises or shuffles anything. Both are given the same bytes, made once in NumPy "
         "by the functions below; each then only carries them to its device, in its own layout.",
-        both("backend.py", "Backend._images", "Backend._labels"),
+        (
+            *both("backend.py", "Backend._images", "Backend._labels", "Data", "Backend.upload", "Backend.gather"),
+            Pair(None, "backend.py:Backend._gather", "PyTorch does not compile this: it is two calls."),
+        ),
         shared=("data.py:normalise", "data.py:permutation", "data.py:batch_indices"),
     ),
     Section(
@@ -96,11 +99,7 @@ SECTIONS = (
                 "In Flax, `nnx.eval_shape` in `__init__` does this: it traces the network and draws no weight.",
             ),
             *both("backend.py", "choose_device", "make_comparable", "Backend.describe"),
-            Pair(
-                "backend.py:set_threads",
-                None,
-                "JAX has no such call: XLA shares its work out by itself.",
-            ),
+            Pair("backend.py:set_threads", "backend.py:threads_for"),
         ),
     ),
     Section(
@@ -111,12 +110,15 @@ SECTIONS = (
         (
             *both("model.py", "Net", "Net.__init__"),
             Pair("model.py:Net.forward", "model.py:Net.__call__"),
+            *both("layers.py", "convolution"),
+            Pair("layers.py:BlockConv2d", None, "`nnx.Conv` takes a function to convolve with; PyTorch wants a layer."),
+            Pair("layers.py:BlockConv2d.forward", None, "Likewise."),
+            *both("layers.py", "blocks_times_matrix", "in_blocks"),
             Pair(
-                None,
-                "model.py:convolution",
-                "PyTorch's convolution is quick on the CPU. XLA's is not, so there the Flax side multiplies matrices.",
+                None, "layers.py:max_pooling", "PyTorch's pooling is quick on the CPU; XLA's, in its gradient, is not."
             ),
-            Pair(None, "model.py:_patches_times_matrix", "Likewise."),
+            Pair(None, "layers.py:max_pool", "Likewise."),
+            Pair(None, "layers.py:first_of_larger", "Likewise."),
         ),
     ),
     Section(
@@ -177,24 +179,36 @@ SECTIONS = (
     Section(
         "fused",
         "Many steps in one call",
-        "JAX compiles the loop over the steps into one program. PyTorch runs a Python loop, over a compiled step where "
-        "`torch.compile` is on.",
+        "JAX compiles the loop over the steps into one program, with `lax.scan`. Where `torch.compile` is on, PyTorch "
+        "does so, too, with a `scan` of its own; where it is off, it runs a Python loop.",
         (
-            *both("backend.py", "Backend.train_steps"),
-            Pair("backend.py:Backend._fused_step", "backend.py:Backend._fused_steps"),
+            *both("backend.py", "Backend.train_steps", "Backend._fused_steps"),
+            Pair(
+                "backend.py:Backend._scan",
+                None,
+                "The Flax side's `_fused_steps` is this line: its state is a value, which needs no taking out.",
+            ),
             Pair(
                 "backend.py:Backend._functional_step",
                 None,
                 "`_step` of the Flax side is written this way already: a function from arrays to arrays.",
             ),
-            Pair("backend.py:stack", None, "`jax.lax.scan` stacks what its steps return by itself."),
+            Pair("backend.py:to_array", None, "`train_steps` of the Flax side does this in one line."),
+            Pair(
+                "optimizer.py:Scheduler.advance",
+                None,
+                "An optax schedule is a function of the step, so the compiled loop can call it.",
+            ),
         ),
     ),
     Section(
         "evaluation",
         "Evaluation",
         "Predictions and the mean loss over all test images, in pieces that fit into memory.",
-        both("backend.py", "Backend.evaluate"),
+        (
+            *both("backend.py", "Backend.evaluate"),
+            Pair(None, "backend.py:Backend._evaluate", "PyTorch evaluates eagerly; here it is a program of its own."),
+        ),
     ),
     Section(
         "probe",
