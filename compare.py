@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,6 @@ Family = dict[str, list[Any]]  # by backend: a run and its twins
 def main(argv: list[str] | None = None) -> int:
     """Carry out one command line and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    gc.set_threshold(50_000)  # importing and tracing make many objects and little garbage: a second of looking for it
     try:
         options = parse(arguments)
         return COMMANDS[options.command](options, arguments)
@@ -119,7 +117,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--compile",
         default="auto",
         choices=["auto", "on", "off"],
-        help="torch.compile (auto: on a GPU); jax.jit always",
+        help="torch.compile (auto: in long runs of small batches); jax.jit always",
     )
     group.add_argument("--out", type=Path, metavar="DIR", help="default: results/runs/<recipe>-<fingerprint>")
     group.add_argument("--log-every", type=int, default=2000, metavar="N", help="steps between log lines; 0: none")
