@@ -17,9 +17,7 @@ from common.weights import initial_weights, moved, numpy_dtype, twin_images, twi
 
 OPENING_IMAGES = 8  # of a batch, whose activations are recorded
 CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
-# ... whose images take at most so much memory. With 32 MiB, what the heap had given back lay in pieces: the tutorial's
-# float64 run grew by 50 MB in a thousand steps, to 3.3 GB; with 8 MiB it stays at 1.3 GB from the first to the last.
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 8 * 2**20  # ... whose images take at most so much memory
 
 
 class Observer(Protocol):

@@ -31,6 +31,7 @@ from common.config import Config
 from common.data import normalise
 from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Metrics, Snapshot
+from common.weights import numpy_dtype
 
 EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
 ALL_THREADS = torch.get_num_threads()
@@ -80,8 +81,9 @@ class TorchBackend:
         self._skeleton = self._empty_model("meta")  # the network without weights
         torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_scan`'s programs
         self._compiled_scan = torch.compile(self._scan, fullgraph=True, dynamic=False)
-        table = normalise(np.arange(256, dtype=np.uint8), np.float64)
-        self._normalised = torch.from_numpy(table).to(self.device, self.dtype)  # by pixel
+        self._numpy_dtype = numpy_dtype(dtype)
+        table = normalise(np.arange(256, dtype=np.uint8), self._numpy_dtype)
+        self._normalised = self._tensor(table).to(self.device)  # by pixel
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         model = self._skeleton
@@ -131,6 +133,11 @@ class TorchBackend:
 
     def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(indices).to(self.device)
+        if self.device == "cpu":
+            # In NumPy's memory. PyTorch aligns its own, and what it gives back glibc does not find again for another
+            # tensor of its size: chunk by chunk, the tutorial's float64 run grew to 5.1 GB. So it stays below 1.8.
+            images = normalise(uploaded.images.numpy()[indices], self._numpy_dtype)
+            return self._tensor(images), uploaded.labels[chosen]
         pixels = uploaded.images[chosen]
         images = self._normalised.index_select(0, pixels.flatten().int()).view(pixels.shape)
         return images, uploaded.labels[chosen]
@@ -250,11 +257,13 @@ class TorchBackend:
         """(..., height, width, channels) to (..., channels, height, width); a tensor is left as it is."""
         if isinstance(images, Tensor):
             return images
+        return self._tensor(images).to(self.device).movedim(-1, -3).contiguous()
+
+    def _tensor(self, images: np.ndarray) -> Tensor:
+        """The same memory as a tensor; bfloat16 is `ml_dtypes`' in NumPy, which PyTorch does not know."""
         if self.dtype == torch.bfloat16:
-            tensor = torch.from_numpy(images.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(images)
-        return tensor.to(self.device).movedim(-1, -3).contiguous()
+            return torch.from_numpy(images.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(images)
 
     def _labels(self, labels: np.ndarray | Tensor) -> Tensor:
         if isinstance(labels, Tensor):

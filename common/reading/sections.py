@@ -83,6 +83,7 @@ SECTIONS = (
         (
             *both("backend.py", "Backend._images", "Backend._labels", "Data", "Backend.upload", "Backend.gather"),
             Pair(None, "backend.py:Backend._gather", "PyTorch does not compile this: it is two calls."),
+            Pair("backend.py:Backend._tensor", None, "JAX's bfloat16 is that of `ml_dtypes`."),
         ),
         shared=("data.py:normalise", "data.py:permutation", "data.py:batch_indices"),
     ),
