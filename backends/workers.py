@@ -123,7 +123,7 @@ def _tried(work: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
         return True, work(*arguments)
     except LockstepError as error:
         return False, error
-    except Exception as error:
+    except Exception as error:  # whatever it is, who asked is told in one line, and this process stays able to answer
         reason = next(iter(str(error).splitlines()), "")
         return False, f"{type(error).__name__}: {reason}"
 

@@ -1,12 +1,15 @@
 """Convolution and pooling as the device likes them best; the numbers are those of the library, up to rounding.
 
-Training steps per second of `Net` on two cores, jax 0.10, measured in turn in one process:
+Training steps per second of `Net` on two cores, jax 0.10. At batch 4 in float32 the lower three were measured in turn in
+one process; the others at other times, under other loads:
 
     convolution          pooling     batch 4, float32   batch 4, float64   batch 128, float32
-    library              library                  350                230                    9
+    library              library                  350                230
     one pixel a row      library                  900                620                   42
-    2 x 2 pixels a row   library                1,000                                      55
-    2 x 2 pixels a row   `max_pool`            1,350                710                   91
+    2 x 2 pixels a row   library                1,000
+    2 x 2 pixels a row   `max_pool`             1,340                710                   91
+
+What was tried beside it: `common/evidence/bench.py`.
 """
 
 from __future__ import annotations

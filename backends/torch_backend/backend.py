@@ -196,7 +196,7 @@ class TorchBackend:
             list(parameters.values()),
             list(gradients.values()),
             list(momentum.values()) or [None] * len(gradients),
-            foreach=False,  # `scan` of torch 2.15 cannot trace it
+            foreach=False,  # within `scan`, torch 2.15 fails on it
             lr=lr,
             momentum=self.config.momentum,
             dampening=self.config.dampening,
