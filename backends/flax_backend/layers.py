@@ -1,7 +1,7 @@
 """Convolution and pooling as the device likes them best; the numbers are those of the library, up to rounding.
 
-Training steps per second of `Net` on two cores, jax 0.10. At batch 4 in float32 the lower three were measured in turn in
-one process; the others at other times, under other loads:
+Training steps per second of `Net` on two cores, jax 0.10. At batch 4 in float32 the lower three were measured in turn
+in one process; the others at other times, under other loads:
 
     convolution          pooling     batch 4, float32   batch 4, float64   batch 128, float32
     library              library                  350                230
