@@ -3,8 +3,12 @@
     python compare.py                        both backends, the quick recipe
     python compare.py --backend torch        one backend; compared with the other's record, if there is one
     python compare.py --recipe tutorial      the whole run of PyTorch's tutorial
+    python compare.py --resume RUN           go on with a run that was stopped
+    python compare.py --weights FILE         both start from weights of your own
+    python compare.py export RUN --to torch  a trained model, for use elsewhere
     python compare.py locate                 where two runs part, from their records if they are there
     python compare.py grid                   every combination of the optimizer's options, 200 float64 steps each
+    python compare.py handover               runs that one backend begins and the other ends
     python compare.py faults                 known faults: which are found, by which lens, and where
     python compare.py alarms                 clean pairs of runs: how many are said to differ
     python compare.py sensitivity            from which error of the learning rate on, and when, it is seen
@@ -12,43 +16,49 @@
     python compare.py read                   two pages to learn from: both sources side by side, and a walk-through
 
 Exit status: 0 the runs agree, or a single one finished with nothing to compare it with; 1 they do not agree; 2 the
-request cannot be carried out.
+request cannot be carried out; 130 or 143 it was stopped, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import backends
-from common.config import BACKENDS, DTYPES, RECIPES, SCHEDULES, Config, Recipe, Schedule
-from common.errors import BackendError, ConfigError, DataError, LockstepError, RecordError
+from common import interrupt
+from common.config import BACKENDS, DTYPES, FORMATS, RECIPES, SCHEDULES, Config, Recipe, Schedule
+from common.errors import ConfigError, DataError, LockstepError, RecordError
 
+if TYPE_CHECKING:
+    from common.trainer import Family, Trainer
+
+CHECKPOINT_EVERY, LONG_RUN = 1_000, 5_000  # steps between checkpoints, in runs of so many or more
+SHARED = ("data", "data_dir", "device", "compile", "out", "quiet", "json")  # options of nearly all commands
 MAX_WORKERS = 8  # processes of `alarms`; each holds two gigabytes
 Runs = dict[str, dict[str, Any]]  # by dtype, then by backend
-Family = dict[str, list[Any]]  # by backend: a run and its twins
 
 
 def main(argv: list[str] | None = None) -> int:
     """Carry out one command line and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        options = parse(arguments)
-        return COMMANDS[options.command](options, arguments)
-    except LockstepError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        where = f" ({interruption})" if str(interruption) else ""
-        print(f"interrupted{where}: the records that were finished are kept", file=sys.stderr)
-        return 130
+    with interrupt.listening():
+        try:
+            options = parse(arguments)
+            return COMMANDS[options.command](options, arguments)
+        except LockstepError as error:
+            print(f"error: {printable(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interruption:
+            where = f" ({interruption})" if str(interruption) else ""
+            print(f"interrupted{where}: the records that were finished are kept", file=sys.stderr)
+            return interrupt.status()
 
 
 # --- Parse
@@ -70,7 +80,8 @@ def printable(text: object) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="run", choices=list(COMMANDS), help="what to do (default: run)")
-    parser.add_argument("--backend", default="both", choices=["both", *BACKENDS], help="which to train")
+    parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="export: the folder of a run")
+    parser.add_argument("--backend", choices=["both", *BACKENDS], help="which to train (default: both)")
     lines = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     parser.add_argument("--recipe", default="quick", choices=list(RECIPES), metavar="NAME", help=lines)
 
@@ -101,6 +112,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="; ".join(f"{kind} ({', '.join(names)})" if names else kind for kind, names in SCHEDULES.items()),
     )
     group.add_argument("--seed", type=int, metavar="N", help="of the weights, the order of the batches, and the twins")
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="start from these: a PyTorch state dict (.pt, .pth), safetensors, or the folder of an Orbax checkpoint",
+    )
 
     group = parser.add_argument_group("the comparison")
     group.add_argument("--dtype", choices=DTYPES, help="one lens only (default: the recipe's)")
@@ -111,6 +128,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--quick", action="store_true", help="faults: one of each stage; bench: a minute")
     group.add_argument("--pairs", type=int, metavar="N", help="alarms: pairs of runs (default 300)")
 
+    group = parser.add_argument_group("for use elsewhere")
+    group.add_argument("--to", choices=FORMATS, help="export: as a state dict, safetensors, or an Orbax checkpoint")
+
     group = parser.add_argument_group("where and how")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     group.add_argument(
@@ -120,11 +140,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="torch.compile (auto: in long runs of small batches); jax.jit always",
     )
     group.add_argument("--out", type=Path, metavar="DIR", help="default: results/runs/<recipe>-<fingerprint>")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in this folder; with the other --backend, from where the first one stopped",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="steps between checkpoints; 0: only where a run is stopped (default: 1000 in runs of 5000 or more)",
+    )
     group.add_argument("--log-every", type=int, default=2000, metavar="N", help="steps between log lines; 0: none")
     group.add_argument("--quiet", action="store_true", help="the verdict only")
     group.add_argument("--json", action="store_true", help="the report on standard output, all else on standard error")
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="losses, gaps and images for TensorBoard, too")
-    return parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # RUN may stand after options, too
+    for name, given in {"RUN": options.run_folder, "--to": options.to}.items():
+        if given is not None and options.command != "export":
+            raise ConfigError(f"{options.command} takes no {name} ({given}), export does")
+    return options
 
 
 def add_switch(group: Any, name: str, text: str) -> None:
@@ -135,7 +171,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     """The recipe, with what the options override."""
     recipe = RECIPES[options.recipe]
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and name != "weights"}  # not read yet
     if options.schedule is not None:
         given["schedule"] = Schedule.parse(options.schedule)
     if options.epochs is not None and options.steps is not None:
@@ -146,8 +182,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     dtypes = recipe.dtypes if options.dtype is None else (options.dtype,)
     if twins < 0 or (twins == 0 and dtypes != ("float64",)):
         raise ConfigError("--twins must be 1 or more: without twins nothing says how far rounding may take two runs")
-    if options.log_every < 0:
-        raise ConfigError("--log-every must be 0 or more")
+    options.backend = options.backend or "both"
     return dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, **given), dtypes=dtypes, twins=twins)
 
 
@@ -156,32 +191,74 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Train, compare, report."""
-    recipe = recipe_of(options)  # before anything slow: a wrong option is answered at once
+    for name in ("log_every", "checkpoint_every"):
+        if (getattr(options, name) or 0) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be 0 or more")
+    plan = resumed(options) if options.resume is not None else None
+    recipe = recipe_of(options) if plan is None else plan.restored()  # before anything slow: what is wrong is said now
 
-    from common import data, locate, parity
+    from common import data, storage
+    from common import plan as plans
     from common import report as reports
     from common.report import Terminal
+    from common.trainer import Interrupted, Trainer, how_to_go_on, other_runs
 
     if options.tensorboard is not None:
         reports.check_tensorboard()
         check_writable(options.tensorboard, "--tensorboard")
     terminal = Terminal(quiet=options.quiet, aside=options.json)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    if plan is not None and plan.digest != dataset.digest:
+        raise DataError(f"{dataset.name} is not the data that {options.resume} was begun on: name it with --data")
     config = recipe.config.resolve(len(dataset.train_images))
     names = BACKENDS if options.backend == "both" else (options.backend,)
     device = choose_device(options, config, dataset, names, terminal)
-    folder = options.out or Path("results/runs") / f"{options.recipe}-{config.fingerprint(dataset.digest)}"
-    check_writable(folder)
+    weights = None
+    if options.weights is not None:
+        weights, config = start_from(options.weights, config, dataset, names[0], device)
+        if plan is not None and plan.config != config.to_json():
+            raise DataError(f"{options.weights} holds other weights than those {options.resume} began with: restore it")
+    folder = options.resume or options.out
+    folder = folder or Path("results/runs") / f"{options.recipe}-{config.fingerprint(dataset.digest)}"
+    with storage.claimed(folder):
+        others = [name for name in BACKENDS if name not in names or options.command == "locate"]
+        families = other_runs(folder, recipe.dtypes, others, config, dataset, terminal.line)
+        trainer = Trainer(
+            folder,
+            config,
+            dataset,
+            lambda name, dtype: backends.load(name)(config, len(dataset.classes), dtype, device, options.compile),
+            terminal,
+            weights,
+            options.log_every,
+            checkpoint_every(options, config),
+            resumed=plan is not None,
+            takes_over=plan is not None and options.backend != "both",
+        )
+        if plan is None and options.command == "run":
+            trainer.refuse_to_lose(names, recipe.dtypes)
+            plans.write(make_plan(options, recipe, config, dataset), folder)
+        try:
+            return train_and_compare(trainer, options, recipe, names, families, arguments)
+        except KeyboardInterrupt as interruption:
+            where = str(interruption) or "while the runs were compared"
+            raise Interrupted(f"{where}; {how_to_go_on(folder)}") from None
 
-    families: dict[str, Family] = {dtype: {} for dtype in recipe.dtypes}
-    for dtype in recipe.dtypes:  # before training: a damaged record is reported at once
-        for name in BACKENDS:
-            if name not in names or options.command == "locate":
-                found = find_records(folder, name, dtype, config, dataset, terminal)
-                if found:
-                    families[dtype][name] = found
 
-    trainer = Trainer(options, terminal, dataset, config, device, folder)
+def train_and_compare(
+    trainer: Trainer,
+    options: argparse.Namespace,
+    recipe: Recipe,
+    names: Sequence[str],
+    families: dict[str, Family],
+    arguments: list[str],
+) -> int:
+    """Everything that is written to the run's folder."""
+    from common import data, locate, parity
+    from common import report as reports
+    from common.trainer import Interrupted, explained, how_to_go_on
+
+    terminal, dataset, config, folder = trainer.terminal, trainer.dataset, trainer.config, trainer.folder
     lenses = []
     cut_short = None
     try:
@@ -192,6 +269,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                     family[name] = trainer.train(name, dtype, [None, *range(1, 1 + twins)])
             families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
             lenses.append(parity.judge(families[dtype], trainer.more(dtype, names), dataset.test_labels))
+        if interrupt.requested():
+            raise Interrupted("it was stopped after the last run")
     except Interrupted as interruption:  # what is finished is reported
         cut_short = str(interruption)
         families = {dtype: family for dtype, family in families.items() if family}
@@ -202,7 +281,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in families.items()}
     twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in families.items()}
-    apart = next((lens for lens in lenses if lens["verdict"] == "disagree"), None)
+    apart = next((lens for lens in lenses if lens["verdict"] == "disagree" and parity.broken_off(lens) is None), None)
     if apart is not None and cut_short is None:  # float64 comes first: what shows there shows most sharply
         terminal.line(f"Looking for where the {apart['dtype']} runs part")
         records = runs[apart["dtype"]]
@@ -212,7 +291,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                 records,
                 config,
                 dataset,
-                lambda name: backends.load(name)(config, len(dataset.classes), apart["dtype"], device, options.compile),
+                lambda name: trainer.build(name, apart["dtype"]),
+                weights=trainer.weights,
             )
     report = make_report(options.recipe, config, dataset, arguments, runs, lenses, cut_short)
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
@@ -225,7 +305,58 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     terminal.line(f"Report, pictures and records: {folder}")
     if options.json:
         print_json(report)
-    return 130 if cut_short is not None else 1 if report["verdict"] == "disagree" else 0
+    if cut_short is not None:
+        print(f"interrupted: {how_to_go_on(folder)}", file=sys.stderr)
+        return interrupt.status()
+    return 1 if report["verdict"] == "disagree" else 0
+
+
+def resumed(options: argparse.Namespace) -> Any:
+    """The plan of the run to go on with; `options` get what it says, where the command line says nothing.
+
+    Raises:
+        ConfigError: for an option that a run cannot change on its way.
+        RecordError: if there is no such run.
+    """
+    from common import plan as plans
+
+    if options.command != "run" or options.out is not None:
+        raise ConfigError("--resume is an option of run, which goes on in the run's own folder, without --out")
+    changeable = ("resume", "backend", "log_every", "tensorboard", "checkpoint_every")
+    refuse(options, "a run goes on as it was begun", *changeable)
+    plan = plans.read(options.resume)
+    default = vars(parse([]))
+    for name in ("backend", "data", "device", "compile", "checkpoint_every", "recipe"):
+        if getattr(options, name) == default[name]:
+            setattr(options, name, getattr(plan, name))
+    options.weights = None if plan.weights is None else Path(plan.weights)
+    return plan
+
+
+def make_plan(options: argparse.Namespace, recipe: Recipe, config: Config, dataset: Any) -> Any:
+    """What `--resume` needs to know of a run that begins."""
+    from common.plan import Plan
+
+    return Plan(
+        recipe=options.recipe,
+        config=config.to_json(),
+        dtypes=recipe.dtypes,
+        twins=recipe.twins,
+        backend=options.backend,
+        data=options.data,
+        digest=dataset.digest,
+        device=options.device,
+        compile=options.compile,
+        checkpoint_every=checkpoint_every(options, config),
+        weights=None if options.weights is None else str(options.weights.absolute()),
+    )
+
+
+def checkpoint_every(options: argparse.Namespace, config: Config) -> int:
+    """Steps between two checkpoints; 0: none but where a run is stopped."""
+    if options.checkpoint_every is not None:
+        return options.checkpoint_every
+    return CHECKPOINT_EVERY if config.total_steps >= LONG_RUN else 0
 
 
 def choose_device(options: argparse.Namespace, config: Config, dataset: Any, names: Any, terminal: Any) -> str:
@@ -240,110 +371,59 @@ def choose_device(options: argparse.Namespace, config: Config, dataset: Any, nam
     return next(iter(found.values()))
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C; says where."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    """What all training of one command shares."""
-
-    options: argparse.Namespace
-    terminal: Any
-    dataset: Any
-    config: Config
-    device: str
-    folder: Path
-
-    def train(self, name: str, dtype: str, members: Sequence[int | None]) -> list[Any]:
-        """The records of one backend through one lens: of the run itself (None) and of its twins (1, 2, ...).
-
-        Each is written to the folder as soon as it is finished.
-        """
-        from common import record, train
-
-        options, terminal, total = self.options, self.terminal, self.config.total_steps
-        backend = backends.load(name)(self.config, len(self.dataset.classes), dtype, self.device, options.compile)
-        made = []
-        for twin in members:
-            title = f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
-            log_every = options.log_every if twin is None else 0
-            terminal.line(f"Training {title}: {total:,} steps on {backend.device}")
-            with explained(name), terminal.progress(title, total) as advance:
-                observer = TerminalObserver(terminal.line, advance)
-                try:
-                    made.append(train.train(backend, self.config, self.dataset, dtype, observer, twin, log_every))
-                except KeyboardInterrupt:
-                    raise Interrupted(f"{title} was interrupted at step {observer.steps:,} of {total:,}") from None
-            record.write(made[-1], self.folder)
-        return made
-
-    def more(self, dtype: str, names: Sequence[str]) -> Callable[[str, range], list[Any]]:
-        """Trains the twins that `parity.judge` asks for, of the backends that may be trained."""
-
-        def twins_of(name: str, twins: range) -> list[Any]:
-            if name not in names or not twins:
-                return []
-            self.terminal.line(
-                f"The {dtype} runs part after the first steps; twins of {name} will say whether by rounding alone"
-            )
-            return self.train(name, dtype, twins)
-
-        return twins_of
-
-
-@contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Errors of a compiler, a driver, or the memory, which all come as RuntimeError, as one line with a remedy."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        remedy = "try --compile off, --device cpu or a smaller --batch-size"
-        raise BackendError(f"{name} cannot train here ({type(error).__name__}: {reason}): {remedy}") from error
-
-
-class TerminalObserver:
-    """Passes what the training loop tells on to the terminal, and knows how far it has come."""
-
-    def __init__(self, line: Any, advance: Any) -> None:
-        self.line, self._advance = line, advance
-        self.steps = 0  # done so far
-
-    def advance(self, steps: int, loss: float) -> None:
-        self.steps += steps
-        self._advance(steps, loss)
-
-
-def find_records(folder: Path, name: str, dtype: str, config: Config, dataset: Any, terminal: Any) -> list[Any]:
-    """The other backend's record of this run, followed by those of its twins; empty if there is none.
+def start_from(path: Path, config: Config, dataset: Any, name: str, device: str) -> tuple[dict[str, Any], Config]:
+    """The user's own weights, canonical, and the configuration of the run that starts from them.
 
     Raises:
-        RecordError: if a record is damaged, stale, or not what its name says.
+        DataError: if they are not those of the network that is trained.
     """
-    from common import machine, record, train
+    from backends import files
+    from common import weights
 
-    stem = record.file_stem(name, dtype)
-    main = folder / f"{stem}.safetensors"
-    if not main.exists():
-        return []
-    family = []
-    for path in [main, *sorted(folder.glob(f"{stem}-twin*.safetensors"))]:
-        found = record.read(path)
-        if found.stem != path.stem or (found.backend, found.dtype) != (name, dtype):
-            raise RecordError(f"the record {path} is not what its name says: delete it and run {name} again")
-        mine = train.describe(config, dataset) | {"name": found.data.get("name")}  # the same data may lie elsewhere
-        if found.config != config.to_json() or found.data != mine:
-            if found.twin is None:
-                terminal.line(f"Not compared: {path} is of a run with another configuration or other data")
-                return []
-            continue  # a twin that an earlier run left here
-        if found.twin is not None and found.source != machine.source(name):
-            continue  # likewise
-        if found.source != machine.source(name):
-            raise RecordError(f"the record {path} is stale, the code has changed since: run --backend {name} again")
-        family.append(found)
-    return family
+    network = backends.load(name)(config, len(dataset.classes), "float32", device, "off")
+    found = files.read_weights(path, network.shapes())
+    return found, dataclasses.replace(config, weights=weights.digest(found))
+
+
+def export(options: argparse.Namespace, arguments: list[str]) -> int:
+    """The trained weights of a run, for use elsewhere."""
+    refuse(options, "it writes what was trained", "run_folder", "to", "backend", "dtype", shared=("out", "quiet"))
+    if options.run_folder is None or options.to is None:
+        raise ConfigError("export needs a run's folder and a format: compare.py export RUN --to torch")
+
+    from backends import files
+    from common import record
+
+    taken = trained(options.run_folder, options.backend, options.dtype)
+    ending = {"torch": ".pt", "safetensors": "-weights.safetensors", "orbax": "-orbax"}[options.to]
+    path = options.out or taken.with_name(taken.stem + ending)
+    endings = files.ENDINGS[options.to]
+    if endings and path.suffix.lower() not in endings:
+        raise ConfigError(f"--out {path} must end in {' or '.join(endings)}, by which its format is known again")
+    if path.exists() and path.samefile(taken):
+        raise ConfigError(f"--out {path} is the record itself: choose another name")
+    files.write_weights(path, record.read(taken).final, options.to)
+    loading = files.LOADING[options.to].format(path=str(path.absolute() if options.to == "orbax" else path))
+    print(printable(f"{path}: the trained weights of {taken.name}; load them with {loading}"))
+    return 0
+
+
+def trained(folder: Path, backend: str | None, dtype: str | None) -> Path:
+    """The first record of a run, torch's before flax's, and of the more precise lens first.
+
+    Raises:
+        RecordError: if there is none.
+    """
+    from common import record
+
+    names = BACKENDS if backend in (None, "both") else (backend,)
+    stems = [record.file_stem(name, lens) for name in names for lens in ((dtype,) if dtype else DTYPES)]
+    found = [path for stem in stems if os.path.exists(path := folder / f"{stem}.safetensors")]
+    if not found:
+        raise RecordError(
+            f"{folder} holds no record of a finished run ({stems[0]}.safetensors or the like): give the folder of one"
+        )
+    return found[0]
 
 
 def grid(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -366,6 +446,38 @@ def grid(options: argparse.Namespace, arguments: list[str]) -> int:
     agree = all(row["agrees"] for row in rows)
     study.report(facts, rows, options_grid.table(rows))
     study.terminal.line(f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}.")
+    return 0 if agree else 1
+
+
+def handover(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Runs that one backend begins and the other ends, against runs that are not interrupted."""
+    refuse(options, "it has its own configurations", "steps")
+
+    import tempfile
+
+    from common import grid
+    from common.evidence import shortened
+
+    steps = grid.HANDOVER_STEPS if options.steps is None else options.steps
+    if steps < grid.HANDOVER_LEAST:
+        raise ConfigError(f"--steps must be {grid.HANDOVER_LEAST} or more: shorter runs are one call of the program")
+    configs = list(grid.handover_configs(steps))
+    study = Study(options, arguments, folder="handover")
+    dataset = shortened(study.load(options.data), grid.HANDOVER_TEST_IMAGES)
+    configs = [config.resolve(len(dataset.train_images)) for config in configs]
+    build = functools.partial(study.build, dtype="float64")
+    rows = []
+    with study.terminal.progress("configurations", len(configs)) as advance, tempfile.TemporaryDirectory() as folder:
+        for config in configs:
+            rows.append(grid.hand_over(config, dataset, build, Path(folder), every=max(1, steps // 4)))
+            advance(1, math.nan)
+    handovers = 2 * sum(len(row["places"]) for row in rows)
+    worst = max(row[key] for row in rows for key in ("torch to flax", "flax to torch"))
+    agree = all(row["agrees"] for row in rows)
+    facts = {"steps": steps, "handovers": handovers, "largest_gap": worst, "bound": grid.GRID_BOUND}
+    study.report(facts, rows, grid.handover_table(rows))
+    said = f"equal those that were not interrupted, within {worst:.1e} (bound {grid.GRID_BOUND:g})"
+    study.terminal.line(f"{handovers} runs that changed hands {said if agree else 'do NOT all ' + said}.")
     return 0 if agree else 1
 
 
@@ -411,12 +523,12 @@ def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
     refuse(options, "it has its own configurations", "pairs", "seed", "dtype", "twins")
 
     import multiprocessing
-    import os
     from concurrent.futures import ProcessPoolExecutor
 
     from common.evidence import alarms as clean
     from common.evidence import pictures
     from common.report.terminal import counted
+    from common.trainer import explained
 
     pairs = clean.PAIRS if options.pairs is None else options.pairs
     if pairs < 1:
@@ -510,20 +622,13 @@ def read(options: argparse.Namespace, arguments: list[str]) -> int:
     """Two pages to learn from: the two backends side by side, and a walk through what SGD does."""
     refuse(options, "it reads the sources, and runs a few steps of its own")
 
-    import json
-
     from backends import faults as catalogue
-    from common.reading import walk_through, write_read_page, write_walk_page
+    from common.reading import read_report, walk_through, write_read_page, write_walk_page
 
     study = Study(options, arguments, folder="read")
     root = Path(__file__).resolve().parent
     path = root / "results" / "faults" / "report.json"  # for what goes wrong where a difference is missed
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        report = {name: report[name] for name in ("command", "data", "rows")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        remedy = "make it with: python compare.py faults --data cifar10"
-        raise RecordError(f"{path} cannot be read ({type(error).__name__}): {remedy}") from error
+    report = read_report(path)
     dataset = study.load("digits" if options.data == "auto" else options.data)
     write_read_page(study.folder / "read.html", root, report, [fault.name for fault in catalogue.FAULTS])
     walked = walk_through(study.build, dataset, root, study.terminal.line)
@@ -606,9 +711,9 @@ def print_json(report: dict[str, Any]) -> None:
     print(to_json(report), end="", flush=True)
 
 
-def refuse(options: argparse.Namespace, why: str, *used: str) -> None:
+def refuse(options: argparse.Namespace, why: str, *used: str, shared: Sequence[str] = SHARED) -> None:
     """Raise ConfigError if an option was given that the command does not use."""
-    used = (*used, "command", "data", "data_dir", "device", "compile", "out", "quiet", "json")
+    used = (*used, *shared, "command")
     default = vars(parse([options.command]))
     given = [name for name, value in vars(options).items() if value != default[name] and name not in used]
     if given:
@@ -662,8 +767,10 @@ def check_writable(folder: Path, option: str = "--out") -> None:
 
 COMMANDS = {
     "run": run,
+    "export": export,
     "locate": run,
     "grid": grid,
+    "handover": handover,
     "faults": faults,
     "alarms": alarms,
     "sensitivity": sensitivity,

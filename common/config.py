@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import ConfigError
 
@@ -14,6 +14,7 @@ BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
 DTYPES = ("float64", "float32", "bfloat16")
+FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -144,6 +145,7 @@ class Config:
     maximize: bool = False  # climb instead of descending
     schedule: Schedule = Schedule()
     seed: int = 0  # of the initial weights, the order of the batches and the twins
+    weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
 
     def __post_init__(self) -> None:
         _require(self.model == "net", f"unknown model {self.model!r}: choose net")
@@ -198,15 +200,45 @@ class Config:
         return self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings; schedule options that do not apply are left out."""
+        """Plain numbers and strings; schedule options that do not apply are left out, and so are no weights."""
         fields = dataclasses.asdict(self)
+        if self.weights is None:
+            del fields["weights"]
         fields["schedule"] = {name: value for name, value in fields["schedule"].items() if value is not None}
         return json.loads(json.dumps(fields))
+
+    @classmethod
+    def from_json(cls, fields: Any) -> Config:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: if a field is missing, unknown or of another type, or if they contradict each other.
+        """
+        return _from_json(cls, fields)
 
     def fingerprint(self, data_digest: str) -> str:
         """Twelve hexadecimal digits that two runs share when they are meant to give the same numbers."""
         text = json.dumps([self.to_json(), data_digest], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _from_json(cls: Any, fields: Any) -> Any:
+    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out are None."""
+    kinds = get_type_hints(cls)
+    if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
+        raise ConfigError(f"{cls.__name__} has the fields {', '.join(kinds)}, and no others")
+    values = {}
+    for name, kind in kinds.items():
+        options, value = get_args(kind) or (kind,), fields.get(name)
+        if kind is Schedule:
+            value = _from_json(Schedule, value)
+        elif get_origin(options[0]) is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+            value = tuple(value)
+        allowed = [get_origin(option) or option for option in options]
+        if type(value) not in (*allowed, int if float in allowed else None):
+            raise ConfigError(f"{cls.__name__}.{name} is no {getattr(kind, '__name__', kind)}")
+        values[name] = value
+    return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,19 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import pickle
 import struct
 import tempfile
 import time
+import tokenize
 import urllib.error
 import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,16 @@ from common.errors import DataError
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_FOLDER = "cifar-10-batches-py"  # what the archive unpacks to
+CIFAR10_BYTES = 2**25  # no file of it is larger
 # The names are those of the PyTorch tutorial.
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SOCKET_SECONDS = 20.0  # longest silence of the server that is put up with
 DOWNLOAD_SECONDS = 900.0  # longest download, 163 MiB
 DIGITS_TEST_IMAGES = 360  # the last of scikit-learn's 1797
 MAX_CLASSES = 10_000  # a larger label in an archive without class names is taken for a mistake
+MAX_UNPACKED = 2**29  # bytes of arrays in an archive of any size; CIFAR-10 takes 184 million
+MAX_PACKED = 4  # an archive larger than that must take at least a fourth of its arrays; pictures hardly shrink
+MAX_PIXELS = 50_000_000  # of one picture: at most 16 bytes each while it is decoded, so 800 MB
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # the only decoders that a file can reach, whatever its name
 ORDER_STREAM = int.from_bytes(b"data", "big")  # keeps the order apart from all else that is drawn from the same seed
@@ -54,7 +60,7 @@ REMEDY = (
 )
 # What parsers let through when they stumble over a damaged file.
 _DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, MemoryError)
-_DAMAGE += (RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+_DAMAGE += (RuntimeError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile)
 _BLOCK = 1 << 15  # pixels that are normalised at a time
 _TABLE = (np.arange(256, dtype=np.float64) / 255 - 0.5) / 0.5
 
@@ -101,6 +107,14 @@ def load(
         DataError: if the data is missing, damaged or of the wrong form; the message is one line and names the remedy.
             Damaged CIFAR-10 is an error under "auto" too, and no damaged file is unpickled.
     """
+    try:
+        return _load(choice, data_dir, announce, progress)
+    except MemoryError as error:
+        remedy = "choose smaller data, or a machine with more memory"
+        raise DataError(f"data {choice!r} does not fit into the memory of this machine: {remedy}") from error
+
+
+def _load(choice: str, data_dir: Path | None, announce: Callable[[str], None], progress: bool) -> Dataset:
     if choice in ("auto", "cifar10"):
         return _load_cifar10(choice, data_dir, announce, progress)
     if choice == "digits":
@@ -202,7 +216,8 @@ def _read_cifar10(root: Path) -> Dataset:
     try:
         for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, meta):
             file = root / CIFAR10_FOLDER / name
-            contents[name] = file.read_bytes() if file.is_file() else b""
+            small = file.is_file() and file.stat().st_size <= CIFAR10_BYTES
+            contents[name] = file.read_bytes() if small else b""
             if hashlib.md5(contents[name], usedforsecurity=False).hexdigest() != md5:
                 problem = "is truncated or altered" if file.exists() else "is missing"
                 raise DataError(f"CIFAR-10 file {str(file)!r} {problem}: {remedy}")
@@ -305,8 +320,11 @@ def _load_digits() -> Dataset:
 def _load_npz(path: Path) -> Dataset:
     shown, expected = repr(str(path)), ("x_train", "y_train", "x_test", "y_test")
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name]) for name in (*expected, "classes") if name in archive}
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as on headers that Python 2 wrote
+            arrays = _unpacked(archive, (*expected, "classes"), os.fstat(file.fileno()).st_size)
+    except MemoryError:
+        raise  # what it claims has been looked at, so the machine has no room for it
     except _DAMAGE as error:
         raise DataError(f"{shown} cannot be read ({_line(error)}): write it again with numpy.savez") from error
     if missing := [name for name in expected if name not in arrays]:
@@ -327,6 +345,8 @@ def _load_npz(path: Path) -> Dataset:
     if "classes" in arrays:
         if arrays["classes"].dtype.kind != "U" or arrays["classes"].ndim != 1 or len(arrays["classes"]) < 2:
             raise DataError(f"{shown}: classes must be a one-dimensional array of two or more strings")
+        if len(arrays["classes"]) > MAX_CLASSES:
+            raise DataError(f"{shown} has {len(arrays['classes'])} classes: it may have {MAX_CLASSES}")
         classes = tuple(arrays["classes"].tolist())
         if len(set(classes)) < len(classes):
             raise DataError(f"{shown}: two classes have the same name: give each a name of its own")
@@ -336,6 +356,52 @@ def _load_npz(path: Path) -> Dataset:
         raise DataError(f"{shown}: labels must lie between 0 and {len(classes) - 1}: number the classes from 0")
     train, test = ((images[split], labels[split].astype(np.int64)) for split in ("train", "test"))
     return Dataset(_name(path), *train, *test, classes)
+
+
+def _unpacked(archive: zipfile.ZipFile, names: Sequence[str], size: int) -> dict[str, np.ndarray]:
+    """The arrays of these names that the archive has; all that they claim to take is looked at before any is made.
+
+    Args:
+        size: of the archive's file, in bytes.
+
+    Raises:
+        ValueError: and others of `_DAMAGE`, if the archive is damaged, or claims too much.
+    """
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in names and name in members:
+            raise ValueError(f"it has two members {name}")
+        members[name] = member
+    members = {name: members[name] for name in names if name in members}
+    for name, member in members.items():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is packed otherwise than numpy.savez does")
+    claimed = sum(member.file_size for member in members.values())
+    if claimed > max(MAX_UNPACKED, MAX_PACKED * size):
+        raise ValueError(f"it claims to hold {claimed} bytes in {size}")
+    return {name: _unpacked_array(archive, name, member) for name, member in members.items()}
+
+
+def _unpacked_array(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"{name} is of another version of the npy format")
+        try:
+            shape, _, dtype = readers[version](stream)
+        except MemoryError:  # says Python's parser of brackets that are nested too deeply
+            raise ValueError(f"{name} has no header") from None
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds pickled objects, which are not loaded")
+        if dtype.itemsize * math.prod(shape) != member.file_size - stream.tell():
+            raise ValueError(f"{name} claims to be {dtype} {shape}, which is not what it holds")
+    with archive.open(member) as stream:
+        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def _load_folder(path: Path, announce: Callable[[str], None]) -> Dataset:
@@ -392,6 +458,8 @@ def _read_picture(file: Path) -> np.ndarray:
             warnings.simplefilter("ignore")  # such as on palettes with transparency, of which RGB knows nothing
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
                 return np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
     except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"picture {str(file)!r} cannot be read ({_line(error)}): replace or remove it") from error

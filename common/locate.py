@@ -18,7 +18,7 @@ import numpy as np
 from common import data, machine, parity, train
 from common.config import Config
 from common.data import Dataset
-from common.protocol import Backend, Snapshot
+from common.protocol import Arrays, Backend, Snapshot
 from common.record import OPENING_STEPS, Record
 from common.separation import gaps
 from common.weights import initial_weights, moved, numpy_dtype
@@ -70,6 +70,7 @@ def locate(
     dataset: Dataset,
     build: Callable[[str], Backend],
     twins: int = 2,
+    weights: Arrays | None = None,
 ) -> dict[str, Any] | None:
     """Where the two runs of a lens part, as plain JSON; None if they agree.
 
@@ -79,6 +80,7 @@ def locate(
         config: resolved for `dataset`.
         build: makes a backend in the lens's dtype; called only for what the records do not show.
         twins: per backend, for a step that is replayed.
+        weights: that both started from, canonical, of any floating-point dtype; None: drawn from the seed.
     """
     first = lens["first_divergence"]
     if first is None:
@@ -87,7 +89,7 @@ def locate(
     if step < OPENING_STEPS or stage == "evaluate" or tensor == "lr":
         return _describe(first, list(runs), _arrays(runs, step, stage, tensor), "as recorded")
     names = list(runs)
-    found = _replay(names, config, dataset, lens["dtype"], step, build, twins)
+    found = _replay(names, config, dataset, lens["dtype"], step, build, twins, weights)
     if found is None:
         how = (
             f"none of the {LOOK_BACK} steps before it and it, taken from the same state on the same batch, is outside "
@@ -110,11 +112,15 @@ def _replay(
     step: int,
     build: Callable[[str], Backend],
     twins: int,
+    weights: Arrays | None,
 ) -> tuple[parity.Rung, Any] | None:
     """The first rung outside its bound of the first step, up to `step`, that goes wrong from the reference's state."""
     backends = [build(name) for name in names]
     reference = backends[0]
-    state = reference.init(Snapshot.start(initial_weights(reference.shapes(), config.seed, dtype)))
+    if weights is None:
+        weights = initial_weights(reference.shapes(), config.seed, dtype)
+    weights = {name: array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
+    state = reference.init(Snapshot.start(weights))
     members = [None, *range(1, twins + 1)]
     for current, indices in enumerate(data.batch_indices(config, len(dataset.train_images))):
         if current > step:

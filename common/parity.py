@@ -154,19 +154,26 @@ def judge(
 def twins_wanted(lens: dict[str, Any]) -> int:
     """How many twins per side should be asked before this verdict stands; 0 if it does.
 
-    What shows in the first steps is no chaos. Later, near instability, training amplifies even float64's rounding:
-    digits at lr 0.05 and momentum 0.9 passed 1e-12 at step 85. And in float32 two twins may both keep to their run's
-    path where rounding tipped a rectifier between the frameworks: 2 of 300 clean pairs, each of which a third twin
-    cleared. In evaluation alone no float64 run is chaotic: a port that leaves dropout on there would be excused by its
-    own twins.
+    What shows in the first steps is no chaos, and what is not finite no twin explains. Later, near instability,
+    training amplifies even float64's rounding: digits at lr 0.05 and momentum 0.9 passed 1e-12 at step 85. And in
+    float32 two twins may both keep to their run's path where rounding tipped a rectifier between the frameworks: 2 of
+    300 clean pairs, each of which a third twin cleared. In evaluation alone no float64 run is chaotic: a port that
+    leaves dropout on there would be excused by its own twins.
     """
     first = lens["first_divergence"]
-    if first is None or first["step"] < OPENING_STEPS:
+    ended = any(step is not None for step in lens.get("broken", {}).values())
+    if first is None or first["step"] < OPENING_STEPS or ended:
         return 0
     fewest = min(len(twins) for twins in lens["twins"].values())
     if lens["dtype"] == "float64" and fewest == 0:
         return 0 if first["stage"] == "evaluate" else FIRST_TWINS
     return ENOUGH_TWINS if fewest < ENOUGH_TWINS else 0
+
+
+def broken_off(lens: dict[str, Any]) -> int | None:
+    """The step whose loss is not finite, if it is the same one in all runs of this lens."""
+    steps = set(lens.get("broken", {}).values())  # reports of older versions have none
+    return next(iter(steps)) if len(steps) == 1 else None
 
 
 def check_comparable(first: Record, second: Record) -> None:
@@ -377,6 +384,8 @@ def _describe(runs: dict[str, Record], labels: np.ndarray) -> dict[str, Any]:
     return {
         "dtype": some.dtype,
         "steps": some.steps,
+        "broken": {name: r.broken for name, r in runs.items()},
+        "legs": {name: r.legs for name, r in runs.items()},
         "verdict": "single",
         "max_abs_loss_gap": None,
         "bound": {"rule": "nothing was compared"},

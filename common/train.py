@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from common import data, machine
+from common.checkpoint import REMEDY, Checkpoint, Keeper, check, is_finite
 from common.config import Config
 from common.data import Dataset
+from common.errors import RecordError
 from common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
 from common.record import OPENING_STEPS, Record, stretches
 from common.weights import initial_weights, moved, numpy_dtype, twin_images, twin_weights
 
 OPENING_IMAGES = 8  # of a batch, whose activations are recorded
+SNAPSHOT_SECONDS = 1.0  # at most so much work is lost where training is interrupted in the middle of a call
 CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
 CHUNK_BYTES = 8 * 2**20  # ... whose images take at most so much memory
 
@@ -36,76 +41,255 @@ def train(
     observer: Observer,
     twin: int | None = None,
     log_every: int = 2000,
+    *,
+    weights: Arrays | None = None,
+    start: Checkpoint | None = None,
+    keeper: Keeper | None = None,
 ) -> Record:
     """Train once and evaluate on the test images.
+
+    A loss that is not finite ends the training: the record then has the last good state, evaluated, and NaN for the
+    steps that were not taken.
 
     Args:
         config: the run, resolved for this data set.
         twin: None for the run itself; 1, 2, ... for runs whose weights and images are moved by at most one ulp.
         log_every: steps between two log lines, counted within an epoch as the tutorial does; 0: none.
+        weights: canonical, of any floating-point dtype; None: drawn from the seed.
+        start: what to go on from; None: the first step.
+        keeper: keeps checkpoints, between two calls of `train_steps`; where it stops the run, or the run is
+            interrupted, also one of the last state known.
+
+    Raises:
+        KeyboardInterrupt: if `keeper` stops the run.
+        RecordError: if `start` is of another run, or a checkpoint cannot be written.
     """
-    weights = initial_weights(backend.shapes(), config.seed, dtype)
+    if start is None:
+        start = _begin(backend, config, dataset, dtype, twin, weights)
+    else:
+        source = machine.source(start.backend)
+        check(start, config.to_json(), describe(config, dataset), backend.shapes(), source)
+    run = _Run(backend, config, dataset, dtype, start, _Log(config, len(dataset.train_images), log_every, observer))
+    try:
+        run.train(keeper)
+        evaluation = evaluate(backend, run.state, dataset, dtype)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # A terminal's Ctrl-C reaches a compiler's own processes, too: their end is no error then.
+        if not isinstance(error, KeyboardInterrupt) and not (keeper is not None and keeper.stopping()):
+            raise
+        if keeper is not None and is_finite(run.latest.snapshot):
+            keeper.keep(run.latest)
+        raise KeyboardInterrupt from error
+    if run.broken is not None and keeper is not None:
+        keeper.keep(run.latest)
+    last, series = run.latest, run.series()
+    unknown = np.full(config.total_steps - len(series.loss), np.nan)
+    return Record(
+        backend=backend.name,
+        dtype=dtype,
+        twin=twin,
+        config=last.config,
+        data=last.data,
+        environment=backend.describe(),
+        source=last.source,
+        loss=np.concatenate([series.loss, unknown]),
+        gradient_norm=np.concatenate([series.gradient_norm, unknown]),
+        lr=np.concatenate([series.lr, unknown]),
+        predictions=np.asarray(evaluation.predictions, np.int64),
+        test_loss=float(evaluation.loss),
+        seconds=last.seconds,
+        steps_per_second=run.steps_per_second(),
+        weights=last.weights,
+        opening=last.opening,
+        layers=last.layers,
+        along=last.along,
+        final=last.snapshot.parameters,
+        legs=last.legs,
+        broken=run.broken,
+    )
+
+
+def _begin(
+    backend: Backend, config: Config, dataset: Dataset, dtype: str, twin: int | None, weights: Arrays | None
+) -> Checkpoint:
+    """The run before its first step."""
+    if weights is None:
+        weights = initial_weights(backend.shapes(), config.seed, dtype)
+    weights = {name: array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
     if twin is not None:
         weights = twin_weights(weights, config.seed, twin)
-    rounding = None if twin is None else twin_images(config.seed, twin)
-    state = backend.init(Snapshot.start(weights))
-    initial = backend.export(state).parameters
-
-    opening: Arrays = {}
-    along: Arrays = {}
-    edges = [stop for _, stop in stretches(config.total_steps) if stop > OPENING_STEPS]
-    history: list[Metrics] = []
-    log = _Log(config, len(dataset.train_images), log_every, observer)
-    uploaded = backend.upload(dataset.train_images, dataset.train_labels)
-    start = first_chunk_end = time.perf_counter()
-    steps = first_chunk_steps = 0
-    for indices in chunks(config, len(dataset.train_images), bytes_per_image=3072 * numpy_dtype(dtype).itemsize):
-        if rounding is None:
-            images, labels = backend.gather(uploaded, indices)
-        else:
-            images = moved(data.normalise(dataset.train_images[indices], numpy_dtype(dtype)), rounding)
-            labels = dataset.train_labels[indices]
-        if steps < OPENING_STEPS:
-            opening |= _named(steps, _cut(backend.probe(state, images[0], labels[0])))
-        state, metrics = backend.train_steps(state, images, labels)
-        if steps < OPENING_STEPS:
-            opening |= _named(steps, updated(backend.export(state)))
-        history.append(metrics)
-        steps += len(indices)
-        if edges and edges[0] <= steps < config.total_steps:
-            along |= _named(steps, backend.export(state).parameters)
-            edges = [edge for edge in edges if edge > steps]
-        log.add(metrics.loss)
-        if first_chunk_steps == 0 and len(indices) > 1:
-            first_chunk_end, first_chunk_steps = time.perf_counter(), steps
-    seconds = time.perf_counter() - start
-    if first_chunk_steps == steps:  # there is nothing after it to measure
-        first_chunk_end, first_chunk_steps = start, 0
-    steady = (steps - first_chunk_steps) / (start + seconds - first_chunk_end)
-
-    evaluation = evaluate(backend, state, dataset, dtype)
-    loss, gradient_norm, lr = (np.concatenate(series) for series in zip(*history, strict=True))
-    return Record(
+    snapshot = backend.export(backend.init(Snapshot.start(weights)))
+    none = np.zeros(0)
+    return Checkpoint(
         backend=backend.name,
         dtype=dtype,
         twin=twin,
         config=config.to_json(),
         data=describe(config, dataset),
-        environment=backend.describe(),
         source=machine.source(backend.name),
-        loss=loss,
-        gradient_norm=gradient_norm,
-        lr=lr,
-        predictions=np.asarray(evaluation.predictions, np.int64),
-        test_loss=float(evaluation.loss),
-        seconds=seconds,
-        steps_per_second=steady,
-        weights=initial,
-        opening=opening,
-        layers=layers_of(opening),
-        along=along,
-        final=backend.export(state).parameters,
+        legs=[],
+        layers=[],
+        rounding=None if twin is None else dict(twin_images(config.seed, twin).bit_generator.state),
+        seconds=0.0,
+        loss=none,
+        gradient_norm=none,
+        lr=none,
+        weights=snapshot.parameters,
+        opening={},
+        along={},
+        snapshot=snapshot,
     )
+
+
+class _Run:
+    """Training from one checkpoint to the next, and to the end."""
+
+    def __init__(
+        self, backend: Backend, config: Config, dataset: Dataset, dtype: str, start: Checkpoint, log: _Log
+    ) -> None:
+        self.backend, self.config, self.dataset, self.dtype, self.log = backend, config, dataset, dtype, log
+        self.start = self.latest = start
+        self.history = [Metrics(start.loss, start.gradient_norm, start.lr)]
+        self.broken: int | None = None  # the step whose loss was not finite
+        self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
+        self._restore(start)
+        self.log.resume(start.loss)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.state: Any = self.backend.init(checkpoint.snapshot)
+        self.step = checkpoint.step
+        self.opening, self.along = dict(checkpoint.opening), dict(checkpoint.along)
+        self.rounding: np.random.Generator | None = None
+        if checkpoint.twin is not None and checkpoint.rounding is not None:
+            self.rounding = twin_images(self.config.seed, checkpoint.twin)
+            self.rounding.bit_generator.state = checkpoint.rounding
+
+    def train(self, keeper: Keeper | None) -> None:
+        """Up to the last step, to a loss that is not finite, or until `keeper` stops it."""
+        edges = [stop for _, stop in stretches(self.config.total_steps) if stop > max(OPENING_STEPS, self.step)]
+        self.began = taken = time.perf_counter()
+        self.first_chunk: tuple[int, float] | None = None  # steps done after it, and when
+        for indices in self._chunks(self.step):
+            before = self.step
+            metrics = self._steps(indices)
+            finite = np.isfinite(metrics.loss)
+            if not finite.all():
+                self._break_off(before, int(np.argmin(finite)), metrics)
+                return
+            self.history.append(metrics)
+            if edges and edges[0] <= self.step < self.config.total_steps:
+                self.along |= _named(self.step, self.backend.export(self.state).parameters)
+                edges = [edge for edge in edges if edge > self.step]
+            self.log.add(metrics.loss)
+            now = time.perf_counter()
+            if self.first_chunk is None and len(indices) > 1:
+                self.first_chunk = self.step, now
+            stopping = keeper is not None and keeper.stopping()
+            due = keeper is not None and keeper.due(before, self.step)
+            last = self.step == self.config.total_steps
+            if stopping or due or last or now - taken > SNAPSHOT_SECONDS:
+                checkpoint, taken = self._checkpoint(), time.perf_counter()
+                if last or is_finite(checkpoint.snapshot):  # else the next loss ends the run
+                    self.latest = checkpoint
+            if stopping:
+                raise KeyboardInterrupt
+            if due and not last and keeper is not None:
+                keeper.keep(self.latest)
+
+    def _chunks(self, start: int) -> Iterator[np.ndarray]:
+        """`chunks`, from step `start` on: each as in a run that was never stopped, so that the same programs run."""
+        step = 0
+        for indices in chunks(
+            self.config, len(self.dataset.train_images), bytes_per_image=3072 * numpy_dtype(self.dtype).itemsize
+        ):
+            if step >= start:
+                yield indices
+            step += len(indices)
+            if step > start > step - len(indices):
+                raise RecordError(f"the checkpoint after step {start} lies between two calls of train_steps: {REMEDY}")
+
+    def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
+        if self.rounding is None:
+            return self.backend.gather(self.uploaded, indices)
+        images = data.normalise(self.dataset.train_images[indices], numpy_dtype(self.dtype))
+        return moved(images, self.rounding), self.dataset.train_labels[indices]
+
+    def _steps(self, indices: np.ndarray) -> Metrics:
+        """One call of `train_steps`; the first steps are recorded tensor by tensor."""
+        images, labels = self._batches(indices)
+        opens = self.step < OPENING_STEPS
+        if opens:
+            self.opening |= _named(self.step, _cut(self.backend.probe(self.state, images[0], labels[0])))
+        self.state, metrics = self.backend.train_steps(self.state, images, labels)
+        if opens:
+            self.opening |= _named(self.step, updated(self.backend.export(self.state)))
+        self.step += len(indices)
+        return metrics
+
+    def series(self) -> Metrics:
+        """Of all steps so far."""
+        self.history = [Metrics(*map(np.concatenate, zip(*self.history, strict=True)))]
+        return self.history[0]
+
+    def _checkpoint(self) -> Checkpoint:
+        legs = list(self.start.legs)
+        if self.step > self.start.step:
+            if legs and legs[-1]["backend"] == self.backend.name:
+                legs.pop()
+            legs.append({"backend": self.backend.name, "stop": self.step})
+        series = self.series()
+        return replace(
+            self.start,
+            legs=legs,
+            layers=self.start.layers or layers_of(self.opening),
+            rounding=None if self.rounding is None else dict(self.rounding.bit_generator.state),
+            seconds=self.start.seconds + time.perf_counter() - self.began,
+            loss=series.loss[: self.step],
+            gradient_norm=series.gradient_norm[: self.step],
+            lr=series.lr[: self.step],
+            opening=dict(self.opening),
+            along=dict(self.along),
+            snapshot=self.backend.export(self.state),
+        )
+
+    def _break_off(self, before: int, number: int, metrics: Metrics) -> None:
+        """Go back to the state before the step whose loss is not finite, or, if that is not finite, to an earlier one.
+
+        Args:
+            before: steps done before the call of `train_steps`.
+            number: of the step within it.
+        """
+        self.history.append(Metrics(*(series[: number + 1] for series in metrics)))
+        self.broken = before + number
+        opening, along = self.opening, self.along
+        for stop in (self.broken, self.broken - 1):
+            self._take_again(max(stop, self.latest.step))
+            checkpoint = self._checkpoint()
+            if is_finite(checkpoint.snapshot):
+                break
+        along = {key: array for key, array in along.items() if int(key.partition("/")[0]) <= self.step}
+        self.latest = replace(checkpoint, opening=opening, along=along)
+
+    def _take_again(self, stop: int) -> None:
+        """Go back to the last state that was kept in memory, and on from there to the one before step `stop`."""
+        self._restore(self.latest)
+        for indices in self._chunks(self.step):
+            if self.step + len(indices) <= stop:
+                self._steps(indices)
+                continue
+            images, labels = self._batches(indices)
+            for number in range(stop - self.step):
+                self.state, _ = self.backend.train_step(self.state, images[number], labels[number])
+            self.step = stop
+            return
+
+    def steps_per_second(self) -> float:
+        """After the first chunk, which compiles; of all steps where there is no other."""
+        seconds = self.latest.seconds - self.start.seconds
+        steps, end = self.first_chunk or (self.step, 0.0)
+        if steps < self.step:
+            return (self.step - steps) / (self.began + seconds - end)
+        return (self.step - self.start.step) / seconds if seconds else math.nan
 
 
 def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
@@ -182,12 +366,23 @@ class _Log:
         self.done, self.running, self.counted = 0, 0.0, 0
 
     def add(self, losses: np.ndarray) -> None:
+        for line in self._lines(losses):
+            self.observer.line(line)
+        self.observer.advance(len(losses), float(losses[-1]))
+
+    def resume(self, losses: np.ndarray) -> None:
+        """After the steps that were taken before: the lines of theirs were said then."""
+        for _ in self._lines(losses):
+            pass
+        if len(losses):
+            self.observer.advance(len(losses), float(losses[-1]))
+
+    def _lines(self, losses: np.ndarray) -> Iterator[str]:
         for loss in losses:
             epoch, step = divmod(self.done, self.batches)
             if step == 0:
                 self.running, self.counted = 0.0, 0
             self.done, self.running, self.counted = self.done + 1, self.running + float(loss), self.counted + 1
             if self.every and (step + 1) % self.every == 0:
-                self.observer.line(f"[{epoch + 1}, {step + 1:5d}] loss: {self.running / self.counted:.3f}")
+                yield f"[{epoch + 1}, {step + 1:5d}] loss: {self.running / self.counted:.3f}"
                 self.running, self.counted = 0.0, 0
-        self.observer.advance(len(losses), float(losses[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import ml_dtypes
@@ -33,6 +34,14 @@ def initial_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -
         draws = _generator(seed, WEIGHTS_STREAM, name).uniform(-1, 1, shape)
         weights[name] = (draws / np.sqrt(fan_in)).astype(numpy_dtype(dtype))
     return weights
+
+
+def digest(weights: Arrays) -> str:
+    """SHA-256, hexadecimal, of names, shapes and numbers; the same for all dtypes that hold the same numbers."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        sha.update(f"{name} {weights[name].shape}".encode() + weights[name].astype(np.float64).tobytes())
+    return sha.hexdigest()
 
 
 def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:

@@ -87,7 +87,7 @@ def test_a_run_leaves_its_report_pictures_and_records(both: tuple[int, Path]) ->
     records = {f"{backend}-float64.safetensors" for backend in ("torch", "flax")}
     for twin in ("", "-twin1", "-twin2"):
         records |= {f"{backend}-float32{twin}.safetensors" for backend in ("torch", "flax")}
-    assert names == {"report.json", "report.html"} | pictures | records
+    assert names == {"report.json", "report.html", "run.json", ".lock"} | pictures | records
     assert (both[1] / "report.html").stat().st_size < 3_000_000
 
 
@@ -108,12 +108,12 @@ def test_a_run_that_is_interrupted_reports_what_was_finished(
 ) -> None:
     complete, done = train.train, []
 
-    def interrupted(backend: Any, config: Any, dataset: Any, dtype: str, observer: Any, *rest: Any) -> Any:
+    def interrupted(backend: Any, config: Any, dataset: Any, dtype: str, observer: Any, *rest: Any, **more: Any) -> Any:
         if len(done) == finished:
             observer.advance(7, 2.0)
             raise KeyboardInterrupt
         done.append((backend.name, dtype))
-        return complete(backend, config, dataset, dtype, observer, *rest)
+        return complete(backend, config, dataset, dtype, observer, *rest, **more)
 
     monkeypatch.setattr(train, "train", interrupted)
     options = [*SHORT, "--twins", "1", "--steps", "3", "--out", tmp_path]
@@ -129,12 +129,13 @@ def test_a_run_that_is_interrupted_reports_what_was_finished(
 def test_a_run_that_is_interrupted_before_anything_is_finished_leaves_no_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", interrupted)
     assert lockstep(*SHORT, "--out", tmp_path) == 130
-    assert "(torch float64 was interrupted at step 0 of 24)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"(torch float64 was interrupted at step 0 of 24; go on with: python compare.py --resume {tmp_path})" in said
     assert not (tmp_path / "report.json").exists()
 
 
@@ -196,7 +197,7 @@ def test_a_damaged_record_is_refused_before_training(
     path.write_bytes(damage((both[1] / path.name).read_bytes()))
     assert lockstep(*SHORT, "--dtype", "float64", "--out", tmp_path, "--backend", "flax") == 2
     assert_one_line(capsys, "delete it")
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert {found.name for found in tmp_path.iterdir()} == {path.name, ".lock"}
 
 
 def rewritten(path: Path, target: Path, **changes: object) -> None:

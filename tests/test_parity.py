@@ -19,6 +19,7 @@ from common.parity import (
     ENOUGH_TWINS,
     FIRST_TWINS,
     Rung,
+    broken_off,
     class_accuracy,
     compare,
     divergence,
@@ -758,6 +759,35 @@ def test_a_run_is_not_its_own_twin_and_no_backend_has_the_twins_of_the_other(
     for stranger in (make("torch", dtype), make("flax", dtype, 1)):
         with pytest.raises(RecordError, match=r"^\S+ is no twin of torch-\w+: run torch again$"):
             compare(runs, {"torch": [stranger]}, LABELS)
+
+
+@lenses
+def test_a_twin_and_the_other_backends_run_are_not_taken_for_the_run(dtype: str) -> None:
+    for stranger in (make("torch", dtype, 1), make("flax", dtype)):
+        with pytest.raises(RecordError, match=r"^a record is not the run that it is taken for: run both"):
+            compare({"torch": stranger}, {}, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("steps", "same"),
+    [
+        ({"torch": None, "flax": None}, None),
+        ({"torch": 7, "flax": 7}, 7),
+        ({"torch": 7}, 7),
+        ({"torch": 7, "flax": 8}, None),
+        ({"torch": 7, "flax": None}, None),
+        ({}, None),
+    ],
+)
+def test_runs_end_early_together_only_where_all_end_at_the_same_step(steps: dict, same: int | None) -> None:
+    assert broken_off({"broken": steps}) == same
+    assert broken_off({}) is None
+
+
+def test_no_twin_is_asked_to_explain_a_run_that_ended_early() -> None:
+    late = in_series("loss", 17)(make("flax", "float64"))
+    assert twins_wanted(judge("float64", flax=late)) == FIRST_TWINS
+    assert twins_wanted(judge("float64", flax=dataclasses.replace(late, broken=50))) == 0
 
 
 @pytest.mark.parametrize("backends", [("torch",), ("torch", "flax")], ids=["single", "both"])

@@ -124,14 +124,15 @@ def learning_rate(config: Config, optimizer_state: Any) -> Any:
 
 
 def export_schedule(config: Config, optimizer_state: Any) -> dict[str, float]:
-    """Canonical: `lr` of the next step; plateau's `best`, `bad` and `cooldown`, and the window's `count` and `mean`."""
+    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the window's `count` and
+    `mean`. The scale, by which plateau has reduced lr, is what optax keeps; PyTorch keeps lr."""
     lr = float(learning_rate(config, optimizer_state))
     if config.schedule.kind != "plateau":
         return {"lr": lr}
     plateau = optimizer_state["plateau"]
     counters = {"best": float(plateau.best_value), "bad": int(plateau.plateau_count)}
     counters |= {"cooldown": int(plateau.cooldown_count), "count": int(plateau.count), "mean": float(plateau.avg_value)}
-    return {"lr": lr, **counters}
+    return {"lr": lr, "scale": float(plateau.scale), **counters}
 
 
 def restore_schedule(config: Config, optimizer_state: Any, schedule: dict[str, float], step: int) -> Any:
@@ -142,7 +143,7 @@ def restore_schedule(config: Config, optimizer_state: Any, schedule: dict[str, f
         restored["dampening"] = DampeningState(jnp.asarray(step, jnp.int32))
     if config.schedule.kind == "plateau":
         restored["plateau"] = optimizer_state["plateau"]._replace(
-            scale=jnp.asarray(schedule["lr"] / config.lr if config.lr else 1.0, jnp.float64),
+            scale=jnp.asarray(schedule["scale"], jnp.float64),
             best_value=jnp.asarray(schedule["best"], jnp.float64),
             plateau_count=jnp.asarray(schedule["bad"], jnp.int32),
             cooldown_count=jnp.asarray(schedule["cooldown"], jnp.int32),

@@ -91,5 +91,5 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def to_tensor(array: np.ndarray) -> Tensor:
     """A copy as a tensor of the same dtype."""
     if array.dtype == ml_dtypes.bfloat16:
-        return torch.tensor(array.astype(np.float32)).bfloat16()
+        return torch.tensor(np.ascontiguousarray(array.astype(np.float32))).bfloat16()
     return torch.tensor(np.ascontiguousarray(array))

@@ -64,6 +64,7 @@ class Scheduler:
 
     def __init__(self, config: Config, optimizer: SGD) -> None:
         self.optimizer = optimizer
+        self.start = config.lr
         self.schedule = make_schedule(config, optimizer)
         self.window = config.schedule.window if config.schedule.kind == "plateau" else None
         self.count = 0  # steps of the window so far
@@ -94,12 +95,15 @@ class Scheduler:
 
 
 def export_schedule(scheduler: Scheduler) -> dict[str, float]:
-    """Canonical: `lr` of the next step; plateau's `best`, `bad` and `cooldown`, and the window's `count` and `mean`."""
+    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the window's `count` and
+    `mean`. The scale, by which plateau has reduced lr, is what optax keeps; PyTorch keeps lr."""
     if scheduler.window is None:
         return {"lr": scheduler.lr}
     plateau = scheduler.schedule
     counters = {"best": plateau.best, "bad": plateau.num_bad_epochs, "cooldown": plateau.cooldown_counter}
-    return {"lr": scheduler.lr, **counters, "count": scheduler.count, "mean": float(scheduler.mean)}
+    window = {"count": scheduler.count, "mean": float(scheduler.mean)}
+    scale = scheduler.lr / scheduler.start if scheduler.start else 1.0
+    return {"lr": scheduler.lr, "scale": scale, **counters, **window}
 
 
 def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from common.config import DTYPES
 from common.evidence.bench import PATHS
-from common.record import write_whole
 from common.report.drawing import BOUND, GREY, INK, drawing, label, new_figure, plain, to_png, to_svg
 from common.report.drawing import COLOURS as BACKEND_COLOURS
+from common.storage import write_whole
 
 COLOURS = {"float64": "#0072B2", "float32": "#D55E00", "bfloat16": "#009E73"}  # of Okabe and Ito's
 MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^"}

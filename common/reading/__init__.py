@@ -4,8 +4,9 @@ Sources are read as text when a page is made, and every number comes from a repo
 what is there. What a page says of the sources is tied to them: see `sections.check` and `notes.check`.
 """
 
+from common.reading.measured import read_report
 from common.reading.read import write_read_page
 from common.reading.sections import SourceError
 from common.reading.walk import walk_through, write_walk_page
 
-__all__ = ["SourceError", "walk_through", "write_read_page", "write_walk_page"]
+__all__ = ["SourceError", "read_report", "walk_through", "write_read_page", "write_walk_page"]

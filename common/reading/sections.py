@@ -16,7 +16,7 @@ from common.errors import LockstepError
 
 FOLDERS = {"torch": "backends/torch_backend", "flax": "backends/flax_backend"}  # below the repository's root
 CLASSES = {"torch": "TorchBackend", "flax": "FlaxBackend"}  # called `Backend` in the names of definitions
-FILES = ("backend.py", "model.py", "layers.py", "optimizer.py", "convert.py", "activations.py")
+FILES = ("backend.py", "model.py", "layers.py", "optimizer.py", "convert.py", "activations.py", "files.py")
 SETTINGS = "settings"  # the name of a module's own statements, but for imports
 
 
@@ -247,6 +247,23 @@ SECTIONS = (
             *both("optimizer.py", "export_schedule", "restore_schedule", "export_momentum", "restore_momentum"),
         ),
         shared=("weights.py:initial_weights",),
+    ),
+    Section(
+        "files",
+        "Files: weights from and for elsewhere",
+        "PyTorch keeps a state dict, Flax an Orbax checkpoint. What a file claims to hold is checked by the functions "
+        "below, before its numbers are read, and these before they are used. Both become the same canonical arrays.",
+        (
+            *both("files.py", SETTINGS, "read_weights", "write_weights", "read_claims"),
+            Pair("files.py:belongs", None, "A checkpoint has no pickle, which could make anything."),
+            Pair(None, "files.py:find_checkpoint", "A state dict is one file, a checkpoint a folder."),
+            Pair(None, "files.py:open_arrays", "`torch.load` gives tensors without numbers, if asked."),
+            Pair("files.py:from_own", None, "The names and the layout of an `nnx` state are the canonical ones."),
+            Pair("files.py:to_own", None, "In Flax, `convert.nest` alone."),
+            Pair("files.py:own_shapes", None, "In Flax they are the canonical ones."),
+            Pair("files.py:empty_model", None, "Flax needs no network to know a layout."),
+        ),
+        shared=("files.py:check_size", "files.py:check_claims", "files.py:check_numbers"),
     ),
 )
 

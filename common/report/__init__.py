@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from common.record import write_whole
 from common.report.pictures import write_pictures
 from common.report.run_page import write_report_page
 from common.report.tensorboard import check_tensorboard, write_tensorboard
 from common.report.terminal import Terminal, safe, sentence
+from common.storage import write_whole
 
 __all__ = [
     "Terminal",

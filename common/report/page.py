@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.record import write_whole
+from common.storage import write_whole
 
 TEMPLATES = Path(__file__).with_name("templates")
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from common.config import BACKENDS
 from common.data import Dataset
-from common.record import Record, write_whole
+from common.record import Record
 from common.report import charts
 from common.report.charts import Records, Twins
 from common.report.drawing import COLOURS, INK, RIGHT, WRONG, drawing, label, new_figure, to_png, to_svg
 from common.report.terminal import counted
+from common.storage import write_whole
 
 __all__ = ["COLOURS", "first_images", "guessed", "new_figure", "to_png", "write_pictures"]
 

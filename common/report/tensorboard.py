@@ -20,9 +20,10 @@ from common.config import BACKENDS
 from common.data import Dataset
 from common.errors import ConfigError
 from common.parity import class_accuracy
-from common.record import Record, write_whole
+from common.record import Record
 from common.report.terminal import safe, sentence
 from common.separation import correct
+from common.storage import write_whole
 
 MAX_POINTS = 5_000  # of a series
 MAX_IMAGES = 32  # of a kind

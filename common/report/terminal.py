@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from common.config import BACKENDS
-from common.parity import tell_apart
+from common.parity import broken_off, tell_apart
 from common.protocol import STAGES
 
 NAME_WIDTH = 16  # letters of a class name in a picture
@@ -74,12 +74,21 @@ def _so_far(lenses: list[dict[str, Any]]) -> str:
 def _outcome(lenses: list[dict[str, Any]], verdict: str) -> str:
     if verdict == "single":
         names = [name for name in BACKENDS if any(name in lens["accuracy"] for lens in lenses)]
-        return f"Trained {' and '.join(names)} alone; nothing to compare it with."
+        ends = f"ended where its loss is not finite ({_broken_off(lenses)})" if _broken_off(lenses) else ""
+        return f"Trained {' and '.join(names)} alone; {ends or 'nothing to compare it with'}."
     if verdict == "agree":
         return f"The two runs agree: {'; '.join(_agreement(lens) for lens in lenses)}."
-    parts = [_parting(lens) for lens in lenses if lens["verdict"] == "disagree"]
-    parts += [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
-    return " ".join(["The two runs disagree.", *parts])
+    apart = [lens for lens in lenses if lens["verdict"] == "disagree"]
+    agreeing = [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
+    if all(broken_off(lens) is not None for lens in apart):
+        ends = f"Both runs end at the same step, where the loss is not finite ({_broken_off(apart)})"
+        return " ".join([f"{ends}: choose a smaller --lr.", *agreeing])
+    return " ".join(["The two runs disagree.", *map(_parting, apart), *agreeing])
+
+
+def _broken_off(lenses: list[dict[str, Any]]) -> str:
+    steps = {lens["dtype"]: broken_off(lens) for lens in lenses}
+    return ", ".join(f"{dtype}: step {step:,}" for dtype, step in steps.items() if step is not None)
 
 
 class Terminal:
