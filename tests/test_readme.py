@@ -196,12 +196,52 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def handover() -> str:
+    report = report_of("handover")
+    agreeing = sum(row["agrees"] for row in report["rows"])
+    return (
+        f"{report['handovers']} runs of {report['steps']:,} steps that change hands at three places, for every option "
+        f"with every schedule, in {len(report['rows'])} configurations, of which {agreeing} agree: losses and weights "
+        f"within {report['largest_gap']:.1e} of the uninterrupted runs (bound {report['bound']:g}).\n"
+    )
+
+
+def kills() -> str:
+    report = report_of("kills")
+    cells, boundaries, signals, pieces = (report[name] for name in ("cells", "boundaries", "signals", "pieces"))
+    runs, killed, same = (sum(cell[name] for cell in cells) for name in ("runs", "kills", "equal"))
+    ks = sum(row["equal"] for row in pieces), sum(row["steps"] for row in pieces)
+    return (
+        f"| | runs | as uninterrupted, bit for bit |\n|---|--:|--:|\n"
+        f"| killed at random moments ({killed} times) and resumed | {runs} | {same} |\n"
+        f"| killed before and after each call that writes | {len(boundaries)} | "
+        f"{sum(row['equal'] for row in boundaries)} |\n"
+        f"| stopped by a signal, within {max(row['seconds'] for row in signals):.1f} s | {len(signals)} | "
+        f"{sum(row['equal'] for row in signals)} |\n"
+        f"| k and then N - k steps, for every k, in {len(pieces)} configurations | {ks[1]} | {ks[0]} |\n"
+    )
+
+
+def fuzz() -> str:
+    report = report_of("fuzz")
+    kinds = report["kinds"].values()
+    seconds, size = (max(kind[name] for kind in kinds) for name in ("slowest_seconds", "largest_bytes"))
+    return (
+        f"Of {report['inputs']:,} damaged inputs of {len(kinds)} kinds (seed {report['seed']}) {report['refused']:,} "
+        f"were refused; {report['accepted']:,} were accepted, since what they hold is valid, or the damage is where "
+        f"nobody reads. {report['failures']} ended in a traceback, took more than 10 s or 1 GB, or were said to agree "
+        f"with what they are not (longest {seconds:.1f} s, most {size / 1e6:,.0f} MB).\n"
+    )
+
+
 PASSAGES: dict[str, Callable[[], str]] = {
     "verdict of results/quick": verdict,
     "table of results/tutorial-*": table,
     "step of backends/torch_backend/backend.py": step("torch"),
     "step of backends/flax_backend/backend.py": step("flax"),
     "summary of results/grid": grid,
+    "summary of results/kills": kills,
+    "summary of results/fuzz": fuzz,
     "summary of results/faults": faults,
     "peers of results/alarms and results/faults": peers,
     "summary of results/sensitivity": sensitivity,
@@ -271,6 +311,12 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
     assert report["verdict"] == "agree"
     for picture in ("samples", "predictions", "losses", "classes"):
         assert (REPOSITORY / "results" / name / f"{picture}.png").exists()
+
+
+@pytest.mark.parametrize("name", ["grid", "kills", "fuzz"])
+def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
+    command = " ".join(["python", *[word for word in report_of(name)["command"] if word != "python"]])
+    assert f"| `results/{name}` | `{command}` |" in README.read_text()
 
 
 def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_broken_port(
