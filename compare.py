@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {printable(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
-            where = f" ({interruption})" if str(interruption) else ""
-            print(f"interrupted{where}: the records that were finished are kept", file=sys.stderr)
+            print(f"interrupted: {interruption}" if str(interruption) else "interrupted", file=sys.stderr)
             return interrupt.status()
 
 
@@ -241,8 +240,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         try:
             return train_and_compare(trainer, options, recipe, names, families, arguments)
         except KeyboardInterrupt as interruption:
-            where = str(interruption) or "while the runs were compared"
-            raise Interrupted(f"{where}; {how_to_go_on(folder)}") from None
+            raise Interrupted("; ".join(filter(None, [str(interruption), how_to_go_on(folder)]))) from None
 
 
 def train_and_compare(

@@ -297,7 +297,7 @@ def _parameters(sides: Sides) -> list[Rung]:
                 )
                 scale = max(magnitude(ours.get(name)), magnitude(theirs.get(name)))
                 rungs.append(Rung(step - 1, "update", name, gap, bound("float64", drift, scale), drift, values))
-        elif ours or theirs:
+        else:
             gap, drift = separation(*sides, lambda a, b, w=weights: weights_distance(w[id(a)], w[id(b)]))
             norm = float(np.sqrt(sum(np.sum(np.square(array.astype(np.float64))) for array in ours.values())))
             travelled = [weights_distance(record.weights, weights[id(record)]) for record in (first, second)]

@@ -83,7 +83,10 @@ class Trainer:
                     )
                 except KeyboardInterrupt:
                     raise Interrupted(f"{title} was interrupted at step {observer.steps:,} of {total:,}") from None
-                record.write(found, self.folder)
+                except RecordError as error:  # such as a full disk
+                    raise RecordError(f"{error}; then {how_to_go_on(self.folder)}") from error
+                with interrupt.undisturbed():
+                    record.write(found, self.folder)
             made.append(found)
             if found.broken is None or twin is not None:
                 checkpoint.remove(self.folder, stem)
@@ -121,9 +124,11 @@ class Trainer:
 
     def refuse_to_lose(self, names: Sequence[str], dtypes: Sequence[str]) -> None:
         """Raise RecordError if a run that was stopped here would be overwritten."""
-        for name, dtype in itertools.product(names, dtypes):
-            stem = record.file_stem(name, dtype)
-            for path in [] if (self.folder / f"{stem}.safetensors").exists() else checkpoint.found(self.folder, stem):
+        mine = [record.file_stem(name, dtype) for name, dtype in itertools.product(names, dtypes)]
+        for path in sorted((self.folder / checkpoint.FOLDER).glob("*.safetensors")):
+            stem = path.stem.rpartition("-")[0]
+            ended = (self.folder / f"{stem}.safetensors").exists()
+            if not ended and stem.partition("-twin")[0] in mine:
                 raise RecordError(
                     f"{self.folder} holds a run that was stopped ({path.name}): {how_to_go_on(self.folder)}, "
                     f"or delete {self.folder / checkpoint.FOLDER} to start again"

@@ -135,7 +135,8 @@ def test_a_run_that_is_interrupted_before_anything_is_finished_leaves_no_report(
     monkeypatch.setattr(train, "train", interrupted)
     assert lockstep(*SHORT, "--out", tmp_path) == 130
     said = capsys.readouterr().err
-    assert f"(torch float64 was interrupted at step 0 of 24; go on with: python compare.py --resume {tmp_path})" in said
+    assert said.startswith("interrupted: torch float64 was interrupted at step 0 of 24; ")
+    assert said.endswith(f"go on with: python compare.py --resume {tmp_path}\n")
     assert not (tmp_path / "report.json").exists()
 
 

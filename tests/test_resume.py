@@ -325,3 +325,15 @@ def test_a_gradient_norm_may_overflow_where_the_loss_is_finite(whole: Path, tmp_
         path = checkpoint.write(dataclasses.replace(state, gradient_norm=np.array([1.0, wrong])), tmp_path)
         with pytest.raises(RecordError, match="gradient_norm"):
             checkpoint.read(path)
+
+
+def test_a_stopped_twin_is_not_overwritten_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*RUN, "--dtype", "float32", "--backend", "torch", "--twins", "1", "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 90, run=2)
+        assert lockstep(*options) == 130
+    capsys.readouterr()
+    assert lockstep(*options) == 2
+    assert_refused(capsys, "torch-float32-twin1", f"--resume {tmp_path}")
