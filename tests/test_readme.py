@@ -240,6 +240,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "step of backends/torch_backend/backend.py": step("torch"),
     "step of backends/flax_backend/backend.py": step("flax"),
     "summary of results/grid": grid,
+    "summary of results/handover": handover,
     "summary of results/kills": kills,
     "summary of results/fuzz": fuzz,
     "summary of results/faults": faults,
@@ -313,7 +314,7 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
         assert (REPOSITORY / "results" / name / f"{picture}.png").exists()
 
 
-@pytest.mark.parametrize("name", ["grid", "kills", "fuzz"])
+@pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz"])
 def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
     command = " ".join(["python", *[word for word in report_of(name)["command"] if word != "python"]])
     assert f"| `results/{name}` | `{command}` |" in README.read_text()
