@@ -22,7 +22,20 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are others h
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 300  # four calls of train_steps after those of the opening
-RUN = ["--data", "digits", "--steps", str(STEPS), "--batch-size", "4", "--dtype", "float64", "--device", "cpu"]
+RUN = [
+    "--data",
+    "digits",
+    "--steps",
+    str(STEPS),
+    "--batch-size",
+    "4",
+    "--lr",
+    "0.001",
+    "--dtype",
+    "float64",
+    "--device",
+    "cpu",
+]
 SOON = "--checkpoint-every=2"
 SECONDS = 20.0  # that a run may take to stop
 

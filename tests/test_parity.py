@@ -877,3 +877,24 @@ def test_the_made_records_hold_what_real_ones_hold(dtype: str) -> None:
     expected = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     assert all(a.dtype == expected for key, a in record.opening.items() if not key.endswith("labels"))
     assert {key.split("/")[1] for key in record.opening} == set(STAGES) - {"weights", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("in_training", "in_test", "verdict"),
+    [
+        pytest.param(1.4e-12, 1.25e-12, "agree", id="as measured"),
+        pytest.param(0.0, 1.25e-12, "disagree", id="in the test loss alone"),
+        pytest.param(1.4e-12, 4e-12, "disagree", id="more than in training"),
+        pytest.param(0.0, 1e-9, "disagree", id="a fault"),
+        pytest.param(1e-9, 2e-12, "disagree", id="a fault in training, too"),
+    ],
+)
+def test_a_float64_test_loss_may_differ_as_training_losses_do(in_training: float, in_test: float, verdict: str) -> None:
+    one = make("torch", "float64")
+    other = make("flax", "float64", **{name: getattr(one, name) for name in ("loss", "test_loss", "opening")})
+    loss = one.loss + np.where(np.arange(STEPS) == STEPS - 1, in_training, 0.0)
+    other = dataclasses.replace(other, loss=loss, test_loss=one.test_loss + in_test)
+    lens = compare({"torch": one, "flax": other}, {"torch": [], "flax": []}, LABELS)
+    assert lens["verdict"] == verdict, lens["first_divergence"]
+    if verdict == "disagree":
+        assert lens["first_divergence"]["stage"] == ("loss" if in_training > 1e-10 else "evaluate")

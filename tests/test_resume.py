@@ -26,7 +26,7 @@ from common.trainer import TerminalObserver
 from tests.conftest import SilentObserver
 
 STEPS = 200  # in float64 calls of train_steps end after 1, 2, 68, 134 and 200 steps
-RUN = ["--data", "digits", "--steps", str(STEPS), "--batch-size", "4", "--lr", "0.01", "--momentum", "0.9", "--quiet"]
+RUN = ["--data", "digits", "--steps", str(STEPS), "--batch-size", "4", "--lr", "0.005", "--momentum", "0.9", "--quiet"]
 STATE = ("loss", "gradient_norm", "lr", "predictions", "weights", "along", "final")
 
 
@@ -261,7 +261,7 @@ def test_a_folder_without_a_run_and_a_damaged_plan_are_refused(
     assert_refused(capsys, "holds no run", "nowhere")
     assert not (tmp_path / "nowhere").exists()
     path = stopped / plan.FILE
-    path.write_text(path.read_text().replace('"lr": 0.01', '"lr": 0.02'))
+    path.write_text(path.read_text().replace('"lr": 0.005', '"lr": 0.006'))
     assert lockstep("--resume", stopped) == 2
     assert_refused(capsys, "damaged")
 
