@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import backends
 from common import interrupt
 from common.config import BACKENDS, DTYPES, FORMATS, RECIPES, SCHEDULES, Config, Recipe, Schedule
-from common.errors import ConfigError, DataError, LockstepError, RecordError
+from common.errors import ConfigError, DataError, LockstepError, RecordError, printable
 
 if TYPE_CHECKING:
     from common.trainer import Family, Trainer
@@ -69,11 +69,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {printable(message)}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
-
-
-def printable(text: object) -> str:
-    """One line that cannot command the terminal, whatever a file or an option was called."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -204,7 +199,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     if options.tensorboard is not None:
         reports.check_tensorboard()
-        check_writable(options.tensorboard, "--tensorboard")
+        storage.check_writable(options.tensorboard, "--tensorboard")
     terminal = Terminal(quiet=options.quiet, aside=options.json)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     if plan is not None and plan.digest != dataset.digest:
@@ -660,6 +655,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace, arguments: list[str], folder: str, quiet: bool = False) -> None:
         from common.report import Terminal
+        from common.storage import check_writable
 
         self.options, self.arguments = options, arguments
         self.folder = options.out or Path("results") / folder
@@ -747,20 +743,6 @@ def make_report(
         "data": train.describe(config, dataset),
         "lenses": lenses,
     }
-
-
-def check_writable(folder: Path, option: str = "--out") -> None:
-    """Raise RecordError, before hours of training, if nothing can be written to `folder`, which `option` names."""
-    import tempfile
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RecordError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder with {option}"
-        ) from error
 
 
 COMMANDS = {

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from common import interrupt
-from common.config import BACKENDS, DTYPES, MAX_COUNT
+from common.config import BACKENDS, DTYPES
 from common.errors import RecordError
 from common.protocol import STAGES, Arrays, Snapshot
-from common.record import file_stem, grouped
+from common.record import file_stem, grouped, is_count
 from common.storage import flush_folder, read_tensors, write_tensors
 from common.weights import numpy_dtype, twin_images
 
@@ -220,8 +220,8 @@ def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
     return [
         ("backend", lambda: c.backend not in BACKENDS),
         ("dtype", lambda: c.dtype not in DTYPES),
-        ("twin", lambda: c.twin is not None and not _count(c.twin, 1)),
-        ("step", lambda: not _count(s.step, 0)),
+        ("twin", lambda: c.twin is not None and not is_count(c.twin, 1)),
+        ("step", lambda: not is_count(s.step, 0)),
         ("config", lambda: not isinstance(c.config, dict) or not isinstance(c.config["schedule"]["kind"], str)),
         ("data", lambda: not isinstance(c.data, dict)),
         ("source", lambda: not isinstance(c.source, str)),
@@ -247,10 +247,6 @@ def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
     ]
 
 
-def _count(value: object, least: int) -> bool:
-    return type(value) is int and least <= value <= MAX_COUNT
-
-
 def _series(array: np.ndarray, steps: int) -> bool:
     return array.dtype == np.float64 and array.shape == (steps,) and bool(np.isfinite(array).all())
 
@@ -262,7 +258,7 @@ def _norms(array: np.ndarray, steps: int) -> bool:
 
 def _legs(legs: Any, steps: int) -> bool:
     stops = [0, *(leg["stop"] for leg in legs)]
-    whole = all(_count(leg["stop"], 1) and leg["backend"] in BACKENDS and len(leg) == 2 for leg in legs)
+    whole = all(is_count(leg["stop"], 1) and leg["backend"] in BACKENDS and len(leg) == 2 for leg in legs)
     return whole and stops == sorted(set(stops)) and stops[-1] == steps
 
 

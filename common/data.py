@@ -35,7 +35,7 @@ import numpy as np
 
 from common import machine
 from common.config import Config
-from common.errors import DataError
+from common.errors import DataError, printable
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_FOLDER = "cifar-10-batches-py"  # what the archive unpacks to
@@ -472,4 +472,4 @@ def _name(path: Path) -> str:
 def _line(error: BaseException) -> str:
     """What an error says, on one line, without control characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return printable(text)

@@ -19,3 +19,8 @@ class RecordError(LockstepError):
 
 class BackendError(LockstepError):
     """A framework or device that is not there."""
+
+
+def printable(text: object) -> str:
+    """One line that cannot command the terminal, whatever a file or an option was called."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.config import MAX_NUMBER
-from common.errors import DataError, LockstepError
+from common.errors import DataError, LockstepError, printable
 from common.protocol import Arrays
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -115,7 +115,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
             yield
     except LockstepError:
         raise
-    except Exception as error:
+    except Exception as error:  # the readers' own, of four libraries; what is ours has passed above
         raise damaged(path, kind, type(error).__name__) from error
 
 
@@ -125,7 +125,7 @@ def damaged(path: Path, kind: str, why: str) -> DataError:
 
 def few(names: Iterable[str], between: str = ", ") -> str:
     """Some names in one line, none of them longer than half of it, and none that commands the terminal."""
-    names = ["".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name) for name in names]
+    names = [printable(name) for name in names]
     names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
     more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return between.join(names[:SHOWN]) + more

@@ -128,6 +128,21 @@ def _digest(facts: str, arrays: Arrays) -> str:
     return sha.hexdigest()
 
 
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Raise RecordError, before hours of training, if nothing can be written to `folder`, which `option` names."""
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, option, error) from error
+
+
+def _unwritable(folder: Path, option: str, error: Exception) -> RecordError:
+    reason = getattr(error, "strerror", None) or error
+    return RecordError(f"cannot write to {folder} ({reason}): choose another folder with {option}")
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, option: str = "--out") -> Iterator[None]:
     """Within the context, `folder` is there, can be written, and no other run writes to it.
@@ -142,21 +157,16 @@ def claimed(folder: Path, option: str = "--out") -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    check_writable(folder, option)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        make_folder(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        lock = FileLock(folder / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
         raise RecordError(
             f"another run is writing to {folder}: wait for it, or choose another folder with {option}"
         ) from None
-    except (OSError, NotImplementedError) as error:
-        raise RecordError(
-            f"cannot write to {folder} ({getattr(error, 'strerror', None) or error}): "
-            f"choose another folder with {option}"
-        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter: filelock's, where the system has no locks
+        raise _unwritable(folder, option, error) from error
     try:
         for aside in itertools.chain(folder.glob(f".*{ASIDE}"), folder.glob(f"*/.*{ASIDE}")):
             if LEFT_OVER.fullmatch(aside.name):

@@ -22,7 +22,7 @@ Family = dict[str, list[Record]]  # by backend: a run and its twins
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C; says where."""
+    """A run was stopped by a signal; says where, and how to go on."""
 
 
 @dataclass(frozen=True)

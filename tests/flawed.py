@@ -107,8 +107,8 @@ def write_elsewhere(self: Flawed, folder: Path) -> None:
 
 
 class Harm:
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.getenv, ("HOME",)  # type: ignore[return-value]
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.getenv, ("HOME",)
 
 
 def unpickle(self: Flawed, folder: Path) -> None:

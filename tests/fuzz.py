@@ -125,7 +125,7 @@ class Reader:
                     outcome, detail = "failed", f"{fault}: {detail[:300]!a}"
             except Overtime:
                 outcome, detail = "failed", f"takes longer than {self.kind.seconds:g} s"
-            except Exception as error:
+            except Exception as error:  # a traceback, for a user: what this looks for
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 place = f"{Path(where.filename).name}:{where.lineno}"
                 outcome, detail = "failed", f"{type(error).__name__}: {str(error)[:300]!a} at {place}"

@@ -433,7 +433,7 @@ class Run:
         for path in (path for path in self.folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
             try:
                 whole(path)
-            except Exception as error:
+            except Exception as error:  # whatever a reader says of a file that should be whole
                 problems.append(f"{path.relative_to(self.folder)} is damaged: {error}")
         steps, recorded = self.newest(), {path.stem for path in self.folder.glob("*.safetensors")}
         for kind, stem, *step in (words for words in self.notes.read() if words[0] in ("kept", "recorded")):

@@ -107,7 +107,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, np.ndarray
     """The same file with other contents, and the digest that belongs to them."""
     with safe_open(path, framework="numpy") as file:
         facts = json.loads(file.metadata()["facts"])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        arrays = {name: file.get_tensor(name) for name in names}
     change(facts, arrays)
     text = json.dumps(facts, sort_keys=True)
     save_file(arrays, path, metadata={"facts": text, "digest": storage._digest(text, arrays)})

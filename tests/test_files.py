@@ -394,11 +394,13 @@ def test_names_alone_decide_the_layout(tmp_path: Path) -> None:
     assert np.array_equal(files.read_weights(tmp_path / "b.safetensors", square)["fc2.kernel"], given["fc2.weight"].T)
 
 
-def test_a_record_and_a_checkpoint_give_their_last_weights(tmp_path: Path, digits: Dataset, build: Callable) -> None:
+def test_a_record_and_a_checkpoint_give_their_last_weights(
+    tmp_path: Path, digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = Config(steps=4, batch_size=4, lr=0.1).resolve(len(digits.train_images))
     keeper = Keeper(tmp_path, every=2)
     kept: list[Checkpoint] = []
-    keeper.keep = lambda made: kept.append(made)  # type: ignore[method-assign]
+    monkeypatch.setattr(keeper, "keep", kept.append)
     backend = build("torch", config)
     found = train.train(backend, config, digits, "float64", SilentObserver(), keeper=keeper)
     path = checkpoint.write(kept[-1], tmp_path)
