@@ -6,6 +6,7 @@
     python compare.py --resume RUN           go on with a run that was stopped
     python compare.py --weights FILE         both start from weights of your own
     python compare.py export RUN --to torch  a trained model, for use elsewhere
+    python compare.py pair FILE.py:PAIR      a network of your own, in both frameworks: are the two the same?
     python compare.py locate                 where two runs part, from their records if they are there
     python compare.py grid                   every combination of the optimizer's options, 200 float64 steps each
     python compare.py handover               runs that one backend begins and the other ends
@@ -32,8 +33,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import backends
-from common import interrupt
-from common.config import BACKENDS, DTYPES, FORMATS, RECIPES, SCHEDULES, Config, Recipe, Schedule
+from common import interrupt, pairs
+from common.config import BACKENDS, DTYPES, FORMATS, MODELS, RECIPES, SCHEDULES, Config, Recipe, Schedule
 from common.errors import ConfigError, DataError, LockstepError, RecordError, printable
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="run", choices=list(COMMANDS), help="what to do (default: run)")
-    parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="export: the folder of a run")
+    parser.add_argument(
+        "subject", nargs="?", metavar="RUN|PAIR", help="export: the folder of a run; pair: a pair of networks"
+    )
     parser.add_argument("--backend", choices=["both", *BACKENDS], help="which to train (default: both)")
     lines = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     parser.add_argument("--recipe", default="quick", choices=list(RECIPES), metavar="NAME", help=lines)
@@ -90,6 +93,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--data-dir", type=Path, metavar="DIR", help="where CIFAR-10 lies, or is downloaded to")
 
     group = parser.add_argument_group("the run (each overrides the recipe)")
+    group.add_argument(
+        "--model",
+        metavar="{" + ",".join(MODELS) + "," + "FILE.py:PAIR}",
+        help="the network: one of Lockstep's own, or a pair of your own modules",
+    )
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
     group.add_argument("--steps", type=int, metavar="N", help="stop after N optimizer steps")
     group.add_argument("--batch-size", type=int, metavar="N", help="images per step")
@@ -151,9 +159,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--json", action="store_true", help="the report on standard output, all else on standard error")
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="losses, gaps and images for TensorBoard, too")
     options = parser.parse_intermixed_args(arguments)  # RUN may stand after options, too
-    for name, given in {"RUN": options.run_folder, "--to": options.to}.items():
-        if given is not None and options.command != "export":
-            raise ConfigError(f"{options.command} takes no {name} ({given}), export does")
+    for name, given, takers in (("RUN", options.subject, ("export", "pair")), ("--to", options.to, ("export",))):
+        if given is not None and options.command not in takers:
+            raise ConfigError(f"{options.command} takes no {name} ({given}), {takers[0]} does")
     return options
 
 
@@ -165,6 +173,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     """The recipe, with what the options override."""
     recipe = RECIPES[options.recipe]
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Config)}
+    if options.model is not None:
+        given["pair"] = pairs.source(options.model)
     given = {name: value for name, value in given.items() if value is not None and name != "weights"}  # not read yet
     if options.schedule is not None:
         given["schedule"] = Schedule.parse(options.schedule)
@@ -323,6 +333,9 @@ def resumed(options: argparse.Namespace) -> Any:
         if getattr(options, name) == default[name]:
             setattr(options, name, getattr(plan, name))
     options.weights = None if plan.weights is None else Path(plan.weights)
+    model = plan.config["model"]
+    if plan.config.get("pair") != pairs.source(model):
+        raise DataError(f"{model} has changed since {options.resume} was begun: restore it, or start the run again")
     return plan
 
 
@@ -354,10 +367,13 @@ def checkpoint_every(options: argparse.Namespace, config: Config) -> int:
 
 def choose_device(options: argparse.Namespace, config: Config, dataset: Any, names: Any, terminal: Any) -> str:
     """The device for all of `names`: "auto" means the GPU only if each of them finds it."""
-    found = {
-        name: backends.load(name)(config, len(dataset.classes), "float32", options.device, "off").device
-        for name in names
+    built = {
+        name: backends.load(name)(config, len(dataset.classes), "float32", options.device, "off") for name in names
     }
+    if len(built) == 2:
+        own = {name: backend.own_names() for name, backend in built.items()}
+        pairs.check_same(built["torch"].shapes(), built["flax"].shapes(), own)
+    found = {name: backend.device for name, backend in built.items()}
     if len(set(found.values())) > 1:
         terminal.line(f"Not all find a GPU ({', '.join(f'{n}: {d}' for n, d in found.items())}): both use the CPU")
         return "cpu"
@@ -374,20 +390,20 @@ def start_from(path: Path, config: Config, dataset: Any, name: str, device: str)
     from common import weights
 
     network = backends.load(name)(config, len(dataset.classes), "float32", device, "off")
-    found = files.read_weights(path, network.shapes())
+    found = files.read_weights(path, network.shapes(), config.model)
     return found, dataclasses.replace(config, weights=weights.digest(found))
 
 
 def export(options: argparse.Namespace, arguments: list[str]) -> int:
     """The trained weights of a run, for use elsewhere."""
-    refuse(options, "it writes what was trained", "run_folder", "to", "backend", "dtype", shared=("out", "quiet"))
-    if options.run_folder is None or options.to is None:
+    refuse(options, "it writes what was trained", "subject", "to", "backend", "dtype", shared=("out", "quiet"))
+    if options.subject is None or options.to is None:
         raise ConfigError("export needs a run's folder and a format: compare.py export RUN --to torch")
 
     from backends import files
     from common import record
 
-    taken = trained(options.run_folder, options.backend, options.dtype)
+    taken = trained(Path(options.subject), options.backend, options.dtype)
     ending = {"torch": ".pt", "safetensors": "-weights.safetensors", "orbax": "-orbax"}[options.to]
     path = options.out or taken.with_name(taken.stem + ending)
     endings = files.ENDINGS[options.to]
@@ -395,7 +411,10 @@ def export(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ConfigError(f"--out {path} must end in {' or '.join(endings)}, by which its format is known again")
     if path.exists() and path.samefile(taken):
         raise ConfigError(f"--out {path} is the record itself: choose another name")
-    files.write_weights(path, record.read(taken).final, options.to)
+    found = record.read(taken)
+    if found.config.get("pair") != pairs.source(found.config["model"]):
+        raise DataError(f"{found.config['model']} has changed since {taken} was trained: restore it")
+    files.write_weights(path, found.final, options.to, found.config["model"])
     loading = files.LOADING[options.to].format(path=str(path.absolute() if options.to == "orbax" else path))
     print(printable(f"{path}: the trained weights of {taken.name}; load them with {loading}"))
     return 0
@@ -417,6 +436,37 @@ def trained(folder: Path, backend: str | None, dtype: str | None) -> Path:
             f"{folder} holds no record of a finished run ({stems[0]}.safetensors or the like): give the folder of one"
         )
     return found[0]
+
+
+def pair(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Whether two networks are one: names, shapes, and what both compute of one batch, in float64."""
+    refuse(options, "it trains nothing", "subject", "model", "seed", "batch_size")
+    model = options.subject or options.model
+    if model is None:
+        raise ConfigError(f"pair needs a pair of networks: compare.py pair {pairs.FORM}")
+    size = 8 if options.batch_size is None else options.batch_size
+    config = Config(model=model, pair=pairs.source(model), batch_size=size, seed=options.seed or 0)
+
+    from common import data
+    from common.evidence import pair as study
+    from common.report import Terminal, write_json
+
+    terminal = Terminal(quiet=options.quiet, aside=options.json)
+    dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    config = config.resolve(len(dataset.train_images))
+    device = choose_device(options, config, dataset, BACKENDS, terminal)
+    torch, flax = (backends.load(name)(config, len(dataset.classes), "float64", device, "off") for name in BACKENDS)
+    report = study.measure(torch, flax, config, dataset)
+    report = {"schema": 1, "command": ["compare.py", *arguments], "model": model, **report}
+    terminal.table(*study.table(report))
+    if options.out is not None:
+        write_json(report, options.out)
+    if report["first_difference"] is not None:
+        terminal.located(report["first_difference"])
+    terminal.conclusion(study.sentence(report))
+    if options.json:
+        print_json(report)
+    return 0 if report["first_difference"] is None else 1
 
 
 def grid(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -748,6 +798,7 @@ def make_report(
 COMMANDS = {
     "run": run,
     "export": export,
+    "pair": pair,
     "locate": run,
     "grid": grid,
     "handover": handover,

@@ -425,10 +425,10 @@ def missing_bias(patch: Patch, config: Config, dataset: Dataset) -> None:
     """One convolution has no bias."""
     nest = convert.nest
 
-    def without(parameters: Any) -> Any:
+    def without(parameters: Any, *names: Any) -> Any:
         if "conv2.bias" in parameters:
             parameters = dict(parameters) | {"conv2.bias": jnp.zeros_like(parameters["conv2.bias"])}
-        return nest(parameters)
+        return nest(parameters, *names)
 
     patch(convert, "nest", without)
 
@@ -573,10 +573,9 @@ def _stopped(patch: Patch, prefix: str) -> None:
     """Let no gradient through to the parameters whose names begin with `prefix`."""
     nest = convert.nest
 
-    def stopped(parameters: Any) -> Any:
-        return nest(
-            {name: jax.lax.stop_gradient(p) if name.startswith(prefix) else p for name, p in parameters.items()}
-        )
+    def stopped(parameters: Any, *names: Any) -> Any:
+        held = {name: jax.lax.stop_gradient(p) if name.startswith(prefix) else p for name, p in parameters.items()}
+        return nest(held, *names)
 
     patch(convert, "nest", stopped)
 

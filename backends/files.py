@@ -39,13 +39,14 @@ class Own(NamedTuple):
 OWN = (Own("final/", "record", record.SCHEMA), Own("parameters/", "checkpoint", checkpoint.SCHEMA))
 
 
-def read_weights(path: Path, shapes: Shapes) -> Arrays:
+def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
     """The network's parameters, canonical, of any floating-point dtype.
 
     Args:
         path: a state dict, a safetensors file in PyTorch's names and layout or in Flax's, an Orbax checkpoint, or a
             record or checkpoint of Lockstep's own.
         shapes: canonical, from `Backend.shapes`.
+        model: Config.model.
 
     Raises:
         DataError: if it is missing, damaged, or does not hold exactly the network's parameters.
@@ -53,20 +54,21 @@ def read_weights(path: Path, shapes: Shapes) -> Arrays:
         BackendError: if the framework that it is made for is not installed.
     """
     if os.path.isdir(path):  # unlike `path.is_dir()`, without an error where the name is too long
-        return _of("flax").read_weights(path, shapes)
+        return _of("flax").read_weights(path, shapes, model)
     if path.suffix.lower() in ENDINGS["torch"]:
-        return _of("torch").read_weights(path, shapes)
+        return _of("torch").read_weights(path, shapes, model)
     if path.suffix.lower() in ENDINGS["safetensors"]:
-        return _read_safetensors(path, shapes)
+        return _read_safetensors(path, shapes, model)
     size_of(path)  # is it there?
     endings = ", ".join(ending for names in ENDINGS.values() for ending in names)
     raise DataError(f"the name of {path} does not say what it is: let it end in {endings}, or give an Orbax folder")
 
 
-def write_weights(path: Path, arrays: Arrays, form: str) -> None:
+def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> None:
     """Keep canonical parameters for use elsewhere, whole or not at all.
 
     Args:
+        model: Config.model.
         form: one of config.FORMATS; safetensors get PyTorch's names and layout, for `safetensors.torch.load_model`.
 
     Raises:
@@ -74,13 +76,13 @@ def write_weights(path: Path, arrays: Arrays, form: str) -> None:
         BackendError: if the framework that it is for is not installed.
     """
     if form == "safetensors":
-        tensors = _of("torch").to_own(arrays)
+        tensors = _of("torch").to_own(arrays, model)
 
         from safetensors.torch import save
 
         write_whole(path, save(tensors, metadata={"format": "pt"}))
     else:
-        _of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays)
+        _of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays, model)
 
 
 def _of(name: str) -> Any:
@@ -96,7 +98,7 @@ def _of(name: str) -> Any:
     return files
 
 
-def _read_safetensors(path: Path, shapes: Shapes) -> Arrays:
+def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
     """With names that end in `.weight` a file is PyTorch's, else its layout is canonical; shapes decide nothing."""
     from safetensors import safe_open
 
@@ -116,9 +118,9 @@ def _read_safetensors(path: Path, shapes: Shapes) -> Arrays:
         check_size(path, size, room_for(shapes))
         if any(name.endswith(".weight") for name in claims):
             torch = _of("torch")
-            check_claims(path, claims, torch.own_shapes(shapes))
+            check_claims(path, torch.without_others(claims, model), torch.own_shapes(shapes, model))
             with safe_open(path, framework="pt") as file:
-                arrays = torch.from_own({name: file.get_tensor(name) for name in claims})
+                arrays = torch.from_own({name: file.get_tensor(name) for name in claims}, model)
         else:
             check_claims(path, claims, shapes)
             with safe_open(path, framework="numpy") as file:

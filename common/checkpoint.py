@@ -42,7 +42,7 @@ class Checkpoint:
     loss: np.ndarray  # float64 (steps done,), as in the record
     gradient_norm: np.ndarray  # float64 (steps done,)
     lr: np.ndarray  # float64 (steps done,)
-    weights: Arrays  # initial parameters
+    weights: Arrays  # initial parameters and model state
     opening: Arrays  # "<step>/<stage>/<tensor>" of the first steps
     along: Arrays  # "<steps done>/<parameter>"
     snapshot: Snapshot
@@ -183,7 +183,7 @@ def check(
     """Raise RecordError unless the run of this configuration, data and network can go on from `checkpoint`.
 
     Args:
-        shapes: of the network's parameters; None: not looked at.
+        shapes: Backend.shapes(); None: not looked at.
         source: machine.source(checkpoint.backend), as it is now.
     """
     lies = {"name": data["name"]}  # the same data may lie elsewhere
@@ -209,10 +209,10 @@ def _problem(checkpoint: Checkpoint) -> str | None:
 def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
     """What may be wrong, in an order in which each check may rely on those before it."""
     s, kind = c.snapshot, numpy_dtype
-    like = {name: (array.shape, array.dtype) for name, array in c.weights.items()}
 
-    def unlike(arrays: Arrays) -> bool:
-        return {name: (array.shape, array.dtype) for name, array in arrays.items()} != like
+    def unlike(arrays: Arrays, like: Arrays) -> bool:
+        one, other = ({name: (a.shape, a.dtype) for name, a in tensors.items()} for tensors in (arrays, like))
+        return one != other
 
     def endless(arrays: Arrays) -> bool:
         return not all(bool(np.isfinite(array).all()) for array in arrays.values())
@@ -232,12 +232,12 @@ def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
         ("loss", lambda: not _series(c.loss, s.step)),
         ("gradient_norm", lambda: not _norms(c.gradient_norm, s.step)),
         ("lr", lambda: not _series(c.lr, s.step)),
-        ("weights", lambda: not like or any(array.dtype != kind(c.dtype) for array in c.weights.values())),
+        ("weights", lambda: not c.weights or any(array.dtype != kind(c.dtype) for array in c.weights.values())),
         ("weights, not finite", lambda: endless(c.weights)),
-        ("parameters", lambda: unlike(s.parameters)),
+        ("parameters", lambda: not s.parameters or unlike(s.tensors, c.weights)),
         ("parameters, not finite", lambda: endless(s.parameters)),
         ("model state, not finite", lambda: endless(s.model_state)),
-        ("momentum", lambda: unlike(s.momentum) if s.step > 0 and c.config["momentum"] != 0 else bool(s.momentum)),
+        ("momentum", lambda: unlike(s.momentum, s.parameters if s.step > 0 and c.config["momentum"] != 0 else {})),
         ("momentum, not finite", lambda: endless(s.momentum)),
         ("schedule", lambda: s.schedule.keys() != _schedule(c)),
         ("schedule, not finite", lambda: any(not np.isfinite(x) for name, x in s.schedule.items() if name != "best")),

@@ -14,6 +14,7 @@ BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
 DTYPES = ("float64", "float32", "bfloat16")
+MODELS = {"net": "model:Net"}  # the networks that Lockstep has, and where in the folder of either backend
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
@@ -132,7 +133,7 @@ class Config:
         ConfigError: if the fields contradict each other.
     """
 
-    model: str = "net"  # which network
+    model: str = "net"  # which network: a name, or a user's pair, PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME
     epochs: int = 1  # passes over the training images
     steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
     batch_size: int = 4  # images per step
@@ -146,9 +147,11 @@ class Config:
     schedule: Schedule = Schedule()
     seed: int = 0  # of the initial weights, the order of the batches and the twins
     weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
+    pair: str | None = None  # digest of the file that the user's `model` is in; None: one of Lockstep's own
 
     def __post_init__(self) -> None:
-        _require(self.model == "net", f"unknown model {self.model!r}: choose net")
+        known = self.pair is not None or self.model in MODELS
+        _require(known, f"unknown model {self.model!r}: choose one of {', '.join(MODELS)}, or a pair of your own")
         _require(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
         _require(
             self.steps is None or 1 <= self.steps <= MAX_COUNT,
@@ -200,10 +203,9 @@ class Config:
         return self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings; schedule options that do not apply are left out, and so are no weights."""
+        """Plain numbers and strings; options that do not apply are left out."""
         fields = dataclasses.asdict(self)
-        if self.weights is None:
-            del fields["weights"]
+        fields = {name: value for name, value in fields.items() if value is not None or name not in ("weights", "pair")}
         fields["schedule"] = {name: value for name, value in fields["schedule"].items() if value is not None}
         return json.loads(json.dumps(fields))
 

@@ -1,5 +1,11 @@
 """The errors a user can cause. Each message names the remedy; the command line prints it and exits with 2."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+SHOWN = 4  # names in one line
+
 
 class LockstepError(Exception):
     """A request that cannot be carried out. Subclasses say which part of it; the message says what to do."""
@@ -24,3 +30,11 @@ class BackendError(LockstepError):
 def printable(text: object) -> str:
     """One line that cannot command the terminal, whatever a file or an option was called."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
+def few(names: Iterable[str], between: str = ", ") -> str:
+    """Some names in one line, none of them longer than half of it, and none that commands the terminal."""
+    names = [printable(name) for name in names]
+    names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
+    more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return between.join(names[:SHOWN]) + more

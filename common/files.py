@@ -7,21 +7,20 @@ import itertools
 import math
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.config import MAX_NUMBER
-from common.errors import DataError, LockstepError, printable
+from common.errors import DataError, LockstepError, few
 from common.protocol import Arrays
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 ROOM = 16  # a file may take so many times what the network takes in float64: names, padding, other layouts
 LEAST_ROOM = 2**20  # bytes; for small networks, whose files are mostly names
 MAX_FILES = 1000  # of a checkpoint; it has a few for each array
-SHOWN = 4  # names in one line
 LAYOUT = "name and shape them as `python compare.py export` does"
 
 
@@ -121,11 +120,3 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 def damaged(path: Path, kind: str, why: str) -> DataError:
     return DataError(f"{path} is damaged, or no {kind} ({why}): save it again")
-
-
-def few(names: Iterable[str], between: str = ", ") -> str:
-    """Some names in one line, none of them longer than half of it, and none that commands the terminal."""
-    names = [printable(name) for name in names]
-    names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
-    more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return between.join(names[:SHOWN]) + more

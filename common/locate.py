@@ -46,8 +46,9 @@ TRAPS = (
     Trap("data", "labels", "", "labels count from one, or the batch holds other images: another shuffle"),
     Trap("weights", "", "another order", "a kernel is transposed: OIHW against HWIO, (out, in) against (in, out)"),
     Trap("weights", "", "", "a layer kept its own initial weights, or was converted with the wrong layout"),
-    Trap("forward", "input of fc", "another order", "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C)"),
+    Trap("forward", "input of", "another order", "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`"),
     Trap("forward", "input of", "", "what lies between two layers: the activation, pooling (average for max, padding)"),
+    Trap("forward", "^(?!input of).*(bn|norm)", "", "epsilon, the variance's formula, axes, train mode on one side"),
     Trap("forward", "conv", "", "padding (Flax pads SAME by default), strides, kernel axes, precision (TF32)"),
     Trap("forward", "", "", "the layer's formula, a missing bias, precision (float32 inside float64, TF32, bfloat16)"),
     Trap("loss", "", "", "softmax applied twice, label smoothing, a sum for a mean, a mean over padded examples"),
@@ -56,6 +57,8 @@ TRAPS = (
     Trap("update", "^lr$", "", "the schedule: counted from another step, or computed in float32"),
     Trap("update", "momentum of", "times", "dampening on the first step, or lr stored in the momentum buffer"),
     Trap("update", "momentum of", "", "momentum, dampening, weight decay (before momentum in PyTorch), precision"),
+    Trap("update", r"\.var$", "", "PyTorch keeps the unbiased variance, nnx.BatchNorm the biased: layers.BatchNorm"),
+    Trap("update", r"\.(mean|var)$", "", "momentum (PyTorch's 0.1 is Flax's 0.9), or statistics that are not updated"),
     Trap("update", "", "", "the learning rate, nesterov, weight decay after momentum or beside it, maximize"),
     Trap("evaluate", "test loss", "", "batch means averaged over unequal batches, other normalisation, older weights"),
     Trap("evaluate", "", "another numbering", "the classes are numbered otherwise"),
@@ -87,7 +90,7 @@ def locate(
         return None
     step, stage, tensor = first["step"], first["stage"], first["tensor"]
     if step < OPENING_STEPS or stage == "evaluate" or tensor == "lr":
-        return _describe(first, list(runs), _arrays(runs, step, stage, tensor), "as recorded")
+        return describe(first, list(runs), arrays(runs, step, stage, tensor), "as recorded")
     names = list(runs)
     found = _replay(names, config, dataset, lens["dtype"], step, build, twins, weights)
     if found is None:
@@ -95,10 +98,10 @@ def locate(
             f"none of the {LOOK_BACK} steps before it and it, taken from the same state on the same batch, is outside "
         )
         how += "its bound: the difference is older, built up over many steps, or lies in what the runs were fed"
-        return _describe(first, names, _arrays(runs, step, stage, tensor), how)
+        return describe(first, names, arrays(runs, step, stage, tensor), how)
     rung, pair = found
     how = f"replayed: both took step {rung.step} from the state that {names[0]} had before it"
-    return _describe(parity.divergence(rung, names), names, pair, how)
+    return describe(parity.divergence(rung, names), names, pair, how)
 
 
 # --- Replaying
@@ -135,7 +138,7 @@ def _replay(
             )
             rungs = [rung for rung in parity.opening_rungs((ours, theirs), amplified=True) if not rung.agrees]
             if rungs:
-                pair = _arrays(dict(zip(names, (ours[0], theirs[0]), strict=True)), 0, rungs[0].stage, rungs[0].tensor)
+                pair = arrays(dict(zip(names, (ours[0], theirs[0]), strict=True)), 0, rungs[0].stage, rungs[0].tensor)
                 return replace(rungs[0], step=current), pair
         state, _ = reference.train_step(state, images, labels)
     return None
@@ -159,7 +162,7 @@ def one_step(
         snapshot = snapshot._replace(parameters=parameters, momentum=momentum)
         images = moved(images, generator)
     state = backend.init(snapshot)
-    weights = backend.export(state).parameters
+    weights = backend.export(state).tensors
     opening = {f"0/{name}": array for name, array in backend.probe(state, images, labels).items()}
     state, metrics = backend.train_steps(state, images[np.newaxis], labels[np.newaxis])
     opening |= {f"0/{name}": array for name, array in train.updated(backend.export(state)).items()}
@@ -187,7 +190,7 @@ def one_step(
 # --- Describing
 
 
-def _arrays(runs: dict[str, Record], step: int, stage: str, tensor: str) -> list[np.ndarray | None]:
+def arrays(runs: dict[str, Record], step: int, stage: str, tensor: str) -> list[np.ndarray | None]:
     """The tensor that a rung names, as either record holds it; None where it does not."""
     found = []
     for record in runs.values():
@@ -202,7 +205,8 @@ def _arrays(runs: dict[str, Record], step: int, stage: str, tensor: str) -> list
     return found
 
 
-def _describe(first: dict[str, Any], names: list[str], pair: list[np.ndarray | None], how: str) -> dict[str, Any]:
+def describe(first: dict[str, Any], names: list[str], pair: list[np.ndarray | None], how: str) -> dict[str, Any]:
+    """A first divergence, from `parity.divergence`, with what can be seen in the two tensors, and likely causes."""
     one, other = pair
     pattern, offenders = None, []
     if one is not None and other is not None and one.shape == other.shape:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from common.errors import RecordError
@@ -28,7 +29,9 @@ from common.separation import (
     FLIP_SHARE,
     FLOOR_ULP,
     IMAGES_FLOOR,
+    MOST_RESIDUE,
     PROOF_BOUND,
+    RESIDUE_ULP,
     SEPARATION,
     SEPARATION_IMAGES,
     bound,
@@ -218,6 +221,7 @@ def opening_rungs(sides: Sides, amplified: bool = False) -> list[Rung]:
             in one, where p - y cancels in a well-fitted network's gradient, rounding exceeds 1e-12 of what is left.
     """
     first, second = sides[0][0], sides[1][0]
+    residue = min(RESIDUE_ULP * float(ml_dtypes.finfo(first.dtype).eps), MOST_RESIDUE)
     rungs = []
     for name in sorted(first.weights | second.weights):
         gap, values = tensor_gap(first.weights.get(name), second.weights.get(name))
@@ -225,6 +229,8 @@ def opening_rungs(sides: Sides, amplified: bool = False) -> list[Rung]:
     for key in sorted(first.opening | second.opening, key=_travel(first)):
         step, stage, tensor = key.split("/", 2)
         one, other = first.opening.get(key), second.opening.get(key)
+        if stage == "forward" and (one is None or other is None):
+            continue  # one side's layer is the user's own, of whose activations nothing is known
         gap, values = tensor_gap(one, other)
         if stage == "data":
             rungs.append(Rung(int(step), stage, tensor, gap, 0.0, values=values))
@@ -234,9 +240,18 @@ def opening_rungs(sides: Sides, amplified: bool = False) -> list[Rung]:
             ours, theirs = ([record.opening.get(key) for record in side] for side in sides)
             gap, drift = separation(ours, theirs, lambda a, b: tensor_gap(a, b)[0], calmer=True)
         scale = max(magnitude(one), magnitude(other))
+        if scale < residue * (largest_of := _largest(first, step, stage)):
+            scale = largest_of
         limit = bound(first.dtype, drift, scale, _tipped(first, second, int(step), stage, tensor))
         rungs.append(Rung(int(step), stage, tensor, gap, limit, drift, values))
     return sorted(rungs, key=lambda r: (r.step, STAGES.index(r.stage)))
+
+
+def _largest(record: Record, step: str, stage: str) -> float:
+    """The largest gradient, or momentum, of a step; 0 for other stages."""
+    prefix = {"backward": f"{step}/backward/", "update": f"{step}/update/momentum of "}.get(stage)
+    found = [array for key, array in record.opening.items() if prefix is not None and key.startswith(prefix)]
+    return max(map(magnitude, found), default=0.0)
 
 
 def _trajectory(sides: Sides) -> list[Rung]:

@@ -38,9 +38,14 @@ class Snapshot(NamedTuple):
     schedule: dict[str, float]  # `lr` of the next step and, for plateau, its counters; empty before the first step
     step: int  # optimizer steps done
 
+    @property
+    def tensors(self) -> Arrays:
+        """All that the network itself holds."""
+        return self.parameters | self.model_state
+
     @classmethod
     def start(cls, weights: Arrays) -> Snapshot:
-        """The state before the first step."""
+        """The state before the first step; `weights` may hold the model state, too."""
         return cls(parameters=weights, model_state={}, momentum={}, schedule={}, step=0)
 
 
@@ -56,7 +61,11 @@ class Backend(Protocol):
     device: str  # "cpu" or "cuda"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The canonical shape of every parameter."""
+        """The canonical shape of every parameter and of every tensor of the model state."""
+        ...
+
+    def own_names(self) -> dict[str, str]:
+        """What the framework's module itself calls each of them, by canonical name."""
         ...
 
     def init(self, snapshot: Snapshot) -> Any:

@@ -39,11 +39,11 @@ class Record:
     test_loss: float  # mean cross entropy over the test images, nats
     seconds: float  # wall time of the training steps, compilation included
     steps_per_second: float  # after the first chunk, which compiles; of all steps where there is no other
-    weights: Arrays = field(default_factory=dict)  # initial parameters, as the backend held them
+    weights: Arrays = field(default_factory=dict)  # initial parameters and model state, as the backend held them
     opening: Arrays = field(default_factory=dict)  # "<step>/<stage>/<tensor>" of the first steps
     layers: list[str] = field(default_factory=list)  # the tensors of the forward pass, in the order of the calls
     along: Arrays = field(default_factory=dict)  # "<steps done>/<parameter>", about once per stretch
-    final: Arrays = field(default_factory=dict)  # parameters after the last step
+    final: Arrays = field(default_factory=dict)  # parameters and model state after the last step
     broken: int | None = None  # the step whose loss was not finite, at which training ended
     legs: list[dict[str, Any]] = field(default_factory=list)  # "backend", and "stop", one past the last step it took
 

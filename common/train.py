@@ -103,7 +103,7 @@ def train(
         opening=last.opening,
         layers=last.layers,
         along=last.along,
-        final=last.snapshot.parameters,
+        final=last.snapshot.tensors,
         legs=last.legs,
         broken=run.broken,
     )
@@ -134,7 +134,7 @@ def _begin(
         loss=none,
         gradient_norm=none,
         lr=none,
-        weights=snapshot.parameters,
+        weights=snapshot.tensors,
         opening={},
         along={},
         snapshot=snapshot,
@@ -178,7 +178,7 @@ class _Run:
                 return
             self.history.append(metrics)
             if edges and edges[0] <= self.step < self.config.total_steps:
-                self.along |= _named(self.step, self.backend.export(self.state).parameters)
+                self.along |= _named(self.step, self.backend.export(self.state).tensors)
                 edges = [edge for edge in edges if edge > self.step]
             self.log.add(metrics.loss)
             now = time.perf_counter()
@@ -354,8 +354,8 @@ def _cut(arrays: Arrays) -> Arrays:
 
 def updated(snapshot: Snapshot) -> Arrays:
     """The tensors of the update stage."""
-    parameters = {f"update/{name}": array for name, array in snapshot.parameters.items()}
-    return parameters | {f"update/momentum of {name}": array for name, array in snapshot.momentum.items()}
+    tensors = {f"update/{name}": array for name, array in snapshot.tensors.items()}
+    return tensors | {f"update/momentum of {name}": array for name, array in snapshot.momentum.items()}
 
 
 class _Log:

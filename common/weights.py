@@ -13,6 +13,8 @@ from common.protocol import Arrays
 # These keep the random streams of one seed apart; the order of the batches has another.
 WEIGHTS_STREAM, TWINS_STREAM, TWIN_IMAGES_STREAM = 1, 2, 3
 
+CONSTANT = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}  # of a norm
+
 
 def numpy_dtype(dtype: str) -> np.dtype:
     """The NumPy dtype of a lens; bfloat16 is ml_dtypes'."""
@@ -23,17 +25,23 @@ def initial_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -
     """PyTorch's default initialisation: kernels and biases uniform in +-1/sqrt(fan in of the layer's kernel).
 
     That is what `torch.nn.Conv2d.reset_parameters` and `torch.nn.Linear.reset_parameters` do
-    (kaiming_uniform with a = sqrt(5)); Flax's own default would be lecun_normal with zero biases. Drawn in float64
-    and rounded to `dtype`, so that all lenses start from the same weights. Each tensor has its own stream, so the
-    order of `shapes` does not matter.
+    (kaiming_uniform with a = sqrt(5)); Flax's own default would be lecun_normal with zero biases. Embeddings are
+    normal; a norm begins as the identity, with the running statistics of normalised data. A network's own bare
+    parameters, for which neither library has a default, are normal with standard deviation 0.02, as in vision
+    transformers. Drawn in float64 and rounded to `dtype`, so that all lenses start from the same weights. Each tensor
+    has its own stream, so the order of `shapes` does not matter.
     """
-    weights = {}
-    for name, shape in shapes.items():
-        layer, _, _ = name.rpartition(".")
-        fan_in = np.prod(shapes[f"{layer}.kernel"][:-1])
-        draws = _generator(seed, WEIGHTS_STREAM, name).uniform(-1, 1, shape)
-        weights[name] = (draws / np.sqrt(fan_in)).astype(numpy_dtype(dtype))
-    return weights
+    return {name: _initial(name, shapes, seed).astype(numpy_dtype(dtype)) for name in shapes}
+
+
+def _initial(name: str, shapes: dict[str, tuple[int, ...]], seed: int) -> np.ndarray:
+    layer, _, role = name.rpartition(".")
+    kernel, shape, generator = shapes.get(f"{layer}.kernel"), shapes[name], _generator(seed, WEIGHTS_STREAM, name)
+    if kernel is not None and role in ("kernel", "bias"):
+        return generator.uniform(-1, 1, shape) / np.sqrt(np.prod(kernel[:-1]))
+    if role in CONSTANT:
+        return np.full(shape, CONSTANT[role])
+    return generator.normal(0, 1 if role == "embedding" else 0.02, shape)
 
 
 def digest(weights: Arrays) -> str:

@@ -138,7 +138,7 @@ def pairs(stage: str, tensor: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def described(stage: str, tensor: str, pair: list[Any]) -> dict[str, Any]:
     first = {"step": 0, "stage": stage, "tensor": tensor, "gap": 1.0, "bound": 0.1, "message": "m"}
-    found = locate._describe(first, NAMES, pair, "as recorded")
+    found = locate.describe(first, NAMES, pair, "as recorded")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
 

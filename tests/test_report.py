@@ -91,7 +91,7 @@ def found(tensor: str = "conv1", **changes: Any) -> dict[str, Any]:
     first |= {"message": f"forward: step 17: {tensor}: torch=1 flax=3, gap 2.0e+00 > 1.0e-07"}
     pair: list[np.ndarray | None] = [np.array([[1.0, 2.0], [np.nan, 4.0]]), np.array([[3.0, 2.0], [3.0, 1 / 3]])]
     how = "replayed: both took step 17 from the state that torch had before it"
-    return locate._describe(first, ["torch", "flax"], pair, how) | changes
+    return locate.describe(first, ["torch", "flax"], pair, how) | changes
 
 
 def make(

@@ -42,6 +42,9 @@ class Notebook:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return SHAPES
 
+    def own_names(self) -> dict[str, str]:
+        return {name: name for name in self.shapes()}
+
     def init(self, snapshot: Snapshot) -> State:
         assert (snapshot.step, snapshot.momentum, snapshot.schedule) == (0, {}, {})
         return State(dict(snapshot.parameters), 0)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from backends.flax_backend import convert
 from backends.flax_backend.activations import recorded
-from backends.flax_backend.model import Net
+from backends.flax_backend.network import build, examine
 from backends.flax_backend.optimizer import (
     export_momentum,
     export_schedule,
@@ -29,7 +29,7 @@ from backends.flax_backend.optimizer import (
     restore_momentum,
     restore_schedule,
 )
-from common.config import Config
+from common.config import MODELS, Config
 from common.data import normalise
 from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Metrics, Snapshot
@@ -74,10 +74,9 @@ class FlaxBackend:
         make_comparable(self.device)
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        abstract = nnx.eval_shape(
-            lambda: Net(classes, self.device, rngs=nnx.Rngs(0))
-        )  # shapes only: no weight is drawn
-        self.graph, self.parameters, self.model_state = nnx.split(abstract, nnx.Param, ...)
+        self.network = build(config.model, classes, self.device)
+        if config.model not in MODELS:
+            examine(config.model, self.network, classes)
         self.optimizer = make_optimizer(config, self.dtype)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self._compiled_steps = jax.jit(self._fused_steps, donate_argnums=0)
@@ -87,11 +86,15 @@ class FlaxBackend:
         self._normalised = jnp.asarray(normalise(np.arange(256, dtype=np.uint8), self.dtype))  # by pixel
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: leaf.shape for name, leaf in convert.flatten(self.parameters).items()}
+        return {name: leaf.shape for name, leaf in (self.network.parameters | self.network.statistics).items()}
+
+    def own_names(self) -> dict[str, str]:
+        return {name: own for own, name in self.network.names.items()}
 
     def init(self, snapshot: Snapshot) -> State:
-        parameters = convert.from_canonical(snapshot.parameters)
-        model_state = convert.from_canonical(snapshot.model_state)
+        tensors = convert.from_canonical(snapshot.parameters | snapshot.model_state)
+        parameters = {name: tensors[name] for name in self.network.parameters}
+        model_state = {name: tensors[name] for name in self.network.statistics}
         optimizer_state = self.optimizer.init(parameters)
         if snapshot.step > 0:
             momentum = convert.from_canonical(snapshot.momentum)
@@ -114,20 +117,28 @@ class FlaxBackend:
     def _step(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
         parameters, model_state, optimizer_state, step = state
 
-        def loss_of(parameters: Parameters) -> jax.Array:
-            return cross_entropy(self._forward(parameters, model_state, images), labels)
+        def loss_of(parameters: Parameters) -> tuple[jax.Array, Parameters]:
+            logits, new_model_state = self._forward(parameters, model_state, images)
+            return cross_entropy(logits, labels), new_model_state
 
-        loss, gradients = jax.value_and_grad(loss_of)(parameters)
+        (loss, model_state), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         metrics = Metrics(loss, global_norm(gradients), learning_rate(self.config, optimizer_state))
         updates, optimizer_state = self.optimizer.update(gradients, optimizer_state, parameters, value=loss)
         parameters = optax.apply_updates(parameters, updates)
         return State(parameters, model_state, optimizer_state, step + 1), metrics
 
-    def _forward(self, parameters: Parameters, model_state: Parameters, images: jax.Array) -> jax.Array:
-        return self._model(parameters, model_state)(images)
+    def _forward(
+        self, parameters: Parameters, model_state: Parameters, images: jax.Array
+    ) -> tuple[jax.Array, Parameters]:
+        """Logits, and the model state that the forward pass leaves behind."""
+        model = self._model(parameters, model_state)
+        logits = model(images)
+        return logits, convert.flatten(nnx.state(model, nnx.BatchStat), self.network.names)
 
-    def _model(self, parameters: Parameters, model_state: Parameters) -> Net:
-        return nnx.merge(self.graph, convert.nest(parameters), convert.nest(model_state))
+    def _model(self, parameters: Parameters, model_state: Parameters, training: bool = True) -> nnx.Module:
+        graph = self.network.training if training else self.network.evaluation
+        tensors = convert.nest(parameters, self.network.names), convert.nest(model_state, self.network.names)
+        return nnx.merge(graph, *tensors, self.network.constants)
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
         return self._compiled_step(state, self._images(images), self._labels(labels))
@@ -164,7 +175,7 @@ class FlaxBackend:
         return Evaluation(np.concatenate(predictions), total / len(images))
 
     def _evaluate(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = self._forward(state.parameters, state.model_state, images)
+        logits = self._model(state.parameters, state.model_state, training=False)(images)
         return logits.argmax(axis=-1), cross_entropy(logits, labels)
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
@@ -173,7 +184,7 @@ class FlaxBackend:
         return {
             "data/images": convert.to_numpy(batch),
             "data/labels": convert.to_numpy(truth).astype(np.int64),
-            **{f"forward/{name}": convert.to_numpy(array) for name, array in activations.items()},
+            **convert.activations_to_canonical(self.network.names, activations),
             "forward/logits": convert.to_numpy(logits),
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in convert.to_canonical(gradients).items()},

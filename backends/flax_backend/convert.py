@@ -1,11 +1,11 @@
 """Between Flax's layout and the canonical one. They are the same: kernels are HWIO and (in, out), names are dotted.
 
-What is left is where the arrays live, and `nnx`'s nested dictionaries.
+What is left is where the arrays live, `nnx`'s nested dictionaries, and what else a list's positions are called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,10 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from common import pairs
 from common.protocol import Arrays
+
+INPUT = "input of "  # a layer, in the names of activations
 
 
 def to_canonical(arrays: Mapping[str, jax.Array]) -> Arrays:
@@ -27,14 +30,44 @@ def from_canonical(arrays: Arrays) -> dict[str, jax.Array]:
     return {name: to_array(array) for name, array in arrays.items()}
 
 
-def flatten(state: Any) -> dict[str, Any]:
-    """An `nnx` state as a flat dictionary with dotted names: this is what gradients are taken of."""
-    return flatten_dict(nnx.to_pure_dict(state), sep=".")
+def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict[str, str]:
+    """By Flax's own dotted names of all parameters and statistics, the canonical ones.
+
+    Args:
+        declared: Flax's layers, with their canonical names, where the user has named them.
+
+    Raises:
+        ConfigError: if two tensors get one name, or `declared` names what is not there.
+    """
+    return pairs.canonical_names({own: own.rpartition(".")[2] for own in tensors}, declared, "Flax")
 
 
-def nest(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def activations_to_canonical(names: Mapping[str, str], activations: Mapping[str, jax.Array]) -> Arrays:
+    """What `recorded` keeps, as `forward/<name>`, under canonical names; `names` are those of the tensors."""
+    layers, arrays = pairs.layer_names(names), {}
+    for name, activation in activations.items():
+        layer = name.removeprefix(INPUT)
+        arrays[f"forward/{name[: len(name) - len(layer)]}{layers[layer]}"] = to_numpy(activation)
+    return arrays
+
+
+def flatten(state: Any, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """An `nnx` state as a flat dictionary with dotted names: this is what gradients are taken of.
+
+    Args:
+        names: from `canonical_names`; None: Flax's own.
+    """
+    leaves = {".".join(map(str, path)): leaf for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
+    return leaves if names is None else {names[own]: leaf for own, leaf in leaves.items()}
+
+
+def nest(arrays: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The inverse of `flatten`, as `nnx.merge` takes it."""
-    return unflatten_dict(dict(parameters), sep=".")
+    if names is not None:
+        own_names = {name: own for own, name in names.items()}
+        arrays = {own_names.get(name, name): array for name, array in arrays.items()}
+    paths = {tuple(int(part) if part.isdecimal() else part for part in own.split(".")): own for own in arrays}
+    return unflatten_dict({path: arrays[own] for path, own in paths.items()})
 
 
 def to_numpy(array: jax.Array) -> np.ndarray:

@@ -13,7 +13,8 @@ import tensorstore
 from tensorstore import KvStore, TensorStore
 
 from backends.flax_backend import convert
-from common.errors import DataError, RecordError
+from backends.flax_backend.network import build
+from common.errors import DataError, RecordError, few
 from common.files import (
     Claim,
     Shapes,
@@ -21,7 +22,6 @@ from common.files import (
     check_numbers,
     check_size,
     damaged,
-    few,
     reading,
     room_for,
     size_of,
@@ -33,11 +33,12 @@ KIND = "Orbax checkpoint"
 MARK = "_METADATA"  # the file that makes a folder a checkpoint
 
 
-def read_weights(path: Path, shapes: Shapes) -> Arrays:
+def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
     """The network's parameters, canonical, from an Orbax checkpoint of an `nnx` state; any floating-point dtype.
 
     Args:
-        shapes: canonical.
+        shapes: canonical, from `Backend.shapes`.
+        model: Config.model.
 
     Raises:
         DataError: if the folder is damaged, or does not hold exactly the network's parameters.
@@ -48,13 +49,15 @@ def read_weights(path: Path, shapes: Shapes) -> Arrays:
         stores = open_arrays(folder)
         if not stores:
             raise damaged(path, KIND, "no arrays")
+        names = canonical_names(model)
+        stores = {names.get(own, own): store for own, store in stores.items()}
         check_claims(path, read_claims(path, stores), shapes)
         arrays = {name: np.array(store.read().result()) for name, store in stores.items()}
     check_numbers(path, arrays)
     return arrays
 
 
-def write_weights(path: Path, arrays: Arrays) -> None:
+def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
     """Keep canonical parameters as an Orbax checkpoint, whole or not at all, for `StandardCheckpointer.restore`.
 
     Raises:
@@ -67,7 +70,7 @@ def write_weights(path: Path, arrays: Arrays) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(Path(aside) / path.name, convert.nest(arrays))
+                checkpointer.save(Path(aside) / path.name, convert.nest(arrays, canonical_names(model)))
             (Path(aside) / path.name).rename(path)
         flush_folder(path.parent)
     except (OSError, ValueError) as error:  # ValueError: tensorstore's
@@ -75,6 +78,11 @@ def write_weights(path: Path, arrays: Arrays) -> None:
         raise RecordError(
             f"cannot write {path} ({reason}): choose another folder with --out or free some space"
         ) from error
+
+
+def canonical_names(model: str) -> dict[str, str]:
+    """By Flax's own names, which do not depend on the number of classes."""
+    return build(model, 1, "cpu").names
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from torch.optim.sgd import sgd
 
 from backends.torch_backend import convert
 from backends.torch_backend.activations import recorded
-from backends.torch_backend.model import Net
+from backends.torch_backend.network import build, examine
 from backends.torch_backend.optimizer import (
     Scheduler,
     export_momentum,
@@ -27,7 +28,7 @@ from backends.torch_backend.optimizer import (
     restore_momentum,
     restore_schedule,
 )
-from common.config import Config
+from common.config import MODELS, Config
 from common.data import normalise
 from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Metrics, Snapshot
@@ -38,14 +39,14 @@ ALL_THREADS = torch.get_num_threads()
 SMALL_BATCH = 16  # up to which one thread and compiled steps are quicker than two and eager ones
 LONG_RUN = 20_000  # steps from which on compiling, half a minute, pays: a step is a millisecond shorter
 
-Carry = tuple[dict[str, Tensor], dict[str, Tensor]]  # parameters and momentum, by PyTorch's names
+Carry = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]  # parameters, buffers, momentum; own names
 Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, and lr
 
 
 class State(NamedTuple):
     """What training changes; PyTorch changes it in place."""
 
-    model: Net
+    model: nn.Module
     optimizer: SGD
     scheduler: Scheduler
     step: int
@@ -78,7 +79,9 @@ class TorchBackend:
         pays = (config.steps or 0) >= LONG_RUN and config.batch_size <= SMALL_BATCH
         wanted = compile == "on" or (compile == "auto" and pays)
         self.compiled = wanted and config.schedule.kind != "plateau"  # whose next lr hangs on the losses
-        self._skeleton = self._empty_model("meta")  # the network without weights
+        self._skeleton = build(config.model, classes, self.device, self.compiled).to(self.dtype)
+        if config.model not in MODELS:
+            examine(config.model, self._skeleton, classes)
         torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_scan`'s programs
         self._compiled_scan = torch.compile(self._scan, fullgraph=True, dynamic=False)
         self._numpy_dtype = numpy_dtype(dtype)
@@ -87,12 +90,18 @@ class TorchBackend:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         model = self._skeleton
-        zeros = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in model.named_parameters()}
+        tensors = dict(model.named_parameters()) | convert.statistics(model)
+        zeros = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in tensors.items()}
         return {name: array.shape for name, array in convert.to_canonical(model, zeros).items()}
 
+    def own_names(self) -> dict[str, str]:
+        return {name: own for own, name in convert.canonical_names(self._skeleton).items()}
+
     def init(self, snapshot: Snapshot) -> State:
-        model = self._empty_model(self.device)
-        model.load_state_dict(convert.from_canonical(model, snapshot.parameters | snapshot.model_state))
+        model = self._empty_model()
+        model.load_state_dict(
+            model.state_dict() | convert.from_canonical(model, snapshot.parameters | snapshot.model_state)
+        )
         optimizer = make_optimizer(self.config, model)
         scheduler = Scheduler(self.config, optimizer)
         if snapshot.step > 0:
@@ -104,7 +113,7 @@ class TorchBackend:
         model, optimizer, scheduler, step = state
         return Snapshot(
             parameters=convert.to_canonical(model, dict(model.named_parameters())),
-            model_state=convert.to_canonical(model, dict(model.named_buffers())),
+            model_state=convert.to_canonical(model, convert.statistics(model)),
             momentum=convert.to_canonical(model, export_momentum(model, optimizer)),
             schedule=export_schedule(scheduler) if step > 0 else {},
             step=step,
@@ -163,13 +172,14 @@ class TorchBackend:
         """`_step` over the leading axis, as one compiled loop."""
         model, optimizer, scheduler, step = state
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        momentum = export_momentum(model, optimizer)
+        buffers, momentum = dict(model.named_buffers()), export_momentum(model, optimizer)
         lr = scheduler.advance(len(labels))
         with torch.no_grad():  # `grad_and_value` takes the gradients; autograd has nothing to record
             rates = torch.from_numpy(lr).to(self.device)
-            carry, (loss, gradient_norm) = self._compiled_scan((parameters, momentum), (images, labels, rates))
-        parameters, momentum = carry
-        model.load_state_dict(parameters)
+            start = parameters, buffers, momentum
+            carry, (loss, gradient_norm) = self._compiled_scan(start, (images, labels, rates))
+        parameters, buffers, momentum = carry
+        model.load_state_dict(model.state_dict() | parameters | buffers)
         restore_momentum(model, optimizer, momentum)
         metrics = Metrics(to_array(loss), to_array(gradient_norm), lr)
         return State(model, optimizer, scheduler, step + len(labels)), metrics
@@ -183,13 +193,15 @@ class TorchBackend:
 
         `sgd` is the function that `SGD.step` calls; it writes into the parameters and the momentum that it is given.
         """
-        parameters, momentum = carry
+        parameters, buffers, momentum = carry
         images, labels, lr = batch
 
-        def loss_of(parameters: dict[str, Tensor]) -> Tensor:
-            return cross_entropy(functional_call(self._skeleton, parameters, (images,)), labels)
+        def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # the forward pass writes into it
+            logits = functional_call(self._skeleton, (parameters, new_buffers), (images,))
+            return cross_entropy(logits, labels), new_buffers
 
-        gradients, loss = grad_and_value(loss_of)(parameters)
+        gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
         parameters = {name: parameter.clone() for name, parameter in parameters.items()}
         momentum = {name: buffer.clone() for name, buffer in momentum.items()}
         sgd(
@@ -204,33 +216,38 @@ class TorchBackend:
             nesterov=self.config.nesterov,
             maximize=self.config.maximize,
         )
-        return (parameters, momentum), (loss, global_norm(list(gradients.values())))
+        return (parameters, buffers, momentum), (loss, global_norm(list(gradients.values())))
 
     # --- Looking without touching
 
     @torch.inference_mode()
     def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         predictions, total = [], 0.0
+        state.model.eval()
         for start in range(0, len(images), EVALUATION_BATCH):
             batch = slice(start, start + EVALUATION_BATCH)
             truth = self._labels(labels[batch])
             logits = state.model(self._images(images[batch]))
             predictions.append(logits.argmax(dim=-1).cpu().numpy())
             total += cross_entropy(logits, truth).double().item() * len(truth)  # a smaller last batch weighs less
+        state.model.train()
         return Evaluation(np.concatenate(predictions), total / len(images))
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
         batch, truth = self._images(images), self._labels(labels)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with recorded(model) as activations:
             logits = model(batch)
         loss = cross_entropy(logits, truth)
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        for name, buffer in model.named_buffers():  # the forward pass wrote into its statistics
+            buffer.copy_(before[name])
         return {
             "data/images": convert.to_numpy(batch.permute(0, 2, 3, 1)),
             "data/labels": convert.to_numpy(truth),
-            **{f"forward/{name}": convert.activation_to_canonical(model, name, a) for name, a in activations.items()},
+            **convert.activations_to_canonical(model, activations),
             "forward/logits": convert.to_numpy(logits),
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in convert.to_canonical(model, gradients).items()},
@@ -247,11 +264,15 @@ class TorchBackend:
 
     # --- In and out of PyTorch's layout
 
-    def _empty_model(self, device: str) -> Net:
-        """Built on no device, so that PyTorch draws no random weights that nobody uses."""
-        with torch.device("meta"):
-            model = Net(self.classes, self.device, self.compiled).to(self.dtype)
-        return model.to_empty(device=device)
+    def _empty_model(self) -> nn.Module:
+        """The network on the device, for weights to be loaded into."""
+        model = copy.deepcopy(self._skeleton)
+        if self.config.model not in MODELS:  # it may have constants of its own
+            return model.to(self.device)
+        model.to_empty(device=self.device)
+        for buffer in model.buffers():
+            buffer.zero_()
+        return model
 
     def _images(self, images: np.ndarray | Tensor) -> Tensor:
         """(..., height, width, channels) to (..., channels, height, width); a tensor is left as it is."""

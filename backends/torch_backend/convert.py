@@ -11,31 +11,74 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
+from common import pairs
 from common.protocol import Arrays
+
+INPUT = "input of "  # a layer, in the names of activations
+CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)  # layers whose activations have them in axis 1
+ROLES = (
+    (_NormBase, {"weight": "scale", "running_mean": "mean", "running_var": "var"}),
+    ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), {"weight": "scale"}),
+    ((_ConvNd, nn.Linear), {"weight": "kernel"}),
+    (nn.Embedding, {"weight": "embedding"}),
+)  # by kind of layer, what Flax calls what PyTorch calls by this name
 
 
 def to_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> Arrays:
     """PyTorch tensors by PyTorch's names (`conv1.weight`) as canonical arrays by canonical names (`conv1.kernel`)."""
-    arrays = {}
-    for name, tensor in tensors.items():
-        layer, _, role = name.rpartition(".")
+    names, arrays = canonical_names(model), {}
+    for own, tensor in tensors.items():
+        layer, _, role = own.rpartition(".")
         array = to_numpy(tensor)
-        if role == "weight":
-            role, array = "kernel", kernel_to_canonical(model, layer, array)
-        arrays[f"{layer}.{role}"] = np.ascontiguousarray(array)
+        if role_of(model, layer, role) == "kernel":
+            array = kernel_to_canonical(model, layer, array)
+        arrays[names[own]] = np.ascontiguousarray(array)
     return arrays
 
 
 def from_canonical(model: nn.Module, arrays: Arrays) -> dict[str, Tensor]:
     """The inverse of `to_canonical`."""
-    tensors = {}
+    own_names, tensors = {name: own for own, name in canonical_names(model).items()}, {}
     for name, array in arrays.items():
-        layer, _, role = name.rpartition(".")
-        if role == "kernel":
-            role, array = "weight", kernel_from_canonical(model, layer, array)
-        tensors[f"{layer}.{role}"] = to_tensor(array)
+        layer, _, role = own_names[name].rpartition(".")
+        if role_of(model, layer, role) == "kernel":
+            array = kernel_from_canonical(model, layer, array)
+        tensors[own_names[name]] = to_tensor(array)
     return tensors
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """By PyTorch's own names of all parameters and statistics, the canonical ones.
+
+    Raises:
+        ConfigError: if two tensors get one name, or the user's pair names what is not there.
+    """
+    own = [*(name for name, _ in model.named_parameters()), *statistics(model)]
+    roles = {name: role_of(model, *name.rpartition(".")[::2]) for name in own}
+    return pairs.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
+
+
+def declare(model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]) -> None:
+    """Keep with the module what its pair says of it."""
+    vars(model)["flax_names"] = {own: pairs.tidy(name) for own, name in names.items()}
+    if flattened:
+        vars(model)["flattened"] = dict(flattened)
+
+
+def role_of(model: nn.Module, layer: str, role: str) -> str:
+    """What Flax calls a tensor, by the kind of its layer: shapes decide nothing. Others' are called the same."""
+    kind = model.get_submodule(layer)
+    return next((names.get(role, role) for kinds, names in ROLES if isinstance(kind, kinds)), role)
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of batch and instance norms, by PyTorch's names."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, _NormBase)]
+    found = {name for norm in norms for name in (f"{norm}.running_mean", f"{norm}.running_var")}
+    return {name: buffer for name, buffer in model.named_buffers() if name.removeprefix(".") in found}
 
 
 def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.ndarray:
@@ -44,38 +87,49 @@ def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.
     PyTorch flattens (channels, height, width), Flax (height, width, channels): the rows of the first dense kernel after
     a flatten are put in the other order here, so that no network has to transpose its activations.
     """
-    if isinstance(model.get_submodule(layer), nn.Conv2d):
-        return weight.transpose(2, 3, 1, 0)
+    if isinstance(model.get_submodule(layer), _ConvNd):
+        return weight.transpose(*range(2, weight.ndim), 1, 0)
     kernel = weight.transpose(1, 0)
     if layer in flattened(model):
-        channels, height, width = flattened(model)[layer]
-        kernel = kernel.reshape(channels, height, width, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+        channels, *others = flattened(model)[layer]
+        kernel = np.moveaxis(kernel.reshape(channels, *others, -1), 0, -2).reshape(kernel.shape)
     return kernel
 
 
 def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> np.ndarray:
     """HWIO to OIHW for a convolution; (in, out) to (out, in) for a dense layer."""
-    if isinstance(model.get_submodule(layer), nn.Conv2d):
-        return kernel.transpose(3, 2, 0, 1)
+    if isinstance(model.get_submodule(layer), _ConvNd):
+        return kernel.transpose(-1, -2, *range(kernel.ndim - 2))
     if layer in flattened(model):
-        channels, height, width = flattened(model)[layer]
-        kernel = kernel.reshape(height, width, channels, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
+        channels, *others = flattened(model)[layer]
+        kernel = np.moveaxis(kernel.reshape(*others, channels, -1), -2, 0).reshape(kernel.shape)
     return kernel.transpose(1, 0)
+
+
+def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:
+    """What `recorded` keeps, as `forward/<name>`, under canonical names and in the canonical layout."""
+    layers, arrays = pairs.layer_names(canonical_names(model)), {}
+    for name, activation in activations.items():
+        layer = name.removeprefix(INPUT)
+        arrays[f"forward/{name[: len(name) - len(layer)]}{layers[layer]}"] = activation_to_canonical(
+            model, name, activation
+        )
+    return arrays
 
 
 def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> np.ndarray:
     """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of <layer>`."""
     array = to_numpy(activation)
-    layer = name.removeprefix("input of ")
+    layer = name.removeprefix(INPUT)
     if layer != name and layer in flattened(model):
         shape = array.shape
-        array = array.reshape(len(array), *flattened(model)[layer]).transpose(0, 2, 3, 1).reshape(shape)
-    elif array.ndim == 4:
-        array = array.transpose(0, 2, 3, 1)
+        array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(shape)
+    elif isinstance(model.get_submodule(layer), CHANNELS_FIRST):
+        array = np.moveaxis(array, 1, -1)
     return np.ascontiguousarray(array)
 
 
-def flattened(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+def flattened(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The dense layers that follow a flatten, and the (channels, height, width) that it unrolls."""
     return getattr(model, "flattened", {})
 

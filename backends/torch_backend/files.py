@@ -7,26 +7,28 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends.torch_backend import convert
-from backends.torch_backend.model import Net
-from common.errors import DataError
-from common.files import Claim, Shapes, check_claims, check_numbers, check_size, few, reading, room_for, size_of
+from backends.torch_backend.network import build
+from common.errors import DataError, few
+from common.files import Claim, Shapes, check_claims, check_numbers, check_size, reading, room_for, size_of
 from common.protocol import Arrays
 from common.storage import write_whole
 
 KIND = "PyTorch state dict"
 
 
-def read_weights(path: Path, shapes: Shapes) -> Arrays:
+def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
     """The network's parameters, canonical, from a state dict as `torch.save` writes it; any floating-point dtype.
 
     Args:
-        shapes: canonical.
+        shapes: canonical, from `Backend.shapes`.
+        model: Config.model.
 
     Raises:
         DataError: if the file is damaged, or does not hold exactly the network's parameters.
@@ -34,20 +36,20 @@ def read_weights(path: Path, shapes: Shapes) -> Arrays:
     room = room_for(shapes)
     check_size(path, size_of(path), room)
     with reading(path, KIND):
-        check_claims(path, read_claims(path, room), own_shapes(shapes))
-        arrays = from_own(torch.load(path, map_location="cpu", weights_only=True))
+        check_claims(path, without_others(read_claims(path, room), model), own_shapes(shapes, model))
+        arrays = from_own(torch.load(path, map_location="cpu", weights_only=True), model)
     check_numbers(path, arrays)
     return arrays
 
 
-def write_weights(path: Path, arrays: Arrays) -> None:
+def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
     """Keep canonical parameters as a state dict, whole or not at all, for `torch.load(path, weights_only=True)`.
 
     Raises:
         RecordError: if the file cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save(to_own(arrays), buffer)
+    torch.save(to_own(arrays, model), buffer)
     write_whole(path, buffer.getvalue())
 
 
@@ -82,23 +84,38 @@ def belongs(name: str) -> bool:
     )
 
 
-def from_own(tensors: Mapping[str, Tensor]) -> Arrays:
-    """PyTorch's tensors by PyTorch's names as canonical arrays."""
-    return convert.to_canonical(empty_model(), tensors)
+def from_own(tensors: Mapping[str, Tensor], model: str = "net") -> Arrays:
+    """PyTorch's tensors by PyTorch's names as canonical arrays; what else a state dict has is left out."""
+    return convert.to_canonical(empty_model(model), without_others(tensors, model))
 
 
-def to_own(arrays: Arrays) -> dict[str, Tensor]:
-    """The inverse of `from_own`: contiguous tensors on the CPU."""
-    return {name: tensor.contiguous() for name, tensor in convert.from_canonical(empty_model(), arrays).items()}
+def to_own(arrays: Arrays, model: str = "net") -> dict[str, Tensor]:
+    """The inverse of `from_own`: contiguous tensors on the CPU, and all else that a state dict has."""
+    empty = empty_model(model)
+    tensors = {name: tensor.contiguous() for name, tensor in convert.from_canonical(empty, arrays).items()}
+    return tensors | others_of(empty)
 
 
-def own_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters by PyTorch's names: OIHW, and (out, in)."""
-    zeros = to_own({name: np.zeros(shape) for name, shape in shapes.items()})
-    return {name: tuple(tensor.shape) for name, tensor in zeros.items()}
+def own_shapes(shapes: Shapes, model: str = "net") -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors by PyTorch's names: OIHW, and (out, in)."""
+    arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
+    tensors = convert.from_canonical(empty_model(model), arrays)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def empty_model() -> Net:
+def without_others(entries: Mapping[str, Any], model: str) -> dict[str, Any]:
+    others = others_of(empty_model(model))
+    return {name: entry for name, entry in entries.items() if name not in others}
+
+
+def others_of(empty: nn.Module) -> dict[str, Tensor]:
+    """What a state dict has besides parameters and statistics: a user's constants, and a batch norm's count of batches,
+    which is 0 here, for nothing in these networks reads it."""
+    known = convert.canonical_names(empty)
+    others = {name: tensor for name, tensor in empty.state_dict().items() if name not in known}
+    return {name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in others.items()}
+
+
+def empty_model(model: str = "net") -> nn.Module:
     """The network without weights; its layout does not depend on the number of classes."""
-    with torch.device("meta"):
-        return Net(classes=1)
+    return build(model, 1, "cpu", compiled=False)

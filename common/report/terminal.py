@@ -156,6 +156,10 @@ class Terminal:
         finally:
             self._bar = None
 
+    def conclusion(self, text: str) -> None:
+        """Print what is said even with `quiet`."""
+        self._paragraph(text, "bold")
+
     def verdict(self, report: dict[str, Any]) -> None:
         """Print the result: one sentence, then the evidence of each lens."""
         self._sentence(report)

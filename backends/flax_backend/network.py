@@ -1,0 +1,93 @@
+"""From a pair to a `flax.nnx.Module`. Reads beside backends/torch_backend/network.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from backends.flax_backend import convert
+from common import pairs
+from common.config import MODELS
+from common.errors import ConfigError, few
+from common.weights import initial_weights
+
+IMAGES = (2, 32, 32, 3)  # what a user's network is tried on
+
+
+class Network(NamedTuple):
+    """A module taken apart, as `nnx.split` does: what is left to describe it, and its variables' kinds."""
+
+    training: Any  # nnx.GraphDef, as `model.train()` leaves the module
+    evaluation: Any  # nnx.GraphDef, as `model.eval()` does
+    names: dict[str, str]  # by Flax's own names of all parameters and statistics, the canonical ones
+    parameters: Any  # canonical name: shape and dtype
+    statistics: Any  # likewise
+    constants: Any  # nnx.State: what else the module holds
+
+
+def build(model: str, classes: int, device: str) -> Network:
+    """The network that `--model` names, without weights.
+
+    Raises:
+        ConfigError: if the user's cannot be built, or is not one that can be compared.
+    """
+    network = pairs.network(model, "flax")
+    if model in MODELS:
+        module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))  # shapes only: no weight is drawn
+        return take_apart(module, {})
+    with pairs.trying(model, "flax", "build"):
+        module = network(classes, rngs=nnx.Rngs(0))
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(f"--model {model}: flax builds a {type(module).__name__}: let it build a flax.nnx.Module")
+    declared = {name: pairs.tidy(name) for name in pairs.load(model).names.values()}
+    return take_apart(module, declared)
+
+
+def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
+    module.eval()
+    evaluation = nnx.graphdef(module)
+    module.train()
+    training, parameters, statistics, constants = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+    names = convert.canonical_names([*convert.flatten(parameters), *convert.flatten(statistics)], declared)
+
+    def shapes(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        leaves = convert.flatten(state, names)
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+
+    return Network(training, evaluation, names, shapes(parameters), shapes(statistics), constants)
+
+
+def examine(model: str, network: Network, classes: int) -> None:
+    """Raise ConfigError unless a user's network can be compared: it is tried twice, in training."""
+    images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
+    shapes = {name: leaf.shape for name, leaf in (network.parameters | network.statistics).items()}
+    tensors = {name: jnp.asarray(array) for name, array in initial_weights(shapes, 0, "float32").items()}
+    outputs = []
+    with pairs.trying(model, "flax", f"take images {IMAGES}"):
+        for _ in range(2):
+            module = nnx.merge(network.training, convert.nest(tensors, network.names), network.constants)
+            before = nnx.clone(module)
+            outputs.append(module(images))
+    logits = outputs[0]
+    shape = tuple(logits.shape) if isinstance(logits, jax.Array) else type(logits).__name__
+    if shape != (2, classes):
+        raise ConfigError(f"--model {model}: flax gives {shape} for 2 images: let it give logits, {(2, classes)}")
+    drawn = changes(before, module, nnx.RngState)
+    if drawn or not jnp.array_equal(outputs[0], outputs[1]):
+        where = f" ({few(drawn)})" if drawn else ""
+        raise ConfigError(f"--model {model}: flax's module draws its own random numbers{where}: {pairs.NO_DRAWS}")
+    if changed := changes(before, module, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat))):
+        raise ConfigError(f"--model {model}: flax's forward pass changes {few(changed)}: {pairs.NO_STATE}")
+
+
+def changes(before: nnx.Module, after: nnx.Module, kind: Any) -> list[str]:
+    """The variables of one kind that are not what they were."""
+    old, new = (convert.flatten(nnx.state(module, kind)) for module in (before, after))
+    return [name for name in new if name not in old or not bool(jnp.array_equal(bits(old[name]), bits(new[name])))]
+
+
+def bits(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

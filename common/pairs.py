@@ -1,0 +1,265 @@
+"""A network in both frameworks: where its two modules are, and which tensor of one is which of the other.
+
+The modules' tensors meet under canonical names, which each side works out on its own, without importing the other:
+a path of attributes and list positions, and a role (`kernel`, `bias`, `scale`, `mean`, ...). These are Flax's, but that
+list positions count layers with parameters only, and `nnx.Sequential`'s own `layers` is left out: so
+`nn.Sequential(conv, relu, conv)` and `nnx.Sequential(conv, nnx.relu, conv)` and `[conv, conv]` are alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import MODELS
+from common.errors import ConfigError, few
+
+FORM = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
+NO_DRAWS = "set its rate to 0, or leave it out, for the two sides could not draw the same"
+NO_STATE = "keep nothing from step to step but a batch norm's statistics"
+Network = Callable[..., Any] | str  # what builds the module, or where that is, as "package.module:NAME"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A network in both frameworks, for images of 32 x 32 pixels and 3 channels.
+
+    A name of a network, "package.module:NAME", is looked up when its framework is wanted, and not before.
+    """
+
+    torch: Network  # (classes) -> torch.nn.Module, which takes images (n, 3, 32, 32)
+    flax: Network  # (classes, rngs=nnx.Rngs) -> nnx.Module, which takes images (n, 32, 32, 3)
+    names: Mapping[str, str] = field(default_factory=dict)  # PyTorch's: Flax's; layers or parameters, where they differ
+    # Dense layers that follow a flatten, by PyTorch's name: what it unrolls, (channels, height, width). PyTorch unrolls
+    # channels first and Flax last.
+    flattened: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def load(model: str) -> Pair:
+    """The pair that `--model` names.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be imported.
+    """
+    if model in MODELS:
+        return Pair(torch=f"backends.torch_backend.{MODELS[model]}", flax=f"backends.flax_backend.{MODELS[model]}")
+    return _load_users(model)
+
+
+@functools.cache
+def _load_users(model: str) -> Pair:
+    place, _, name = model.rpartition(":")
+    if is_path(place):
+        found = getattr(_imported(place, lambda: _import_file(Path(place))), name, None)
+    else:
+        found = getattr(_imported(place, lambda: importlib.import_module(place)), name, None)
+    if not isinstance(found, Pair):
+        what = f"no {name}" if found is None else f"{name}, which is a {type(found).__name__}"
+        raise ConfigError(f"--model {model}: {place} has {what}: write {name} = Pair(torch=..., flax=...) there")
+    for field_name in ("names", "flattened"):
+        if not isinstance(getattr(found, field_name), Mapping):
+            raise ConfigError(f"--model {model}: {field_name} must be a dictionary")
+    return found
+
+
+def network(model: str, side: str) -> Callable[..., Any]:
+    """What builds the module of one side, "torch" or "flax".
+
+    Raises:
+        ConfigError: if it cannot be imported.
+    """
+    found = getattr(load(model), side)
+    if isinstance(found, str):
+        place, _, name = found.rpartition(":")
+        if model in MODELS:
+            return getattr(importlib.import_module(place), name)
+        found = getattr(_imported(place, lambda: importlib.import_module(place)), name, None)
+    if not callable(found):
+        raise ConfigError(f"--model {model}: {side} must be a class or a function that builds a module")
+    return found
+
+
+def source(model: str) -> str | None:
+    """SHA-256, hexadecimal, of the file that a user's pair is in; None for those that are built in.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    if model in MODELS:
+        return None
+    place, colon, name = model.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise ConfigError(f"unknown model {model!r}: choose one of {', '.join(MODELS)}, or {FORM}")
+    if is_path(place):
+        path = place
+    else:
+        spec = _imported(place, lambda: importlib.util.find_spec(place))
+        path = None if spec is None else spec.origin
+    if path is None or not os.path.isfile(path):
+        raise ConfigError(f"--model {model}: there is no {place}: give {FORM}")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def is_path(place: str) -> bool:
+    return place.endswith(".py") or os.sep in place
+
+
+def _import_file(path: Path) -> Any:
+    name = f"lockstep_pair_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script: what it imports may lie beside it
+    spec.loader.exec_module(module)
+    return module
+
+
+def _imported(place: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives, for a module of the user's: whatever happens in it is said in one line."""
+    try:
+        return load()
+    except (Exception, SystemExit) as error:  # it is the user's code: anything may come out of it
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"{place} cannot be imported ({type(error).__name__}: {reason}): mend it first") from error
+
+
+@contextmanager
+def trying(model: str, side: str, what: str) -> Iterator[None]:
+    """What goes wrong in a user's module, in one line."""
+    try:
+        yield
+    except Exception as error:  # it is the user's code: anything may come out of it
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"--model {model}: {side} cannot {what} ({type(error).__name__}: {reason})") from error
+
+
+# --- Which tensor is which
+
+
+def canonical_names(roles: Mapping[str, str], declared: Mapping[str, str], side: str) -> dict[str, str]:
+    """A module's tensors, by its own names, as canonical names.
+
+    Args:
+        roles: by the tensor's own name (`features.0.weight`), its role (`kernel`).
+        declared: own layers or tensors, with their canonical names, where these differ.
+        side: whose they are, for messages.
+
+    Raises:
+        ConfigError: if two tensors get one name, or `declared` names what is not there.
+    """
+    unused = dict(declared)
+    positions = _positions(roles)
+    names = {}
+    for own, role in roles.items():
+        parts = own.split(".")
+        if own in declared:
+            names[own] = declared[own]
+            unused.pop(own, None)
+            continue
+        start, prefix = 0, ()
+        for length in range(len(parts) - 1, 0, -1):
+            layer = ".".join(parts[:length])
+            if layer in declared:
+                start, prefix = length, (declared[layer],)
+                unused.pop(layer, None)
+                break
+        rest = [positions.get(tuple(parts[: i + 1]), parts[i]) for i in range(start, len(parts) - 1)]
+        names[own] = tidy(".".join((*prefix, *rest, role)))
+    if unused:
+        layers = dict.fromkeys(own.rpartition(".")[0] or own for own in roles)
+        raise ConfigError(
+            f"the pair names {few(unused)}, which {side}'s module does not have: its layers are {few(layers)}"
+        )
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        own = [own for own, name in names.items() if name == twice[0]]
+        raise ConfigError(
+            f"{' and '.join(own)} of {side}'s module are both called {twice[0]}: "
+            "tell them apart in the pair, with names={...}"
+        )
+    return names
+
+
+def layer_names(names: Mapping[str, str]) -> dict[str, str]:
+    """By a module's own names for its layers, the canonical ones; `names` are those of its tensors."""
+    return {own.rpartition(".")[0]: name.rpartition(".")[0] for own, name in names.items()}
+
+
+def tidy(name: str) -> str:
+    """Without the `layers` that `nnx.Sequential` keeps its list in."""
+    parts = name.split(".")
+    return ".".join(p for p, next in zip(parts, [*parts[1:], ""], strict=True) if p != "layers" or not next.isdecimal())
+
+
+def _positions(names: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """Of each position in a list (a path that ends in a number): how many there with tensors come before it."""
+    paths = [tuple(name.split(".")) for name in names]
+    found = {path[: i + 1] for path in paths for i, part in enumerate(path) if part.isdecimal()}
+    counted: Counter[tuple[str, ...]] = Counter()
+    positions = {}
+    for path in sorted(found, key=lambda path: (path[:-1], int(path[-1]))):
+        positions[path] = str(counted[path[:-1]])
+        counted[path[:-1]] += 1
+    return positions
+
+
+def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise ConfigError unless both sides have the same tensors.
+
+    Args:
+        torch: PyTorch's tensors, canonical names and shapes.
+        flax: Flax's.
+        own: by side, what the module itself calls a tensor, by canonical name.
+    """
+    missing = {name: torch[name] for name in torch if name not in flax}
+    extra = {name: flax[name] for name in flax if name not in torch}
+    if missing or extra:
+        sides = {"PyTorch": (missing, own["torch"]), "Flax": (extra, own["flax"])}
+        found = "; ".join(
+            f"{side} alone has " + few(f"{names[name]} {shape}" for name, shape in tensors.items())
+            for side, (tensors, names) in sides.items()
+            if tensors
+        )
+        lines = propose(missing, extra, own)
+        remedy = f"if these belong together, add to the pair: {lines}" if lines else "one of the modules lacks them"
+        raise ConfigError(f"the two modules have not the same tensors ({found}): {remedy}")
+    others = {name: (torch[name], flax[name]) for name in torch if torch[name] != flax[name]}
+    if others:
+        found = few((f"{name}: PyTorch {one}, Flax {other}" for name, (one, other) in others.items()), "; ")
+        raise ConfigError(
+            f"the two modules' shapes differ, in Flax's layout ({found}): make them equal, "
+            "and name what a flatten precedes in the pair's flattened"
+        )
+
+
+def propose(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> str:
+    """The line to write for layers under other names: those with equal roles and shapes, in order."""
+    left, right = _layers(torch, own["torch"]), _layers(flax, own["flax"])
+    lines = {}
+    for layer, tensors in left.items():
+        match = next((other for other, theirs in right.items() if theirs == tensors), None)
+        if match is not None:
+            lines[layer] = match
+            del right[match]
+    return f"names={lines}" if lines else ""
+
+
+def _layers(shapes: Shapes, own: Mapping[str, str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """By the module's own name for a layer, its roles and shapes; a tensor that is in no layer stands for itself."""
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer, _, _ = own[name].rpartition(".")
+        role = name.rpartition(".")[2] if layer else ""
+        layers.setdefault(layer or own[name], {})[role] = shape
+    return layers
