@@ -16,7 +16,19 @@ from common.errors import LockstepError
 
 FOLDERS = {"torch": "backends/torch_backend", "flax": "backends/flax_backend"}  # below the repository's root
 CLASSES = {"torch": "TorchBackend", "flax": "FlaxBackend"}  # called `Backend` in the names of definitions
-FILES = ("backend.py", "model.py", "layers.py", "optimizer.py", "convert.py", "activations.py", "files.py")
+FILES = (
+    "backend.py",
+    "model.py",
+    "mlp.py",
+    "resnet20.py",
+    "convnext.py",
+    "vit.py",
+    "layers.py",
+    "optimizer.py",
+    "convert.py",
+    "activations.py",
+    "files.py",
+)
 SETTINGS = "settings"  # the name of a module's own statements, but for imports
 
 
@@ -74,6 +86,15 @@ def both(file: str, *names: str) -> tuple[Pair, ...]:
     return tuple(Pair(f"{file}:{name}", f"{file}:{name}") for name in names)
 
 
+def modules(file: str, *names: str) -> tuple[Pair, ...]:
+    """Classes with an `__init__`, and a `forward` in PyTorch, which is `__call__` in Flax."""
+    return tuple(
+        pair
+        for name in names
+        for pair in (*both(file, name, f"{name}.__init__"), Pair(f"{file}:{name}.forward", f"{file}:{name}.__call__"))
+    )
+
+
 SECTIONS = (
     Section(
         "data",
@@ -109,8 +130,7 @@ SECTIONS = (
         "The same five layers under the same names. A PyTorch module holds its weights; a Flax module is only a "
         "description until weights are put into it, which `_model` does at the start of each step.",
         (
-            *both("model.py", "Net", "Net.__init__"),
-            Pair("model.py:Net.forward", "model.py:Net.__call__"),
+            *modules("model.py", "Net"),
             *both("layers.py", "convolution"),
             Pair("layers.py:BlockConv2d", None, "`nnx.Conv` takes a function to convolve with; PyTorch wants a layer."),
             Pair("layers.py:BlockConv2d.forward", None, "Likewise."),
@@ -120,6 +140,26 @@ SECTIONS = (
             ),
             Pair(None, "layers.py:max_pool", "Likewise."),
             Pair(None, "layers.py:first_of_larger", "Likewise."),
+        ),
+    ),
+    Section(
+        "networks",
+        "More networks",
+        "Dense layers alone, batch norm and shortcuts, depthwise convolutions and layer norm, attention. Lists of "
+        "layers are `nn.ModuleList` and `nnx.List`; a parameter that belongs to no layer is `nn.Parameter` and "
+        "`nnx.Param`. Norms are where defaults differ most: momentum, epsilon, and how the variance is taken.",
+        (
+            *modules("mlp.py", "MLP"),
+            *modules("resnet20.py", "ResNet20", "Block"),
+            *modules("convnext.py", "ConvNeXt", "Block", "Downsample"),
+            Pair("convnext.py:channels_last", None, "In Flax, the channels are last everywhere."),
+            Pair("convnext.py:channels_first", None, "Likewise."),
+            *modules("vit.py", "ViT", "Block", "Attention"),
+            Pair(None, "layers.py:BatchNorm", "In PyTorch, `nn.BatchNorm2d`, whose running variance this one has."),
+            Pair(None, "layers.py:BatchNorm.__call__", "Likewise."),
+            Pair(None, "layers.py:LayerNorm", "In PyTorch, `nn.LayerNorm`."),
+            Pair(None, "layers.py:LayerNorm.__init__", "Likewise."),
+            Pair(None, "layers.py:rounded_once", "PyTorch's kernels do this by themselves."),
         ),
     ),
     Section(
