@@ -14,7 +14,13 @@ BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
 DTYPES = ("float64", "float32", "bfloat16")
-MODELS = {"net": "model:Net"}  # the networks that Lockstep has, and where in the folder of either backend
+MODELS = {
+    "net": "model:Net",
+    "mlp": "mlp:MLP",
+    "resnet20": "resnet20:ResNet20",
+    "convnext": "convnext:ConvNeXt",
+    "vit": "vit:ViT",
+}  # the networks that Lockstep has, and where they are in the folder of either backend
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
