@@ -772,6 +772,30 @@ def clipped_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     _before_the_rest(patch, lambda: optax.clip_by_global_norm(1.0))
 
 
+@known("update", "momentum of *", "PyTorch docs, clip_grads_with_norm_; optax docs: no epsilon", clip_norm=0.1)
+def clipped_without_epsilon(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Gradients are clipped by the norm itself, as optax does, and not by the norm plus 1e-6."""
+    patch(flax_optimizer, "clip_gradients", optax.clip_by_global_norm)
+
+
+@known("update", "momentum of *", "Keras docs, optimizers: clipnorm, beside global_clipnorm", clip_norm=0.1)
+def clipped_per_tensor(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Each tensor's gradient is clipped by its own norm, not by that of all together."""
+
+    together = flax_optimizer.clip_gradients
+
+    def apart(clip_norm: float) -> Any:
+        clip = together(clip_norm)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            clipped: list[Any] = [clip.update({name: g}, state)[0] for name, g in updates.items()]
+            return {name: g for one in clipped for name, g in one.items()}, state
+
+        return optax.GradientTransformation(clip.init, update)
+
+    patch(flax_optimizer, "clip_gradients", apart)
+
+
 @known("update", "momentum of *", "Zhang et al. 2016, Staleness-aware Async-SGD")
 def stale_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The optimizer is given the gradients of the step before, and zeros in the first."""

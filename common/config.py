@@ -15,6 +15,9 @@ MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
 DTYPES = ("float64", "float32", "bfloat16")
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
+# Left out of a configuration's JSON where they have their default, so that runs from before they were there keep their
+# fingerprints.
+LEFT_OUT = ("weights", "clip_norm")
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -143,6 +146,7 @@ class Config:
     weight_decay: float = 0.0  # L2 penalty, added to the gradient before momentum
     nesterov: bool = False  # look one momentum step ahead
     maximize: bool = False  # climb instead of descending
+    clip_norm: float | None = None  # largest norm of all gradients together, which are scaled down to it; None: any
     schedule: Schedule = Schedule()
     seed: int = 0  # of the initial weights, the order of the batches and the twins
     weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
@@ -158,6 +162,10 @@ class Config:
         for field, least in (("lr", 0), ("momentum", 0), ("dampening", -MAX_NUMBER), ("weight_decay", 0)):
             within = least <= getattr(self, field) <= MAX_NUMBER
             _require(within, f"--{field.replace('_', '-')} must be a number between {least:g} and {MAX_NUMBER:g}")
+        _require(
+            self.clip_norm is None or 0 < self.clip_norm <= MAX_NUMBER,
+            f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: leave it out, and nothing is clipped",
+        )
         _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
         if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
             raise ConfigError(
@@ -200,10 +208,11 @@ class Config:
         return self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings; schedule options that do not apply are left out, and so are no weights."""
+        """Plain numbers and strings; schedule options that do not apply are left out, and defaults of LEFT_OUT."""
         fields = dataclasses.asdict(self)
-        if self.weights is None:
-            del fields["weights"]
+        for name in LEFT_OUT:
+            if fields[name] == getattr(type(self), name):
+                del fields[name]
         fields["schedule"] = {name: value for name, value in fields["schedule"].items() if value is not None}
         return json.loads(json.dumps(fields))
 
@@ -223,13 +232,13 @@ class Config:
 
 
 def _from_json(cls: Any, fields: Any) -> Any:
-    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out are None."""
+    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out have their default."""
     kinds = get_type_hints(cls)
     if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
         raise ConfigError(f"{cls.__name__} has the fields {', '.join(kinds)}, and no others")
     values = {}
     for name, kind in kinds.items():
-        options, value = get_args(kind) or (kind,), fields.get(name)
+        options, value = get_args(kind) or (kind,), fields.get(name, getattr(cls, name) if name in LEFT_OUT else None)
         if kind is Schedule:
             value = _from_json(Schedule, value)
         elif get_origin(options[0]) is tuple and isinstance(value, list) and all(type(item) is int for item in value):

@@ -54,7 +54,12 @@ TRAPS = (
     Trap("backward", "", "times", "a loss summed over the batch, or scaled; gradients clipped"),
     Trap("backward", "", "", "a layer frozen or detached, stale gradients, gradients cast to a lower precision"),
     Trap("update", "^lr$", "", "the schedule: counted from another step, or computed in float32"),
-    Trap("update", "momentum of", "times", "dampening on the first step, or lr stored in the momentum buffer"),
+    Trap(
+        "update",
+        "momentum of",
+        "times",
+        "dampening on the first step, lr in the momentum buffer, other clipping",
+    ),
     Trap("update", "momentum of", "", "momentum, dampening, weight decay (before momentum in PyTorch), precision"),
     Trap("update", "", "", "the learning rate, nesterov, weight decay after momentum or beside it, maximize"),
     Trap("evaluate", "test loss", "", "batch means averaged over unequal batches, other normalisation, older weights"),

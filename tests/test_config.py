@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.config import DTYPES, RECIPES, SCHEDULES, Config, Schedule
+from common.config import DTYPES, LEFT_OUT, RECIPES, SCHEDULES, Config, Schedule
 from common.errors import ConfigError
 
 IMAGES = 1437  # of the digits: no batch size but 1, 3, 479 and 1437 divides it
@@ -44,6 +44,10 @@ def refusal(**options: Any) -> str:
         ({"dampening": -math.inf}, "--dampening"),
         ({"weight_decay": -1e-9}, "--weight-decay"),
         ({"weight_decay": math.inf}, "--weight-decay"),
+        ({"clip_norm": 0.0}, "--clip-norm"),
+        ({"clip_norm": -1.0}, "--clip-norm"),
+        ({"clip_norm": math.nan}, "--clip-norm"),
+        ({"clip_norm": math.inf}, "--clip-norm"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**32}, "--seed"),
         ({"nesterov": True}, "--nesterov needs --momentum"),
@@ -135,6 +139,7 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.01,
     "nesterov": True,
     "maximize": True,
+    "clip_norm": 1.0,
     "schedule": Schedule("constant"),
     "seed": 1,
     "weights": "0f" * 32,
@@ -187,7 +192,28 @@ def test_a_configuration_as_json_is_plain_and_leaves_out_what_does_not_apply(kin
     values = Config(schedule=Schedule(kind)).resolve(IMAGES).to_json()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert set(values["schedule"]) == {"kind", *SCHEDULES[kind]}
-    assert set(values) == {field.name for field in dataclasses.fields(Config)} - {"weights"}
+    assert set(values) == {field.name for field in dataclasses.fields(Config)} - {*LEFT_OUT}
+
+
+def test_runs_from_before_an_option_was_there_keep_their_fingerprint() -> None:
+    config = Config(steps=500, batch_size=32, lr=0.01, momentum=0.9).resolve(50_000)
+    assert config.fingerprint("d") == "0d07d4193db1"  # as of the version with `weights` for its last field
+    assert not config.to_json().keys() & {*LEFT_OUT}
+    for name in LEFT_OUT:
+        changed = dataclasses.replace(config, **{name: OTHER[name]})
+        assert changed.to_json()[name] == OTHER[name]
+        assert changed.fingerprint("d") != config.fingerprint("d")
+
+
+@pytest.mark.parametrize("name", [*LEFT_OUT, None])
+def test_a_configuration_goes_through_json_and_back(name: str | None) -> None:
+    config = dataclasses.replace(BASE, **({name: OTHER[name]} if name else {})).resolve(IMAGES)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    if name is None:  # what is not left out must be there
+        fields = config.to_json()
+        del fields["lr"]
+        with pytest.raises(ConfigError, match=r"Config\.lr"):
+            Config.from_json(fields)
 
 
 # --- Schedules

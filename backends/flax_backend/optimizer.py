@@ -14,16 +14,19 @@ from common.config import Config
 def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
 
+    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together
     g <- -g                          with maximize
     g <- g + weight_decay p
     b <- g on the first step, else momentum b + (1 - dampening) g
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
     p <- p - lr g                    the sign is in the update: optax.apply_updates adds
 
-    Source: the documentation of torch.optim.SGD; `optax.sgd` knows the last three lines, less dampening.
+    Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_; `optax.sgd` knows the
+    last three lines, less dampening.
     """
     dampens = config.momentum != 0 and config.dampening != 0  # without a buffer, PyTorch ignores dampening
     return optax.named_chain(
+        ("clip", clip_gradients(config.clip_norm) if config.clip_norm is not None else optax.identity()),
         ("precision", in_float32()),
         ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
         ("weight_decay", optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()),
@@ -66,6 +69,22 @@ def in_float32() -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
+    """Scale all gradients down to a norm of `clip_norm` together, as `torch.nn.utils.clip_grads_with_norm_` does.
+
+    `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes into the gradients, so that
+    bfloat16 ones are rounded here, before `in_float32`.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates))
+        factor = jnp.minimum(clip_norm / (norm + 1e-6), 1.0)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
@@ -119,6 +119,8 @@ class TorchBackend:
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
+        if self.config.clip_norm is not None:
+            clip_grads_with_norm_(model.parameters(), self.config.clip_norm, metrics.gradient_norm)
         optimizer.step()
         scheduler.step(loss)
         return State(model, optimizer, scheduler, step + 1), metrics
@@ -190,6 +192,10 @@ class TorchBackend:
             return cross_entropy(functional_call(self._skeleton, parameters, (images,)), labels)
 
         gradients, loss = grad_and_value(loss_of)(parameters)
+        norm = global_norm(list(gradients.values()))
+        if self.config.clip_norm is not None:  # what `clip_grads_with_norm_` does to gradients that parameters hold
+            factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
         parameters = {name: parameter.clone() for name, parameter in parameters.items()}
         momentum = {name: buffer.clone() for name, buffer in momentum.items()}
         sgd(
@@ -204,7 +210,7 @@ class TorchBackend:
             nesterov=self.config.nesterov,
             maximize=self.config.maximize,
         )
-        return (parameters, momentum), (loss, global_norm(list(gradients.values())))
+        return (parameters, momentum), (loss, norm)
 
     # --- Looking without touching
 

@@ -14,13 +14,14 @@ from common.config import Config
 def make_optimizer(config: Config, model: nn.Module) -> SGD:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
 
+    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together: in the backend's `_step`
     g <- -g                          with maximize
     g <- g + weight_decay p
     b <- g on the first step, else momentum b + (1 - dampening) g
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
     p <- p - lr g
 
-    Source: the documentation of torch.optim.SGD.
+    Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_.
     """
     return SGD(
         model.parameters(),

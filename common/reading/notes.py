@@ -324,6 +324,23 @@ NOTES = (
         faults=("weight-decay-missing", "weight-decay-after-momentum", "decoupled-weight-decay", "biases-not-decayed"),
     ),
     Note(
+        title="Clipping comes before the optimizer, and has an epsilon",
+        torch=Anchor(_STEP, "clip_grads_with_norm_("),
+        flax=Anchor("optimizer.py:clip_gradients", "+ 1e-6"),
+        what=(
+            "PyTorch scales the gradients in place, by one factor for all, before the optimizer reads them. In optax "
+            "clipping is the first link of the chain."
+        ),
+        why=(
+            "Both keep a vanishing norm from dividing by zero: PyTorch adds 1e-6 to it, `optax.clip_by_global_norm` "
+            "compares first."
+        ),
+        missed=(
+            "Without the 1e-6 a gradient of norm 1 comes out one part in a million too large, in every step that clips."
+        ),
+        tests=("tests/test_optimizer.py::test_the_comparison_sees_a_fault",),
+    ),
+    Note(
         title="Nesterov's step",
         torch=Anchor(_MAKE, "nesterov=config.nesterov,"),
         flax=Anchor(_MAKE, "g <- g + momentum b"),
