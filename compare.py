@@ -102,6 +102,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_switch(group, "--maximize", "climb instead of descending")
     group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
     group.add_argument(
+        "--label-smoothing", type=float, metavar="X", help="share of each label that is spread over all classes"
+    )
+    group.add_argument(
         "--schedule",
         metavar="KIND[:OPTION=VALUE,...]",
         help="; ".join(f"{kind} ({', '.join(names)})" if names else kind for kind, names in SCHEDULES.items()),

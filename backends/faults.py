@@ -489,7 +489,7 @@ def bfloat16_products(patch: Patch, config: Config, dataset: Dataset) -> None:
 
 def _loss(patch: Patch, loss: Callable[[Any, Any], Any]) -> None:
     """Replace the mean cross entropy by `loss(logits, labels)`."""
-    patch(flax_backend, "cross_entropy", loss)
+    patch(flax_backend, "cross_entropy", lambda logits, labels, smoothing=0.0: loss(logits, labels))
 
 
 @known("loss", "loss", "PyTorch docs, CrossEntropyLoss: reduction is mean; optax returns one loss per example")
@@ -517,6 +517,18 @@ def label_smoothing(patch: Patch, config: Config, dataset: Dataset) -> None:
         return optax.softmax_cross_entropy(logits, targets).mean()
 
     _loss(patch, smoothed)
+
+
+@known("loss", "loss", "The Annotated Transformer, LabelSmoothing: smoothing / (size - 2)", label_smoothing=0.1)
+def smoothed_over_the_others(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Label smoothing is spread over the other classes only, PyTorch's and optax's over all."""
+    right = flax_backend.cross_entropy
+
+    def over_others(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+        classes = logits.shape[-1]
+        return right(logits, labels, smoothing * classes / (classes - 1))  # of which the label itself gets one share
+
+    patch(flax_backend, "cross_entropy", over_others)
 
 
 @known("loss", "loss", "tflearn#562, lightning-bolts#654: softmax applied twice")

@@ -17,7 +17,7 @@ DTYPES = ("float64", "float32", "bfloat16")
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 # Left out of a configuration's JSON where they have their default, so that runs from before they were there keep their
 # fingerprints.
-LEFT_OUT = ("weights", "clip_norm")
+LEFT_OUT = ("weights", "clip_norm", "label_smoothing")
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -147,6 +147,7 @@ class Config:
     nesterov: bool = False  # look one momentum step ahead
     maximize: bool = False  # climb instead of descending
     clip_norm: float | None = None  # largest norm of all gradients together, which are scaled down to it; None: any
+    label_smoothing: float = 0.0  # share of each label that the training loss spreads evenly over all classes
     schedule: Schedule = Schedule()
     seed: int = 0  # of the initial weights, the order of the batches and the twins
     weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
@@ -166,6 +167,7 @@ class Config:
             self.clip_norm is None or 0 < self.clip_norm <= MAX_NUMBER,
             f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: leave it out, and nothing is clipped",
         )
+        _require(0 <= self.label_smoothing < 1, "--label-smoothing must be 0 or more, below 1")
         _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
         if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
             raise ConfigError(

@@ -115,7 +115,7 @@ class TorchBackend:
     def _step(self, state: State, images: Tensor, labels: Tensor) -> tuple[State, Metrics]:
         model, optimizer, scheduler, step = state
         optimizer.zero_grad()
-        loss = cross_entropy(model(images), labels)
+        loss = cross_entropy(model(images), labels, self.config.label_smoothing)
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
@@ -189,7 +189,8 @@ class TorchBackend:
         images, labels, lr = batch
 
         def loss_of(parameters: dict[str, Tensor]) -> Tensor:
-            return cross_entropy(functional_call(self._skeleton, parameters, (images,)), labels)
+            logits = functional_call(self._skeleton, parameters, (images,))
+            return cross_entropy(logits, labels, self.config.label_smoothing)
 
         gradients, loss = grad_and_value(loss_of)(parameters)
         norm = global_norm(list(gradients.values()))
@@ -230,7 +231,7 @@ class TorchBackend:
         batch, truth = self._images(images), self._labels(labels)
         with recorded(model) as activations:
             logits = model(batch)
-        loss = cross_entropy(logits, truth)
+        loss = cross_entropy(logits, truth, self.config.label_smoothing)
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         return {
@@ -277,9 +278,12 @@ class TorchBackend:
         return torch.from_numpy(labels).to(self.device, torch.int64)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least."""
-    return F.cross_entropy(upcast(logits), labels)
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least.
+
+    With `smoothing`, that share of each label is spread evenly over all classes, its own included.
+    """
+    return F.cross_entropy(upcast(logits), labels, label_smoothing=smoothing)
 
 
 def global_norm(gradients: Sequence[Tensor | None]) -> Tensor:
