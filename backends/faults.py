@@ -889,6 +889,18 @@ def schedule_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     _rate(patch, lambda config, schedule: lambda count: schedule(count + 1))
 
 
+@known(
+    "update",
+    "lr",
+    "NVIDIA/apex#609, pytorch/torchtitan#1261: counted from one",
+    schedule=Schedule("warmup-cosine", warmup=10, start=0.1),
+)
+def warm_up_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The warm-up counts its steps from one, so that it ends one step early."""
+    warmup = config.schedule.warmup
+    _rate(patch, lambda config, schedule: lambda count: schedule(jnp.where(count < warmup, count + 1, count)))
+
+
 @known("update", "lr", "optax docs, exponential_decay: staircase", schedule=Schedule("step", period=49, gamma=0.1))
 def staircase_one_step_late(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The step schedule is optax's staircase, which XLA computes by a reciprocal: it decays one step late."""

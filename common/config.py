@@ -26,6 +26,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "multistep": ("milestones", "gamma"),
     "exponential": ("gamma",),
     "cosine": ("period", "min_lr"),
+    "warmup-cosine": ("warmup", "start", "period", "min_lr"),
     "plateau": ("window", "patience", "gamma", "threshold", "cooldown", "min_lr"),
 }
 
@@ -43,14 +44,16 @@ class Schedule:
     """
 
     kind: str = "constant"  # one of SCHEDULES
-    period: int | None = None  # steps between two decays (step), or until `min_lr` is reached (cosine)
+    period: int | None = None  # steps between two decays (step), or until `min_lr` is reached (cosine, after a warm-up)
     milestones: tuple[int, ...] | None = None  # steps at which to decay
     gamma: float | None = None  # factor of one decay; exponential: of one step
     window: int | None = None  # plateau: steps whose mean training loss is one observation
     patience: int | None = None  # plateau: windows without improvement that are put up with
     threshold: float | None = None  # plateau: relative improvement that counts as one
     cooldown: int | None = None  # plateau: windows after a decay in which nothing is counted
-    min_lr: float | None = None  # the floor of the learning rate
+    min_lr: float | None = None  # the floor of the learning rate; of a warm-up, where it ends
+    warmup: int | None = None  # warmup-cosine: steps in which the learning rate rises in a line
+    start: float | None = None  # warmup-cosine: the first learning rate, as a share of `lr`
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -59,7 +62,7 @@ class Schedule:
             if value is not None and field not in SCHEDULES[self.kind]:
                 known = ", ".join(SCHEDULES[self.kind]) or "none"
                 raise ConfigError(f"schedule {self.kind!r} has no option {field!r}; its options: {known}")
-        for field in ("period", "window"):
+        for field in ("period", "window", "warmup"):
             value = getattr(self, field)
             _require(
                 value is None or 1 <= value <= MAX_COUNT, f"schedule: {field} must be 1 or more, at most {MAX_COUNT}"
@@ -68,7 +71,9 @@ class Schedule:
             value = getattr(self, field)
             _require(value is None or 0 <= value < MAX_COUNT, f"schedule: {field} must be 0 or more, below {MAX_COUNT}")
         _require(self.threshold is None or 0 < self.threshold < 1, "schedule: threshold must lie between 0 and 1")
-        _require(self.gamma is None or 0 < self.gamma <= 1, "schedule: gamma must be above 0 and at most 1")
+        for field in ("gamma", "start"):
+            value = getattr(self, field)
+            _require(value is None or 0 < value <= 1, f"schedule: {field} must be above 0 and at most 1")
         _require(
             self.kind != "plateau" or self.gamma is None or self.gamma < 1, "schedule: plateau needs gamma below 1"
         )
@@ -83,12 +88,14 @@ class Schedule:
 
     def resolve(self, steps: int) -> Schedule:
         """Fill in what was left out, for a run of `steps` steps."""
+        warmup = max(1, steps // 20) if self.warmup is None else self.warmup
         defaults: dict[str, dict[str, Any]] = {
             "constant": {},
             "step": {"period": max(1, steps // 3), "gamma": 0.1},
             "multistep": {"milestones": (max(1, steps // 2), max(2, 3 * steps // 4)), "gamma": 0.1},
             "exponential": {"gamma": 0.1 ** (1 / max(1, steps))},
             "cosine": {"period": max(1, steps), "min_lr": 0.0},
+            "warmup-cosine": {"warmup": warmup, "start": 0.01, "period": max(1, steps - warmup), "min_lr": 0.0},
             "plateau": {
                 "window": max(1, steps // 50),
                 "patience": 5,
@@ -118,7 +125,7 @@ class Schedule:
             try:
                 if name == "milestones":
                     options[name] = tuple(int(stone) for stone in value.split("+"))
-                elif name in ("period", "window", "patience", "cooldown"):
+                elif name in ("period", "window", "patience", "cooldown", "warmup"):
                     options[name] = int(value)
                 else:
                     options[name] = float(value)
@@ -196,10 +203,12 @@ class Config:
             raise ConfigError(f"{steps} steps are more than {MAX_COUNT}: choose fewer --epochs")
         epochs = -(-steps // self.batches_per_epoch(images))
         schedule = self.schedule.resolve(steps)
-        if schedule.kind == "cosine" and schedule.period is not None and schedule.period < steps:
+        falling = steps - (schedule.warmup or 0)
+        if "cosine" in schedule.kind and schedule.period is not None and schedule.period < falling:
             # PyTorch's would climb again after `period`, optax's would stay down
+            than = "the run" if schedule.warmup is None else "the run after its warm-up"
             raise ConfigError(
-                f"schedule: cosine's period {schedule.period} is shorter than the run: give {steps} or more"
+                f"schedule: cosine's period {schedule.period} is shorter than {than}: give {falling} or more"
             )
         return replace(self, epochs=epochs, steps=steps, schedule=schedule)
 

@@ -549,7 +549,7 @@ def test_the_grid_holds_every_legal_combination() -> None:
     from common import grid
 
     configs = list(grid.combinations())
-    assert len(configs) == len(set(configs)) == 120  # 5 of momentum, dampening, nesterov; 2 x 2; 6 schedules
+    assert len(configs) == len(set(configs)) == 140  # 5 of momentum, dampening, nesterov; 2 x 2; 7 schedules
 
 
 def test_records_of_a_run_can_be_read(both: tuple[int, Path]) -> None:

@@ -228,6 +228,7 @@ RESOLVED = {
     "multistep": {"milestones": (50, 75), "gamma": 0.1},
     "exponential": {"gamma": 0.1**0.01},
     "cosine": {"period": 100, "min_lr": 0.0},
+    "warmup-cosine": {"warmup": 5, "start": 0.01, "period": 95, "min_lr": 0.0},
     "plateau": PLATEAU,
 }
 
@@ -259,6 +260,10 @@ def test_every_schedule_fits_every_short_run(kind: str, steps: int) -> None:
         ("multistep:milestones=7", Schedule("multistep", milestones=(7,))),
         ("exponential:gamma=0.999", Schedule("exponential", gamma=0.999)),
         ("cosine:period=1000,min_lr=1e-5", Schedule("cosine", period=1000, min_lr=1e-5)),
+        (
+            "warmup-cosine:warmup=10,start=0.1,period=90,min_lr=0",
+            Schedule("warmup-cosine", warmup=10, start=0.1, period=90, min_lr=0.0),
+        ),
         (
             "plateau:window=2,patience=5,gamma=0.1,threshold=1e-4,cooldown=0,min_lr=0",
             Schedule("plateau", **PLATEAU),
@@ -295,6 +300,12 @@ def test_a_schedule_is_read_from_its_kind_and_options(text: str, schedule: Sched
         ("cosine:min_lr=inf", "min_lr must be 0 or more"),
         ("plateau:threshold=1", "threshold must lie between 0 and 1"),
         ("plateau:threshold=0", "threshold must lie between 0 and 1"),
+        ("cosine:warmup=5", "schedule 'cosine' has no option 'warmup'"),
+        ("warmup-cosine:warmup=0", "warmup must be 1 or more"),
+        ("warmup-cosine:warmup=1.5", "'1.5' is not a number"),
+        ("warmup-cosine:start=0", "start must be above 0 and at most 1"),
+        ("warmup-cosine:start=1.01", "start must be above 0 and at most 1"),
+        ("warmup-cosine:start=nan", "start must be above 0 and at most 1"),
         ("step:gamma=0", "gamma must be above 0 and at most 1"),
         ("step:gamma=1.01", "gamma must be above 0 and at most 1"),
         ("step:gamma=nan", "gamma must be above 0 and at most 1"),
@@ -319,6 +330,17 @@ def test_a_cosine_shorter_than_the_run_is_refused_and_one_as_long_is_not() -> No
         resolve(99)
     assert resolve(100).schedule.period == 100
     assert resolve(101).schedule.period == 101
+
+
+def test_a_cosine_after_a_warm_up_is_refused_where_both_are_shorter_than_the_run() -> None:
+    def resolve(**options: Any) -> Any:
+        return Config(steps=100, schedule=Schedule("warmup-cosine", **options)).resolve(IMAGES).schedule
+
+    said = r"^schedule: cosine's period 89 is shorter than the run after its warm-up: give 90 or more$"
+    with pytest.raises(ConfigError, match=said):
+        resolve(warmup=10, period=89)
+    assert resolve(warmup=10, period=90).period == resolve(warmup=10).period == 90
+    assert resolve(warmup=200).period == 1  # the run ends within the warm-up
 
 
 # --- Recipes

@@ -53,6 +53,10 @@ def make_schedule(config: Config) -> optax.Schedule:
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "cosine":
             rate = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+        case "warmup-cosine":  # the cosine's first step is the one after the warm-up, at `lr` itself
+            rising = optax.linear_schedule(lr * schedule.start, lr, schedule.warmup)
+            falling = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+            rate = optax.join_schedules([rising, falling], boundaries=[schedule.warmup])
         case _:  # constant; plateau, whose factor is applied after `optax.sgd`
             rate = optax.constant_schedule(lr)
     # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters are: lr would be off

@@ -423,8 +423,8 @@ NOTES = (
     ),
     Note(
         title="The end of a cosine",
-        torch=Anchor(_SCHEDULE, "lr_scheduler.CosineAnnealingLR("),
-        flax=Anchor(_SCHEDULE, "optax.cosine_decay_schedule("),
+        torch=Anchor(_SCHEDULE, "return lr_scheduler.CosineAnnealingLR("),
+        flax=Anchor(_SCHEDULE, "rate = optax.cosine_decay_schedule("),
         what=(
             "PyTorch is given the lowest rate itself, optax the lowest rate as a share of the first. After the "
             "period, PyTorch's rate climbs again, and optax's stays down."
@@ -432,6 +432,18 @@ NOTES = (
         why="One continues the formula, the other its last value.",
         missed="A run that is longer than the period trains at two rates. `common.config` refuses it.",
         tests=("tests/test_config.py::test_a_cosine_shorter_than_the_run_is_refused_and_one_as_long_is_not",),
+    ),
+    Note(
+        title="A warm-up, and then a cosine",
+        torch=Anchor(_SCHEDULE, "lr_scheduler.SequentialLR("),
+        flax=Anchor(_SCHEDULE, "optax.join_schedules("),
+        what=(
+            "Both count the steps of the second schedule from the milestone, and the milestone's step is the second's "
+            "first, at the full rate. PyTorch's warm-up begins at a share of the rate, optax's at a rate."
+        ),
+        why="PyTorch's schedulers multiply the optimizer's rate, optax's schedules are the rate.",
+        missed="A warm-up that counts from one is over a step early, and every rate in it is too high.",
+        tests=("tests/test_optimizer.py::test_a_warm_up_is_torchs_sequential_schedulers_step_by_step",),
     ),
     Note(
         title="Patience is counted in two ways",
