@@ -108,6 +108,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     group.add_argument("--weight-decay", type=float, metavar="X", help="L2 penalty")
     add_switch(group, "--nesterov", "Nesterov momentum")
     add_switch(group, "--maximize", "climb instead of descending")
+    group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
+    group.add_argument(
+        "--label-smoothing", type=float, metavar="X", help="share of each label that is spread over all classes"
+    )
     group.add_argument(
         "--schedule",
         metavar="KIND[:OPTION=VALUE,...]",

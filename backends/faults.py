@@ -489,7 +489,7 @@ def bfloat16_products(patch: Patch, config: Config, dataset: Dataset) -> None:
 
 def _loss(patch: Patch, loss: Callable[[Any, Any], Any]) -> None:
     """Replace the mean cross entropy by `loss(logits, labels)`."""
-    patch(flax_backend, "cross_entropy", loss)
+    patch(flax_backend, "cross_entropy", lambda logits, labels, smoothing=0.0: loss(logits, labels))
 
 
 @known("loss", "loss", "PyTorch docs, CrossEntropyLoss: reduction is mean; optax returns one loss per example")
@@ -517,6 +517,18 @@ def label_smoothing(patch: Patch, config: Config, dataset: Dataset) -> None:
         return optax.softmax_cross_entropy(logits, targets).mean()
 
     _loss(patch, smoothed)
+
+
+@known("loss", "loss", "The Annotated Transformer, LabelSmoothing: smoothing / (size - 2)", label_smoothing=0.1)
+def smoothed_over_the_others(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Label smoothing is spread over the other classes only, PyTorch's and optax's over all."""
+    right = flax_backend.cross_entropy
+
+    def over_others(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+        classes = logits.shape[-1]
+        return right(logits, labels, smoothing * classes / (classes - 1))  # of which the label itself gets one share
+
+    patch(flax_backend, "cross_entropy", over_others)
 
 
 @known("loss", "loss", "tflearn#562, lightning-bolts#654: softmax applied twice")
@@ -771,6 +783,30 @@ def clipped_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     _before_the_rest(patch, lambda: optax.clip_by_global_norm(1.0))
 
 
+@known("update", "momentum of *", "PyTorch docs, clip_grads_with_norm_; optax docs: no epsilon", clip_norm=0.1)
+def clipped_without_epsilon(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Gradients are clipped by the norm itself, as optax does, and not by the norm plus 1e-6."""
+    patch(flax_optimizer, "clip_gradients", optax.clip_by_global_norm)
+
+
+@known("update", "momentum of *", "Keras docs, optimizers: clipnorm, beside global_clipnorm", clip_norm=0.1)
+def clipped_per_tensor(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Each tensor's gradient is clipped by its own norm, not by that of all together."""
+
+    together = flax_optimizer.clip_gradients
+
+    def apart(clip_norm: float) -> Any:
+        clip = together(clip_norm)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            clipped: list[Any] = [clip.update({name: g}, state)[0] for name, g in updates.items()]
+            return {name: g for one in clipped for name, g in one.items()}, state
+
+        return optax.GradientTransformation(clip.init, update)
+
+    patch(flax_optimizer, "clip_gradients", apart)
+
+
 @known("update", "momentum of *", "Zhang et al. 2016, Staleness-aware Async-SGD")
 def stale_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The optimizer is given the gradients of the step before, and zeros in the first."""
@@ -850,6 +886,18 @@ def lr_in_float32(patch: Patch, config: Config, dataset: Dataset) -> None:
 def schedule_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The learning rate is that of the step after."""
     _rate(patch, lambda config, schedule: lambda count: schedule(count + 1))
+
+
+@known(
+    "update",
+    "lr",
+    "NVIDIA/apex#609, pytorch/torchtitan#1261: counted from one",
+    schedule=Schedule("warmup-cosine", warmup=10, start=0.1),
+)
+def warm_up_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The warm-up counts its steps from one, so that it ends one step early."""
+    warmup = config.schedule.warmup
+    _rate(patch, lambda config, schedule: lambda count: schedule(jnp.where(count < warmup, count + 1, count)))
 
 
 @known("update", "lr", "optax docs, exponential_decay: staircase", schedule=Schedule("step", period=49, gamma=0.1))

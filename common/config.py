@@ -22,6 +22,9 @@ MODELS = {
     "vit": "vit:ViT",
 }  # the networks that Lockstep has, and where they are in the folder of either backend
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
+# Left out of a configuration's JSON where they have their default, so that runs from before they were there keep their
+# fingerprints.
+LEFT_OUT = ("weights", "pair", "clip_norm", "label_smoothing")
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -30,6 +33,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "multistep": ("milestones", "gamma"),
     "exponential": ("gamma",),
     "cosine": ("period", "min_lr"),
+    "warmup-cosine": ("warmup", "start", "period", "min_lr"),
     "plateau": ("window", "patience", "gamma", "threshold", "cooldown", "min_lr"),
 }
 
@@ -47,14 +51,16 @@ class Schedule:
     """
 
     kind: str = "constant"  # one of SCHEDULES
-    period: int | None = None  # steps between two decays (step), or until `min_lr` is reached (cosine)
+    period: int | None = None  # steps between two decays (step), or until `min_lr` is reached (cosine, after a warm-up)
     milestones: tuple[int, ...] | None = None  # steps at which to decay
     gamma: float | None = None  # factor of one decay; exponential: of one step
     window: int | None = None  # plateau: steps whose mean training loss is one observation
     patience: int | None = None  # plateau: windows without improvement that are put up with
     threshold: float | None = None  # plateau: relative improvement that counts as one
     cooldown: int | None = None  # plateau: windows after a decay in which nothing is counted
-    min_lr: float | None = None  # the floor of the learning rate
+    min_lr: float | None = None  # the floor of the learning rate; of a warm-up, where it ends
+    warmup: int | None = None  # warmup-cosine: steps in which the learning rate rises in a line
+    start: float | None = None  # warmup-cosine: the first learning rate, as a share of `lr`
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -63,7 +69,7 @@ class Schedule:
             if value is not None and field not in SCHEDULES[self.kind]:
                 known = ", ".join(SCHEDULES[self.kind]) or "none"
                 raise ConfigError(f"schedule {self.kind!r} has no option {field!r}; its options: {known}")
-        for field in ("period", "window"):
+        for field in ("period", "window", "warmup"):
             value = getattr(self, field)
             _require(
                 value is None or 1 <= value <= MAX_COUNT, f"schedule: {field} must be 1 or more, at most {MAX_COUNT}"
@@ -72,7 +78,9 @@ class Schedule:
             value = getattr(self, field)
             _require(value is None or 0 <= value < MAX_COUNT, f"schedule: {field} must be 0 or more, below {MAX_COUNT}")
         _require(self.threshold is None or 0 < self.threshold < 1, "schedule: threshold must lie between 0 and 1")
-        _require(self.gamma is None or 0 < self.gamma <= 1, "schedule: gamma must be above 0 and at most 1")
+        for field in ("gamma", "start"):
+            value = getattr(self, field)
+            _require(value is None or 0 < value <= 1, f"schedule: {field} must be above 0 and at most 1")
         _require(
             self.kind != "plateau" or self.gamma is None or self.gamma < 1, "schedule: plateau needs gamma below 1"
         )
@@ -87,12 +95,14 @@ class Schedule:
 
     def resolve(self, steps: int) -> Schedule:
         """Fill in what was left out, for a run of `steps` steps."""
+        warmup = max(1, steps // 20) if self.warmup is None else self.warmup
         defaults: dict[str, dict[str, Any]] = {
             "constant": {},
             "step": {"period": max(1, steps // 3), "gamma": 0.1},
             "multistep": {"milestones": (max(1, steps // 2), max(2, 3 * steps // 4)), "gamma": 0.1},
             "exponential": {"gamma": 0.1 ** (1 / max(1, steps))},
             "cosine": {"period": max(1, steps), "min_lr": 0.0},
+            "warmup-cosine": {"warmup": warmup, "start": 0.01, "period": max(1, steps - warmup), "min_lr": 0.0},
             "plateau": {
                 "window": max(1, steps // 50),
                 "patience": 5,
@@ -122,7 +132,7 @@ class Schedule:
             try:
                 if name == "milestones":
                     options[name] = tuple(int(stone) for stone in value.split("+"))
-                elif name in ("period", "window", "patience", "cooldown"):
+                elif name in ("period", "window", "patience", "cooldown", "warmup"):
                     options[name] = int(value)
                 else:
                     options[name] = float(value)
@@ -150,6 +160,8 @@ class Config:
     weight_decay: float = 0.0  # L2 penalty, added to the gradient before momentum
     nesterov: bool = False  # look one momentum step ahead
     maximize: bool = False  # climb instead of descending
+    clip_norm: float | None = None  # largest norm of all gradients together, which are scaled down to it; None: any
+    label_smoothing: float = 0.0  # share of each label that the training loss spreads evenly over all classes
     schedule: Schedule = Schedule()
     seed: int = 0  # of the initial weights, the order of the batches and the twins
     weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
@@ -167,6 +179,11 @@ class Config:
         for field, least in (("lr", 0), ("momentum", 0), ("dampening", -MAX_NUMBER), ("weight_decay", 0)):
             within = least <= getattr(self, field) <= MAX_NUMBER
             _require(within, f"--{field.replace('_', '-')} must be a number between {least:g} and {MAX_NUMBER:g}")
+        _require(
+            self.clip_norm is None or 0 < self.clip_norm <= MAX_NUMBER,
+            f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: leave it out, and nothing is clipped",
+        )
+        _require(0 <= self.label_smoothing < 1, "--label-smoothing must be 0 or more, below 1")
         _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
         if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
             raise ConfigError(
@@ -195,10 +212,12 @@ class Config:
             raise ConfigError(f"{steps} steps are more than {MAX_COUNT}: choose fewer --epochs")
         epochs = -(-steps // self.batches_per_epoch(images))
         schedule = self.schedule.resolve(steps)
-        if schedule.kind == "cosine" and schedule.period is not None and schedule.period < steps:
+        falling = steps - (schedule.warmup or 0)
+        if "cosine" in schedule.kind and schedule.period is not None and schedule.period < falling:
             # PyTorch's would climb again after `period`, optax's would stay down
+            than = "the run" if schedule.warmup is None else "the run after its warm-up"
             raise ConfigError(
-                f"schedule: cosine's period {schedule.period} is shorter than the run: give {steps} or more"
+                f"schedule: cosine's period {schedule.period} is shorter than {than}: give {falling} or more"
             )
         return replace(self, epochs=epochs, steps=steps, schedule=schedule)
 
@@ -209,9 +228,11 @@ class Config:
         return self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings; options that do not apply are left out."""
+        """Plain numbers and strings; schedule options that do not apply are left out, and defaults of LEFT_OUT."""
         fields = dataclasses.asdict(self)
-        fields = {name: value for name, value in fields.items() if value is not None or name not in ("weights", "pair")}
+        for name in LEFT_OUT:
+            if fields[name] == getattr(type(self), name):
+                del fields[name]
         fields["schedule"] = {name: value for name, value in fields["schedule"].items() if value is not None}
         return json.loads(json.dumps(fields))
 
@@ -231,13 +252,13 @@ class Config:
 
 
 def _from_json(cls: Any, fields: Any) -> Any:
-    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out are None."""
+    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out have their default."""
     kinds = get_type_hints(cls)
     if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
         raise ConfigError(f"{cls.__name__} has the fields {', '.join(kinds)}, and no others")
     values = {}
     for name, kind in kinds.items():
-        options, value = get_args(kind) or (kind,), fields.get(name)
+        options, value = get_args(kind) or (kind,), fields.get(name, getattr(cls, name) if name in LEFT_OUT else None)
         if kind is Schedule:
             value = _from_json(Schedule, value)
         elif get_origin(options[0]) is tuple and isinstance(value, list) and all(type(item) is int for item in value):

@@ -55,7 +55,12 @@ TRAPS = (
     Trap("backward", "", "times", "a loss summed over the batch, or scaled; gradients clipped"),
     Trap("backward", "", "", "a layer frozen or detached, stale gradients, gradients cast to a lower precision"),
     Trap("update", "^lr$", "", "the schedule: counted from another step, or computed in float32"),
-    Trap("update", "momentum of", "times", "dampening on the first step, or lr stored in the momentum buffer"),
+    Trap(
+        "update",
+        "momentum of",
+        "times",
+        "dampening on the first step, lr in the momentum buffer, other clipping",
+    ),
     Trap("update", "momentum of", "", "momentum, dampening, weight decay (before momentum in PyTorch), precision"),
     Trap("update", r"\.var$", "", "PyTorch keeps the unbiased variance, nnx.BatchNorm the biased: layers.BatchNorm"),
     Trap("update", r"\.(mean|var)$", "", "momentum (PyTorch's 0.1 is Flax's 0.9), or statistics that are not updated"),

@@ -17,7 +17,7 @@ STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate"
 class Metrics(NamedTuple):
     """What one training step reports; from `train_steps`, each field is a float64 array with one entry per step."""
 
-    loss: Any  # mean cross entropy of the batch, nats, before the update
+    loss: Any  # mean cross entropy of the batch, nats, before the update; with the run's label smoothing
     gradient_norm: Any  # Euclidean norm of the loss's gradient with respect to all parameters together
     lr: Any  # the learning rate that the update used
 
@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
     """What a network says of a set of images."""
 
     predictions: np.ndarray  # int64 (n,): the class with the largest logit
-    loss: float  # mean cross entropy over the n images, nats
+    loss: float  # mean cross entropy over the n images, nats; without label smoothing, whatever the run's is
 
 
 class Snapshot(NamedTuple):
@@ -101,7 +101,10 @@ class Backend(Protocol):
         ...
 
     def evaluate(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        """Predictions for, and the mean loss over, all the images given, however many."""
+        """Predictions for, and the mean loss over, all the images given, however many.
+
+        Labels are not smoothed here: that is a way to train, and test losses of all runs are to mean the same.
+        """
         ...
 
     def probe(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Arrays:

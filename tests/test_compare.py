@@ -406,6 +406,8 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         pytest.param(["--lr", "fast"], "--lr", id="lr-not-a-number"),
         pytest.param(["--lr", "-1"], "--lr", id="negative-lr"),
         pytest.param(["--lr", "nan"], "--lr", id="lr-nan"),
+        pytest.param(["--clip-norm", "0"], "--clip-norm", id="clip-norm-zero"),
+        pytest.param(["--label-smoothing", "1"], "--label-smoothing", id="nothing-left-of-the-labels"),
         pytest.param(["--schedule", "sawtooth"], "cosine", id="unknown-schedule"),
         pytest.param(["--schedule", "step:speed=1"], "period", id="unknown-schedule-option"),
         pytest.param(["--nesterov", "--momentum", "0"], "--momentum", id="nesterov-without-momentum"),
@@ -547,7 +549,7 @@ def test_the_grid_holds_every_legal_combination() -> None:
     from common import grid
 
     configs = list(grid.combinations())
-    assert len(configs) == len(set(configs)) == 120  # 5 of momentum, dampening, nesterov; 2 x 2; 6 schedules
+    assert len(configs) == len(set(configs)) == 140  # 5 of momentum, dampening, nesterov; 2 x 2; 7 schedules
 
 
 def test_records_of_a_run_can_be_read(both: tuple[int, Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.config import DTYPES, RECIPES, SCHEDULES, Config, Schedule
+from common.config import DTYPES, LEFT_OUT, RECIPES, SCHEDULES, Config, Schedule
 from common.errors import ConfigError
 
 IMAGES = 1437  # of the digits: no batch size but 1, 3, 479 and 1437 divides it
@@ -44,6 +44,13 @@ def refusal(**options: Any) -> str:
         ({"dampening": -math.inf}, "--dampening"),
         ({"weight_decay": -1e-9}, "--weight-decay"),
         ({"weight_decay": math.inf}, "--weight-decay"),
+        ({"clip_norm": 0.0}, "--clip-norm"),
+        ({"clip_norm": -1.0}, "--clip-norm"),
+        ({"clip_norm": math.nan}, "--clip-norm"),
+        ({"clip_norm": math.inf}, "--clip-norm"),
+        ({"label_smoothing": -0.1}, "--label-smoothing"),
+        ({"label_smoothing": 1.0}, "--label-smoothing"),
+        ({"label_smoothing": math.nan}, "--label-smoothing"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**32}, "--seed"),
         ({"nesterov": True}, "--nesterov needs --momentum"),
@@ -135,6 +142,8 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.01,
     "nesterov": True,
     "maximize": True,
+    "clip_norm": 1.0,
+    "label_smoothing": 0.1,
     "schedule": Schedule("constant"),
     "seed": 1,
     "weights": "0f" * 32,
@@ -187,7 +196,28 @@ def test_a_configuration_as_json_is_plain_and_leaves_out_what_does_not_apply(kin
     values = Config(schedule=Schedule(kind)).resolve(IMAGES).to_json()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert set(values["schedule"]) == {"kind", *SCHEDULES[kind]}
-    assert set(values) == {field.name for field in dataclasses.fields(Config)} - {"weights"}
+    assert set(values) == {field.name for field in dataclasses.fields(Config)} - {*LEFT_OUT}
+
+
+def test_runs_from_before_an_option_was_there_keep_their_fingerprint() -> None:
+    config = Config(steps=500, batch_size=32, lr=0.01, momentum=0.9).resolve(50_000)
+    assert config.fingerprint("d") == "0d07d4193db1"  # as of the version with `weights` for its last field
+    assert not config.to_json().keys() & {*LEFT_OUT}
+    for name in LEFT_OUT:
+        changed = dataclasses.replace(config, **{name: OTHER[name]})
+        assert changed.to_json()[name] == OTHER[name]
+        assert changed.fingerprint("d") != config.fingerprint("d")
+
+
+@pytest.mark.parametrize("name", [*LEFT_OUT, None])
+def test_a_configuration_goes_through_json_and_back(name: str | None) -> None:
+    config = dataclasses.replace(BASE, **({name: OTHER[name]} if name else {})).resolve(IMAGES)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    if name is None:  # what is not left out must be there
+        fields = config.to_json()
+        del fields["lr"]
+        with pytest.raises(ConfigError, match=r"Config\.lr"):
+            Config.from_json(fields)
 
 
 # --- Schedules
@@ -198,6 +228,7 @@ RESOLVED = {
     "multistep": {"milestones": (50, 75), "gamma": 0.1},
     "exponential": {"gamma": 0.1**0.01},
     "cosine": {"period": 100, "min_lr": 0.0},
+    "warmup-cosine": {"warmup": 5, "start": 0.01, "period": 95, "min_lr": 0.0},
     "plateau": PLATEAU,
 }
 
@@ -229,6 +260,10 @@ def test_every_schedule_fits_every_short_run(kind: str, steps: int) -> None:
         ("multistep:milestones=7", Schedule("multistep", milestones=(7,))),
         ("exponential:gamma=0.999", Schedule("exponential", gamma=0.999)),
         ("cosine:period=1000,min_lr=1e-5", Schedule("cosine", period=1000, min_lr=1e-5)),
+        (
+            "warmup-cosine:warmup=10,start=0.1,period=90,min_lr=0",
+            Schedule("warmup-cosine", warmup=10, start=0.1, period=90, min_lr=0.0),
+        ),
         (
             "plateau:window=2,patience=5,gamma=0.1,threshold=1e-4,cooldown=0,min_lr=0",
             Schedule("plateau", **PLATEAU),
@@ -265,6 +300,12 @@ def test_a_schedule_is_read_from_its_kind_and_options(text: str, schedule: Sched
         ("cosine:min_lr=inf", "min_lr must be 0 or more"),
         ("plateau:threshold=1", "threshold must lie between 0 and 1"),
         ("plateau:threshold=0", "threshold must lie between 0 and 1"),
+        ("cosine:warmup=5", "schedule 'cosine' has no option 'warmup'"),
+        ("warmup-cosine:warmup=0", "warmup must be 1 or more"),
+        ("warmup-cosine:warmup=1.5", "'1.5' is not a number"),
+        ("warmup-cosine:start=0", "start must be above 0 and at most 1"),
+        ("warmup-cosine:start=1.01", "start must be above 0 and at most 1"),
+        ("warmup-cosine:start=nan", "start must be above 0 and at most 1"),
         ("step:gamma=0", "gamma must be above 0 and at most 1"),
         ("step:gamma=1.01", "gamma must be above 0 and at most 1"),
         ("step:gamma=nan", "gamma must be above 0 and at most 1"),
@@ -289,6 +330,17 @@ def test_a_cosine_shorter_than_the_run_is_refused_and_one_as_long_is_not() -> No
         resolve(99)
     assert resolve(100).schedule.period == 100
     assert resolve(101).schedule.period == 101
+
+
+def test_a_cosine_after_a_warm_up_is_refused_where_both_are_shorter_than_the_run() -> None:
+    def resolve(**options: Any) -> Any:
+        return Config(steps=100, schedule=Schedule("warmup-cosine", **options)).resolve(IMAGES).schedule
+
+    said = r"^schedule: cosine's period 89 is shorter than the run after its warm-up: give 90 or more$"
+    with pytest.raises(ConfigError, match=said):
+        resolve(warmup=10, period=89)
+    assert resolve(warmup=10, period=90).period == resolve(warmup=10).period == 90
+    assert resolve(warmup=200).period == 1  # the run ends within the warm-up
 
 
 # --- Recipes

@@ -119,7 +119,7 @@ class FlaxBackend:
 
         def loss_of(parameters: Parameters) -> tuple[jax.Array, Parameters]:
             logits, new_model_state = self._forward(parameters, model_state, images)
-            return cross_entropy(logits, labels), new_model_state
+            return cross_entropy(logits, labels, self.config.label_smoothing), new_model_state
 
         (loss, model_state), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         metrics = Metrics(loss, global_norm(gradients), learning_rate(self.config, optimizer_state))
@@ -197,7 +197,7 @@ class FlaxBackend:
             model = self._model(parameters, state.model_state)
             with recorded(model) as activations:
                 logits = model(images)
-            return cross_entropy(logits, labels), (activations, logits)
+            return cross_entropy(logits, labels, self.config.label_smoothing), (activations, logits)
 
         (loss, (activations, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
         return activations, logits, loss, gradients
@@ -221,9 +221,18 @@ class FlaxBackend:
         return jnp.asarray(labels, jnp.int32)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least."""
-    return optax.softmax_cross_entropy_with_integer_labels(upcast(logits), labels).mean()
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least.
+
+    With `smoothing`, that share of each label is spread evenly over all classes, its own included.
+    """
+    logits = upcast(logits)
+    if smoothing == 0:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    else:  # optax smooths distributions, not integers
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
+    return losses.mean()
 
 
 def global_norm(gradients: Parameters) -> jax.Array:

@@ -14,16 +14,19 @@ from common.config import Config
 def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
 
+    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together
     g <- -g                          with maximize
     g <- g + weight_decay p
     b <- g on the first step, else momentum b + (1 - dampening) g
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
     p <- p - lr g                    the sign is in the update: optax.apply_updates adds
 
-    Source: the documentation of torch.optim.SGD; `optax.sgd` knows the last three lines, less dampening.
+    Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_; `optax.sgd` knows the
+    last three lines, less dampening.
     """
     dampens = config.momentum != 0 and config.dampening != 0  # without a buffer, PyTorch ignores dampening
     return optax.named_chain(
+        ("clip", clip_gradients(config.clip_norm) if config.clip_norm is not None else optax.identity()),
         ("precision", in_float32()),
         ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
         ("weight_decay", optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()),
@@ -50,6 +53,10 @@ def make_schedule(config: Config) -> optax.Schedule:
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "cosine":
             rate = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+        case "warmup-cosine":  # the cosine's first step is the one after the warm-up, at `lr` itself
+            rising = optax.linear_schedule(lr * schedule.start, lr, schedule.warmup)
+            falling = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+            rate = optax.join_schedules([rising, falling], boundaries=[schedule.warmup])
         case _:  # constant; plateau, whose factor is applied after `optax.sgd`
             rate = optax.constant_schedule(lr)
     # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters are: lr would be off
@@ -66,6 +73,22 @@ def in_float32() -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
+    """Scale all gradients down to a norm of `clip_norm` together, as `torch.nn.utils.clip_grads_with_norm_` does.
+
+    `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes into the gradients, so that
+    bfloat16 ones are rounded here, before `in_float32`.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates))
+        factor = jnp.minimum(clip_norm / (norm + 1e-6), 1.0)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

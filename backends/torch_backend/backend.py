@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
@@ -124,10 +124,12 @@ class TorchBackend:
     def _step(self, state: State, images: Tensor, labels: Tensor) -> tuple[State, Metrics]:
         model, optimizer, scheduler, step = state
         optimizer.zero_grad()
-        loss = cross_entropy(model(images), labels)
+        loss = cross_entropy(model(images), labels, self.config.label_smoothing)
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
+        if self.config.clip_norm is not None:
+            clip_grads_with_norm_(model.parameters(), self.config.clip_norm, metrics.gradient_norm)
         optimizer.step()
         scheduler.step(loss)
         return State(model, optimizer, scheduler, step + 1), metrics
@@ -199,9 +201,13 @@ class TorchBackend:
         def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # the forward pass writes into it
             logits = functional_call(self._skeleton, (parameters, new_buffers), (images,))
-            return cross_entropy(logits, labels), new_buffers
+            return cross_entropy(logits, labels, self.config.label_smoothing), new_buffers
 
         gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
+        norm = global_norm(list(gradients.values()))
+        if self.config.clip_norm is not None:  # what `clip_grads_with_norm_` does to gradients that parameters hold
+            factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
         parameters = {name: parameter.clone() for name, parameter in parameters.items()}
         momentum = {name: buffer.clone() for name, buffer in momentum.items()}
         sgd(
@@ -216,7 +222,7 @@ class TorchBackend:
             nesterov=self.config.nesterov,
             maximize=self.config.maximize,
         )
-        return (parameters, buffers, momentum), (loss, global_norm(list(gradients.values())))
+        return (parameters, buffers, momentum), (loss, norm)
 
     # --- Looking without touching
 
@@ -239,7 +245,7 @@ class TorchBackend:
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with recorded(model) as activations:
             logits = model(batch)
-        loss = cross_entropy(logits, truth)
+        loss = cross_entropy(logits, truth, self.config.label_smoothing)
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         for name, buffer in model.named_buffers():  # the forward pass wrote into its statistics
@@ -292,9 +298,12 @@ class TorchBackend:
         return torch.from_numpy(labels).to(self.device, torch.int64)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least."""
-    return F.cross_entropy(upcast(logits), labels)
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over the batch of -log softmax(logits)[label], in nats; in float32 at least.
+
+    With `smoothing`, that share of each label is spread evenly over all classes, its own included.
+    """
+    return F.cross_entropy(upcast(logits), labels, label_smoothing=smoothing)
 
 
 def global_norm(gradients: Sequence[Tensor | None]) -> Tensor:

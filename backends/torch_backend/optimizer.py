@@ -14,13 +14,14 @@ from common.config import Config
 def make_optimizer(config: Config, model: nn.Module) -> SGD:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
 
+    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together: in the backend's `_step`
     g <- -g                          with maximize
     g <- g + weight_decay p
     b <- g on the first step, else momentum b + (1 - dampening) g
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
     p <- p - lr g
 
-    Source: the documentation of torch.optim.SGD.
+    Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_.
     """
     return SGD(
         model.parameters(),
@@ -47,6 +48,10 @@ def make_schedule(config: Config, optimizer: SGD) -> Any:
             return lr_scheduler.ExponentialLR(optimizer, schedule.gamma)
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
+        case "warmup-cosine":  # the cosine's first step is the one after the warm-up, at `lr` itself
+            rising = lr_scheduler.LinearLR(optimizer, schedule.start, total_iters=schedule.warmup)
+            falling = lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
+            return lr_scheduler.SequentialLR(optimizer, [rising, falling], milestones=[schedule.warmup])
         case "plateau":
             return lr_scheduler.ReduceLROnPlateau(
                 optimizer,
@@ -67,6 +72,7 @@ class Scheduler:
         self.start = config.lr
         self.schedule = make_schedule(config, optimizer)
         self.window = config.schedule.window if config.schedule.kind == "plateau" else None
+        self.warmup = config.schedule.warmup if config.schedule.kind == "warmup-cosine" else None
         self.count = 0  # steps of the window so far
         self.mean: Tensor | float = 0.0  # of their losses; left on the device until the window is full
 
@@ -111,7 +117,12 @@ def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int
     scheduler.optimizer.param_groups[0]["lr"] = schedule["lr"]
     if scheduler.window is None:
         done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [schedule["lr"]]}
-        scheduler.schedule.load_state_dict(scheduler.schedule.state_dict() | done)  # LambdaLR insists on all its keys
+        state = scheduler.schedule.state_dict() | done  # LambdaLR insists on all its keys
+        if scheduler.warmup is not None:  # each of the two schedulers counts steps of its own
+            counts = (step, step - scheduler.warmup)
+            parts = zip(state["_schedulers"], counts, strict=True)
+            state["_schedulers"] = [part | done | {"last_epoch": count} for part, count in parts]
+        scheduler.schedule.load_state_dict(state)
         return
     scheduler.count, scheduler.mean = int(schedule["count"]), schedule["mean"]
     counters = {"best": schedule["best"], "num_bad_epochs": int(schedule["bad"])}

@@ -324,6 +324,23 @@ NOTES = (
         faults=("weight-decay-missing", "weight-decay-after-momentum", "decoupled-weight-decay", "biases-not-decayed"),
     ),
     Note(
+        title="Clipping comes before the optimizer, and has an epsilon",
+        torch=Anchor(_STEP, "clip_grads_with_norm_("),
+        flax=Anchor("optimizer.py:clip_gradients", "+ 1e-6"),
+        what=(
+            "PyTorch scales the gradients in place, by one factor for all, before the optimizer reads them. In optax "
+            "clipping is the first link of the chain."
+        ),
+        why=(
+            "Both keep a vanishing norm from dividing by zero: PyTorch adds 1e-6 to it, `optax.clip_by_global_norm` "
+            "compares first."
+        ),
+        missed=(
+            "Without the 1e-6 a gradient of norm 1 comes out one part in a million too large, in every step that clips."
+        ),
+        tests=("tests/test_optimizer.py::test_the_comparison_sees_a_fault",),
+    ),
+    Note(
         title="Nesterov's step",
         torch=Anchor(_MAKE, "nesterov=config.nesterov,"),
         flax=Anchor(_MAKE, "g <- g + momentum b"),
@@ -406,8 +423,8 @@ NOTES = (
     ),
     Note(
         title="The end of a cosine",
-        torch=Anchor(_SCHEDULE, "lr_scheduler.CosineAnnealingLR("),
-        flax=Anchor(_SCHEDULE, "optax.cosine_decay_schedule("),
+        torch=Anchor(_SCHEDULE, "return lr_scheduler.CosineAnnealingLR("),
+        flax=Anchor(_SCHEDULE, "rate = optax.cosine_decay_schedule("),
         what=(
             "PyTorch is given the lowest rate itself, optax the lowest rate as a share of the first. After the "
             "period, PyTorch's rate climbs again, and optax's stays down."
@@ -415,6 +432,18 @@ NOTES = (
         why="One continues the formula, the other its last value.",
         missed="A run that is longer than the period trains at two rates. `common.config` refuses it.",
         tests=("tests/test_config.py::test_a_cosine_shorter_than_the_run_is_refused_and_one_as_long_is_not",),
+    ),
+    Note(
+        title="A warm-up, and then a cosine",
+        torch=Anchor(_SCHEDULE, "lr_scheduler.SequentialLR("),
+        flax=Anchor(_SCHEDULE, "optax.join_schedules("),
+        what=(
+            "Both count the steps of the second schedule from the milestone, and the milestone's step is the second's "
+            "first, at the full rate. PyTorch's warm-up begins at a share of the rate, optax's at a rate."
+        ),
+        why="PyTorch's schedulers multiply the optimizer's rate, optax's schedules are the rate.",
+        missed="A warm-up that counts from one is over a step early, and every rate in it is too high.",
+        tests=("tests/test_optimizer.py::test_a_warm_up_is_torchs_sequential_schedulers_step_by_step",),
     ),
     Note(
         title="Patience is counted in two ways",

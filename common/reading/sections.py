@@ -177,6 +177,11 @@ SECTIONS = (
             *both("optimizer.py", "make_optimizer"),
             Pair(
                 None,
+                "optimizer.py:clip_gradients",
+                "In PyTorch, `clip_grads_with_norm_`, which `_step` calls before the optimizer.",
+            ),
+            Pair(
+                None,
                 "optimizer.py:in_float32",
                 "PyTorch's kernels compute a bfloat16 update in float32 by themselves, and round once at the end.",
             ),
