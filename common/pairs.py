@@ -25,6 +25,7 @@ from common.config import MODELS
 from common.errors import ConfigError, few
 
 FORM = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
+INPUT = "input of "  # a layer, in the names of activations
 NO_DRAWS = "set its rate to 0, or leave it out, for the two sides could not draw the same"
 NO_STATE = "keep nothing from step to step but a batch norm's statistics"
 Network = Callable[..., Any] | str  # what builds the module, or where that is, as "package.module:NAME"
@@ -194,6 +195,17 @@ def canonical_names(roles: Mapping[str, str], declared: Mapping[str, str], side:
 def layer_names(names: Mapping[str, str]) -> dict[str, str]:
     """By a module's own names for its layers, the canonical ones; `names` are those of its tensors."""
     return {own.rpartition(".")[0]: name.rpartition(".")[0] for own, name in names.items()}
+
+
+def activation_key(layers: Mapping[str, str], name: str) -> str:
+    """What `Backend.probe` calls an activation: `forward/<layer>` or `forward/input of <layer>`.
+
+    Args:
+        layers: from `layer_names`.
+        name: by the module's own name for the layer.
+    """
+    layer = name.removeprefix(INPUT)
+    return f"forward/{name[: len(name) - len(layer)]}{layers[layer]}"
 
 
 def tidy(name: str) -> str:

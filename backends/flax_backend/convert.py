@@ -17,8 +17,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from common import pairs
 from common.protocol import Arrays
 
-INPUT = "input of "  # a layer, in the names of activations
-
 
 def to_canonical(arrays: Mapping[str, jax.Array]) -> Arrays:
     """JAX arrays by dotted name (`conv1.kernel`) as NumPy arrays by the same name."""
@@ -44,11 +42,8 @@ def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict
 
 def activations_to_canonical(names: Mapping[str, str], activations: Mapping[str, jax.Array]) -> Arrays:
     """What `recorded` keeps, as `forward/<name>`, under canonical names; `names` are those of the tensors."""
-    layers, arrays = pairs.layer_names(names), {}
-    for name, activation in activations.items():
-        layer = name.removeprefix(INPUT)
-        arrays[f"forward/{name[: len(name) - len(layer)]}{layers[layer]}"] = to_numpy(activation)
-    return arrays
+    layers = pairs.layer_names(names)
+    return {pairs.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
 
 
 def flatten(state: Any, names: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torch.nn.modules.conv import _ConvNd
 from common import pairs
 from common.protocol import Arrays
 
-INPUT = "input of "  # a layer, in the names of activations
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)  # layers whose activations have them in axis 1
 ROLES = (
     (_NormBase, {"weight": "scale", "running_mean": "mean", "running_var": "var"}),
@@ -108,19 +107,14 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
 
 def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:
     """What `recorded` keeps, as `forward/<name>`, under canonical names and in the canonical layout."""
-    layers, arrays = pairs.layer_names(canonical_names(model)), {}
-    for name, activation in activations.items():
-        layer = name.removeprefix(INPUT)
-        arrays[f"forward/{name[: len(name) - len(layer)]}{layers[layer]}"] = activation_to_canonical(
-            model, name, activation
-        )
-    return arrays
+    layers = pairs.layer_names(canonical_names(model))
+    return {pairs.activation_key(layers, n): activation_to_canonical(model, n, a) for n, a in activations.items()}
 
 
 def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> np.ndarray:
     """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of <layer>`."""
     array = to_numpy(activation)
-    layer = name.removeprefix(INPUT)
+    layer = name.removeprefix(pairs.INPUT)
     if layer != name and layer in flattened(model):
         shape = array.shape
         array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(shape)

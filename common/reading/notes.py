@@ -117,8 +117,8 @@ NOTES = (
     ),
     Note(
         title="Nobody draws weights",
-        torch=Anchor("backend.py:Backend._empty_model", 'torch.device("meta")'),
-        flax=Anchor(_INIT, "nnx.eval_shape("),
+        torch=Anchor("network.py:build", 'torch.device("meta")'),
+        flax=Anchor("network.py:build", "nnx.eval_shape("),
         what="Both sides build the network without any weights. They come from NumPy, drawn as PyTorch draws them.",
         why=(
             "The defaults differ. PyTorch draws kernels and biases uniformly from plus or minus one over the root of "
@@ -134,7 +134,7 @@ NOTES = (
     Note(
         title="Which arrays are trained",
         torch=Anchor(_MAKE, "model.parameters(),"),
-        flax=Anchor(_INIT, "nnx.split(abstract, nnx.Param, ...)"),
+        flax=Anchor("network.py:take_apart", "nnx.split(module, nnx.Param, nnx.BatchStat, ...)"),
         what=(
             "PyTorch's optimizer trains the tensors that it was given. On the Flax side, what is trained is what the "
             "loss is differentiated by: the `nnx.Param` part of the split."
@@ -231,7 +231,7 @@ NOTES = (
     Note(
         title="Gradients that add up, gradients that are returned",
         torch=Anchor(_STEP, "optimizer.zero_grad()"),
-        flax=Anchor(_STEP, "jax.value_and_grad(loss_of)(parameters)"),
+        flax=Anchor(_STEP, "jax.value_and_grad(loss_of, has_aux=True)(parameters)"),
         what=(
             "`loss.backward()` adds to what is in `.grad` already. `jax.value_and_grad` returns gradients, and there "
             "is nowhere for old ones to be."
@@ -518,7 +518,7 @@ NOTES = (
     # --- Conversion
     Note(
         title="Kernels of a convolution",
-        torch=Anchor("convert.py:kernel_to_canonical", "return weight.transpose(2, 3, 1, 0)"),
+        torch=Anchor("convert.py:kernel_to_canonical", "return weight.transpose(*range(2, weight.ndim), 1, 0)"),
         flax=Anchor("convert.py:to_canonical", "to_numpy(array) for name, array in arrays.items()"),
         what="PyTorch's kernels are (out, in, height, width), Flax's (height, width, in, out).",
         why="Each is laid out as its library's images are.",

@@ -580,7 +580,7 @@ EXCERPTS: dict[str, dict[str, list[Anchor]]] = {
     },
     "gradient": {
         "torch": [Anchor(_STEP, "optimizer.zero_grad()"), Anchor(_STEP, "loss.backward()")],
-        "flax": [Anchor(_STEP, "jax.value_and_grad(loss_of)")],
+        "flax": [Anchor(_STEP, "jax.value_and_grad(loss_of, has_aux=True)")],
     },
     "momentum": {
         "torch": [Anchor(_STEP, "optimizer.step()")],
