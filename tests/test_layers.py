@@ -38,12 +38,12 @@ def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def in_jax(convolve: Callable, images: np.ndarray, kernel: np.ndarray) -> list[np.ndarray]:
+def in_jax(convolve: Callable, images: np.ndarray, kernel: np.ndarray, padding: Any = "VALID") -> list[np.ndarray]:
     """The result, and the gradients of a sum of it with fixed weights."""
     convolve = partial(
         convolve,
         window_strides=(1, 1),
-        padding="VALID",
+        padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision="highest",
     )
@@ -79,6 +79,15 @@ def test_a_convolution_in_blocks_is_the_librarys(images: tuple[int, ...], kernel
         turned = given[0], given[1][::-1].copy()
         assert gap(in_jax(flax_layers.convolution("cpu"), *turned)[:1], library[:1]) > 1e-3
         assert gap(in_torch(torch_layers.convolution("cpu", compiled=True), *turned)[:1], library[:1]) > 1e-3
+
+
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((2, 0), (1, 3))], ids=["of ResNet20", "uneven"])
+def test_what_is_padded_in_float64_is_the_librarys(padding: Any) -> None:
+    given = drawn((2, 8, 8, 3), 0), drawn((3, 3, 3, 4), 1)
+    library = in_jax(jax.lax.conv_general_dilated, *given, padding)
+    assert gap(in_jax(flax_layers.convolution("cpu"), *given, padding), library) <= BOUND
+    moved = tuple((low - 1, high + 1) for low, high in padding)  # control
+    assert gap(in_jax(jax.lax.conv_general_dilated, *given, moved), library) > 1e-3
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 2}], ids=str)

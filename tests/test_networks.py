@@ -236,7 +236,7 @@ PARAMETERS = {
     "mlp": 3073 * 256 + 257 * 128 + 129 * 10,
     "resnet20": 269_722,  # the paper's table 6: 0.27 million
     # stem and its norm; blocks; norms and convolutions between stages; norm and dense layer
-    "convnext": 3 * 4 * 32 + 3 * 32
+    "convnext": 3 * 16 * 32 + 3 * 32
     + sum(2 * (50 * c + 2 * c + 4 * c * (c + 1) + (4 * c + 1) * c + c) for c in (32, 64, 128))
     + sum(2 * c + (4 * c + 1) * 2 * c for c in (32, 64))
     + 2 * 128 + 129 * 10,

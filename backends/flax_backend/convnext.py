@@ -1,7 +1,7 @@
 """A small ConvNeXt for images of 32 x 32 pixels, as a `flax.nnx.Module`.
 
-Source: Liu, Mao, Wu, Feichtenhofer, Darrell and Xie, 'A ConvNet for the 2020s' (arXiv:2201.03545), with patches of 2
-instead of 4 pixels, three stages instead of four, and narrower ones.
+Source: Liu, Mao, Wu, Feichtenhofer, Darrell and Xie, 'A ConvNet for the 2020s' (arXiv:2201.03545), with three stages
+instead of four, and narrower ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ConvNeXt(nnx.Module):
 
     def __init__(self, classes: int, device: str, rngs: nnx.Rngs) -> None:
         Conv = partial(nnx.Conv, conv_general_dilated=convolution(device), rngs=rngs)
-        self.stem = Conv(3, 32, kernel_size=(2, 2), strides=2, padding="VALID")
+        self.stem = Conv(3, 32, kernel_size=(4, 4), strides=4, padding="VALID")
         self.stem_norm = LayerNorm(32, epsilon=1e-6, rngs=rngs)
         self.layers = nnx.List(
             [

@@ -1,7 +1,7 @@
 """A small ConvNeXt for images of 32 x 32 pixels, as a `torch.nn.Module`.
 
-Source: Liu, Mao, Wu, Feichtenhofer, Darrell and Xie, 'A ConvNet for the 2020s' (arXiv:2201.03545), with patches of 2
-instead of 4 pixels, three stages instead of four, and narrower ones.
+Source: Liu, Mao, Wu, Feichtenhofer, Darrell and Xie, 'A ConvNet for the 2020s' (arXiv:2201.03545), with three stages
+instead of four, and narrower ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ConvNeXt(nn.Module):
     def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
         super().__init__()
         Conv2d = convolution(device, compiled)
-        self.stem = Conv2d(3, 32, kernel_size=2, stride=2)
+        self.stem = Conv2d(3, 32, kernel_size=4, stride=4)
         self.stem_norm = nn.LayerNorm(32, eps=1e-6)
         self.layers = nn.ModuleList(
             [
