@@ -22,7 +22,7 @@ class ConvNeXt(nnx.Module):
         Conv = partial(nnx.Conv, conv_general_dilated=convolution(device), rngs=rngs)
         self.stem = Conv(3, 32, kernel_size=(4, 4), strides=4, padding="VALID")
         self.stem_norm = LayerNorm(32, epsilon=1e-6, rngs=rngs)
-        self.layers = nnx.List(
+        self.blocks = nnx.List(
             [
                 Block(32, device, rngs),
                 Block(32, device, rngs),
@@ -40,8 +40,8 @@ class ConvNeXt(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
         x = self.stem_norm(x)
-        for layer in self.layers:
-            x = layer(x)
+        for block in self.blocks:
+            x = block(x)
         x = x.mean(axis=(1, 2))
         return self.fc(self.norm(x))
 

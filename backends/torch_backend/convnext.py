@@ -21,7 +21,7 @@ class ConvNeXt(nn.Module):
         Conv2d = convolution(device, compiled)
         self.stem = Conv2d(3, 32, kernel_size=4, stride=4)
         self.stem_norm = nn.LayerNorm(32, eps=1e-6)
-        self.layers = nn.ModuleList(
+        self.blocks = nn.ModuleList(
             [
                 Block(32, device, compiled),
                 Block(32, device, compiled),
@@ -39,8 +39,8 @@ class ConvNeXt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = channels_first(self.stem_norm(channels_last(x)))
-        for layer in self.layers:
-            x = layer(x)
+        for block in self.blocks:
+            x = block(x)
         x = x.mean(dim=(2, 3))
         return self.fc(self.norm(x))
 
