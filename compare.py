@@ -34,7 +34,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import backends
 from common import interrupt, pairs
-from common.config import BACKENDS, DTYPES, FORMATS, MODELS, RECIPES, SCHEDULES, Config, Recipe, Schedule
+from common.config import (
+    AUGMENTATIONS,
+    BACKENDS,
+    DTYPES,
+    FORMATS,
+    MODELS,
+    RECIPES,
+    SCHEDULES,
+    Config,
+    Recipe,
+    Schedule,
+)
 from common.errors import ConfigError, DataError, LockstepError, RecordError, printable
 
 if TYPE_CHECKING:
@@ -116,6 +127,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--schedule",
         metavar="KIND[:OPTION=VALUE,...]",
         help="; ".join(f"{kind} ({', '.join(names)})" if names else kind for kind, names in SCHEDULES.items()),
+    )
+    group.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        help="training images: a crop of what 4 black pixels are put round, and a flip or not, at random",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of the weights, the order of the batches, and the twins")
     group.add_argument(

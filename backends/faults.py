@@ -18,7 +18,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 
-from common import data, train
+from common import augment, data, train
 from common.config import Config, Schedule
 from common.data import Dataset
 from common.errors import ConfigError
@@ -215,6 +215,29 @@ def augmentation_left_on(patch: Patch, config: Config, dataset: Dataset) -> None
         return images
 
     _images(patch, mirrored)
+
+
+@known("data", "images", "torchvision docs, RandomCrop and RandomHorizontalFlip: in which order", augment="crop-flip")
+def flipped_before_cropping(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Images are flipped and then cropped, by the same draws, so that what was cropped on the left is on the right."""
+    right = augment.crop_flip
+
+    def flipped_first(images: np.ndarray, given: augment.Draws) -> np.ndarray:
+        mirrored = np.where(given.flip[..., None, None, None], images[..., ::-1, :], images)
+        return right(mirrored, given._replace(flip=np.zeros_like(given.flip)))
+
+    patch(augment, "crop_flip", flipped_first)
+
+
+@known("data", "images", "torchvision docs, RandomCrop: fill is 0, of what it is given", augment="crop-flip")
+def padded_after_normalising(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Images are padded when they are normalised already, by zeros, which are grey then and not black."""
+
+    def late(config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: Any) -> np.ndarray:
+        normalised = data.normalise(images[indices], dtype)
+        return augment.crop_flip(normalised, augment.drawn(config, len(images), indices, step))
+
+    patch(augment, "batches", late)
 
 
 @known("data", "images", "PyTorch docs, Reproducibility: each library has a random generator of its own")

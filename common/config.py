@@ -22,9 +22,10 @@ MODELS = {
     "vit": "vit:ViT",
 }  # the networks that Lockstep has, and where they are in the folder of either backend
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
+AUGMENTATIONS = ("crop-flip",)
 # Left out of a configuration's JSON where they have their default, so that runs from before they were there keep their
 # fingerprints.
-LEFT_OUT = ("weights", "pair", "clip_norm", "label_smoothing")
+LEFT_OUT = ("weights", "pair", "clip_norm", "label_smoothing", "augment")
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -162,8 +163,9 @@ class Config:
     maximize: bool = False  # climb instead of descending
     clip_norm: float | None = None  # largest norm of all gradients together, which are scaled down to it; None: any
     label_smoothing: float = 0.0  # share of each label that the training loss spreads evenly over all classes
+    augment: str | None = None  # one of AUGMENTATIONS, for training images; None: they stay as they are
     schedule: Schedule = Schedule()
-    seed: int = 0  # of the initial weights, the order of the batches and the twins
+    seed: int = 0  # of the initial weights, the order of the batches, their augmentation and the twins
     weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
     pair: str | None = None  # digest of the file that the user's `model` is in; None: one of Lockstep's own
 
@@ -184,6 +186,11 @@ class Config:
             f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: leave it out, and nothing is clipped",
         )
         _require(0 <= self.label_smoothing < 1, "--label-smoothing must be 0 or more, below 1")
+        known = ", ".join(AUGMENTATIONS)
+        _require(
+            self.augment in (None, *AUGMENTATIONS),
+            f"unknown --augment {self.augment!r}: choose {known}, or none",
+        )
         _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
         if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
             raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common import data, machine, parity, train
+from common import augment, data, machine, parity, train
 from common.config import Config
 from common.data import Dataset
 from common.protocol import Arrays, Backend, Snapshot
@@ -133,7 +133,7 @@ def _replay(
     for current, indices in enumerate(data.batch_indices(config, len(dataset.train_images))):
         if current > step:
             return None
-        images = data.normalise(dataset.train_images[indices], numpy_dtype(dtype))
+        [images] = augment.batches(config, dataset.train_images, indices[np.newaxis], current, numpy_dtype(dtype))
         labels = dataset.train_labels[indices]
         if current >= step - LOOK_BACK:
             snapshot = reference.export(state)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common import data, machine
+from common import augment, data, machine
 from common.checkpoint import REMEDY, Checkpoint, Keeper, check, is_finite
 from common.config import Config
 from common.data import Dataset
@@ -209,10 +209,12 @@ class _Run:
                 raise RecordError(f"the checkpoint after step {start} lies between two calls of train_steps: {REMEDY}")
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
-        if self.rounding is None:
+        if self.rounding is None and self.config.augment is None:
             return self.backend.gather(self.uploaded, indices)
-        images = data.normalise(self.dataset.train_images[indices], numpy_dtype(self.dtype))
-        return moved(images, self.rounding), self.dataset.train_labels[indices]
+        images = augment.batches(self.config, self.dataset.train_images, indices, self.step, numpy_dtype(self.dtype))
+        if self.rounding is not None:
+            images = moved(images, self.rounding)
+        return images, self.dataset.train_labels[indices]
 
     def _steps(self, indices: np.ndarray) -> Metrics:
         """One call of `train_steps`; the first steps are recorded tensor by tensor."""

@@ -626,7 +626,7 @@ SGD: dict[str, dict[str, Any]] = {  # each schedule, and each of the optimizer's
     "multistep": {"maximize": True, "weight_decay": 0.01},
     "exponential": {"momentum": 0.5, "dampening": -0.5},
     "cosine": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    "warmup-cosine": {"momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.5, "label_smoothing": 0.1},
+    "warmup-cosine": {"momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.5, "augment": "crop-flip"},
     "plateau": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
 }
 OPTIONS: dict[str, dict[str, Any]] = {  # so that lr changes several times in so few steps

@@ -407,6 +407,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         pytest.param(["--lr", "-1"], "--lr", id="negative-lr"),
         pytest.param(["--lr", "nan"], "--lr", id="lr-nan"),
         pytest.param(["--clip-norm", "0"], "--clip-norm", id="clip-norm-zero"),
+        pytest.param(["--augment", "mixup"], "crop-flip", id="unknown-augmentation"),
         pytest.param(["--label-smoothing", "1"], "--label-smoothing", id="nothing-left-of-the-labels"),
         pytest.param(["--schedule", "sawtooth"], "cosine", id="unknown-schedule"),
         pytest.param(["--schedule", "step:speed=1"], "period", id="unknown-schedule-option"),

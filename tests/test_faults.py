@@ -117,10 +117,17 @@ def test_no_framework_is_imported_before_a_fault_is_applied() -> None:
 
 def attributes() -> dict[tuple[str, str], Any]:
     """Everything that a fault may replace: what lies in the modules and classes that `backends.faults` patches."""
-    modules = ["jax", "optax", "common.train", "backends.flax_backend.convert", "backends.flax_backend.model"]
+    modules = [
+        "jax",
+        "optax",
+        "common.augment",
+        "common.train",
+        "backends.flax_backend.convert",
+        "backends.flax_backend.model",
+    ]
     modules += ["backends.flax_backend.backend", "backends.flax_backend.optimizer"]
     places: list[Any] = [importlib.import_module(module) for module in modules]
-    places += [places[5].FlaxBackend, places[4].Net]
+    places += [places[6].FlaxBackend, places[5].Net]
     return {(place.__name__, name): value for place in places for name, value in vars(place).items()}
 
 

@@ -107,7 +107,13 @@ SECTIONS = (
             Pair(None, "backend.py:Backend._gather", "PyTorch does not compile this: it is two calls."),
             Pair("backend.py:Backend._tensor", None, "JAX's bfloat16 is that of `ml_dtypes`."),
         ),
-        shared=("data.py:normalise", "data.py:permutation", "data.py:batch_indices"),
+        shared=(
+            "data.py:normalise",
+            "data.py:permutation",
+            "data.py:batch_indices",
+            "augment.py:draws",
+            "augment.py:crop_flip",
+        ),
     ),
     Section(
         "setup",
