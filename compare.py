@@ -91,7 +91,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--backend", choices=["both", *BACKENDS], help="which to train (default: both)")
     lines = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
-    parser.add_argument("--recipe", default="quick", choices=list(RECIPES), metavar="NAME", help=lines)
+    parser.add_argument(
+        "--recipe", choices=list(RECIPES), metavar="NAME", help=f"{lines} (default: --model's, or quick)"
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -191,6 +193,7 @@ def add_switch(group: Any, name: str, text: str) -> None:
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """The recipe, with what the options override."""
+    options.recipe = options.recipe or (options.model if options.model in RECIPES else "quick")
     recipe = RECIPES[options.recipe]
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Config)}
     if options.model is not None:

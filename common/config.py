@@ -287,6 +287,9 @@ class Recipe:
     twins: int = 2
 
 
+_SHORT: Any = {"steps": 300, "batch_size": 32, "momentum": 0.9}
+_AUGMENTED: Any = {"augment": "crop-flip", "schedule": Schedule("warmup-cosine", warmup=30)}
+
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(
         "500 steps of batch 32, a minute on two cores",
@@ -299,5 +302,21 @@ RECIPES: dict[str, Recipe] = {
     "basic": Recipe(
         "plain SGD, as in PyTorch's 'Neural Networks': batch 4, lr 0.01, 3 epochs",
         Config(epochs=3, batch_size=4, lr=0.01),
+    ),
+    "mlp": Recipe("300 steps of batch 32", Config(model="mlp", lr=0.01, **_SHORT), DTYPES),
+    "resnet20": Recipe(
+        "300 steps of batch 32: weight decay, random crops and flips, warm-up and cosine",
+        Config(model="resnet20", lr=0.1, weight_decay=1e-4, **_SHORT, **_AUGMENTED),
+        DTYPES,
+    ),
+    "convnext": Recipe(
+        "the same, with label smoothing and clipping",
+        Config(model="convnext", lr=0.1, weight_decay=1e-4, label_smoothing=0.1, clip_norm=1.0, **_SHORT, **_AUGMENTED),
+        DTYPES,
+    ),
+    "vit": Recipe(
+        "the same",
+        Config(model="vit", lr=0.1, weight_decay=1e-4, label_smoothing=0.1, clip_norm=1.0, **_SHORT, **_AUGMENTED),
+        DTYPES,
     ),
 }
