@@ -15,7 +15,7 @@ import pytest
 import backends
 from backends import faults as catalogue
 from common import data
-from common.config import Config
+from common.config import BACKENDS, MODELS, Config
 from common.errors import RecordError
 from common.evidence.bench import PATHS, summary
 from common.report import sentence
@@ -234,6 +234,23 @@ def fuzz() -> str:
     )
 
 
+def models() -> str:
+    """Of each network, what its committed run says."""
+    rows = []
+    for name in (name for name in MODELS if (REPOSITORY / "results" / name / "report.json").exists()):
+        report = report_of(name)
+        lenses = {lens["dtype"]: lens for lens in report["lenses"]}
+        proof = lenses["float64"]
+        accuracy = [f"{100 * lenses['float32']['accuracy'][backend]:.1f} %" for backend in BACKENDS]
+        verdicts = ", ".join(
+            f"{dtype} {'agrees' if x['verdict'] == 'agree' else 'differs'}" for dtype, x in lenses.items()
+        )
+        gap, equal = f"{proof['max_abs_loss_gap']:.1e}", f"{proof['predictions_equal']:,}"
+        rows.append([f"`{name}`", f"{proof['steps']}", gap, equal, " / ".join(accuracy), verdicts])
+    columns = ["network", "steps", "float64: loss gap", "predictions equal", "float32: torch / flax", "verdicts"]
+    return markdown(columns, rows)
+
+
 PASSAGES: dict[str, Callable[[], str]] = {
     "verdict of results/quick": verdict,
     "table of results/tutorial-*": table,
@@ -247,6 +264,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "peers of results/alarms and results/faults": peers,
     "summary of results/sensitivity": sensitivity,
     "tables of results/bench": bench,
+    "table of models": models,
 }
 
 

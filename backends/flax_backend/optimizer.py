@@ -86,9 +86,13 @@ def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates))
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float64), updates))
         factor = jnp.minimum(clip_norm / (norm + 1e-6), 1.0)
-        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+        def scaled(g: jax.Array) -> jax.Array:
+            return (g * factor.astype(jnp.promote_types(g.dtype, jnp.float32))).astype(g.dtype)
+
+        return jax.tree.map(scaled, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

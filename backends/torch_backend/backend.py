@@ -307,8 +307,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def global_norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """The Euclidean norm of all gradients together; in float32 at least."""
-    return get_total_norm([upcast(gradient) for gradient in gradients if gradient is not None])
+    """The Euclidean norm of all gradients together, in float64.
+
+    In float32, PyTorch's on the CPU is off by 8e-6 of itself for the 786,432 weights of MLP's first layer.
+    """
+    return get_total_norm([gradient.double() for gradient in gradients if gradient is not None])
 
 
 def upcast(tensor: Tensor) -> Tensor:
