@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 import compare
 from common import pairs, record
-from common.errors import ConfigError
+from common.config import Config
+from common.errors import ConfigError, RecordError
+from common.testing import same_run
 from common.weights import initial_weights
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -208,6 +211,21 @@ def test_a_pair_is_trained_compared_exported_and_read_again(tmp_path: Path, caps
     path.write_text(path.read_text() + "\n# changed\n")
     assert "has changed since" in said(capsys, "export", str(out), "--to", "torch")
     assert "has changed since" in said(capsys, "--resume", str(out))
+
+
+# --- Any two backends
+
+
+def test_two_backends_of_one_framework_are_compared_under_two_names(build: Any, digits: Any) -> None:
+    config = Config(model="mlp", steps=3, batch_size=8, lr=0.01, momentum=0.9).resolve(len(digits.train_images))
+    original, refactored = build("torch", config), build("torch", config)
+    with pytest.raises(RecordError, match=r"^both backends are called 'torch': give one of them another `name`$"):
+        same_run(original, refactored, digits, config)
+    refactored.name = "refactored"
+    assert same_run(original, refactored, digits, config)
+    refactored.config = dataclasses.replace(config, momentum=0.8)  # the control
+    lens = same_run(original, refactored, digits, config).lens
+    assert (lens["verdict"], lens["first_divergence"]["stage"]) == ("disagree", "update")
 
 
 # --- Refusals

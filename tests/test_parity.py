@@ -898,3 +898,45 @@ def test_a_float64_test_loss_may_differ_as_training_losses_do(in_training: float
     assert lens["verdict"] == verdict, lens["first_divergence"]
     if verdict == "disagree":
         assert lens["first_divergence"]["stage"] == ("loss" if in_training > 1e-10 else "evaluate")
+
+
+# --- What rounding leaves of nothing
+
+
+@pytest.mark.parametrize("tensor", ["backward/fc1.bias", "update/momentum of fc1.bias"])
+@pytest.mark.parametrize(("size", "agrees"), [(1e-17, True), (1e-14, True), (1e-9, False)])
+@lenses
+def test_a_gradient_that_is_zero_but_for_rounding_is_held_against_the_largest(
+    dtype: str, size: float, agrees: bool, tensor: str
+) -> None:
+    """As of a bias before a batch norm: each program has another remainder, and it has no digit in common."""
+    size *= 1 if dtype == "float64" else 1e4  # float32's and bfloat16's remainders are larger, and smaller than 1e-3
+    if dtype != "float64" and not agrees:
+        size = 30.0
+
+    def remainder(generator: int) -> Callable[[Record], Record]:
+        draws = size * np.random.default_rng(generator).normal(size=4)
+
+        def fault(record: Record) -> Record:
+            changed = {f"0/{tensor}": draws.astype(numpy_dtype(record.dtype))}
+            return dataclasses.replace(record, opening=record.opening | changed)
+
+        return fault
+
+    lens = faulty(dtype, torch=remainder(1), flax=remainder(2))
+    assert (lens["verdict"] == "agree") == agrees
+    if not agrees:
+        stage, _, name = tensor.partition("/")
+        assert place(lens) == (0, stage, name)
+
+
+def test_of_layers_that_one_side_alone_shows_nothing_is_said_unless_a_gradient_differs() -> None:
+    """A user's own layer on one side, whose axes nobody knows."""
+
+    def without(record: Record) -> Record:
+        opening = {key: array for key, array in record.opening.items() if not key.endswith("/forward/fc1")}
+        return dataclasses.replace(record, opening=opening)
+
+    assert faulty("float64", flax=without)["verdict"] == "agree"
+    lens = faulty("float64", flax=lambda record: in_opening("0/backward/fc1.bias")(without(record)))
+    assert place(lens) == (0, "backward", "fc1.bias")
