@@ -333,7 +333,7 @@ def test_locate_says_from_the_records_where_two_runs_part(
     assert "Training" not in said
     assert "Where they part: forward: step 0: input of fc1" in said
     assert "In input of fc1: the same numbers in another order." in said
-    assert "A likely cause: flatten: PyTorch unrolls (C, H, W), Flax (H, W, C)." in said
+    assert "A likely cause: flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`." in said
     located = report_of(tmp_path)["lenses"][0]["located"]
     assert located == by_itself
     assert len(located["offenders"]) == 5

@@ -149,6 +149,7 @@ OTHER: dict[str, Any] = {
     "schedule": Schedule("constant"),
     "seed": 1,
     "weights": "0f" * 32,
+    "pair": "1e" * 32,
 }
 
 

@@ -113,10 +113,10 @@ def test_the_same_predictions_are_no_other_numbering(predictions: list[int]) -> 
 SAMPLES = {  # by stage, the tensors that there are
     "data": ["images", "labels"],
     "weights": ["conv1.kernel", "fc1.bias"],
-    "forward": ["input of conv1", "conv1", "input of fc1", "fc1", "logits"],
+    "forward": ["input of conv1", "conv1", "input of fc1", "fc1", "bn1", "logits"],
     "loss": ["loss"],
     "backward": ["conv1.kernel", "gradient_norm"],
-    "update": ["lr", "momentum of fc1.bias", "fc1.bias", "all parameters"],
+    "update": ["lr", "momentum of fc1.bias", "fc1.bias", "bn1.mean", "bn1.var", "all parameters"],
     "evaluate": ["test loss", "predictions", "accuracy of cat"],
 }
 SCALARS = ("loss", "lr", "gradient_norm", "test loss", "all parameters")
@@ -171,7 +171,7 @@ def test_there_is_a_cause_for_whatever_a_tensor_looks_like_and_at_most_two(stage
 
 def test_a_flatten_is_named_where_the_order_of_the_features_differs_and_only_there() -> None:
     one = numbers(2, 8)
-    flatten = "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C)"
+    flatten = "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`"
     assert described("forward", "input of fc1", [one, one[:, ::-1].copy()])["causes"][0] == flatten
     assert flatten not in described("forward", "input of fc1", [one, 2 * one])["causes"]
     assert flatten not in described("forward", "conv1", [one, one[:, ::-1].copy()])["causes"]
