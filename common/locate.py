@@ -47,10 +47,20 @@ TRAPS = (
     Trap("weights", "", "another order", "a kernel is transposed: OIHW against HWIO, (out, in) against (in, out)"),
     Trap("weights", "", "", "a layer kept its own initial weights, or was converted with the wrong layout"),
     Trap("forward", "input of", "another order", "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`"),
-    Trap("forward", "input of", "", "what lies between two layers: the activation, pooling (average for max, padding)"),
+    Trap(
+        "forward",
+        "input of",
+        "",
+        "what lies between two layers: the activation (nnx.gelu is no exact one), pooling",
+    ),
     Trap("forward", "^(?!input of).*(bn|norm)", "", "epsilon, the variance's formula, axes, train mode on one side"),
     Trap("forward", "conv", "", "padding (Flax pads SAME by default), strides, kernel axes, precision (TF32)"),
-    Trap("forward", "", "", "the layer's formula, a missing bias, precision (float32 inside float64, TF32, bfloat16)"),
+    Trap(
+        "forward",
+        "",
+        "",
+        "padding (Flax's is SAME by default), strides, a missing bias, precision (float32, TF32)",
+    ),
     Trap("loss", "", "", "softmax applied twice, label smoothing, a sum for a mean, a mean over padded examples"),
     Trap("backward", "", "times", "a loss summed over the batch, or scaled; gradients clipped"),
     Trap("backward", "", "", "a layer frozen or detached, stale gradients, gradients cast to a lower precision"),
@@ -225,6 +235,8 @@ def describe(first: dict[str, Any], names: list[str], pair: list[np.ndarray | No
             | {name: _number(array.flat[index]) for name, array in zip(names, (one, other), strict=True)}
             for index in worst
         ]
+    elif one is not None and other is not None:
+        pattern = f"{names[0]}'s shape is {one.shape}, {names[1]}'s {other.shape}"
     traps = [
         trap
         for trap in TRAPS

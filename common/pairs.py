@@ -153,35 +153,35 @@ def canonical_names(roles: Mapping[str, str], declared: Mapping[str, str], side:
 
     Args:
         roles: by the tensor's own name (`features.0.weight`), its role (`kernel`).
-        declared: own layers or tensors, with their canonical names, where these differ.
+        declared: own layers or tensors, with their canonical names, where these differ; of two that fit, the longer one
+            counts. `*` stands for positions in lists, as in `blocks.*.norm1`.
         side: whose they are, for messages.
 
     Raises:
         ConfigError: if two tensors get one name, or `declared` names what is not there.
     """
-    unused = dict(declared)
     positions = _positions(roles)
-    names = {}
-    for own, role in roles.items():
-        parts = own.split(".")
-        if own in declared:
-            names[own] = declared[own]
-            unused.pop(own, None)
-            continue
-        start, prefix = 0, ()
-        for length in range(len(parts) - 1, 0, -1):
-            layer = ".".join(parts[:length])
-            if layer in declared:
-                start, prefix = length, (declared[layer],)
-                unused.pop(layer, None)
-                break
-        rest = [positions.get(tuple(parts[: i + 1]), parts[i]) for i in range(start, len(parts) - 1)]
-        names[own] = tidy(".".join((*prefix, *rest, role)))
+    chosen, unused = {}, dict(declared)
+    for key, value in declared.items():
+        for layer, stars in _fitting(key, roles, positions):
+            unused.pop(key, None)
+            if "*" not in key or layer not in declared:
+                chosen[layer] = _filled(value, stars)
     if unused:
         layers = dict.fromkeys(own.rpartition(".")[0] or own for own in roles)
         raise ConfigError(
             f"the pair names {few(unused)}, which {side}'s module does not have: its layers are {few(layers)}"
         )
+    names = {}
+    for own, role in roles.items():
+        parts = own.split(".")
+        if own in chosen:
+            names[own] = tidy(chosen[own])
+            continue
+        length = next((n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in chosen), 0)
+        prefix = [chosen[".".join(parts[:length])]] if length else []
+        rest = [positions.get(tuple(parts[: i + 1]), parts[i]) for i in range(length, len(parts) - 1)]
+        names[own] = tidy(".".join([*prefix, *rest, role]))
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         own = [own for own, name in names.items() if name == twice[0]]
@@ -190,6 +190,23 @@ def canonical_names(roles: Mapping[str, str], declared: Mapping[str, str], side:
             "tell them apart in the pair, with names={...}"
         )
     return names
+
+
+def _fitting(
+    key: str, roles: Iterable[str], positions: Mapping[tuple[str, ...], str]
+) -> Iterator[tuple[str, list[str]]]:
+    """The layers and tensors that `key` names, each with the positions that its stars stand for."""
+    wanted = key.split(".")
+    paths = dict.fromkeys(tuple(own.split(".")[: len(wanted)]) for own in roles)
+    for path in paths:
+        pairs = list(zip(wanted, path, strict=False))
+        if len(path) == len(wanted) and all(w == p or (w == "*" and p.isdecimal()) for w, p in pairs):
+            yield ".".join(path), [positions[path[: i + 1]] for i, (w, _) in enumerate(pairs) if w == "*"]
+
+
+def _filled(value: str, stars: list[str]) -> str:
+    left = iter(stars)
+    return ".".join(next(left, part) if part == "*" else part for part in value.split("."))
 
 
 def layer_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -209,9 +226,16 @@ def activation_key(layers: Mapping[str, str], name: str) -> str:
 
 
 def tidy(name: str) -> str:
-    """Without the `layers` that `nnx.Sequential` keeps its list in."""
+    """Without the `layers` that an `nnx.Sequential` within a network keeps its list in.
+
+    Where the whole network is one, it stays, and is put before PyTorch's numbers.
+    """
     parts = name.split(".")
-    return ".".join(p for p, next in zip(parts, [*parts[1:], ""], strict=True) if p != "layers" or not next.isdecimal())
+    if parts[0].isdecimal():
+        parts.insert(0, "layers")
+    following = [*parts[1:], ""]
+    left_out = [part == "layers" and after.isdecimal() for part, after in zip(parts, following, strict=True)]
+    return ".".join(part for i, part in enumerate(parts) if i == 0 or not left_out[i])
 
 
 def _positions(names: Iterable[str]) -> dict[tuple[str, ...], str]:
@@ -245,7 +269,7 @@ def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]
         )
         lines = propose(missing, extra, own)
         remedy = f"if these belong together, add to the pair: {lines}" if lines else "one of the modules lacks them"
-        raise ConfigError(f"the two modules have not the same tensors ({found}): {remedy}")
+        raise ConfigError(f"the two modules have not the same tensors ({found}, in Flax's layout): {remedy}")
     others = {name: (torch[name], flax[name]) for name in torch if torch[name] != flax[name]}
     if others:
         found = few((f"{name}: PyTorch {one}, Flax {other}" for name, (one, other) in others.items()), "; ")
@@ -256,15 +280,44 @@ def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]
 
 
 def propose(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> str:
-    """The line to write for layers under other names: those with equal roles and shapes, in order."""
+    """The line to write for layers under other names: those with equal roles and shapes, in their order.
+
+    Layers of a block whose other layers were found are looked for in that block first.
+    """
     left, right = _layers(torch, own["torch"]), _layers(flax, own["flax"])
-    lines = {}
+    blocks: dict[str, str] = {}
+    found: dict[str, str] = {}
     for layer, tensors in left.items():
-        match = next((other for other, theirs in right.items() if theirs == tensors), None)
+        fitting = [other for other, theirs in right.items() if theirs == tensors]
+        block = layer.rpartition(".")[0]
+        match = next((other for other in fitting if blocks.get(block) == other.rpartition(".")[0]), None)
+        match = match or next(iter(fitting), None)
         if match is not None:
-            lines[layer] = match
+            found[layer] = match
+            blocks.setdefault(block, match.rpartition(".")[0])
             del right[match]
-    return f"names={lines}" if lines else ""
+    return f"names={_shortened(found)}" if found else ""
+
+
+def _shortened(found: Mapping[str, str]) -> dict[str, str]:
+    """The same correspondence in fewer lines: layers that differ in list positions only in one, with stars."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for one, other in found.items():
+        groups.setdefault((_starred(one), _starred(other)), []).append((one, other))
+    lines: dict[str, str] = {}
+    for (one, other), members in groups.items():
+        alike = all(_numbers(a) == _numbers(b) for a, b in members)
+        alone = sum(_starred(layer) == one for layer in found) == len(members) > 1
+        lines |= {one: other} if alike and alone else dict(members)
+    return lines
+
+
+def _starred(layer: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in layer.split("."))
+
+
+def _numbers(layer: str) -> list[str]:
+    return [part for part in layer.split(".") if part.isdecimal()]
 
 
 def _layers(shapes: Shapes, own: Mapping[str, str]) -> dict[str, dict[str, tuple[int, ...]]]:

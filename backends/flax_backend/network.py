@@ -46,8 +46,7 @@ def build(model: str, classes: int, device: str) -> Network:
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, nnx.Conv) and layer.conv_general_dilated is jax.lax.conv_general_dilated:
             layer.conv_general_dilated = convolution(device)  # the same, but quicker on the CPU
-    declared = {name: pairs.tidy(name) for name in pairs.load(model).names.values()}
-    return take_apart(module, declared)
+    return take_apart(module, {name: name for name in pairs.load(model).names.values()})
 
 
 def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
@@ -55,13 +54,24 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
     evaluation = nnx.graphdef(module)
     module.train()
     training, parameters, statistics, constants = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-    names = convert.canonical_names([*convert.flatten(parameters), *convert.flatten(statistics)], declared)
+    own = [*convert.flatten(parameters), *convert.flatten(statistics)]
+    names = convert.canonical_names(sorted(own, key=lambda name: place(module, name)), declared)
 
     def shapes(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
         leaves = convert.flatten(state, names)
-        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        ordered = [name for name in names.values() if name in leaves]
+        return {name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in ordered}
 
     return Network(training, evaluation, names, shapes(parameters), shapes(statistics), constants)
+
+
+def place(module: nnx.Module, name: str) -> list[int]:
+    """Where a variable stands among the definitions: `nnx` sorts by name."""
+    places, node = [], vars(module)
+    for part in name.split("."):
+        places.append(list(node).index(part) if part in node else 0)
+        node = getattr(node.get(part), "__dict__", {})
+    return places
 
 
 def examine(model: str, network: Network, classes: int) -> None:

@@ -22,7 +22,8 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[f"input of {name}"], seen[name] = inputs[0], output
+            # copies, for what comes next may write into them, as `ReLU(inplace=True)` does
+            seen[f"input of {name}"], seen[name] = inputs[0].clone(), output.clone()
 
         return hook
 

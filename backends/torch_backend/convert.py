@@ -62,7 +62,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 def declare(model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]) -> None:
     """Keep with the module what its pair says of it."""
-    vars(model)["flax_names"] = {own: pairs.tidy(name) for own, name in names.items()}
+    vars(model)["flax_names"] = dict(names)
     if flattened:
         vars(model)["flattened"] = dict(flattened)
 

@@ -130,6 +130,7 @@ SECTIONS = (
             *both("network.py", SETTINGS, "build", "examine"),
             Pair(None, "network.py:Network", "A PyTorch module is one object, which changes its mode in place."),
             Pair(None, "network.py:take_apart", "Likewise."),
+            Pair(None, "network.py:place", "PyTorch keeps the order in which a module's layers were assigned."),
             Pair(None, "network.py:changes", "A PyTorch module has its `state_dict`."),
             Pair(None, "network.py:bits", "PyTorch's random numbers have one state, outside of all modules."),
             *both("backend.py", "choose_device", "make_comparable", "Backend.describe"),
