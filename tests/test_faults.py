@@ -15,7 +15,7 @@ import pytest
 
 from backends import faults
 from backends.faults import FAULTS, QUICK, Fault, injected
-from common.config import Config
+from common.config import MODELS, Config
 from common.data import Dataset
 from common.errors import ConfigError
 from common.evidence import faults as matrix
@@ -88,8 +88,18 @@ def test_every_fault_says_what_it_is_and_where_it_is_documented(fault: Fault) ->
 def test_every_fault_has_a_run_in_which_it_can_show(fault: Fault, images: int) -> None:
     images = fault.train_images or images
     config = matrix.config_of(fault, images)
-    assert 40 <= config.total_steps <= 90
+    assert (40 if config.model == "net" else 10) <= config.total_steps <= 90
     assert fault.train_images is None or config.total_steps > config.batches_per_epoch(images)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+def test_a_fault_of_a_slow_network_is_given_a_short_run_of_small_batches(fault: Fault) -> None:
+    config = matrix.config_of(fault, 50_000)
+    assert config.model == "net" or config.total_steps * config.batch_size <= 100  # net: 40 steps of 32 images
+
+
+def test_every_network_with_layers_of_its_own_has_faults_of_its_own() -> None:
+    assert {fault.options.get("model", "net") for fault in FAULTS} == set(MODELS) - {"mlp"}
 
 
 def test_a_fault_is_found_by_its_name_and_an_unknown_one_is_refused() -> None:
@@ -117,18 +127,13 @@ def test_no_framework_is_imported_before_a_fault_is_applied() -> None:
 
 def attributes() -> dict[tuple[str, str], Any]:
     """Everything that a fault may replace: what lies in the modules and classes that `backends.faults` patches."""
-    modules = [
-        "jax",
-        "optax",
-        "common.augment",
-        "common.train",
-        "backends.flax_backend.convert",
-        "backends.flax_backend.model",
-    ]
-    modules += ["backends.flax_backend.backend", "backends.flax_backend.optimizer"]
-    places: list[Any] = [importlib.import_module(module) for module in modules]
-    places += [places[6].FlaxBackend, places[5].Net]
-    return {(place.__name__, name): value for place in places for name, value in vars(place).items()}
+    modules = ["jax", "optax", "flax.nnx", "common.augment", "common.train"]
+    modules += [f"backends.flax_backend.{name}" for name in ("backend", "convert", "model", "optimizer")]
+    modules += [f"backends.flax_backend.{name}" for name in ("resnet20", "convnext", "vit")]
+    found: dict[str, Any] = {module: importlib.import_module(module) for module in modules}
+    for module, name in [("backend", "FlaxBackend"), ("model", "Net"), ("resnet20", "Block"), ("vit", "Attention")]:
+        found[f"{module}.{name}"] = getattr(found[f"backends.flax_backend.{module}"], name)
+    return {(place, name): value for place, holder in found.items() for name, value in vars(holder).items()}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
@@ -167,6 +172,25 @@ def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
         assert finding["gap_over_bound"] is None or finding["gap_over_bound"] > 1
     if row["stage"] == "evaluate":
         assert all(finding["trajectory_agrees"] for finding in row["lenses"].values())
+
+
+@pytest.mark.parametrize("name", ["batch-norm-momentum", "evaluated-in-train-mode", "keys-for-queries"])
+def test_a_fault_of_another_network_is_caught_and_named(
+    name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
+) -> None:
+    row = matrix.measure(short(faults.named(name)), few, build, injected, cache, lenses=("float64",))
+    finding = row["lenses"]["float64"]
+    assert finding["caught"] and finding["stage_right"] and finding["tensor_right"]
+    assert finding["trajectory_agrees"] == (row["stage"] != "forward")
+
+
+@pytest.mark.parametrize("model", ["resnet20", "vit"])
+def test_without_a_fault_nothing_is_caught_in_another_network(
+    model: str, few: Dataset, build: Callable, cache: dict[Any, Any]
+) -> None:
+    fault = dataclasses.replace(nothing, options={"model": model})
+    finding = matrix.measure(short(fault), few, build, injected, cache, lenses=("float64",))["lenses"]["float64"]
+    assert not finding["caught"] and finding["trajectory_agrees"]
 
 
 def test_without_a_fault_nothing_is_caught(few: Dataset, build: Callable, cache: dict[Any, Any]) -> None:

@@ -1,6 +1,6 @@
 """What a reader should know where the two backends differ: what, why, and what goes wrong when it is missed.
 
-Each note is tied down at three ends: to one line of each side's source, and to known faults (`backends/faults.py`)
+Each note is tied down at three ends: to one line of each side's source, and to known faults (`backends/faults/`)
 that show what it says, or to a test that proves it.
 """
 

@@ -1,0 +1,42 @@
+"""Known faults: the Flax side with one mistake each, made where a person makes it who ports training code.
+
+The catalogue is in the order in which a difference travels: data, weights, forward, loss, backward, update, evaluate.
+Faults of `Net` and of what all networks share are in a file for each stage, those of the other networks in
+`networks.py`. A fault is applied round all that the Flax side does: `injected` puts it in and takes it out again.
+PyTorch's side stays as it is. No framework is imported before a fault is applied.
+"""
+
+from __future__ import annotations
+
+# Each fills `collected`.
+from backends.faults import backward, data, evaluate, forward, loss, networks, update, weights  # noqa: F401
+from backends.faults.fault import Fault, collected, injected
+from common.errors import ConfigError
+from common.protocol import STAGES
+
+__all__ = ["FAULTS", "QUICK", "Fault", "injected", "named"]
+
+# Those of the other networks come last in their stage.
+FAULTS = tuple(sorted(collected, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options)))
+# One of each stage, all of which show on grey images and in the fewest steps.
+QUICK = (
+    "labels-from-one",
+    "zero-biases",
+    "flatten-order",
+    "sum-for-mean",
+    "stopped-gradient",
+    "momentum-089",
+    "classes-moved",
+)
+
+
+def named(name: str) -> Fault:
+    """The fault called `name`.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    for fault in FAULTS:
+        if fault.name == name:
+            return fault
+    raise ConfigError(f"unknown fault {name!r}: choose one of {', '.join(fault.name for fault in FAULTS)}")

@@ -1,0 +1,64 @@
+"""Faults of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from backends.faults.fault import Patch, known
+from common.config import Config
+from common.data import Dataset
+
+if TYPE_CHECKING:
+    from backends.faults.frameworks import convert, jax, jnp
+
+
+def _gradients(patch: Patch, change: Callable[[Any], Any]) -> None:
+    """Change all gradients, a dictionary by name, as they come out of JAX."""
+    value_and_grad = jax.value_and_grad
+
+    def changed(function: Any, **options: Any) -> Any:
+        right = value_and_grad(function, **options)
+
+        def call(parameters: Any) -> Any:
+            value, gradients = right(parameters)
+            return value, change(gradients)
+
+        return call
+
+    patch(jax, "value_and_grad", changed)
+
+
+def _stopped(patch: Patch, prefix: str) -> None:
+    """Let no gradient through to the parameters whose names begin with `prefix`."""
+    nest = convert.nest
+
+    def stopped(parameters: Any, *names: Any) -> Any:
+        held = {name: jax.lax.stop_gradient(p) if name.startswith(prefix) else p for name, p in parameters.items()}
+        return nest(held, *names)
+
+    patch(convert, "nest", stopped)
+
+
+@known("backward", "fc3.bias", "jax docs, lax.stop_gradient")
+def stopped_gradient(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The last bias never gets a gradient."""
+    _stopped(patch, "fc3.bias")
+
+
+@known("backward", "conv1.*", "PyTorch docs, requires_grad; optax docs, set_to_zero")
+def frozen_layer(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The first layer is frozen, as it was for fine-tuning."""
+    _stopped(patch, "conv1.")
+
+
+@known("backward", None, "jax docs, lax.psum and lax.pmean; PyTorch docs, DistributedDataParallel: averages")
+def sum_over_devices(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Gradients are summed over two devices, where their mean should be taken."""
+    _gradients(patch, lambda gradients: jax.tree.map(lambda g: 2 * g, gradients))
+
+
+@known("backward", None, "PyTorch docs, ddp_comm_hooks: bf16_compress_hook", changes_function=False)
+def gradients_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Gradients are sent between devices in bfloat16."""
+    _gradients(patch, lambda gradients: jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), gradients))

@@ -1,0 +1,154 @@
+"""Faults of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from backends.faults.fault import Patch, known
+from common.config import Config
+from common.data import Dataset
+
+if TYPE_CHECKING:
+    from backends.faults.frameworks import convert, flax_model, jax, jnp, nnx
+
+
+def _network(
+    patch: Patch,
+    relu: Callable[[Any], Any] | None = None,
+    last_relu: Callable[[Any], Any] | None = None,
+    pool: Callable[[Any], Any] | None = None,
+    flatten: Callable[[Any], Any] | None = None,
+) -> None:
+    """`Net` with one part replaced."""
+    relu = relu or nnx.relu
+
+    def call(self: Any, x: jax.Array) -> jax.Array:
+        x = (pool or self.pool)(relu(self.conv1(x)))
+        x = (pool or self.pool)(relu(self.conv2(x)))
+        x = flatten(x) if flatten else x.reshape(x.shape[0], -1)
+        x = relu(self.fc1(x))
+        x = (last_relu or relu)(self.fc2(x))
+        return self.fc3(x)
+
+    patch(flax_model.Net, "__call__", call)
+
+
+def _convolution(patch: Patch, convolve: Callable[..., Any]) -> None:
+    """Convolve by `convolve(images, kernel, strides, padding, **options)`."""
+    patch(flax_model, "convolution", lambda device: convolve)
+
+
+def _layers(patch: Patch, **attributes: Any) -> None:
+    """Set attributes of every layer of `Net`."""
+    init = flax_model.Net.__init__
+
+    def built(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        for layer in (self.conv1, self.conv2, self.fc1, self.fc2, self.fc3):
+            for name, value in attributes.items():
+                setattr(layer, name, value)
+
+    patch(flax_model.Net, "__init__", built)
+
+
+def _rounded_products(patch: Patch, mantissa_bits: int) -> None:
+    """Round the factors of every float32 product, as an accelerator's matrix unit does."""
+    from flax.nnx.nn.dtypes import promote_dtype
+
+    def promoted(arrays: Any, **options: Any) -> Any:
+        inputs, kernel, bias = promote_dtype(arrays, **options)
+        if inputs.dtype == jnp.float32:
+            inputs, kernel = (jax.lax.reduce_precision(a, 8, mantissa_bits) for a in (inputs, kernel))
+        return inputs, kernel, bias
+
+    _layers(patch, promote_dtype=promoted)
+
+
+@known("forward", "input of fc1", "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers")
+def flatten_order(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The flatten unrolls channels, height and width, and the weights are those of height, width and channels."""
+    _network(patch, flatten=lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
+
+
+@known("forward", "conv1", "flax docs, nnx.Conv: padding defaults to SAME")
+def same_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Convolutions pad, as Flax's do by default, and are cut back to the size that the next layer needs."""
+
+    def same(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+        return jax.lax.conv_general_dilated(images, kernel, strides, "SAME", **options)[:, :-4, :-4]
+
+    _convolution(patch, same)
+
+
+@known("forward", "conv1", "jax docs, lax.conv and scipy.signal.convolve: correlation, and convolution")
+def flipped_kernels(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Layers convolve, with flipped kernels, where both libraries correlate."""
+    correlate = flax_model.convolution("cpu")
+    _convolution(
+        patch, lambda images, kernel, *rest, **options: correlate(images, kernel[::-1, ::-1], *rest, **options)
+    )
+
+
+@known("forward", "conv2", "flax docs, nnx.Conv: use_bias")
+def missing_bias(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """One convolution has no bias."""
+    nest = convert.nest
+
+    def without(parameters: Any, *names: Any) -> Any:
+        if "conv2.bias" in parameters:
+            parameters = dict(parameters) | {"conv2.bias": jnp.zeros_like(parameters["conv2.bias"])}
+        return nest(parameters, *names)
+
+    patch(convert, "nest", without)
+
+
+@known("forward", "input of conv2", "flax docs, nnx.avg_pool and nnx.max_pool")
+def average_pooling(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Windows are averaged, where their maximum should be taken."""
+    _network(patch, pool=lambda x: nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2)))
+
+
+@known("forward", "input of conv2", "jax docs, nn.leaky_relu: negative_slope is 0.01; Keras' LeakyReLU: 0.3")
+def leaky_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The rectifier leaks one hundredth of what is negative."""
+    _network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
+
+
+@known("forward", "input of *", "PyTorch docs, ReLU6: min(max(0, x), 6); MobileNet uses it", lr=0.05, steps=90)
+def relu6(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The rectifier stops at six, which activations reach after a while."""
+    _network(patch, relu=nnx.relu6)
+
+
+@known("forward", "input of fc3", "Keras docs, Dense: activation defaults to None")
+def missing_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """There is no rectifier between the last two layers."""
+    _network(patch, last_relu=lambda x: x)
+
+
+@known(
+    "forward", "logits", "jax docs, Common Gotchas: Double (64bit) precision", changes_function=False, lens="float64"
+)
+def float32_inside(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """The logits pass through float32."""
+    call = flax_model.Net.__call__
+    patch(flax_model.Net, "__call__", lambda self, x: call(self, x).astype(jnp.float32).astype(x.dtype))
+
+
+@known("forward", "conv1", "flax docs, nnx.Linear: dtype, the dtype of the computation", changes_function=False)
+def bfloat16_layers(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Mixed precision is left on: layers compute in bfloat16."""
+    _layers(patch, dtype=jnp.bfloat16)
+
+
+@known("forward", "conv1", "jax docs, Matmul precision: TF32 on recent GPUs", changes_function=False, lens="float32")
+def tf32_products(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Products are taken in TF32, with 10 bits of mantissa, as JAX does on a GPU by default."""
+    _rounded_products(patch, 10)
+
+
+@known("forward", "conv1", "jax docs, Matmul precision: bfloat16 on TPU", changes_function=False, lens="float32")
+def bfloat16_products(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Products are taken in bfloat16, with 7 bits of mantissa, as JAX does on a TPU by default."""
+    _rounded_products(patch, 7)
