@@ -303,20 +303,17 @@ RECIPES: dict[str, Recipe] = {
         "plain SGD, as in PyTorch's 'Neural Networks': batch 4, lr 0.01, 3 epochs",
         Config(epochs=3, batch_size=4, lr=0.01),
     ),
-    "mlp": Recipe("300 steps of batch 32", Config(model="mlp", lr=0.01, **_SHORT), DTYPES),
+    "mlp": Recipe("300 steps of batch 32", Config(model="mlp", lr=0.01, **_SHORT)),
     "resnet20": Recipe(
         "300 steps of batch 32: weight decay, random crops and flips, warm-up and cosine",
         Config(model="resnet20", lr=0.1, weight_decay=1e-4, **_SHORT, **_AUGMENTED),
-        DTYPES,
     ),
     "convnext": Recipe(
         "the same, with label smoothing and clipping",
         Config(model="convnext", lr=0.1, weight_decay=1e-4, label_smoothing=0.1, clip_norm=1.0, **_SHORT, **_AUGMENTED),
-        DTYPES,
     ),
     "vit": Recipe(
         "the same",
         Config(model="vit", lr=0.1, weight_decay=1e-4, label_smoothing=0.1, clip_norm=1.0, **_SHORT, **_AUGMENTED),
-        DTYPES,
     ),
 }
