@@ -172,6 +172,7 @@ SECTIONS = (
             Pair(None, "layers.py:BatchNorm.__call__", "Likewise."),
             Pair(None, "layers.py:LayerNorm", "In PyTorch, `nn.LayerNorm`."),
             Pair(None, "layers.py:LayerNorm.__init__", "Likewise."),
+            Pair(None, "layers.py:LayerNorm.__call__", "Likewise: its kernels compute in float32."),
             Pair(None, "layers.py:rounded_once", "PyTorch's kernels do this by themselves."),
         ),
     ),
