@@ -15,7 +15,7 @@ import importlib.util
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,10 +68,20 @@ def _load_users(model: str) -> Pair:
     if not isinstance(found, Pair):
         what = f"no {name}" if found is None else f"{name}, which is a {type(found).__name__}"
         raise ConfigError(f"--model {model}: {place} has {what}: write {name} = Pair(torch=..., flax=...) there")
-    for field_name in ("names", "flattened"):
-        if not isinstance(getattr(found, field_name), Mapping):
-            raise ConfigError(f"--model {model}: {field_name} must be a dictionary")
+    if not _is_dictionary(found.names, lambda name: isinstance(name, str)):
+        raise ConfigError(f"--model {model}: names must be a dictionary of texts: PyTorch's name, and Flax's")
+    if not _is_dictionary(found.flattened, _is_shape):
+        raise ConfigError(f"--model {model}: flattened must be a dictionary: a layer, and (channels, height, width)")
     return found
+
+
+def _is_dictionary(found: object, holds: Callable[[object], bool]) -> bool:
+    """Whether it is one of texts and of what `holds` allows."""
+    return isinstance(found, Mapping) and all(isinstance(key, str) and holds(value) for key, value in found.items())
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) > 1 and all(type(size) is int and size > 0 for size in value)
 
 
 def network(model: str, side: str) -> Callable[..., Any]:

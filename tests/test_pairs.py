@@ -312,7 +312,18 @@ REFUSED = {
     "another framework's module": ("Pair(Flax, Torch)", "torch cannot build (TypeError"),
     "no module": ("Pair(lambda classes: 3, Flax)", "torch builds a int: let it build a torch.nn.Module"),
     "a module that is not there": ("Pair('nowhere:Torch', Flax)", "nowhere cannot be imported (ModuleNotFoundError"),
-    "names that are a list": ("Pair(Torch, Flax, names=['fc'])", "names must be a dictionary"),
+    "names that are a list": ("Pair(Torch, Flax, names=['fc'])", "names must be a dictionary of texts"),
+    "names that are numbers": ("Pair(Torch, Flax, names={'fc': 3})", "names must be a dictionary of texts"),
+    "a flatten of other pixels": ("pair(flattened={'fc': (3, 32, 31)})", "says fc follows a flatten of (3, 32, 31)"),
+    "a flatten before no layer": (
+        "pair(flattened={'gone': (3, 32, 32)})",
+        "says gone follows a flatten of (3, 32, 32)",
+    ),
+    "a flatten without axes": ("pair(flattened={'fc': 3072})", "flattened must be a dictionary: a layer, and"),
+    "a layer of unknown layout": (
+        "Pair(lambda classes: torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 2)), Flax)",
+        "torch's 0 is a ConvTranspose2d, whose layout is not known",
+    ),
     "no builder": ("Pair(3, Flax)", "torch must be a class or a function that builds a module"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ def examine(model: str, module: nn.Module, classes: int) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, UNKNOWN):
             raise ConfigError(f"--model {model}: torch's {name} is a {type(layer).__name__}, whose layout is not known")
+    for name, shape in convert.flattened(module).items():
+        layer = dict(module.named_modules()).get(name)
+        if not isinstance(layer, nn.Linear) or layer.in_features != math.prod(shape):
+            raise ConfigError(
+                f"--model {model}: flattened says {name} follows a flatten of {shape}, which does not fit"
+            )
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=dtype).reshape(IMAGES)
     outputs, copies = [], []
