@@ -8,13 +8,16 @@ PyTorch's side stays as it is. No framework is imported before a fault is applie
 
 from __future__ import annotations
 
-# Each fills `collected`.
-from backends.faults import backward, data, evaluate, forward, loss, networks, update, weights  # noqa: F401
+from importlib import import_module
+
 from backends.faults.fault import Fault, collected, injected
 from common.errors import ConfigError
 from common.protocol import STAGES
 
 __all__ = ["FAULTS", "QUICK", "Fault", "injected", "named"]
+
+for _file in ("data", "weights", "forward", "loss", "backward", "update", "evaluate", "networks"):
+    import_module(f"backends.faults.{_file}")  # fills `collected`
 
 # Those of the other networks come last in their stage.
 FAULTS = tuple(sorted(collected, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options)))

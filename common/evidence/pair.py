@@ -15,8 +15,6 @@ from common.record import Record
 from common.separation import PROOF_BOUND
 from common.weights import initial_weights
 
-QUANTITIES = ("forward", "loss", "backward", "update", "evaluate")
-
 
 def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> dict[str, Any]:
     """One step of both from the same weights on the run's first batch, in float64, and one look as in evaluation.
