@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+SOURCES = ("augment", "config", "data", "pairs", "protocol", "train", "weights")  # of `common`, on which a run depends
+
 
 def describe() -> dict[str, Any]:
     """Processor, cores, system and Python, and the commit of the checkout that ran (None outside one)."""
@@ -29,7 +31,7 @@ def cache_folder() -> Path:
 def source(backend: str) -> str:
     """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and what trains and feeds it."""
     root = Path(__file__).resolve().parent.parent
-    shared = [root / "common" / f"{name}.py" for name in ("config", "data", "protocol", "train", "weights")]
+    shared = [root / "common" / f"{name}.py" for name in SOURCES]
     digest = hashlib.sha256()
     for path in [*shared, *sorted((root / "backends" / f"{backend}_backend").glob("*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())
