@@ -396,6 +396,7 @@ def choose_device(options: argparse.Namespace, config: Config, dataset: Any, nam
     if len(built) == 2:
         own = {name: backend.own_names() for name, backend in built.items()}
         pairs.check_same(built["torch"].shapes(), built["flax"].shapes(), own)
+        pairs.check_dropout(built["torch"].dropouts(), built["flax"].dropouts())
     found = {name: backend.device for name, backend in built.items()}
     if len(set(found.values())) > 1:
         terminal.line(f"Not all find a GPU ({', '.join(f'{n}: {d}' for n, d in found.items())}): both use the CPU")

@@ -51,7 +51,7 @@ TRAPS = (
         "forward",
         "input of",
         "",
-        "what lies between two layers: the activation (nnx.gelu is no exact one), pooling",
+        "what lies between two layers: the activation (nnx.gelu is no exact one), pooling, dropout",
     ),
     Trap("forward", "^(?!input of).*(bn|norm)", "", "epsilon, the variance's formula, axes, train mode on one side"),
     Trap("forward", "conv", "", "padding (Flax pads SAME by default), strides, kernel axes, precision (TF32)"),

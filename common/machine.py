@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("augment", "config", "data", "pairs", "protocol", "train", "weights")  # of `common`, on which a run depends
+# Of `common`, the files on which a run depends.
+SOURCES = ("augment", "config", "data", "dropout", "pairs", "protocol", "train", "weights")
 
 
 def describe() -> dict[str, Any]:

@@ -23,10 +23,13 @@ from typing import Any
 
 from common.config import MODELS
 from common.errors import ConfigError, few
+from common.protocol import Dropout
 
 FORM = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
 INPUT = "input of "  # a layer, in the names of activations
-NO_DRAWS = "set its rate to 0, or leave it out, for the two sides could not draw the same"
+NO_DRAWS = (
+    "use Dropout of backends.torch_backend.layers and backends.flax_backend.layers, which leave out the same units"
+)
 NO_STATE = "keep nothing from step to step but a batch norm's statistics"
 Network = Callable[..., Any] | str  # what builds the module, or where that is, as "package.module:NAME"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -287,6 +290,24 @@ def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]
             f"the two modules' shapes differ, in Flax's layout ({found}): make them equal, "
             "and name what a flatten precedes in the pair's flattened"
         )
+
+
+def check_dropout(torch: Mapping[str, Dropout], flax: Mapping[str, Dropout]) -> None:
+    """Raise ConfigError unless both sides leave out as much in the same places, by the canonical names of the masks."""
+    layers = {name: (torch.get(name), flax.get(name)) for name in {**torch, **flax}}
+    layers = {name: (one, other) for name, (one, other) in layers.items() if one != other}
+    if layers:
+        found = (
+            f"{name.rpartition('.')[0]}: PyTorch {_described(one)}, Flax {_described(other)}"
+            for name, (one, other) in layers.items()
+        )
+        raise ConfigError(
+            f"the two modules' dropout differs ({few(found, '; ')}): make it equal, shapes in Flax's layout"
+        )
+
+
+def _described(dropout: Dropout | None) -> str:
+    return "has none" if dropout is None else f"{dropout.rate:g} of {dropout.shape}"
 
 
 def propose(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> str:

@@ -29,6 +29,15 @@ class Evaluation(NamedTuple):
     loss: float  # mean cross entropy over the n images, nats; without label smoothing, whatever the run's is
 
 
+class Dropout(NamedTuple):
+    """What one layer leaves out in training (Srivastava et al. 2014, JMLR 15)."""
+
+    rate: float  # the share that is left out: 0 <= rate < 1
+    # Of what is drawn for one image. Along axes of size 1, all is kept or left out together: (1, 1, 1) leaves out all
+    # of an image, as in stochastic depth (Huang et al. 2016, arXiv:1603.09382).
+    shape: tuple[int, ...]
+
+
 class Snapshot(NamedTuple):
     """A training state in the canonical layout: what a file can hold, and what either backend can go on from."""
 
@@ -54,7 +63,8 @@ class Backend(Protocol):
 
     A method that takes a state consumes it and returns the next one (PyTorch writes in place, JAX donates), but
     `evaluate`, `probe` and `export`, which leave it as it was. Images are (n, 32, 32, 3) arrays of the run's dtype,
-    already normalised; labels are int64 (n,) arrays. A backend draws no random numbers.
+    already normalised; labels are int64 (n,) arrays. A backend draws no random numbers: what
+    dropout leaves out is drawn by `common.dropout`.
     """
 
     name: str  # "torch" or "flax"
@@ -66,6 +76,10 @@ class Backend(Protocol):
 
     def own_names(self) -> dict[str, str]:
         """What the framework's module itself calls each of them, by canonical name."""
+        ...
+
+    def dropouts(self) -> dict[str, Dropout]:
+        """What the layers leave out in training, by the canonical names of their masks."""
         ...
 
     def init(self, snapshot: Snapshot) -> Any:

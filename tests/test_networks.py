@@ -26,6 +26,7 @@ from backends.torch_backend import mlp as torch_mlp
 from backends.torch_backend import model as torch_model
 from backends.torch_backend import resnet20 as torch_resnet20
 from backends.torch_backend import vit as torch_vit
+from backends.torch_backend.layers import Dropout
 
 CLASSES = 10
 NETWORKS: dict[str, tuple[Any, Any]] = {
@@ -91,17 +92,26 @@ def fill(model: nn.Module) -> dict[str, np.ndarray]:
         tensor.data.copy_(torch.from_numpy(array))
         canonical, array = to_canonical(model, name, array)
         arrays[canonical] = array
+    for name, layer in model.named_modules():
+        if isinstance(layer, Dropout):
+            arrays[f"{name}.mask"] = kept = drawn((8, *layer.mask.shape[1:]), len(arrays)) > -1  # five of six units
+            layer.mask = torch.from_numpy(kept)
     return arrays
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in found.items() if not name.endswith("num_batches_tracked")}
+    return {name: tensor for name, tensor in found.items() if is_state(name)}
+
+
+def is_state(name: str) -> bool:
+    return not name.endswith(("num_batches_tracked", "mask"))
 
 
 def filled(model: nnx.Module, arrays: dict[str, np.ndarray], dtype: str) -> Any:
     graph, state = nnx.split(model)
-    flat = {path: v.replace(jnp.asarray(arrays[dotted(path)], dtype)) for path, v in nnx.to_flat_state(state)}
+    values = {name: array if array.dtype == bool else array.astype(dtype) for name, array in arrays.items()}
+    flat = {path: v.replace(jnp.asarray(values[dotted(path)])) for path, v in nnx.to_flat_state(state)}
     assert {dotted(path) for path in flat} == set(arrays), "the same names on both sides"
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -111,7 +121,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def by_name(state: Any) -> dict[str, Any]:
-    return {dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+    return {dotted(path): variable[...] for path, variable in nnx.to_flat_state(state) if is_state(dotted(path))}
 
 
 # --- What both compute
@@ -139,7 +149,7 @@ def in_torch(network: str, dtype: str = "float64") -> tuple[Outcome, dict[str, n
     train = computed()
     for seed in (1, 2):
         forward(seed)
-    buffers = {name: to_numpy(b) for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")}
+    buffers = {name: to_numpy(b) for name, b in model.named_buffers() if is_state(name)}
     statistics = dict(to_canonical(model, name, buffer) for name, buffer in buffers.items())
     model.eval()
     return Outcome(train, statistics, computed()), arrays

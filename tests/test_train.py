@@ -14,7 +14,7 @@ from common import data, parity, train
 from common.config import BACKENDS, DTYPES, Config
 from common.data import Dataset
 from common.errors import RecordError
-from common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
+from common.protocol import Arrays, Backend, Dropout, Evaluation, Metrics, Snapshot
 from common.record import Record, stretches
 from common.weights import initial_weights, moved, numpy_dtype, twin_images, twin_weights
 from tests.conftest import SilentObserver
@@ -44,6 +44,9 @@ class Notebook:
 
     def own_names(self) -> dict[str, str]:
         return {name: name for name in self.shapes()}
+
+    def dropouts(self) -> dict[str, Dropout]:
+        return {}
 
     def init(self, snapshot: Snapshot) -> State:
         assert (snapshot.step, snapshot.momentum, snapshot.schedule) == (0, {}, {})

@@ -1,4 +1,4 @@
-"""Faults of what ResNet20, ConvNeXt and ViT bring in: batch and layer norms, shortcuts, attention, other kernels."""
+"""Faults of what ResNet20, ConvNeXt and ViT bring in: norms, shortcuts, attention, dropout, other kernels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from common.data import Dataset
 if TYPE_CHECKING:
     from backends.faults.frameworks import (
         FlaxBackend,
+        flax_backend,
         flax_layers,
         flax_resnet20,
         flax_vit,
@@ -215,3 +216,55 @@ def scores_not_scaled(patch: Patch, config: Config, dataset: Dataset) -> None:
 def keys_for_queries(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Keys are taken for queries, and queries for keys."""
     _attention(patch, scores=lambda query, key: jnp.einsum("nqhd,nkhd->nhqk", key, query))
+
+
+# --- Dropout
+
+
+def _dropout(patch: Patch, of: Callable[[jax.Array, jax.Array, float], jax.Array]) -> None:
+    """In training, `of(x, mask, rate)` in place of dropout."""
+
+    def call(self: Any, x: jax.Array) -> jax.Array:
+        return x if self.deterministic else of(x, self.mask[...], self.rate)
+
+    patch(flax_layers.Dropout, "__call__", call)
+
+
+@known("forward", "input of blocks.0.*", "PyTorch docs, Dropout: outputs are scaled by 1 / (1 - p)", **VIT)
+def dropout_scaled_the_wrong_way(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """What dropout keeps is multiplied by the share that is kept, where it should be divided by it."""
+    _dropout(patch, lambda x, mask, rate: x * mask * (1 - rate))
+
+
+@known(
+    "forward", "input of blocks.0.*", "Srivastava et al. 2014, section 4: the weights are scaled at test time", **VIT
+)
+def dropout_not_scaled(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """What dropout keeps is left as it is, in training and in evaluation."""
+    _dropout(patch, lambda x, mask, rate: x * mask)
+
+
+@known("forward", "input of blocks.0.*", "flax docs, nnx.Dropout: broadcast_dims; Keras: SpatialDropout1D", **VIT)
+def dropout_of_whole_features(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """A feature is left out of all tokens of an image together, or of none."""
+    _dropout(patch, lambda x, mask, rate: x * mask[:, :1] / (1 - rate))
+
+
+@known(
+    "forward", "input of blocks.0.*", "jax docs, Pseudorandom numbers: a key that is used again or split late", **VIT
+)
+def dropout_of_the_next_step(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """Each step leaves out what the next one should."""
+    drawn = flax_backend.masks
+    patch(flax_backend, "masks", lambda layers, seed, step, shape: drawn(layers, seed, step + 1, shape))
+
+
+@known(
+    "forward",
+    "input of blocks.*",
+    "torchvision docs, stochastic_depth: mode is batch or row; timm: drop_path",
+    **CONVNEXT,
+)
+def stochastic_depth_of_whole_batches(patch: Patch, config: Config, dataset: Dataset) -> None:
+    """A branch is left out of all images of a batch together, or of none."""
+    _dropout(patch, lambda x, mask, rate: x * mask[:1] / (1 - rate))

@@ -31,8 +31,9 @@ from backends.flax_backend.optimizer import (
 )
 from common.config import MODELS, Config
 from common.data import normalise
+from common.dropout import masks
 from common.errors import BackendError
-from common.protocol import Arrays, Evaluation, Metrics, Snapshot
+from common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 
 EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
 
@@ -91,6 +92,9 @@ class FlaxBackend:
     def own_names(self) -> dict[str, str]:
         return {name: own for own, name in self.network.names.items()}
 
+    def dropouts(self) -> dict[str, Dropout]:
+        return self.network.dropouts
+
     def init(self, snapshot: Snapshot) -> State:
         tensors = convert.from_canonical(snapshot.parameters | snapshot.model_state)
         parameters = {name: tensors[name] for name in self.network.parameters}
@@ -114,11 +118,11 @@ class FlaxBackend:
 
     # --- One step: the unit to read
 
-    def _step(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
+    def _step(self, state: State, images: jax.Array, labels: jax.Array, kept: Parameters) -> tuple[State, Metrics]:
         parameters, model_state, optimizer_state, step = state
 
         def loss_of(parameters: Parameters) -> tuple[jax.Array, Parameters]:
-            logits, new_model_state = self._forward(parameters, model_state, images)
+            logits, new_model_state = self._forward(parameters, model_state | kept, images)
             return cross_entropy(logits, labels, self.config.label_smoothing), new_model_state
 
         (loss, model_state), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
@@ -137,11 +141,12 @@ class FlaxBackend:
 
     def _model(self, parameters: Parameters, model_state: Parameters, training: bool = True) -> nnx.Module:
         graph = self.network.training if training else self.network.evaluation
-        tensors = convert.nest(parameters, self.network.names), convert.nest(model_state, self.network.names)
-        return nnx.merge(graph, *tensors, self.network.constants)
+        tensors = convert.nest(parameters | self.network.masks | model_state, self.network.names)
+        return nnx.merge(graph, tensors, self.network.constants)
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
-        return self._compiled_step(state, self._images(images), self._labels(labels))
+        kept = self._masks(state, labels.shape)
+        return self._compiled_step(state, self._images(images), self._labels(labels), kept)
 
     # --- Many steps in one call
 
@@ -155,12 +160,15 @@ class FlaxBackend:
         return self._normalised[uploaded.images[indices]], uploaded.labels[indices]
 
     def train_steps(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
-        state, metrics = self._compiled_steps(state, self._images(images), self._labels(labels))
+        kept = self._masks(state, labels.shape)
+        state, metrics = self._compiled_steps(state, self._images(images), self._labels(labels), kept)
         return state, Metrics(*(np.asarray(series, np.float64) for series in metrics))
 
-    def _fused_steps(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
+    def _fused_steps(
+        self, state: State, images: jax.Array, labels: jax.Array, kept: Parameters
+    ) -> tuple[State, Metrics]:
         """`_step` over the leading axis, as one compiled loop."""
-        return jax.lax.scan(lambda state, batch: self._step(state, *batch), state, (images, labels))
+        return jax.lax.scan(lambda state, batch: self._step(state, *batch), state, (images, labels, kept))
 
     # --- Looking without touching
 
@@ -180,7 +188,9 @@ class FlaxBackend:
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         batch, truth = self._images(images), self._labels(labels)
-        activations, logits, loss, gradients = self._compiled_probe(state, batch, truth)
+        activations, logits, loss, gradients = self._compiled_probe(
+            state, batch, truth, self._masks(state, truth.shape)
+        )
         return {
             "data/images": convert.to_numpy(batch),
             "data/labels": convert.to_numpy(truth).astype(np.int64),
@@ -191,10 +201,10 @@ class FlaxBackend:
         }
 
     def _probe(
-        self, state: State, images: jax.Array, labels: jax.Array
+        self, state: State, images: jax.Array, labels: jax.Array, kept: Parameters
     ) -> tuple[Any, jax.Array, jax.Array, Parameters]:
         def loss_of(parameters: Parameters) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-            model = self._model(parameters, state.model_state)
+            model = self._model(parameters, state.model_state | kept)
             with recorded(model) as activations:
                 logits = model(images)
             return cross_entropy(logits, labels, self.config.label_smoothing), (activations, logits)
@@ -216,6 +226,12 @@ class FlaxBackend:
 
     def _images(self, images: np.ndarray) -> jax.Array:
         return jnp.asarray(images, self.dtype)
+
+    def _masks(self, state: State, shape: tuple[int, ...]) -> Parameters:
+        """What dropout keeps in the steps to come, for labels of `shape`, by canonical name."""
+        if not self.network.dropouts:
+            return {}  # and do not wait for `state`
+        return convert.from_canonical(masks(self.network.dropouts, self.config.seed, int(state.step), shape))
 
     def _labels(self, labels: np.ndarray) -> jax.Array:
         return jnp.asarray(labels, jnp.int32)

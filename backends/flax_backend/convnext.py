@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from backends.flax_backend.layers import LayerNorm, convolution, rounded_once
+from backends.flax_backend.layers import Dropout, LayerNorm, Linear, convolution, rounded_once
 
 
 class ConvNeXt(nnx.Module):
@@ -24,18 +24,18 @@ class ConvNeXt(nnx.Module):
         self.stem_norm = LayerNorm(32, epsilon=1e-6, rngs=rngs)
         self.blocks = nnx.List(
             [
-                Block(32, device, rngs),
-                Block(32, device, rngs),
+                Block(32, 0.0, device, rngs),
+                Block(32, 0.02, device, rngs),
                 Downsample(32, 64, device, rngs),
-                Block(64, device, rngs),
-                Block(64, device, rngs),
+                Block(64, 0.04, device, rngs),
+                Block(64, 0.06, device, rngs),
                 Downsample(64, 128, device, rngs),
-                Block(128, device, rngs),
-                Block(128, device, rngs),
+                Block(128, 0.08, device, rngs),
+                Block(128, 0.1, device, rngs),
             ]
         )
         self.norm = LayerNorm(128, epsilon=1e-6, rngs=rngs)
-        self.fc = nnx.Linear(128, classes, rngs=rngs)
+        self.fc = Linear(128, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
@@ -49,20 +49,22 @@ class ConvNeXt(nnx.Module):
 class Block(nnx.Module):
     """Images (n, height, width, channels) to the same shape."""
 
-    def __init__(self, channels: int, device: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, channels: int, depth_rate: float, device: str, rngs: nnx.Rngs) -> None:
         Conv = partial(nnx.Conv, conv_general_dilated=convolution(device), rngs=rngs)
         self.conv = Conv(channels, channels, kernel_size=(7, 7), padding=3, feature_group_count=channels)
         self.norm = LayerNorm(channels, epsilon=1e-6, rngs=rngs)
-        self.fc1 = nnx.Linear(channels, 4 * channels, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * channels, channels, rngs=rngs)
+        self.fc1 = Linear(channels, 4 * channels, rngs=rngs)
+        self.fc2 = Linear(4 * channels, channels, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((channels,), 1e-6))  # layer scale
+        self.dropout = Dropout(depth_rate, (1, 1, 1))  # of all of an image's branch: stochastic depth
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv(x)
         y = self.norm(y)
         y = rounded_once(nnx.gelu, self.fc1(y), approximate=False)
         y = self.fc2(y)
-        return x + self.gamma * y
+        y = rounded_once(lambda y: self.gamma[...].astype(y.dtype) * y, y)
+        return x + self.dropout(y)
 
 
 class Downsample(nnx.Module):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from backends.flax_backend import convert
-from backends.flax_backend.layers import convolution
-from common import pairs
+from backends.flax_backend.layers import Dropout, Mask, convolution
+from common import pairs, protocol
 from common.config import MODELS
 from common.errors import ConfigError, few
 from common.weights import initial_weights
@@ -23,9 +23,11 @@ class Network(NamedTuple):
 
     training: Any  # nnx.GraphDef, as `model.train()` leaves the module
     evaluation: Any  # nnx.GraphDef, as `model.eval()` does
-    names: dict[str, str]  # by Flax's own names of all parameters and statistics, the canonical ones
+    names: dict[str, str]  # by Flax's own names of all parameters, statistics and masks of dropout, the canonical ones
     parameters: Any  # canonical name: shape and dtype
     statistics: Any  # likewise
+    masks: Any  # canonical name: array, by which dropout keeps everything
+    dropouts: dict[str, protocol.Dropout]  # by the canonical names of their masks
     constants: Any  # nnx.State: what else the module holds
 
 
@@ -53,8 +55,9 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
     module.eval()
     evaluation = nnx.graphdef(module)
     module.train()
-    training, parameters, statistics, constants = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-    own = [*convert.flatten(parameters), *convert.flatten(statistics)]
+    training, parameters, statistics, _, constants = nnx.split(module, nnx.Param, nnx.BatchStat, Mask, ...)
+    masked = {".".join(map(str, (*path, "mask"))): m for path, m in nnx.iter_modules(module) if isinstance(m, Dropout)}
+    own = [*convert.flatten(parameters), *convert.flatten(statistics), *masked]
     names = convert.canonical_names(sorted(own, key=lambda name: place(module, name)), declared)
 
     def shapes(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -62,7 +65,9 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
         ordered = [name for name in names.values() if name in leaves]
         return {name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in ordered}
 
-    return Network(training, evaluation, names, shapes(parameters), shapes(statistics), constants)
+    dropouts = {names[own]: protocol.Dropout(layer.rate, layer.mask.shape[1:]) for own, layer in masked.items()}
+    masks = {name: jnp.ones((1, *dropout.shape), bool) for name, dropout in dropouts.items()}
+    return Network(training, evaluation, names, shapes(parameters), shapes(statistics), masks, dropouts, constants)
 
 
 def place(module: nnx.Module, name: str) -> list[int]:
@@ -82,7 +87,9 @@ def examine(model: str, network: Network, classes: int) -> None:
     outputs = []
     with pairs.trying(model, "flax", f"take images {IMAGES}"):
         for _ in range(2):
-            module = nnx.merge(network.training, convert.nest(tensors, network.names), network.constants)
+            module = nnx.merge(
+                network.training, convert.nest(tensors | network.masks, network.names), network.constants
+            )
             before = nnx.clone(module)
             outputs.append(module(images))
     logits = outputs[0]

@@ -30,8 +30,9 @@ from backends.torch_backend.optimizer import (
 )
 from common.config import MODELS, Config
 from common.data import normalise
+from common.dropout import masks
 from common.errors import BackendError
-from common.protocol import Arrays, Evaluation, Metrics, Snapshot
+from common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 from common.weights import numpy_dtype
 
 EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
@@ -40,7 +41,7 @@ SMALL_BATCH = 16  # up to which one thread and compiled steps are quicker than t
 LONG_RUN = 20_000  # steps from which on compiling, half a minute, pays: a step is a millisecond shorter
 
 Carry = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]  # parameters, buffers, momentum; own names
-Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, and lr
+Batch = tuple[Tensor, Tensor, dict[str, Tensor], Tensor]  # images, labels, masks of dropout, and lr
 
 
 class State(NamedTuple):
@@ -80,6 +81,7 @@ class TorchBackend:
         wanted = compile == "on" or (compile == "auto" and pays)
         self.compiled = wanted and config.schedule.kind != "plateau"  # whose next lr hangs on the losses
         self._skeleton = build(config.model, classes, self.device, self.compiled).to(self.dtype)
+        self._dropouts = convert.dropouts(self._skeleton)
         if config.model not in MODELS:
             examine(config.model, self._skeleton, classes)
         torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_scan`'s programs
@@ -96,6 +98,9 @@ class TorchBackend:
 
     def own_names(self) -> dict[str, str]:
         return {name: own for own, name in convert.canonical_names(self._skeleton).items()}
+
+    def dropouts(self) -> dict[str, Dropout]:
+        return self._dropouts
 
     def init(self, snapshot: Snapshot) -> State:
         model = self._empty_model()
@@ -121,8 +126,9 @@ class TorchBackend:
 
     # --- One step: the unit to read
 
-    def _step(self, state: State, images: Tensor, labels: Tensor) -> tuple[State, Metrics]:
+    def _step(self, state: State, images: Tensor, labels: Tensor, kept: dict[str, Tensor]) -> tuple[State, Metrics]:
         model, optimizer, scheduler, step = state
+        convert.put_masks(model, kept)
         optimizer.zero_grad()
         loss = cross_entropy(model(images), labels, self.config.label_smoothing)
         loss.backward()
@@ -135,7 +141,7 @@ class TorchBackend:
         return State(model, optimizer, scheduler, step + 1), metrics
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
-        return self._step(state, self._images(images), self._labels(labels))
+        return self._step(state, self._images(images), self._labels(labels), self._masks(state.step, labels.shape))
 
     # --- Many steps in one call
 
@@ -165,7 +171,7 @@ class TorchBackend:
             return state, Metrics(*map(np.concatenate, zip(first, others, strict=True)))
         history = []
         for batch, truth in zip(images, labels, strict=True):
-            state, metrics = self._step(state, batch, truth)
+            state, metrics = self._step(state, batch, truth, self._masks(state.step, truth.shape))
             history.append(metrics)
         loss, gradient_norm, lr = zip(*history, strict=True)
         return state, Metrics(to_array(torch.stack(loss)), to_array(torch.stack(gradient_norm)), np.array(lr))
@@ -174,12 +180,13 @@ class TorchBackend:
         """`_step` over the leading axis, as one compiled loop."""
         model, optimizer, scheduler, step = state
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        buffers, momentum = dict(model.named_buffers()), export_momentum(model, optimizer)
+        kept, momentum = self._masks(step, labels.shape), export_momentum(model, optimizer)
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name not in kept}
         lr = scheduler.advance(len(labels))
         with torch.no_grad():  # `grad_and_value` takes the gradients; autograd has nothing to record
             rates = torch.from_numpy(lr).to(self.device)
             start = parameters, buffers, momentum
-            carry, (loss, gradient_norm) = self._compiled_scan(start, (images, labels, rates))
+            carry, (loss, gradient_norm) = self._compiled_scan(start, (images, labels, kept, rates))
         parameters, buffers, momentum = carry
         model.load_state_dict(model.state_dict() | parameters | buffers)
         restore_momentum(model, optimizer, momentum)
@@ -196,11 +203,11 @@ class TorchBackend:
         `sgd` is the function that `SGD.step` calls; it writes into the parameters and the momentum that it is given.
         """
         parameters, buffers, momentum = carry
-        images, labels, lr = batch
+        images, labels, kept, lr = batch
 
         def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # the forward pass writes into it
-            logits = functional_call(self._skeleton, (parameters, new_buffers), (images,))
+            logits = functional_call(self._skeleton, (parameters, new_buffers, kept), (images,))
             return cross_entropy(logits, labels, self.config.label_smoothing), new_buffers
 
         gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
@@ -242,6 +249,7 @@ class TorchBackend:
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
         batch, truth = self._images(images), self._labels(labels)
+        convert.put_masks(model, self._masks(state.step, truth.shape))
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with recorded(model) as activations:
             logits = model(batch)
@@ -291,6 +299,11 @@ class TorchBackend:
         if self.dtype == torch.bfloat16:
             return torch.from_numpy(images.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(images)
+
+    def _masks(self, step: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """What dropout keeps in the steps from `step` on, for labels of `shape`, by PyTorch's names."""
+        kept = convert.masks_from_canonical(self._skeleton, masks(self._dropouts, self.config.seed, step, shape))
+        return {name: mask.to(self.device) for name, mask in kept.items()}
 
     def _labels(self, labels: np.ndarray | Tensor) -> Tensor:
         if isinstance(labels, Tensor):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from backends.torch_backend import layers
 from common import pairs
-from common.protocol import Arrays
+from common.protocol import Arrays, Dropout
 
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)  # layers whose activations have them in axis 1
 ROLES = (
@@ -50,12 +51,12 @@ def from_canonical(model: nn.Module, arrays: Arrays) -> dict[str, Tensor]:
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """By PyTorch's own names of all parameters and statistics, the canonical ones.
+    """By PyTorch's own names of all parameters, statistics and masks of dropout, the canonical ones.
 
     Raises:
         ConfigError: if two tensors get one name, or the user's pair names what is not there.
     """
-    own = [*(name for name, _ in model.named_parameters()), *statistics(model)]
+    own = [*(name for name, _ in model.named_parameters()), *statistics(model), *masked(model)]
     roles = {name: role_of(model, *name.rpartition(".")[::2]) for name in own}
     return pairs.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
 
@@ -78,6 +79,37 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     norms = [name for name, module in model.named_modules() if isinstance(module, _NormBase)]
     found = {name for norm in norms for name in (f"{norm}.running_mean", f"{norm}.running_var")}
     return {name: buffer for name, buffer in model.named_buffers() if name.removeprefix(".") in found}
+
+
+def masked(model: nn.Module) -> dict[str, layers.Dropout]:
+    """The layers that leave out units, by PyTorch's names for their masks."""
+    return {f"{name}.mask": layer for name, layer in model.named_modules() if isinstance(layer, layers.Dropout)}
+
+
+def dropouts(model: nn.Module) -> dict[str, Dropout]:
+    """What they leave out, by the canonical names of their masks."""
+    names, found = canonical_names(model), {}
+    for own, layer in masked(model).items():
+        shape = tuple(layer.mask.shape[1:])
+        found[names[own]] = Dropout(layer.rate, (*shape[1:], shape[0]) if layer.channels_first else shape)
+    return found
+
+
+def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
+    """What they are to keep, by PyTorch's names, in PyTorch's layout."""
+    if not masks:
+        return {}
+    own_names, tensors = {name: own for own, name in canonical_names(model).items()}, {}
+    for name, mask in masks.items():
+        first = masked(model)[own_names[name]].channels_first
+        tensors[own_names[name]] = torch.from_numpy(np.moveaxis(mask, -1, -3) if first else mask)
+    return tensors
+
+
+def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Let them keep what `masks`, from `masks_from_canonical`, says."""
+    for own, layer in masked(model).items():
+        layer.mask = masks[own]
 
 
 def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.ndarray:

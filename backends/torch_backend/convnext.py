@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends.torch_backend.layers import convolution
+from backends.torch_backend.layers import Dropout, convolution
 
 
 class ConvNeXt(nn.Module):
@@ -23,14 +23,14 @@ class ConvNeXt(nn.Module):
         self.stem_norm = nn.LayerNorm(32, eps=1e-6)
         self.blocks = nn.ModuleList(
             [
-                Block(32, device, compiled),
-                Block(32, device, compiled),
+                Block(32, 0.0, device, compiled),
+                Block(32, 0.02, device, compiled),
                 Downsample(32, 64, device, compiled),
-                Block(64, device, compiled),
-                Block(64, device, compiled),
+                Block(64, 0.04, device, compiled),
+                Block(64, 0.06, device, compiled),
                 Downsample(64, 128, device, compiled),
-                Block(128, device, compiled),
-                Block(128, device, compiled),
+                Block(128, 0.08, device, compiled),
+                Block(128, 0.1, device, compiled),
             ]
         )
         self.norm = nn.LayerNorm(128, eps=1e-6)
@@ -48,7 +48,7 @@ class ConvNeXt(nn.Module):
 class Block(nn.Module):
     """Images (n, channels, height, width) to the same shape."""
 
-    def __init__(self, channels: int, device: str, compiled: bool) -> None:
+    def __init__(self, channels: int, depth_rate: float, device: str, compiled: bool) -> None:
         super().__init__()
         Conv2d = convolution(device, compiled)
         self.conv = Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
@@ -56,13 +56,14 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))  # layer scale
+        self.dropout = Dropout(depth_rate, (1, 1, 1))  # of all of an image's branch: stochastic depth
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         y = self.norm(channels_last(y))
         y = F.gelu(self.fc1(y), approximate="none")
         y = self.fc2(y)
-        return x + channels_first(self.gamma * y)
+        return x + self.dropout(channels_first(self.gamma * y))
 
 
 class Downsample(nn.Module):

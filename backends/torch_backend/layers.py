@@ -1,4 +1,4 @@
-"""Convolution as the device likes it best; the numbers are those of the library, up to rounding."""
+"""Convolution as the device likes it best, with the numbers of the library, up to rounding; and dropout."""
 
 from __future__ import annotations
 
@@ -60,3 +60,24 @@ def in_blocks(x: Tensor) -> Tensor:
     n, height, width, channels = x.shape
     x = x.reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(n, height // 2, width // 2, 4 * channels)
+
+
+class Dropout(nn.Module):
+    """`nn.Dropout`, but that it is told what to keep: before each training step, `mask` is drawn by `common.dropout`.
+
+    Args:
+        rate: the share that is left out; what is kept is divided by 1 - rate.
+        shape: of what is drawn for one image, as the layer sees it. Along axes of size 1, all is kept or left out
+            together: `(1, 1, 1)` leaves out all of an image, as in stochastic depth.
+        channels_first: that of the three axes the channels come first, which is Flax's last axis.
+    """
+
+    mask: Tensor  # bool (n, *shape); no part of the module's state
+
+    def __init__(self, rate: float, shape: tuple[int, ...], channels_first: bool = False) -> None:
+        super().__init__()
+        self.rate, self.channels_first = rate, channels_first
+        self.register_buffer("mask", torch.ones(1, *shape, dtype=torch.bool), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask / (1 - self.rate) if self.training else x

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends.torch_backend.layers import convolution
+from backends.torch_backend.layers import Dropout, convolution
+
+DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense layers of a block
 
 
 class ViT(nn.Module):
@@ -21,7 +23,8 @@ class ViT(nn.Module):
         self.patches = Conv2d(3, 64, kernel_size=4, stride=4)
         self.token = nn.Parameter(torch.zeros(1, 1, 64))
         self.position = nn.Parameter(torch.zeros(1, 1 + 8 * 8, 64))
-        self.blocks = nn.ModuleList([Block(width=64, heads=4) for _ in range(4)])
+        self.dropout = Dropout(DROPOUT, (1 + 8 * 8, 64))
+        self.blocks = nn.ModuleList([Block(tokens=1 + 8 * 8, width=64, heads=4) for _ in range(4)])
         self.norm = nn.LayerNorm(64, eps=1e-6)
         self.fc = nn.Linear(64, classes)
 
@@ -29,6 +32,7 @@ class ViT(nn.Module):
         x = self.patches(x)
         x = x.flatten(start_dim=2).transpose(1, 2)  # (n, 8 * 8, 64), row by row
         x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -38,18 +42,21 @@ class ViT(nn.Module):
 class Block(nn.Module):
     """Tokens (n, tokens, width) to the same shape."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, tokens: int, width: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
+        self.dropout1 = Dropout(DROPOUT, (tokens, width))
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1 = nn.Linear(width, 4 * width)
+        self.dropout2 = Dropout(DROPOUT, (tokens, 4 * width))
         self.fc2 = nn.Linear(4 * width, width)
+        self.dropout3 = Dropout(DROPOUT, (tokens, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        y = F.gelu(self.fc1(self.norm2(x)), approximate="none")
-        return x + self.fc2(y)
+        x = x + self.dropout1(self.attention(self.norm1(x)))
+        y = self.dropout2(F.gelu(self.fc1(self.norm2(x)), approximate="none"))
+        return x + self.dropout3(self.fc2(y))
 
 
 class Attention(nn.Module):

@@ -211,6 +211,97 @@ NOTES = (
         ),
         faults=("flatten-order",),
     ),
+    # --- More networks
+    Note(
+        title="Batch norm's momentum is the other share",
+        torch=Anchor("resnet20.py:ResNet20.__init__", "self.bn ="),
+        flax=Anchor("resnet20.py:ResNet20.__init__", "self.bn ="),
+        what=(
+            "Of PyTorch's `momentum`, 0.1, is the share of the new batch in the running statistics. Flax's, 0.9, is "
+            "the share of the old ones."
+        ),
+        why="PyTorch's is Torch's; Flax's is what is called the decay of a moving average elsewhere.",
+        missed="Training does not show it. The running statistics follow the last batch, and evaluation suffers.",
+        faults=("batch-norm-momentum", "statistics-not-updated"),
+    ),
+    Note(
+        title="Which variance is kept",
+        torch=Anchor("resnet20.py:Block.__init__", "self.bn1 ="),
+        flax=Anchor("layers.py:BatchNorm.__call__", "var * pixels / (pixels - 1)"),
+        what=(
+            "Both normalise a batch by its biased variance. Into the running variance, PyTorch takes the unbiased one, "
+            "`nnx.BatchNorm` the biased; so `layers.py` has one that does as PyTorch does."
+        ),
+        why="For evaluation the unbiased one is the better guess. Flax keeps what it has computed.",
+        missed=(
+            "At 32 images of 32 x 32 pixels it is 3 in 100,000, in evaluation only; where a layer sees few pixels, "
+            "more."
+        ),
+        faults=("biased-running-variance",),
+    ),
+    Note(
+        title="Two modes",
+        torch=Anchor("backend.py:Backend.evaluate", "state.model.eval()"),
+        flax=Anchor("backend.py:Backend._model", "self.network.evaluation"),
+        what=(
+            "`model.eval()` switches a PyTorch module over, until `model.train()` is called. In Flax the mode is part "
+            "of the module's description, so that there are two of these, and each program is traced from one."
+        ),
+        why="A flag of a traced program is constant. What is switched afterwards has no effect on it.",
+        missed=(
+            "A network that is left in training mode normalises each test batch by itself, and drops units; one that "
+            "is left in evaluation mode never updates its statistics."
+        ),
+        faults=("evaluated-in-train-mode", "trained-in-evaluation-mode", "dropout-left-on"),
+    ),
+    Note(
+        title="Layer norm's epsilon",
+        torch=Anchor("vit.py:Block.__init__", "self.norm1 ="),
+        flax=Anchor("vit.py:Block.__init__", "self.norm1 ="),
+        what="`nn.LayerNorm` adds 1e-5 to the variance, `nnx.LayerNorm` 1e-6: so both say it.",
+        why="They are defaults of two libraries. Published vision transformers have 1e-6.",
+        missed="Activations are off by some millionths. The network trains as well, and is another one.",
+        faults=("layer-norm-epsilon", "batch-norm-epsilon"),
+    ),
+    Note(
+        title="GELU has two formulas",
+        torch=Anchor("vit.py:Block.forward", "F.gelu("),
+        flax=Anchor("vit.py:Block.__call__", "nnx.gelu"),
+        what="`F.gelu` is exact by default, `nnx.gelu` the approximation with tanh: so both say which.",
+        why="The approximation was quicker once, and some published weights were trained with it.",
+        missed="Activations are off by up to 5e-4, enough to move an accuracy and too little to look like a mistake.",
+        faults=("tanh-gelu",),
+    ),
+    Note(
+        title="SAME, with strides, is not symmetric",
+        torch=Anchor("resnet20.py:Block.__init__", "self.conv1 ="),
+        flax=Anchor("resnet20.py:Block.__init__", "self.conv1 ="),
+        what=(
+            "With a stride of 2, `padding=1` pads one pixel before and one after. SAME pads as little as it can: for "
+            "even sizes none before and one after."
+        ),
+        why="SAME fixes how large the result is, and places what is missing at the end first.",
+        missed="All shapes fit. The kernel looks at other pixels, half a stride away.",
+        faults=("strided-same-padding",),
+    ),
+    Note(
+        title="Nobody draws what dropout leaves out",
+        torch=Anchor("layers.py:Dropout.forward", "x * self.mask / (1 - self.rate)"),
+        flax=Anchor("layers.py:Dropout.__call__", "x * self.mask / (1 - self.rate)"),
+        what=(
+            "`nn.Dropout` and `nnx.Dropout` draw their masks themselves, from generators that share no number. Here "
+            "both are given masks, drawn in NumPy from the seed and the step."
+        ),
+        why=(
+            "PyTorch's generator is a state outside all modules, JAX's a key that is split. Neither could make the "
+            "other's numbers."
+        ),
+        missed=(
+            "Two runs with dropout can then be compared in their statistics only, where a wrong factor or a mask that "
+            "is used twice hides."
+        ),
+        faults=("dropout-scaled-the-wrong-way", "dropout-not-scaled", "dropout-of-the-next-step"),
+    ),
     # --- Loss
     Note(
         title="A mean, and one loss per image",
@@ -338,6 +429,7 @@ NOTES = (
         missed=(
             "Without the 1e-6 a gradient of norm 1 comes out one part in a million too large, in every step that clips."
         ),
+        faults=("clipped-without-epsilon", "clipped-per-tensor"),
         tests=("tests/test_optimizer.py::test_the_comparison_sees_a_fault",),
     ),
     Note(
@@ -443,6 +535,7 @@ NOTES = (
         ),
         why="PyTorch's schedulers multiply the optimizer's rate, optax's schedules are the rate.",
         missed="A warm-up that counts from one is over a step early, and every rate in it is too high.",
+        faults=("warm-up-off-by-one",),
         tests=("tests/test_optimizer.py::test_a_warm_up_is_torchs_sequential_schedulers_step_by_step",),
     ),
     Note(
