@@ -587,7 +587,7 @@ def faults(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
     """Clean pairs of runs: how often are two correct programs said to differ?"""
-    refuse(options, "it has its own configurations", "pairs", "seed", "dtype", "twins")
+    refuse(options, "it has its own configurations", "pairs", "seed", "dtype", "twins", "model")
 
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -600,16 +600,19 @@ def alarms(options: argparse.Namespace, arguments: list[str]) -> int:
     pairs = clean.PAIRS if options.pairs is None else options.pairs
     if pairs < 1:
         raise ConfigError("--pairs must be 1 or more")
-    study = Study(options, arguments, folder="alarms")
-    cells = list(clean.CELLS)
-    for name in dict.fromkeys(cell.data for cell in clean.CELLS):
+    model = options.model or "net"
+    cells = every = clean.cells(model)
+    if not cells:
+        raise ConfigError(f"alarms has no configurations of {model}: choose one of {', '.join(MODELS)}")
+    study = Study(options, arguments, folder="alarms" if model == "net" else f"alarms-{model}")
+    for name in dict.fromkeys(cell.data for cell in every):
         try:
             study.load(name)
         except DataError as error:
             cells = [cell for cell in cells if cell.data != name]
-            study.terminal.line(
-                f"Left out, for want of {name}: {len(clean.CELLS) - len(cells)} configurations ({error})"
-            )
+            if not cells:
+                raise
+            study.terminal.line(f"Left out, for want of {name}: {len(every) - len(cells)} configurations ({error})")
     first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
     shares = list(clean.shares(cells, pairs, first))
     workers = 1 if options.device == "cuda" else min(len(shares), os.cpu_count() or 1, MAX_WORKERS)

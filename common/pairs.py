@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import MODELS
 from common.errors import ConfigError, few
-from common.protocol import Dropout
+
+if TYPE_CHECKING:  # which imports NumPy, too slowly for `compare.py --help`
+    from common.protocol import Dropout
 
 FORM = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
 INPUT = "input of "  # a layer, in the names of activations

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from common import parity
-from common.config import Config, Schedule
+from common.config import MODELS, RECIPES, Config, Schedule
 from common.data import Dataset
 from common.evidence import alarms, family, judge, peers, sensitivity
 from common.evidence.alarms import CALIBRATION_SEEDS, CELLS, LOOKED_AT_SEEDS, MEASUREMENT_SEEDS, Cell, clopper_pearson
@@ -43,6 +43,17 @@ def test_the_cells_are_twenty_and_as_wide_as_they_claim() -> None:
     assert {c.schedule.kind for c in configs} == {"constant", "cosine", "step", "exponential"}
     assert all(any(getattr(c, name) for c in configs) for name in ("weight_decay", "nesterov", "dampening"))
     assert all(cell.config.resolve(1437).total_steps == cell.config.steps for cell in CELLS)
+
+
+def test_each_other_network_has_cells_of_both_data_sets_with_what_its_recipe_has() -> None:
+    assert alarms.cells("net") == list(CELLS) and alarms.cells("none") == []
+    for model in set(MODELS) - {"net"}:
+        cells, recipe = alarms.cells(model), RECIPES[model].config
+        assert [cell.data for cell in cells] == ["digits", "cifar10"]
+        last = cells[1].config
+        for name in ("momentum", "weight_decay", "augment", "label_smoothing", "clip_norm"):
+            assert getattr(last, name) == getattr(recipe, name)
+        assert last.schedule.kind == recipe.schedule.kind
 
 
 def test_no_seed_is_used_both_to_set_levels_and_to_measure() -> None:

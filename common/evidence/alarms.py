@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from common.config import BACKENDS, DTYPES, Config, Schedule
+from common.config import BACKENDS, DTYPES, MODELS, RECIPES, Config, Schedule
 from common.data import Dataset
 from common.evidence import Build, family, judge, peers, shortened
 
@@ -57,6 +57,29 @@ CELLS = (
 )
 
 
+def _shorter(recipe: Config) -> Config:
+    """A recipe with a quarter of the batch at a quarter of the rate, for as many steps as show all of its schedule."""
+    schedule = recipe.schedule if recipe.schedule.warmup is None else dataclasses.replace(recipe.schedule, warmup=5)
+    return dataclasses.replace(recipe, batch_size=8, lr=recipe.lr / 4, steps=20, schedule=schedule)
+
+
+# The other networks: plainly, with a large step; and as their recipes train them.
+NETWORK_CELLS = tuple(
+    cell
+    for model in MODELS
+    if model in RECIPES
+    for cell in (
+        Cell("digits", Config(model=model, batch_size=16, lr=0.05, momentum=0.9, steps=20)),
+        Cell("cifar10", _shorter(RECIPES[model].config)),
+    )
+)
+
+
+def cells(model: str) -> list[Cell]:
+    """Those of one network."""
+    return [cell for cell in (*CELLS, *NETWORK_CELLS) if cell.config.model == model]
+
+
 def shares(cells: Sequence[Cell], pairs: int, first: int = MEASUREMENT_SEEDS[0]) -> Iterator[tuple[Cell, range]]:
     """Each of the cells with its share of so many pairs: seeds from `first` on, the same for all."""
     for index, cell in enumerate(cells[:pairs]):
@@ -81,7 +104,7 @@ def measure(
         twins: per backend, in the production lenses.
 
     Returns:
-        cell (its place in CELLS; None if it is not one of them), seed, and by dtype in lenses: verdict, score,
+        cell (its place in `cells`; None if it is not one of them), seed, and by dtype in lenses: verdict, score,
         first_divergence (its message), twins (per side; more than given where the verdict asked for them), and the
         peers that took the pair for broken (alarms) or had nothing to look at (silent).
     """
@@ -91,7 +114,8 @@ def measure(
     exact = backends["float64"]["torch"] if "float64" in backends else build("torch", config, "float64")
     for seed in seeds:
         run = dataclasses.replace(config, seed=seed)
-        row: dict[str, Any] = {"cell": CELLS.index(cell) if cell in CELLS else None, "seed": seed, "lenses": {}}
+        known = cells(config.model)
+        row: dict[str, Any] = {"cell": known.index(cell) if cell in known else None, "seed": seed, "lenses": {}}
         for dtype, sides in backends.items():
             families = {name: family(side, run, dataset, dtype, twins) for name, side in sides.items()}
             lens = judge(families, sides, run, dataset)
