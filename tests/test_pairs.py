@@ -15,6 +15,7 @@ import compare
 from common import pairs, record
 from common.config import Config
 from common.errors import ConfigError, RecordError
+from common.evidence.pair import unrolled
 from common.testing import same_run
 from common.weights import initial_weights
 
@@ -204,7 +205,9 @@ def test_the_pair_in_the_readme_is_one_and_without_its_lines_is_not(
     path.with_name("unflattened.py").write_text(re.sub(r"    flattened=.*\n", "", text))
     assert compare.main(["pair", f"{path.with_name('unflattened.py')}:PAIR", "--data", "digits"]) == 1
     shown = capsys.readouterr().out
-    assert "input of head: the same numbers in another order" in shown and "`flattened`" in shown
+    assert "input of head: the same numbers in another order" in shown
+    proposed = re.search(r"add to the pair: flattened=(\{.*?\})", " ".join(shown.split()))
+    assert proposed is not None and eval(proposed[1]) == {"classifier": (32, 8, 8)}
     path.with_name("biased.py").write_text(text.replace("BatchNorm(width", "nnx.BatchNorm(width"))
     assert compare.main(["pair", f"{path.with_name('biased.py')}:PAIR", "--data", "digits"]) == 1
     shown = capsys.readouterr().out
@@ -271,6 +274,14 @@ def test_operations_that_write_into_an_activation_are_no_difference(tmp_path: Pa
     assert compare.main(["pair", f"{path}:PAIR", "--data", "digits", "--quiet"]) == 0
     path.with_name("other.py").write_text(IN_PLACE.replace("epsilon=1e-5", "epsilon=1e-6"))
     assert compare.main(["pair", f"{path.with_name('other.py')}:PAIR", "--data", "digits", "--quiet"]) == 1
+
+
+def test_what_was_unrolled_is_read_off_two_inputs_and_off_others_nothing() -> None:
+    images = np.random.default_rng(0).standard_normal((4, 6, 4, 10))  # channels first
+    torch, flax = images.reshape(4, -1), images.transpose(0, 2, 3, 1).reshape(4, -1)
+    assert unrolled(torch, flax) == (6, 5, 8)  # of 40 pixels: how they lie makes no difference
+    assert np.array_equal(np.moveaxis(torch.reshape(4, 6, 5, 8), 1, -1).reshape(4, -1), flax)
+    assert unrolled(torch, flax[::-1]) is unrolled(torch, torch) is unrolled(images, images) is None
 
 
 # --- Any two backends

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from common import data, locate, parity
+from common import data, locate, pairs, parity
 from common.config import Config
 from common.data import Dataset
 from common.protocol import STAGES, Backend, Snapshot
@@ -29,12 +30,11 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
     records = [locate.one_step(side, config, dataset, "float64", start, images, labels) for side in sides]
     rungs = parity.opening_rungs(([records[0]], [records[1]]))
     losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
-    names = [side.name for side in sides]
+    own = {side.name: side.own_names() for side in sides}
     gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
     rungs.append(parity.Rung(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
     apart = [rung for rung in rungs if not rung.agrees]
     gradients = {rung.tensor: rung.gap for rung in rungs if rung.stage == "backward"}
-    own = {side.name: side.own_names() for side in sides}
     return {
         "tensors": [
             {
@@ -49,14 +49,49 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
         "parameters": sum(math.prod(shapes[name]) for name in gradients),
         "gaps": {stage: max((r.gap for r in rungs if r.stage == stage), default=0.0) for stage in STAGES},
         "bound": PROOF_BOUND,
-        "first_difference": described(apart[0], records, names) if apart else None,
+        "first_difference": described(apart[0], records, own) if apart else None,
     }
 
 
-def described(rung: parity.Rung, records: list[Record], names: list[str]) -> dict[str, Any]:
-    """Where the two part, and what usually causes it."""
-    held = locate.arrays(dict(zip(names, records, strict=True)), 0, rung.stage, rung.tensor)
-    return locate.describe(parity.divergence(rung, names), names, held, "one step of both from the same weights")
+def described(rung: parity.Rung, records: list[Record], own: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Where the two part, and what usually causes it, or the line that is missing from the pair.
+
+    Args:
+        own: by side, what the module itself calls a tensor, by canonical name.
+    """
+    names = list(own)
+    one, other = held = locate.arrays(dict(zip(names, records, strict=True)), 0, rung.stage, rung.tensor)
+    found = locate.describe(parity.divergence(rung, names), names, held, "one step of both from the same weights")
+    layer = rung.tensor.removeprefix(pairs.INPUT)
+    if layer != rung.tensor and one is not None and other is not None:
+        shape, kernel = unrolled(one, other), own[names[0]].get(f"{layer}.kernel")
+        if shape is not None and kernel is not None:
+            line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
+            found["causes"] = [f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"]
+    return found
+
+
+def unrolled(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None:
+    """The (channels, height, width) of what one side unrolled channels first, the other channels last; None if none.
+
+    Args:
+        torch, flax: (n, features), what a dense layer was given.
+    """
+    if torch.ndim != 2 or torch.shape != flax.shape:
+        return None
+    n, features = torch.shape
+    for channels in (size for size in range(2, features) if features % size == 0):
+        pixels = features // channels
+        shape = channels, *_squarest(pixels)  # how the pixels lie does not matter: both unroll them row by row
+        reordered = np.moveaxis(torch.reshape(n, *shape), 1, -1).reshape(n, features)
+        if np.abs(reordered - flax).max() <= PROOF_BOUND * np.abs(flax).max():
+            return shape
+    return None
+
+
+def _squarest(pixels: int) -> tuple[int, int]:
+    height = next(size for size in range(math.isqrt(pixels), 0, -1) if pixels % size == 0)
+    return height, pixels // height
 
 
 def table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
