@@ -26,6 +26,8 @@ def masks(layers: Mapping[str, Dropout], seed: int, step: int, shape: Sequence[i
     Returns:
         By the same names, bool arrays (*shape, *shape of the layer): True is kept.
     """
+    if not layers:
+        return {}
     steps = range(step, step + (shape[0] if len(shape) > 1 else 1))
     drawn = [_of_one_step(layers, seed, current, shape[-1]) for current in steps]
     return {

@@ -65,6 +65,7 @@ class Flax(nnx.Module):
 
 PAIR = Pair(Torch, Flax, flattened={"features.0": (4, 8, 8)})
 OTHER_RATE = Pair(Torch, lambda classes, rngs: Flax(classes, rngs, rate=0.4), flattened={"features.0": (4, 8, 8)})
+NO_RATE = Pair(Torch, lambda classes, rngs: Flax(classes, rngs, rate=1.0), flattened={"features.0": (4, 8, 8)})
 OTHER_AXES = Pair(lambda classes: Torch(classes, False), Flax, flattened={"features.0": (4, 8, 8)})
 """
 
@@ -202,5 +203,7 @@ def test_dropout_that_differs_is_refused_in_one_line(file: Path, capsys: pytest.
     assert "dropout differs (features.1: PyTorch 0.5 of (16,), Flax 0.4 of (16,)): make it equal" in error
     error = said(capsys, "--model", f"{file}:OTHER_AXES", "--data", "digits")
     assert "torch cannot take images (2, 3, 32, 32)" in error
+    error = said(capsys, "--model", f"{file}:NO_RATE", "--data", "digits")
+    assert "flax cannot build (ValueError: a rate of 1: give 0 or more, and less than 1)" in error
     with pytest.raises(ConfigError, match=r"a: PyTorch 0\.25 of \(7, 5\), Flax has none"):
         check_dropout({"a.mask": LAYERS["a.mask"]}, {})

@@ -175,12 +175,14 @@ class Dropout(nnx.Module):
     """`nnx.Dropout`, but that it is told what to keep: before each training step, `mask` is drawn by `common.dropout`.
 
     Args:
-        rate: the share that is left out; what is kept is divided by 1 - rate.
+        rate: the share that is left out, 0 <= rate < 1; what is kept is divided by 1 - rate.
         shape: of what is drawn for one image. Along axes of size 1, all is kept or left out together: `(1, 1, 1)`
             leaves out all of an image, as in stochastic depth.
     """
 
     def __init__(self, rate: float, shape: tuple[int, ...]) -> None:
+        if not 0 <= rate < 1:
+            raise ValueError(f"a rate of {rate:g}: give 0 or more, and less than 1")
         self.rate, self.deterministic = rate, False  # the latter is set by `train` and `eval`
         self.mask = Mask(jnp.ones((1, *shape), bool))  # (n, *shape)
 

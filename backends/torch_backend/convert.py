@@ -98,7 +98,7 @@ def dropouts(model: nn.Module) -> dict[str, Dropout]:
 def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
     """What they are to keep, by PyTorch's names, in PyTorch's layout."""
     if not masks:
-        return {}
+        return {}  # of most networks, in every step
     own_names, tensors = {name: own for own, name in canonical_names(model).items()}, {}
     for name, mask in masks.items():
         first = masked(model)[own_names[name]].channels_first
@@ -108,8 +108,8 @@ def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
 
 def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Let them keep what `masks`, from `masks_from_canonical`, says."""
-    for own, layer in masked(model).items():
-        layer.mask = masks[own]
+    for own, mask in masks.items():
+        model.get_submodule(own.removesuffix(".mask")).mask = mask
 
 
 def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ class Dropout(nn.Module):
     """`nn.Dropout`, but that it is told what to keep: before each training step, `mask` is drawn by `common.dropout`.
 
     Args:
-        rate: the share that is left out; what is kept is divided by 1 - rate.
+        rate: the share that is left out, 0 <= rate < 1; what is kept is divided by 1 - rate.
         shape: of what is drawn for one image, as the layer sees it. Along axes of size 1, all is kept or left out
             together: `(1, 1, 1)` leaves out all of an image, as in stochastic depth.
         channels_first: that of the three axes the channels come first, which is Flax's last axis.
@@ -76,6 +76,8 @@ class Dropout(nn.Module):
 
     def __init__(self, rate: float, shape: tuple[int, ...], channels_first: bool = False) -> None:
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"a rate of {rate:g}: give 0 or more, and less than 1")
         self.rate, self.channels_first = rate, channels_first
         self.register_buffer("mask", torch.ones(1, *shape, dtype=torch.bool), persistent=False)
 
