@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def _images(patch: Patch, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change images, (..., n, 32, 32, 3) and normalised, on their way into JAX."""
     images_of = FlaxBackend._images
-    patch(FlaxBackend, "_images", lambda self, images: images_of(self, np.ascontiguousarray(change(images))))
+    patch(
+        FlaxBackend, "_images", lambda self, images: images_of(self, np.ascontiguousarray(change(np.asarray(images))))
+    )
 
 
 def _batches(patch: Patch, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
