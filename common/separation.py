@@ -54,8 +54,13 @@ PROOF_BOUND = 1e-12
 
 # `c`. Over 100 float32 and 40 bfloat16 clean pairs with two twins a side (the configurations of common.evidence.alarms
 # with twice as many steps, seeds from 5000 on) the largest scores were 3.4, 2.5 and 1.4, and 2.4, 1.8 and 1.6. To
-# be caught: what is past all that runs of one side do. float64's, used near instability only, is that of float32.
-SEPARATION = {"float64": 8.0, "float32": 8.0, "bfloat16": 8.0}
+# be caught: what is past all that runs of one side do.
+#
+# float64's counts only where a run amplifies its own rounding past PROOF_BOUND. All runs of one side round alike, and
+# start an ulp apart; but two frameworks round apart anew in every step, in sums of 32,768 terms under a batch norm. The
+# largest that were seen, of ResNet-20: 19 over 300 steps at lr 0.01, 11 over 38 at lr 0.1. To be caught: another batch,
+# or another learning rate, whose effect is a millionth and more.
+SEPARATION = {"float64": 64.0, "float32": 8.0, "bfloat16": 8.0}
 # The same for counts of test images, which cannot grow like a distance: no more than all of them differ. The largest
 # scores of the same pairs were 0.8 and 1.0. To be caught after the whole tutorial, where twins differ in 2,300 of
 # 10,000 predictions: classes numbered otherwise, 9,000. Not caught there: two weak classes in each other's place.

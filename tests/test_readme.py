@@ -15,8 +15,9 @@ import pytest
 import backends
 from backends import faults as catalogue
 from common import data
-from common.config import BACKENDS, MODELS, Config
+from common.config import BACKENDS, DTYPES, MODELS, Config
 from common.errors import RecordError
+from common.evidence.alarms import LOCKSTEP
 from common.evidence.bench import PATHS, summary
 from common.report import sentence
 from common.testing import same_run
@@ -246,9 +247,35 @@ def models() -> str:
             f"{dtype} {'agrees' if x['verdict'] == 'agree' else 'differs'}" for dtype, x in lenses.items()
         )
         gap, equal = f"{proof['max_abs_loss_gap']:.1e}", f"{proof['predictions_equal']:,}"
+        drifts = [twin["max_abs_loss_gap"] for twins in proof["twins"].values() for twin in twins]
+        gap += f" (twins {max(drifts):.1e})" if drifts else ""
         rows.append([f"`{name}`", f"{proof['steps']}", gap, equal, " / ".join(accuracy), verdicts])
     columns = ["network", "steps", "float64: loss gap", "predictions equal", "float32: torch / flax", "verdicts"]
     return markdown(columns, rows)
+
+
+def long_run() -> str:
+    """ResNet-20 in float32, for long: both accuracies, and what the twins differ by."""
+    report = report_of("resnet20-long")
+    [lens] = report["lenses"]
+    accuracy = ", ".join(f"{name} {100 * value:.1f} %" for name, value in lens["accuracy"].items())
+    equal = [twin["predictions_equal"] for twins in lens["twins"].values() for twin in twins]
+    twins = " to ".join(f"{count:,}" for count in sorted({min(equal), max(equal)}))
+    verdict = {"agree": "agree", "disagree": "differ"}[lens["verdict"]]
+    return (
+        f"ResNet-20 for {lens['steps']:,} steps in float32 ({report['config']['batch_size']} images each, lr "
+        f"{report['config']['lr']:g}): {accuracy} of the test images, {lens['predictions_equal']:,} of "
+        f"{lens['predictions_total']:,} predictions equal (with twins {twins}); the two runs {verdict}.\n"
+    )
+
+
+def network_alarms() -> str:
+    """Lockstep's false alarms in clean pairs of the other networks, lens by lens."""
+    rows = []
+    for name in (name for name in MODELS if (REPOSITORY / "results" / f"alarms-{name}" / "report.json").exists()):
+        said = {line["lens"]: line for line in report_of(f"alarms-{name}")["summary"] if line["rule"] == LOCKSTEP}
+        rows.append([f"`{name}`", *(f"{said[lens]['alarms']} of {said[lens]['pairs']}" for lens in DTYPES)])
+    return markdown(["network", *DTYPES], rows)
 
 
 PASSAGES: dict[str, Callable[[], str]] = {
@@ -265,6 +292,8 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "summary of results/sensitivity": sensitivity,
     "tables of results/bench": bench,
     "table of models": models,
+    "run of results/resnet20-long": long_run,
+    "alarms of results/alarms-*": network_alarms,
 }
 
 
