@@ -134,7 +134,7 @@ NOTES = (
     Note(
         title="Which arrays are trained",
         torch=Anchor(_MAKE, "model.parameters(),"),
-        flax=Anchor("network.py:take_apart", "nnx.split(module, nnx.Param, nnx.BatchStat, ...)"),
+        flax=Anchor("network.py:take_apart", "nnx.split(module, nnx.Param, nnx.BatchStat, Mask, ...)"),
         what=(
             "PyTorch's optimizer trains the tensors that it was given. On the Flax side, what is trained is what the "
             "loss is differentiated by: the `nnx.Param` part of the split."
