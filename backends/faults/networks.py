@@ -231,7 +231,7 @@ def _dropout(patch: Patch, of: Callable[[jax.Array, jax.Array, float], jax.Array
 
 
 @known("forward", "input of blocks.0.*", "PyTorch docs, Dropout: outputs are scaled by 1 / (1 - p)", **VIT)
-def dropout_scaled_the_wrong_way(patch: Patch, config: Config, dataset: Dataset) -> None:
+def dropout_scaled_wrongly(patch: Patch, config: Config, dataset: Dataset) -> None:
     """What dropout keeps is multiplied by the share that is kept, where it should be divided by it."""
     _dropout(patch, lambda x, mask, rate: x * mask * (1 - rate))
 
@@ -265,6 +265,6 @@ def dropout_of_the_next_step(patch: Patch, config: Config, dataset: Dataset) -> 
     "torchvision docs, stochastic_depth: mode is batch or row; timm: drop_path",
     **CONVNEXT,
 )
-def stochastic_depth_of_whole_batches(patch: Patch, config: Config, dataset: Dataset) -> None:
+def depth_of_whole_batches(patch: Patch, config: Config, dataset: Dataset) -> None:
     """A branch is left out of all images of a batch together, or of none."""
     _dropout(patch, lambda x, mask, rate: x * mask[:1] / (1 - rate))

@@ -300,7 +300,7 @@ NOTES = (
             "Two runs with dropout can then be compared in their statistics only, where a wrong factor or a mask that "
             "is used twice hides."
         ),
-        faults=("dropout-scaled-the-wrong-way", "dropout-not-scaled", "dropout-of-the-next-step"),
+        faults=("dropout-scaled-wrongly", "dropout-not-scaled", "dropout-of-the-next-step"),
     ),
     # --- Loss
     Note(
