@@ -128,10 +128,11 @@ def test_no_framework_is_imported_before_a_fault_is_applied() -> None:
 def attributes() -> dict[tuple[str, str], Any]:
     """Everything that a fault may replace: what lies in the modules and classes that `backends.faults` patches."""
     modules = ["jax", "optax", "flax.nnx", "common.augment", "common.train"]
-    modules += [f"backends.flax_backend.{name}" for name in ("backend", "convert", "model", "optimizer")]
+    modules += [f"backends.flax_backend.{name}" for name in ("backend", "convert", "layers", "model", "optimizer")]
     modules += [f"backends.flax_backend.{name}" for name in ("resnet20", "convnext", "vit")]
     found: dict[str, Any] = {module: importlib.import_module(module) for module in modules}
-    for module, name in [("backend", "FlaxBackend"), ("model", "Net"), ("resnet20", "Block"), ("vit", "Attention")]:
+    classes = {"backend": "FlaxBackend", "layers": "Dropout", "model": "Net", "resnet20": "Block", "vit": "Attention"}
+    for module, name in classes.items():
         found[f"{module}.{name}"] = getattr(found[f"backends.flax_backend.{module}"], name)
     return {(place, name): value for place, holder in found.items() for name, value in vars(holder).items()}
 
