@@ -82,7 +82,7 @@ def test_a_convolution_in_blocks_is_the_librarys(images: tuple[int, ...], kernel
 
 
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((2, 0), (1, 3))], ids=["of ResNet20", "uneven"])
-def test_what_is_padded_in_float64_is_the_librarys(padding: Any) -> None:
+def test_what_is_padded_is_the_librarys(padding: Any) -> None:
     given = drawn((2, 8, 8, 3), 0), drawn((3, 3, 3, 4), 1)
     library = in_jax(jax.lax.conv_general_dilated, *given, padding)
     assert gap(in_jax(flax_layers.convolution("cpu"), *given, padding), library) <= BOUND
@@ -98,6 +98,8 @@ def test_what_blocks_cannot_do_is_left_to_the_library(options: dict[str, Any]) -
     plain.load_state_dict(blocks.state_dict())
     images = torch.randn(2, 4, 12, 12)
     assert torch.equal(blocks(images), plain(images))
+    if "padding" in options:
+        return  # Flax's are padded first: see above
     names = {"stride": "strides", "dilation": "kernel_dilation", "groups": "feature_group_count"}
     given: dict[str, Any] = {"padding": "VALID"} | {names.get(name, name): value for name, value in options.items()}
     ours, library = (

@@ -242,7 +242,7 @@ def models() -> str:
         report = report_of(name)
         lenses = {lens["dtype"]: lens for lens in report["lenses"]}
         proof = lenses["float64"]
-        accuracy = [f"{100 * lenses['float32']['accuracy'][backend]:.1f} %" for backend in BACKENDS]
+        accuracy = [f"{100 * report['lenses'][-1]['accuracy'][backend]:.1f} %" for backend in BACKENDS]
         verdicts = ", ".join(
             f"{dtype} {'agrees' if x['verdict'] == 'agree' else 'differs'}" for dtype, x in lenses.items()
         )
@@ -250,23 +250,8 @@ def models() -> str:
         drifts = [twin["max_abs_loss_gap"] for twins in proof["twins"].values() for twin in twins]
         gap += f" (twins {max(drifts):.1e})" if drifts else ""
         rows.append([f"`{name}`", f"{proof['steps']}", gap, equal, " / ".join(accuracy), verdicts])
-    columns = ["network", "steps", "float64: loss gap", "predictions equal", "float32: torch / flax", "verdicts"]
+    columns = ["network", "steps", "float64: loss gap", "predictions equal", "accuracy: torch / flax", "verdicts"]
     return markdown(columns, rows)
-
-
-def long_run() -> str:
-    """ResNet-20 in float32, for long: both accuracies, and what the twins differ by."""
-    report = report_of("resnet20-long")
-    [lens] = report["lenses"]
-    accuracy = ", ".join(f"{name} {100 * value:.1f} %" for name, value in lens["accuracy"].items())
-    equal = [twin["predictions_equal"] for twins in lens["twins"].values() for twin in twins]
-    twins = " to ".join(f"{count:,}" for count in sorted({min(equal), max(equal)}))
-    verdict = {"agree": "agree", "disagree": "differ"}[lens["verdict"]]
-    return (
-        f"ResNet-20 for {lens['steps']:,} steps in float32 ({report['config']['batch_size']} images each, lr "
-        f"{report['config']['lr']:g}): {accuracy} of the test images, {lens['predictions_equal']:,} of "
-        f"{lens['predictions_total']:,} predictions equal (with twins {twins}); the two runs {verdict}.\n"
-    )
 
 
 def network_alarms() -> str:
@@ -292,7 +277,6 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "summary of results/sensitivity": sensitivity,
     "tables of results/bench": bench,
     "table of models": models,
-    "run of results/resnet20-long": long_run,
     "alarms of results/alarms-*": network_alarms,
 }
 
