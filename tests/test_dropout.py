@@ -176,7 +176,7 @@ def test_many_steps_in_one_call_and_after_a_checkpoint_leave_out_what_single_ste
     np.testing.assert_allclose(rest.loss, singles[2:], rtol=1e-13)
     shifted = backend.export(state)._replace(step=3)  # the control: what a later step leaves out
     _, other = backend.train_steps(backend.init(shifted), images[2:], labels[2:])
-    assert abs(float(other.loss[0]) - singles[2]) > 1e-3  # measured: from 0.02 on
+    assert abs(float(other.loss[0]) - singles[2]) > 1e-3  # measured: 0.054
 
 
 def test_a_probe_and_evaluation_change_nothing(build: Callable[..., Backend]) -> None:
@@ -187,7 +187,7 @@ def test_a_probe_and_evaluation_change_nothing(build: Callable[..., Backend]) ->
         state = backend.init(start)
         probed = backend.probe(state, images[0], labels[0])
         evaluated = backend.evaluate(state, images[0], labels[0])
-        assert abs(evaluated.loss - float(probed["loss/loss"])) > 1e-3  # nothing is left out in evaluation
+        assert abs(evaluated.loss - float(probed["loss/loss"])) > 1e-3  # nothing is left out in evaluation; 0.025
         assert backend.evaluate(state, images[0], labels[0]).loss == evaluated.loss
         _, metrics = backend.train_step(state, images[0], labels[0])
         np.testing.assert_allclose(float(metrics.loss), float(probed["loss/loss"]), rtol=1e-13)

@@ -29,8 +29,7 @@ def from_canonical(arrays: Arrays) -> dict[str, jax.Array]:
 
 
 def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict[str, str]:
-    """By Flax's own dotted names of all parameters, statistics and masks of dropout, the
-    canonical ones.
+    """By Flax's own dotted names of all parameters, statistics and masks of dropout, the canonical ones.
 
     Args:
         declared: Flax's layers, with their canonical names, where the user has named them.

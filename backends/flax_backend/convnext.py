@@ -63,6 +63,7 @@ class Block(nnx.Module):
         y = self.norm(y)
         y = rounded_once(nnx.gelu, self.fc1(y), approximate=False)
         y = self.fc2(y)
+        # gamma times y, so that the gradient of gamma, too, is summed in float32
         y = rounded_once(lambda y: self.gamma[...].astype(y.dtype) * y, y)
         return x + self.dropout(y)
 

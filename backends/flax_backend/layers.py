@@ -20,11 +20,11 @@ Milliseconds for a training step at batch 32 on the same cores, the fastest of s
     ConvNeXt, library                         201       110
     ConvNeXt, depthwise by 49 products         94        80
 
-Within `lax.scan`, as runs are trained, XLA's convolutions in float32 lose their kernels: ResNet20 takes 3,490 ms with
-the library, a single step of it 220, and with blocks 280 and 200; ConvNeXt with the library 240 and 130 (all of these
-in an hour when the machine was half as fast as before). So what is padded is convolved in blocks. The depthwise
-convolutions are left to the library: as a sum of 49 shifted products they take 20 seconds to compile instead of 6,
-which some hundred steps do not win back.
+Within `lax.scan`, as runs are trained, the library's convolutions in float32 are far slower (why was not looked into):
+ResNet20 takes 3,490 ms with the library, a single step of it 220, and with blocks 280 and 200; ConvNeXt with the
+library 240 and 130. These were measured once each, on a busier machine. So what is padded is convolved in blocks.
+The depthwise convolutions are left to the library: as a sum of 49 shifted products they take 20 seconds to compile
+instead of 6, which some hundred steps do not win back.
 """
 
 from __future__ import annotations

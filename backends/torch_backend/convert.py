@@ -99,10 +99,10 @@ def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
     """What they are to keep, by PyTorch's names, in PyTorch's layout."""
     if not masks:
         return {}  # of most networks, in every step
-    own_names, tensors = {name: own for own, name in canonical_names(model).items()}, {}
-    for name, mask in masks.items():
-        first = masked(model)[own_names[name]].channels_first
-        tensors[own_names[name]] = torch.from_numpy(np.moveaxis(mask, -1, -3) if first else mask)
+    names, tensors = canonical_names(model), {}
+    for own, layer in masked(model).items():
+        mask = masks[names[own]]
+        tensors[own] = torch.from_numpy(np.moveaxis(mask, -1, -3) if layer.channels_first else mask)
     return tensors
 
 
