@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends.torch_backend.layers import convolution
+from backends.torch_backend.layers import BatchNorm2d, convolution
 
 
 class ResNet20(nn.Module):
@@ -21,7 +21,7 @@ class ResNet20(nn.Module):
         super().__init__()
         Conv2d = convolution(device, compiled)
         self.conv = Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16, eps=1e-5, momentum=0.1)
+        self.bn = BatchNorm2d(16, eps=1e-5, momentum=0.1)
         widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)  # before the first block, and after each
         self.blocks = nn.ModuleList([Block(before, after, device, compiled) for before, after in pairwise(widths)])
         self.fc = nn.Linear(64, classes)
@@ -43,9 +43,9 @@ class Block(nn.Module):
         Conv2d = convolution(device, compiled)
         self.stride = 1 if before == after else 2
         self.conv1 = Conv2d(before, after, kernel_size=3, stride=self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after, eps=1e-5, momentum=0.1)
+        self.bn1 = BatchNorm2d(after, eps=1e-5, momentum=0.1)
         self.conv2 = Conv2d(after, after, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after, eps=1e-5, momentum=0.1)
+        self.bn2 = BatchNorm2d(after, eps=1e-5, momentum=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
