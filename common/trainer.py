@@ -141,7 +141,7 @@ class Trainer:
             if name not in names or not twins:
                 return []
             self.terminal.line(
-                f"The {dtype} runs part after the first steps; twins of {name} will say whether by rounding alone"
+                f"The {dtype} runs part after the first step; twins of {name} will say whether by rounding alone"
             )
             return self.train(name, dtype, twins)
 

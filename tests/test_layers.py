@@ -175,3 +175,22 @@ def test_batch_norm_sums_exactly_where_the_librarys_does_not() -> None:
 
     assert off(torch_layers.BatchNorm2d) < 1e-15  # measured 3.7e-16
     assert 1e-14 < off(nn.BatchNorm2d) < 1e-12  # measured 6.8e-14; once this fails, the layer is no longer needed
+
+
+def test_layer_norm_of_bfloat16_sums_its_gradients_in_float32_where_the_librarys_does_not() -> None:
+    tokens, weights = (torch.from_numpy(drawn((32, 65, 64), seed)).bfloat16() for seed in (0, 1))
+    tokens, weights = tokens + 1, weights + 1
+
+    def gradients(layer: type[nn.LayerNorm], dtype: torch.dtype) -> list[np.ndarray]:
+        norm = layer(64, dtype=dtype)
+        total = (norm(tokens.to(dtype)) * weights.to(dtype)).float().sum()
+        return [gradient.double().numpy() for gradient in torch.autograd.grad(total, (norm.weight, norm.bias))]
+
+    exact = gradients(nn.LayerNorm, torch.float64)
+
+    def off(layer: type[nn.LayerNorm]) -> float:
+        found = gradients(layer, torch.bfloat16)
+        return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, exact, strict=True))
+
+    assert off(torch_layers.LayerNorm) < 0.01  # measured 0.0037
+    assert off(nn.LayerNorm) > 0.05  # measured 0.22 to 0.24; once this fails, the layer is no longer needed

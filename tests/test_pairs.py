@@ -214,22 +214,22 @@ def test_the_pair_in_the_readme_is_one_and_without_its_lines_is_not(
     assert "Where they part: update: step 0: norms.0.var" in shown and "nnx.BatchNorm the biased" in shown
 
 
-def test_batch_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(tmp_path: Path) -> None:
+def test_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(tmp_path: Path, file: Path) -> None:
     from torch import nn
 
     from backends.torch_backend import layers, network
 
-    path = example(tmp_path)
-    found = network.build(f"{path}:PAIR", 10, "cpu", False)
-    assert [type(layer) for layer in found.modules() if isinstance(layer, nn.BatchNorm2d)] == [layers.BatchNorm2d] * 2
-    other = path.with_name("averaging.py")
-    other.write_text(
-        path.read_text()
-        .replace("BatchNorm2d(16", "BatchNorm2d(16, momentum=None")
-        .replace("(32),", "(32, affine=False),")
-    )
-    found = network.build(f"{other}:PAIR", 10, "cpu", False)
-    assert [type(layer) for layer in found.modules() if isinstance(layer, nn.BatchNorm2d)] == [nn.BatchNorm2d] * 2
+    def norms(path: Path) -> list[type]:
+        modules = network.build(f"{path}:PAIR", 10, "cpu", False).modules()
+        return [type(layer) for layer in modules if isinstance(layer, nn.BatchNorm2d | nn.LayerNorm)]
+
+    path, other = example(tmp_path), tmp_path / "other.py"
+    assert norms(path) == [layers.BatchNorm2d] * 2 and norms(file) == [layers.LayerNorm]
+    averaging = path.read_text().replace("BatchNorm2d(16", "BatchNorm2d(16, momentum=None")
+    path.with_name("averaging.py").write_text(averaging.replace("(32),", "(32, affine=False),"))
+    assert norms(path.with_name("averaging.py")) == [nn.BatchNorm2d] * 2
+    other.write_text(SMALL.replace("eps=norm", "eps=norm, bias=False"))
+    assert norms(other) == [nn.LayerNorm]
 
 
 def test_a_pair_is_trained_compared_exported_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

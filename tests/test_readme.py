@@ -241,6 +241,8 @@ def models() -> str:
     for name in (name for name in MODELS if (REPOSITORY / "results" / name / "report.json").exists()):
         report = report_of(name)
         lenses = {lens["dtype"]: lens for lens in report["lenses"]}
+        if (REPOSITORY / "results" / f"{name}-bfloat16" / "report.json").exists():
+            [lenses["bfloat16"]] = report_of(f"{name}-bfloat16")["lenses"]
         proof = lenses["float64"]
         accuracy = [f"{100 * report['lenses'][-1]['accuracy'][backend]:.1f} %" for backend in BACKENDS]
         verdicts = ", ".join(
@@ -274,7 +276,8 @@ def network_alarms() -> str:
     rows = []
     for name in (name for name in MODELS if (REPOSITORY / "results" / f"alarms-{name}" / "report.json").exists()):
         said = {line["lens"]: line for line in report_of(f"alarms-{name}")["summary"] if line["rule"] == LOCKSTEP}
-        rows.append([f"`{name}`", *(f"{said[lens]['alarms']} of {said[lens]['pairs']}" for lens in DTYPES)])
+        counts = {lens: f"{line['alarms']} of {line['pairs']}" for lens, line in said.items()}
+        rows.append([f"`{name}`", *(counts.get(lens, "not run") for lens in DTYPES)])
     return markdown(["network", *DTYPES], rows)
 
 
@@ -351,7 +354,20 @@ def test_committed_measurements_of_speed_were_made_by_the_command_in_the_readme(
         assert path.with_name("bench.png").exists() and path.with_name("bench.svg").exists()
 
 
-@pytest.mark.parametrize("name", ["quick", "tutorial-float64", "tutorial-float32", "basic-float64", "basic-float32"])
+TUTORIALS = ["tutorial-float64", "tutorial-float32", "basic-float64", "basic-float32"]
+NETWORKS = [
+    "mlp",
+    "resnet20",
+    "convnext",
+    "vit",
+    "resnet20-long",
+    "resnet20-bfloat16",
+    "convnext-bfloat16",
+    "vit-bfloat16",
+]
+
+
+@pytest.mark.parametrize("name", ["quick", *TUTORIALS, *NETWORKS])
 def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) -> None:
     report = report_of(name)
     command = " ".join(["python", *report["command"]])
@@ -361,7 +377,10 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
         assert (REPOSITORY / "results" / name / f"{picture}.png").exists()
 
 
-@pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz"])
+ALARMS = ["alarms", "alarms-mlp", "alarms-resnet20", "alarms-convnext", "alarms-vit"]
+
+
+@pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz", *ALARMS])
 def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
     command = " ".join(["python", *[word for word in report_of(name)["command"] if word != "python"]])
     assert f"| `results/{name}` | `{command}` |" in README.read_text()

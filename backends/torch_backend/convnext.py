@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends.torch_backend.layers import Dropout, convolution
+from backends.torch_backend.layers import Dropout, LayerNorm, convolution
 
 
 class ConvNeXt(nn.Module):
@@ -20,7 +20,7 @@ class ConvNeXt(nn.Module):
         super().__init__()
         Conv2d = convolution(device, compiled)
         self.stem = Conv2d(3, 32, kernel_size=4, stride=4)
-        self.stem_norm = nn.LayerNorm(32, eps=1e-6)
+        self.stem_norm = LayerNorm(32, eps=1e-6)
         self.blocks = nn.ModuleList(
             [
                 Block(32, 0.0, device, compiled),
@@ -33,7 +33,7 @@ class ConvNeXt(nn.Module):
                 Block(128, 0.1, device, compiled),
             ]
         )
-        self.norm = nn.LayerNorm(128, eps=1e-6)
+        self.norm = LayerNorm(128, eps=1e-6)
         self.fc = nn.Linear(128, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Block(nn.Module):
         super().__init__()
         Conv2d = convolution(device, compiled)
         self.conv = Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = LayerNorm(channels, eps=1e-6)
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))  # layer scale
@@ -72,7 +72,7 @@ class Downsample(nn.Module):
     def __init__(self, before: int, after: int, device: str, compiled: bool) -> None:
         super().__init__()
         Conv2d = convolution(device, compiled)
-        self.norm = nn.LayerNorm(before, eps=1e-6)
+        self.norm = LayerNorm(before, eps=1e-6)
         self.conv = Conv2d(before, after, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:

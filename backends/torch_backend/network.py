@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from backends.torch_backend import convert
-from backends.torch_backend.layers import BatchNorm2d
+from backends.torch_backend.layers import BatchNorm2d, LayerNorm
 from common import pairs
 from common.config import MODELS
 from common.errors import ConfigError, few
@@ -39,6 +39,8 @@ def build(model: str, classes: int, device: str, compiled: bool) -> nn.Module:
     for layer in module.modules():
         if type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats and layer.momentum is not None:
             layer.__class__ = BatchNorm2d  # the same, but it sums more exactly on the CPU
+        elif type(layer) is nn.LayerNorm and layer.weight is not None and layer.bias is not None:
+            layer.__class__ = LayerNorm  # likewise
     convert.declare(module, pair.names, pair.flattened)
     return module
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends.torch_backend.layers import Dropout, convolution
+from backends.torch_backend.layers import Dropout, LayerNorm, convolution
 
 DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense layers of a block
 
@@ -25,7 +25,7 @@ class ViT(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, 1 + 8 * 8, 64))
         self.dropout = Dropout(DROPOUT, (1 + 8 * 8, 64))
         self.blocks = nn.ModuleList([Block(tokens=1 + 8 * 8, width=64, heads=4) for _ in range(4)])
-        self.norm = nn.LayerNorm(64, eps=1e-6)
+        self.norm = LayerNorm(64, eps=1e-6)
         self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ class Block(nn.Module):
 
     def __init__(self, tokens: int, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
         self.dropout1 = Dropout(DROPOUT, (tokens, width))
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.fc1 = nn.Linear(width, 4 * width)
         self.dropout2 = Dropout(DROPOUT, (tokens, 4 * width))
         self.fc2 = nn.Linear(4 * width, width)
