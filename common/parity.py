@@ -8,7 +8,7 @@ predictions and each class.
 The proof lens (float64) leaves no room: a bound near rounding on every rung. In the production lenses (float32,
 bfloat16) two correct programs drift apart chaotically, so the measure is taken from the runs themselves and their
 twins: see `common.separation`. Few twins may all miss what rounding can do, and float64 has none; so where runs part
-after the first step, more twins are trained before the verdict stands (see `judge`).
+after the first step (in float64, the second), more twins are trained before the verdict stands (see `judge`).
 """
 
 from __future__ import annotations
@@ -166,8 +166,10 @@ def twins_wanted(lens: dict[str, Any]) -> int:
     """
     first = lens["first_divergence"]
     ended = any(step is not None for step in lens.get("broken", {}).values())
-    calm = OPENING_STEPS if lens["dtype"] == "float64" else 1
-    if first is None or first["step"] < calm or first["stage"] == "data" or ended:
+    if first is None or ended:
+        return 0
+    exact = lens["dtype"] == "float64" or first["stage"] == "data" or first["tensor"] == "lr"
+    if first["step"] < (OPENING_STEPS if exact else 1):
         return 0
     fewest = min(len(twins) for twins in lens["twins"].values())
     if lens["dtype"] == "float64" and fewest == 0:

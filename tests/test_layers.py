@@ -177,6 +177,16 @@ def test_batch_norm_sums_exactly_where_the_librarys_does_not() -> None:
     assert 1e-14 < off(nn.BatchNorm2d) < 1e-12  # measured 6.8e-14; once this fails, the layer is no longer needed
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (1, 4, 1, 1), (2, 4, 4)])
+def test_batch_norm_refuses_what_the_librarys_refuses(shape: tuple[int, ...]) -> None:
+    said = []
+    for layer in (nn.BatchNorm2d, torch_layers.BatchNorm2d):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            layer(4, dtype=torch.float64)(torch.from_numpy(drawn(shape, 0)))
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 def test_layer_norm_of_bfloat16_sums_its_gradients_in_float32_where_the_librarys_does_not() -> None:
     tokens, weights = (torch.from_numpy(drawn((32, 65, 64), seed)).bfloat16() for seed in (0, 1))
     tokens, weights = tokens + 1, weights + 1

@@ -230,6 +230,10 @@ def test_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(tmp_path: P
     assert norms(path.with_name("averaging.py")) == [nn.BatchNorm2d] * 2
     other.write_text(SMALL.replace("eps=norm", "eps=norm, bias=False"))
     assert norms(other) == [nn.LayerNorm]
+    unshifted = nn.BatchNorm2d(16)
+    unshifted.register_parameter("bias", None)  # as later versions have it with bias=False
+    network.sum_exactly(unshifted)
+    assert type(unshifted) is nn.BatchNorm2d
 
 
 def test_a_pair_is_trained_compared_exported_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -339,8 +339,8 @@ def test_in_a_production_lens_too_more_twins_are_asked_for_what_parts_late(dtype
     assert late["verdict"] == second["verdict"] == early["verdict"] == "disagree"
     assert twins_wanted(late) == twins_wanted(second) == ENOUGH_TWINS
     assert twins_wanted(early) == twins_wanted(judge(dtype)) == 0
-    second["first_divergence"]["stage"] = "data"  # another batch is no rounding
-    assert twins_wanted(second) == 0
+    for what in ({"stage": "data"}, {"tensor": "lr"}):  # another batch or rate is no rounding
+        assert twins_wanted(second | {"first_divergence": second["first_divergence"] | what}) == 0
 
 
 @pytest.mark.parametrize("clears", [True, False])

@@ -244,7 +244,7 @@ def models() -> str:
         if (REPOSITORY / "results" / f"{name}-bfloat16" / "report.json").exists():
             [lenses["bfloat16"]] = report_of(f"{name}-bfloat16")["lenses"]
         proof = lenses["float64"]
-        accuracy = [f"{100 * report['lenses'][-1]['accuracy'][backend]:.1f} %" for backend in BACKENDS]
+        accuracy = [f"{100 * proof['accuracy'][backend]:.1f} %" for backend in BACKENDS]
         verdicts = ", ".join(
             f"{dtype} {'agrees' if x['verdict'] == 'agree' else 'differs'}" for dtype, x in lenses.items()
         )

@@ -112,7 +112,7 @@ def first_of_larger(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def rounded_once(function: Callable[..., jax.Array], x: jax.Array, **options: Any) -> jax.Array:
-    """`function(x)`; of bfloat16 in float32 and rounded at the end, as PyTorch's kernels do it by themselves.
+    """`function(x)`; of bfloat16 in float32 and rounded at the end, as most of PyTorch's kernels do by themselves.
 
     JAX rounds after each operation. That put the gradients of `ViT`'s queries off by 64 % of their magnitude, and
     PyTorch's by 5 %.

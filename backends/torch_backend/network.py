@@ -37,12 +37,17 @@ def build(model: str, classes: int, device: str, compiled: bool) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"--model {model}: torch builds a {type(module).__name__}: let it build a torch.nn.Module")
     for layer in module.modules():
-        if type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats and layer.momentum is not None:
-            layer.__class__ = BatchNorm2d  # the same, but it sums more exactly on the CPU
-        elif type(layer) is nn.LayerNorm and layer.weight is not None and layer.bias is not None:
-            layer.__class__ = LayerNorm  # likewise
+        sum_exactly(layer)
     convert.declare(module, pair.names, pair.flattened)
     return module
+
+
+def sum_exactly(layer: nn.Module) -> None:
+    """Make a norm of the library's, if it has all of its parts, one of `layers`, which does the same."""
+    exact = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
+    parts = ("weight", "bias", "running_mean", "running_var", "momentum")  # layer norm has the first two
+    if exact is not None and all(getattr(layer, part, 0) is not None for part in parts):
+        layer.__class__ = exact
 
 
 def examine(model: str, module: nn.Module, classes: int) -> None:

@@ -230,7 +230,7 @@ NOTES = (
         flax=Anchor("layers.py:BatchNorm.__call__", "var * pixels / (pixels - 1)"),
         what=(
             "Both normalise a batch by its biased variance. Into the running variance, PyTorch takes the unbiased one, "
-            "`nnx.BatchNorm` the biased; so `layers.py` has one that does as PyTorch does."
+            "`nnx.BatchNorm` the biased; so Flax's `layers.py` has one that does as PyTorch does."
         ),
         why="For evaluation the unbiased one is the better guess. Flax keeps what it has computed.",
         missed=(
