@@ -123,7 +123,7 @@ def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
 
     def late(lens: dict[str, Any]) -> int:
         """As `twins_wanted` answers while a pair keeps parting late."""
-        parting = {"step": 2, "stage": "loss"}
+        parting = {"step": 2, "stage": "loss", "tensor": "loss"}
         asked.append(twins_wanted(lens | {"first_divergence": parting}))
         return asked[-1]
 
