@@ -58,7 +58,7 @@ PROOF_BOUND = 1e-12
 # caught: what is past all that runs of one side do. float64's counts only where a run amplifies its own rounding past
 # PROOF_BOUND, and is that of float32; 0.4 was seen of ResNet-20 at digits' lr 0.05, seeds 5000 and 5001. It holds for
 # rounding that twins have, too: gaps of 19 times their drift were a batch norm whose sums PyTorch's kernel gets wrong
-# in all runs of one side alike (`layers.BatchNorm2d`); a larger `c`, of 64, hid that for a day.
+# in all runs of one side alike (`layers.BatchNorm2d`); a `c` of 64 hid that.
 SEPARATION = {"float64": 8.0, "float32": 8.0, "bfloat16": 8.0}
 # The same for counts of test images, which cannot grow like a distance: no more than all of them differ. The largest
 # scores of the same pairs were 0.8 and 1.0. To be caught after the whole tutorial, where twins differ in 2,300 of
