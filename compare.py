@@ -294,7 +294,8 @@ def train_and_compare(
                     twins = 0 if dtype == "float64" else recipe.twins
                     family[name] = trainer.train(name, dtype, [None, *range(1, 1 + twins)])
             families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
-            lenses.append(parity.judge(families[dtype], trainer.more(dtype, names), dataset.test_labels))
+            more, begin = trainer.more(dtype, names), trainer.begin(dtype, names)
+            lenses.append(parity.judge(families[dtype], more, dataset.test_labels, begin))
         if interrupt.requested():
             raise Interrupted("it was stopped after the last run")
     except Interrupted as interruption:  # what is finished is reported
@@ -644,6 +645,8 @@ def clean_pairs(options: argparse.Namespace, cell: Any, seeds: Sequence[int]) ->
 def bench(options: argparse.Namespace, arguments: list[str]) -> int:
     """How fast: the tutorial's loop and both backends, single steps and fused, in turns."""
     refuse(options, "it measures each way to train as it is", "batch_size", "dtype", "seed", "quick")
+    if (options.dtype or "").startswith("mixed"):
+        raise ConfigError("bench takes no mixed precision: the tutorial's loop, which it measures against, has none")
     if options.compile != "auto":
         raise ConfigError("bench takes no --compile: it measures what is compiled beside what is not")
     config = Config(batch_size=4 if options.batch_size is None else options.batch_size, seed=options.seed or 0)

@@ -149,7 +149,7 @@ class Training:
         from common import train
         from common.protocol import Snapshot
         from common.record import OPENING_STEPS
-        from common.weights import initial_weights, numpy_dtype
+        from common.weights import compute_dtype, initial_weights
 
         steps = OPENING_STEPS + ENDLESS
         config = Config(lr=0.001, momentum=0.9, batch_size=job.batch_size, seed=job.seed, drop_last=True, steps=steps)
@@ -161,7 +161,7 @@ class Training:
         self.data = self.backend.upload(images, labels)
         weights = initial_weights(self.backend.shapes(), job.seed, job.dtype)
         self.state = self.backend.init(Snapshot.start(weights))
-        self.chunks = train.chunks(config, len(images), bytes_per_image=3072 * numpy_dtype(job.dtype).itemsize)
+        self.chunks = train.chunks(config, len(images), bytes_per_image=3072 * compute_dtype(job.dtype).itemsize)
         self.opening = OPENING_STEPS + 1  # chunks of one step; the next one is as long as all others will be
 
     def calls(self) -> Iterator[Done]:

@@ -13,7 +13,7 @@ from common.errors import ConfigError
 BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
-DTYPES = ("float64", "float32", "bfloat16")
+DTYPES = ("float64", "float32", "bfloat16", "mixed_bfloat16")  # the lenses; the last one by Keras' name
 MODELS = {
     "net": "model:Net",
     "mlp": "mlp:MLP",

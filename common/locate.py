@@ -21,7 +21,7 @@ from common.data import Dataset
 from common.protocol import Arrays, Backend, Snapshot
 from common.record import OPENING_STEPS, Record
 from common.separation import gaps
-from common.weights import initial_weights, moved, numpy_dtype
+from common.weights import compute_dtype, initial_weights, moved, numpy_dtype
 
 REPLAY_STREAM = 4  # keeps these random numbers apart from those of common.weights
 LOOK_BACK = 30  # steps before the one at which the runs were seen to part
@@ -143,7 +143,7 @@ def _replay(
     for current, indices in enumerate(data.batch_indices(config, len(dataset.train_images))):
         if current > step:
             return None
-        [images] = augment.batches(config, dataset.train_images, indices[np.newaxis], current, numpy_dtype(dtype))
+        [images] = augment.batches(config, dataset.train_images, indices[np.newaxis], current, compute_dtype(dtype))
         labels = dataset.train_labels[indices]
         if current >= step - LOOK_BACK:
             snapshot = reference.export(state)

@@ -46,6 +46,8 @@ from typing import Any, NamedTuple, TypeVar
 import ml_dtypes
 import numpy as np
 
+from common.weights import compute_dtype, numpy_dtype
+
 T = TypeVar("T")
 
 # float64. Relative to the largest magnitude in the tensor; absolute for values below 1 along the trajectory. Measured:
@@ -58,15 +60,16 @@ PROOF_BOUND = 1e-12
 # caught: what is past all that runs of one side do. float64's counts only where a run amplifies its own rounding past
 # PROOF_BOUND, and is that of float32; 0.4 was seen of ResNet-20 at digits' lr 0.05, seeds 5000 and 5001. It holds for
 # rounding that twins have, too: gaps of 19 times their drift were a batch norm whose sums PyTorch's kernel gets wrong
-# in all runs of one side alike (`layers.BatchNorm2d`); a `c` of 64 hid that.
-SEPARATION = {"float64": 8.0, "float32": 8.0, "bfloat16": 8.0}
+# in all runs of one side alike (`layers.BatchNorm2d`); a `c` of 64 hid that. Mixed precision has bfloat16's levels:
+# over 20 clean pairs the largest score was 0.6; what is held in float32 has the floor of float32 (see `bound`).
+SEPARATION = {"float64": 8.0, "float32": 8.0, "bfloat16": 8.0, "mixed_bfloat16": 8.0}
 # The same for counts of test images, which cannot grow like a distance: no more than all of them differ. The largest
 # scores of the same pairs were 0.8 and 1.0. To be caught after the whole tutorial, where twins differ in 2,300 of
 # 10,000 predictions: classes numbered otherwise, 9,000. Not caught there: two weak classes in each other's place.
 SEPARATION_IMAGES = 2.0
 # Times `c`. Gaps are a few ulp where twins show none, for loss and logits come in steps of an ulp: 1 ulp of float32 was
 # seen, in the loss. bfloat16's ulp is 0.8 %, and its twins nearly always show some.
-FLOOR_ULP = {"float64": 0.0, "float32": 4.0, "bfloat16": 0.25}
+FLOOR_ULP = {"float64": 0.0, "float32": 4.0, "bfloat16": 0.25, "mixed_bfloat16": 0.25}
 # Of a gradient, and of the way that the weights have gone: what one rectifier or pooling window that rounding tipped
 # between the frameworks, and in no twin, may change; times `c`. Seen: 0.9 % of a gradient in one clean pair, 0.3 % of
 # the way in another. To be caught: a sum for a mean, a layer without gradient.
@@ -110,11 +113,13 @@ def separation_of(between: Sequence[float], within: Sequence[float]) -> Separati
     return Separation(gap, max(finite, default=math.inf) if within else None)
 
 
-def bound(dtype: str, drift: float | None, scale: float, extra: float = 0.0) -> float:
+def bound(dtype: str, drift: float | None, scale: float, extra: float = 0.0, held: bool = False) -> float:
     """How far two correct programs may be apart in something of magnitude `scale`.
 
     Args:
         drift: as in `Separation`.
+        held: whether it is held in the weights' own precision, which in mixed precision is not what is computed in.
+            There, updates that are halved, or not made at all, would hide below an ulp of bfloat16.
         extra: what else is known to move it, in the production lenses (a rectifier that rounding tipped).
     """
     if drift is None:
@@ -123,7 +128,8 @@ def bound(dtype: str, drift: float | None, scale: float, extra: float = 0.0) -> 
         return 0.0
     if dtype == "float64":
         return PROOF_BOUND * scale + SEPARATION[dtype] * drift
-    floor = FLOOR_ULP[dtype] * float(ml_dtypes.finfo(dtype).eps) * scale
+    precision = numpy_dtype(dtype).name if held else dtype
+    floor = FLOOR_ULP[precision] * float(ml_dtypes.finfo(compute_dtype(precision)).eps) * scale
     return SEPARATION[dtype] * (drift + floor + extra)
 
 

@@ -38,10 +38,10 @@ def same_run(
     Args:
         one, other: of different names, both built for `config` and `dtype`; `one` is the reference.
         config: resolved for `dataset`.
-        twins: per backend, in float32 and bfloat16; more, and float64's, are trained where the verdict asks for them.
+        twins: per backend, in the lenses but float64; more, and float64's, are trained where the verdict asks for them.
 
     Raises:
-        RecordError: if there is nothing to compare, as without twins in float32, or two backends of one name.
+        RecordError: if there is nothing to compare, as without twins in a production lens, or two backends of one name.
     """
     if one.name == other.name:
         raise RecordError(f"both backends are called {one.name!r}: give one of them another `name`")

@@ -17,7 +17,7 @@ from common.data import Dataset
 from common.errors import RecordError
 from common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
 from common.record import OPENING_STEPS, Record, stretches
-from common.weights import initial_weights, moved, numpy_dtype, twin_images, twin_weights
+from common.weights import compute_dtype, initial_weights, moved, numpy_dtype, twin_images, twin_weights
 
 OPENING_IMAGES = 8  # of a batch, whose activations are recorded
 SNAPSHOT_SECONDS = 1.0  # at most so much work is lost where training is interrupted in the middle of a call
@@ -200,7 +200,7 @@ class _Run:
         """`chunks`, from step `start` on: each as in a run that was never stopped, so that the same programs run."""
         step = 0
         for indices in chunks(
-            self.config, len(self.dataset.train_images), bytes_per_image=3072 * numpy_dtype(self.dtype).itemsize
+            self.config, len(self.dataset.train_images), bytes_per_image=3072 * compute_dtype(self.dtype).itemsize
         ):
             if step >= start:
                 yield indices
@@ -211,7 +211,7 @@ class _Run:
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
         if self.rounding is None and self.config.augment is None:
             return self.backend.gather(self.uploaded, indices)
-        images = augment.batches(self.config, self.dataset.train_images, indices, self.step, numpy_dtype(self.dtype))
+        images = augment.batches(self.config, self.dataset.train_images, indices, self.step, compute_dtype(self.dtype))
         if self.rounding is not None:
             images = moved(images, self.rounding)
         return images, self.dataset.train_labels[indices]
@@ -296,7 +296,7 @@ class _Run:
 
 def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
     """The test images as `state` sees them."""
-    images = data.normalise(dataset.test_images, numpy_dtype(dtype))
+    images = data.normalise(dataset.test_images, compute_dtype(dtype))
     return backend.evaluate(state, images, dataset.test_labels)
 
 

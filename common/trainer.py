@@ -15,6 +15,7 @@ from common.checkpoint import Checkpoint
 from common.config import BACKENDS, Config
 from common.data import Dataset
 from common.errors import BackendError, RecordError
+from common.opening import first_steps
 from common.protocol import Arrays, Backend
 from common.record import Record
 
@@ -146,6 +147,24 @@ class Trainer:
             return self.train(name, dtype, twins)
 
         return twins_of
+
+    def begin(self, dtype: str, names: Sequence[str]) -> Callable[[str, range], list[Record]]:
+        """Likewise, but the first steps of them only, of which nothing is kept."""
+
+        def first_steps_of(name: str, twins: range) -> list[Record]:
+            if name not in names or not twins:
+                return []
+            self.terminal.line(
+                f"The {dtype} runs part in the first steps; those of more twins of {name} will say whether by rounding"
+            )
+            backend, observer = self.build(name, dtype), TerminalObserver(lambda text: None, lambda steps, loss: None)
+            with explained(name), interrupt.patient():
+                return [
+                    first_steps(backend, self.config, self.dataset, dtype, observer, twin, self.weights)
+                    for twin in twins
+                ]
+
+        return first_steps_of
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from common import data
 from common.config import BACKENDS, DTYPES, Config, Schedule
 from common.errors import BackendError
 from common.protocol import Arrays, Evaluation, Snapshot
-from common.weights import initial_weights, numpy_dtype
+from common.weights import compute_dtype, initial_weights, numpy_dtype
 
 CLASSES, STEPS, BATCH = 10, 6, 4
 PLAIN = Config(lr=0.05)
@@ -44,7 +44,7 @@ def backend(build: Callable) -> Callable:
 
 def batches(dtype: str = "float64", steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(1)
-    images = generator.standard_normal((steps, BATCH, 32, 32, 3)).astype(numpy_dtype(dtype))
+    images = generator.standard_normal((steps, BATCH, 32, 32, 3)).astype(compute_dtype(dtype))
     return images, generator.integers(0, CLASSES, (steps, BATCH))
 
 
@@ -184,7 +184,7 @@ def test_without_momentum_nothing_but_the_parameters_is_kept(name: str, backend:
 # XLA may fuse a step in a scan otherwise than alone, so some rounding is allowed for.
 MANY_STEPS_BOUND = {
     "torch": dict.fromkeys(DTYPES, 0.0),
-    "flax": {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2},
+    "flax": {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2, "mixed_bfloat16": 1e-4},
 }
 
 
@@ -205,6 +205,18 @@ def test_many_steps_in_one_call_are_as_many_single_steps(name: str, dtype: str, 
     assert gap(one_by_one.parameters, side.export(other).parameters) > max(bound, 1e-3)  # control
 
 
+def test_on_the_cpu_a_network_that_xla_convolves_takes_one_step_after_the_other(backend: Callable) -> None:
+    """In a loop, XLA's convolutions are slow; the same program runs, so that the numbers are the same to the bit."""
+    images, labels = batches("float32", steps=3)
+    for model, loops in (("net", True), ("resnet20", False)):
+        side = backend("flax", Config(model=model, lr=0.05, momentum=0.9), "float32")
+        one_by_one, history = train(side, side.init(start(side, "float32")), images, labels)
+        at_once, metrics = side.train_steps(side.init(start(side, "float32")), images, labels)
+        assert side._loops(at_once, (side._images(images), side._labels(labels), {})) is loops
+        assert np.abs(history - np.array(metrics)).max() <= (1e-5 if loops else 0)
+        assert loops or same_snapshot(side.export(one_by_one), side.export(at_once))
+
+
 def test_training_in_two_calls_is_training_in_one(name: str, backend: Callable) -> None:
     side = backend(name)
     images, labels = batches()
@@ -222,6 +234,43 @@ def test_bfloat16_states_stay_bfloat16(name: str, backend: Callable) -> None:
         snapshot = side.export(method(side.init(start(side, "bfloat16")), *batches("bfloat16"))[0])
         for array in (*snapshot.parameters.values(), *snapshot.momentum.values()):
             assert array.dtype == ml_dtypes.bfloat16
+
+
+def test_mixed_precision_keeps_what_is_too_small_for_bfloat16(name: str, backend: Callable) -> None:
+    config = Config(lr=1e-4, momentum=0.9)
+    moved = {}
+    for dtype in ("mixed_bfloat16", "bfloat16"):
+        side = backend(name, config, dtype)
+        before = start(side, dtype).parameters["conv1.kernel"]
+        for method in (side.train_steps, lambda *given, side=side: train(side, *given)):
+            snapshot = side.export(method(side.init(start(side, dtype)), *batches(dtype))[0])
+            moved[dtype] = np.mean(snapshot.parameters["conv1.kernel"] != before)
+            assert {array.dtype for array in (snapshot.parameters | snapshot.momentum).values()} == {before.dtype}
+    assert moved["mixed_bfloat16"] == 1
+    assert moved["bfloat16"] < 0.1  # control
+
+
+@pytest.mark.parametrize("model", ["net", "resnet20"])
+def test_mixed_precision_computes_in_bfloat16_and_differentiates_to_float32(
+    name: str, model: str, backend: Callable
+) -> None:
+    images, labels = (array[0] for array in batches("bfloat16"))
+    found = {}
+    for dtype in ("mixed_bfloat16", "bfloat16", "float32"):
+        side = backend(name, Config(model=model), dtype)
+        found[dtype] = side.probe(side.init(start(side, dtype)), images.astype(compute_dtype(dtype)), labels)
+    mixed, half, full = (
+        {key: array for key, array in arrays.items() if key.startswith(("forward/", "backward/"))}
+        for arrays in found.values()
+    )
+    assert {array.dtype.name for key, array in mixed.items() if key.startswith("forward/")} == {"bfloat16"}
+    assert {array.dtype.name for key, array in mixed.items() if key.startswith("backward/")} == {"float32"}
+    # all start from the same weights, so that bfloat16's are those that mixed precision rounds for its pass
+    far = {key: gap({key: half[key]}, {key: full[key]}) for key in full}
+    # ResNet-20's batch norms keep float32 weights, and PyTorch has another kernel for these
+    for key in {"net": ("forward/conv1", "forward/logits"), "resnet20": ("forward/conv",)}[model]:
+        assert gap({key: mixed[key]}, {key: half[key]}) <= 0.2 * far[key], key
+        assert far[key] > 0  # control
 
 
 def test_the_metrics_hold_the_learning_rate_that_each_step_used(name: str, backend: Callable) -> None:
@@ -250,7 +299,7 @@ def test_both_backends_train_alike(backend: Callable) -> None:
 # Measured, after six steps: parameters 2.8e-17, 1.5e-08, 2.4e-03; momentum 6.9e-17, 3.0e-08, 9.0e-03; metrics 4.4e-16,
 # 2.4e-07, 5.0e-03. The compiled loop convolves as a matrix product, and sums in another order. The batches in another
 # order: 0.09.
-COMPILED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2}
+COMPILED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2, "mixed_bfloat16": 1e-2}
 
 
 # Slow: torch.compile takes half a minute for each.
@@ -295,7 +344,7 @@ def test_pytorch_compiles_long_runs_of_small_batches(
 # Clipping
 
 # Measured: 1.4e-17, 7.5e-09, 2.4e-04; without clipping: 0.11
-CLIPPED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2}
+CLIPPED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2, "mixed_bfloat16": 1e-2}
 
 
 @dtypes
@@ -308,7 +357,7 @@ def test_clipping_bounds_the_step_and_not_the_norm_that_is_reported(name: str, d
         moves = [(after[n].astype(np.float64) - before[n].astype(np.float64)) / config.lr for n in before]
         runs[key] = metrics.gradient_norm[0], np.sqrt(sum(np.square(move).sum() for move in moves))
     assert runs["clipped"][0] == runs["free"][0] > 0.5
-    within = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.5}[dtype]  # a step of few ulp
+    within = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.5, "mixed_bfloat16": 1e-5}[dtype]  # a step of few ulp
     expected = 0.1 * runs["free"][0] / (runs["free"][0] + 1e-6)
     assert runs["clipped"][1] == pytest.approx(expected, rel=within)
     assert runs["free"][1] == pytest.approx(runs["free"][0], rel=within)  # control
@@ -383,7 +432,7 @@ def test_gathered_batches_are_the_normalised_images_bit_for_bit(name: str, dtype
     labels, indices = np.arange(9) % CLASSES, np.array([[8, 1, 1, 4], [0, 7, 2, 3]])
     got, truth = side.gather(side.upload(images, labels), indices)
     got = side.probe(side.init(start(side, dtype)), got[1], truth[1])
-    expected = data.normalise(images, numpy_dtype(dtype))
+    expected = data.normalise(images, compute_dtype(dtype))
     assert got["data/images"].tobytes() == expected[indices[1]].tobytes()
     assert got["data/labels"].tolist() == labels[indices[1]].tolist()
     assert got["data/images"].tobytes() != expected[indices[0]].tobytes()  # control
@@ -396,7 +445,7 @@ def test_gathered_batches_train_as_those_from_the_host(name: str, dtype: str, ba
     labels, indices = generator.integers(0, CLASSES, 20), generator.integers(0, 20, (STEPS, BATCH))
 
     def after(indices: np.ndarray, gathered: bool) -> Snapshot:
-        host = data.normalise(images[indices], numpy_dtype(dtype)), labels[indices]
+        host = data.normalise(images[indices], compute_dtype(dtype)), labels[indices]
         given = side.gather(side.upload(images, labels), indices) if gathered else host
         return side.export(side.train_steps(side.init(start(side, dtype)), *given)[0])
 
@@ -649,7 +698,7 @@ def test_a_network_of_zeros_has_the_loss_of_guessing(name: str, dtype: str, back
     side, (images, labels) = backend(name, RICH, dtype), exam
     zeros = {key: np.zeros(shape, numpy_dtype(dtype)) for key, shape in side.shapes().items()}
     state = side.init(Snapshot.start(zeros))
-    evaluation = side.evaluate(state, images.astype(numpy_dtype(dtype)), labels)
+    evaluation = side.evaluate(state, images.astype(compute_dtype(dtype)), labels)
     # measured 4.4e-16 in float64, 2.7e-07 in the others, whose loss is float32; log(9): 0.1
     assert abs(evaluation.loss - np.log(CLASSES)) <= (1e-14 if dtype == "float64" else 1e-6)
     assert abs(evaluation.loss - np.log(CLASSES - 1)) > 1e-2

@@ -22,11 +22,12 @@ from backends.torch_backend import convert as torch_convert
 from backends.torch_backend import optimizer as torch_optimizer
 from backends.torch_backend.backend import TorchBackend
 from backends.torch_backend.model import Net
-from common.config import DTYPES, Config
+from common.config import Config
 from common.protocol import Arrays, Snapshot
 from common.weights import initial_weights, numpy_dtype, twin_weights
 
 WORDS = {"float64": np.uint64, "float32": np.uint32, "bfloat16": np.uint16}  # the bits of a number, as an integer
+DTYPES = tuple(WORDS)  # of tensors; mixed precision has no other
 SHAPES = {
     "conv1.kernel": (5, 5, 3, 6),
     "conv1.bias": (6,),

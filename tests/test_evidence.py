@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
 from scipy.stats import binom, binomtest
 
+from backends import load
 from common import parity
 from common.config import MODELS, RECIPES, Config, Schedule
 from common.data import Dataset
@@ -18,6 +21,7 @@ from common.evidence import alarms, family, judge, peers, sensitivity
 from common.evidence.alarms import CALIBRATION_SEEDS, CELLS, LOOKED_AT_SEEDS, MEASUREMENT_SEEDS, Cell, clopper_pearson
 from common.evidence.pictures import draw_sensitivity
 from common.protocol import Backend
+from common.testing import same_run
 
 WIDTH = 80
 TINY = Cell(
@@ -29,6 +33,26 @@ def width(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> int:
     """Of a table with a frame and one space on each side of a cell."""
     widest = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     return sum(widest) + 3 * len(columns) + 1
+
+
+@pytest.mark.parametrize("made", [1.0, 0.5, 0.0])
+def test_mixed_precision_sees_updates_that_bfloat16_could_not_hold(
+    made: float, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(batch_size=16, lr=1e-4, momentum=0.9, steps=3).resolve(len(digits.train_images))
+    apply = optax.apply_updates
+
+    def scaled(parameters: Any, updates: Any) -> Any:
+        return apply(parameters, jax.tree.map(lambda update: update * made, updates))
+
+    monkeypatch.setattr(optax, "apply_updates", scaled)
+    torch_side, flax_side = (load(name)(config, 10, "mixed_bfloat16", "cpu") for name in ("torch", "flax"))
+    found = same_run(torch_side, flax_side, digits, config, "mixed_bfloat16")
+    if made == 1:
+        assert found, found
+    else:
+        first = found.lens["first_divergence"]
+        assert (first["step"], first["stage"]) == (0, "update")
 
 
 # --- The cells and the seeds

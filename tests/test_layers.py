@@ -15,6 +15,7 @@ from flax import nnx
 from torch import nn
 
 from backends.flax_backend import layers as flax_layers
+from backends.flax_backend import network as flax_network
 from backends.torch_backend import layers as torch_layers
 
 # images (n, height, width, channels), kernel (height, width, channels, features); the last two are left to the library
@@ -185,6 +186,53 @@ def test_batch_norm_refuses_what_the_librarys_refuses(shape: tuple[int, ...]) ->
             layer(4, dtype=torch.float64)(torch.from_numpy(drawn(shape, 0)))
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_flax_sums_the_gradient_of_a_bias_of_bfloat16_in_float32_and_leaves_other_layers_alone(kind: str) -> None:
+    def layer(**options: Any) -> Any:
+        if kind == "linear":
+            return nnx.Linear(8, 4, rngs=nnx.Rngs(0), **options)
+        return nnx.Conv(8, 4, (1, 1), rngs=nnx.Rngs(0), **options)
+
+    x = jnp.asarray(drawn((32, 16, 16, 8), 0), jnp.bfloat16)
+    weights = jnp.asarray(drawn((32, 16, 16, 4), 1) + 1, jnp.bfloat16)
+
+    def off(layer: Any) -> float:
+        graph, parameters = nnx.split(layer)
+        halves = jax.tree.map(lambda p: p.astype(jnp.bfloat16), parameters)
+
+        def total(parameters: Any) -> jax.Array:
+            result = nnx.merge(graph, parameters)(x)
+            assert result.dtype == jnp.bfloat16
+            return (result.astype(jnp.float32) * weights.astype(jnp.float32)).sum()
+
+        gradient = np.asarray(jax.jit(jax.grad(total))(halves)["bias"][...], np.float64)
+        exact = np.asarray(weights, np.float64).sum((0, 1, 2))
+        return float(np.abs(gradient / exact - 1).max())
+
+    exact = layer()
+    flax_network.sum_exactly(exact)
+    assert off(exact) < 4e-3  # half an ulp
+    assert off(layer()) > 1e-2  # control: the library's
+    for told in (layer(dtype=jnp.float32), layer(dtype=jnp.bfloat16)):
+        before = type(told)
+        flax_network.sum_exactly(told)
+        assert type(told) is before
+    for shape in ((4, 8), (2, 3, 4, 4, 8)) if kind == "linear" else ((4, 4, 8), (2, 3, 4, 4, 8)):
+        given = jnp.asarray(drawn(shape, 2), jnp.float32)
+        assert np.array_equal(np.asarray(exact(given)), np.asarray(layer()(given)))
+
+
+@pytest.mark.parametrize(("size", "shape"), [((3,), (2, 9, 4)), ((3, 3, 3), (1, 6, 6, 6, 4)), ((3, 3), (2, 8, 6, 4))])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
+def test_convolutions_of_any_kind_are_the_librarys(size: tuple, shape: tuple, padding: Any) -> None:
+    def convolved(convolution: Any) -> np.ndarray:
+        options = {"padding": padding, "conv_general_dilated": convolution, "rngs": nnx.Rngs(0)}
+        return np.asarray(nnx.Conv(shape[-1], 6, size, **options)(jnp.asarray(drawn(shape, 0), jnp.float32)))
+
+    ours, library = convolved(flax_layers.convolution("cpu")), convolved(jax.lax.conv_general_dilated)
+    np.testing.assert_allclose(ours, library, atol=1e-5)
 
 
 def test_layer_norm_of_bfloat16_sums_its_gradients_in_float32_where_the_librarys_does_not() -> None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -30,7 +29,7 @@ from common.parity import judge as parity_judge
 from common.protocol import STAGES, Arrays
 from common.record import Record, stretches
 from common.separation import FLIP_SHARE, IMAGES_FLOOR, SEPARATION, SEPARATION_IMAGES, paired_difference
-from common.weights import numpy_dtype, twin_weights
+from common.weights import compute_dtype, numpy_dtype, twin_weights
 
 STEPS = 100
 CLASSES = ("plane", "car", "bird", "cat", "deer")
@@ -40,13 +39,13 @@ WRONG = np.arange(IMAGES) % 10 >= 7  # of each class 28 images are recognised an
 SHAPES = {"conv1.kernel": (3, 3, 3, 2), "fc1.bias": (4,)}
 LAYERS = ["input of conv1", "conv1", "input of fc1", "fc1", "logits"]  # no alphabet has this order
 ALONG = (3, 10, 30)  # the steps done when parameters are kept
-PRODUCTION = ("float32", "bfloat16")
+PRODUCTION = ("float32", "bfloat16", "mixed_bfloat16")
 
 # Noise relative to the value: a few ulp. The largest gap it makes in a float64 trajectory is 1.0e-14, bound 2.3e-12.
-NOISE = {"float64": 2e-16, "float32": 1e-7, "bfloat16": 8e-3}
+NOISE = {"float64": 2e-16, "float32": 1e-7, "bfloat16": 8e-3, "mixed_bfloat16": 8e-3}
 # What a control adds to one value. Must exceed the bounds: 1e-12 of 2.3; 8 times a drift of 1e-5 (float32) or
 # 0.7 (bfloat16), 4 ulp, and 0.4 % of what gradients made.
-FAULT = {"float64": 1e-10, "float32": 0.2, "bfloat16": 30.0}
+FAULT = {"float64": 1e-10, "float32": 0.2, "bfloat16": 30.0, "mixed_bfloat16": 30.0}
 
 Runs = dict[str, Record]
 Twins = dict[str, list[Record]]
@@ -57,29 +56,34 @@ def make(backend: str, dtype: str, twin: int | None = None, **changes: Any) -> R
     values = np.random.default_rng(1)
     own = np.random.default_rng([len(backend), ord(backend[0]), twin or 0])
 
-    def noisy(array: np.ndarray, growth: Any = 1.0) -> np.ndarray:
-        return array * (1 + NOISE[dtype] * growth * own.uniform(-1, 1, array.shape))
+    def noisy(array: np.ndarray, growth: Any = 1.0, precision: str = dtype) -> np.ndarray:
+        return array * (1 + NOISE[precision] * growth * own.uniform(-1, 1, array.shape))
+
+    held = numpy_dtype(dtype).name  # in mixed precision weights are as exact as float32's
 
     def cast(array: np.ndarray) -> np.ndarray:
         return array.astype(numpy_dtype(dtype))
 
+    def computed(array: np.ndarray) -> np.ndarray:
+        return array.astype(compute_dtype(dtype))
+
     weights = {name: cast(values.normal(size=shape)) for name, shape in SHAPES.items()}
     opening: Arrays = {}
     for step in range(2):
-        opening[f"{step}/data/images"] = cast(values.uniform(-1, 1, (4, 2, 2, 3)))
+        opening[f"{step}/data/images"] = computed(values.uniform(-1, 1, (4, 2, 2, 3)))
         opening[f"{step}/data/labels"] = values.integers(0, 5, 4)
         for layer in LAYERS:
-            opening[f"{step}/forward/{layer}"] = cast(noisy(values.normal(size=(4, 5))))
+            opening[f"{step}/forward/{layer}"] = computed(noisy(values.normal(size=(4, 5))))
         opening[f"{step}/loss/loss"] = cast(noisy(np.array(2.3)))
         for name, shape in SHAPES.items():
             opening[f"{step}/backward/{name}"] = cast(noisy(values.normal(size=shape)))
-            opening[f"{step}/update/{name}"] = cast(noisy(values.normal(size=shape)))
+            opening[f"{step}/update/{name}"] = cast(noisy(values.normal(size=shape), precision=held))
             opening[f"{step}/update/momentum of {name}"] = cast(noisy(values.normal(size=shape)))
     growth = np.linspace(1, 10, STEPS)
 
     def trained(steps: int) -> Arrays:
         away = {name: 0.1 * np.sqrt(steps / STEPS) * values.normal(size=shape) for name, shape in SHAPES.items()}
-        return {name: cast(noisy(weights[name].astype(np.float64) + away[name])) for name in SHAPES}
+        return {name: cast(noisy(weights[name].astype(np.float64) + away[name], precision=held)) for name in SHAPES}
 
     record = Record(
         backend=backend,
@@ -341,6 +345,43 @@ def test_in_a_production_lens_too_more_twins_are_asked_for_what_parts_late(dtype
     assert twins_wanted(early) == twins_wanted(judge(dtype)) == 0
     for what in ({"stage": "data"}, {"tensor": "lr"}):  # another batch or rate is no rounding
         assert twins_wanted(second | {"first_divergence": second["first_divergence"] | what}) == 0
+
+
+@pytest.mark.parametrize("clears", [True, False])
+@pytest.mark.parametrize("key", ["0/backward/conv1.kernel", "0/update/fc1.bias", "1/forward/fc1"])
+@production
+def test_what_rounding_may_tip_in_the_first_steps_those_of_more_twins_must_not_show(
+    dtype: str, key: str, clears: bool
+) -> None:
+    tip = in_opening(key)
+    runs, twins = family(dtype)
+    families = {"torch": [runs["torch"], *twins["torch"]], "flax": [tip(runs["flax"]), *map(tip, twins["flax"])]}
+    asked = []
+
+    def begin(name: str, numbers: range) -> list[Record]:
+        asked.append((name, list(numbers)))
+        made = [dataclasses.replace(make(name, dtype, n), final={}, along={}, loss=np.zeros(2)) for n in numbers]
+        return [tip(twin) if name == "flax" or (clears and twin.twin == 5) else twin for twin in made]
+
+    lens = parity_judge(families, lambda name, numbers: [], LABELS, begin)
+    assert asked == [("torch", [3, 4, 5, 6]), ("flax", [3, 4, 5, 6])]
+    assert lens["beginners"] == {"torch": 4, "flax": 4}
+    assert lens["verdict"] == ("agree" if clears else "disagree")
+    assert twins_wanted(lens) == 0
+
+
+@pytest.mark.parametrize("key", ["0/data/images", "0/forward/fc1", "0/loss/loss"])
+@production
+def test_what_rounding_cannot_tip_in_the_first_step_no_twin_is_asked_of(dtype: str, key: str) -> None:
+    runs, twins = family(dtype)
+    families = {name: [run, *twins[name]] for name, run in runs.items()}
+    families["flax"] = [in_opening(key)(member) for member in families["flax"]]
+
+    def begin(name: str, numbers: range) -> list[Record]:
+        raise AssertionError(numbers)
+
+    lens = parity_judge(families, lambda name, numbers: [], LABELS, begin)
+    assert place(lens)[:2] == (0, key.split("/")[1])
 
 
 @pytest.mark.parametrize("clears", [True, False])
@@ -877,8 +918,9 @@ def test_accuracy_is_counted_per_class_and_what_has_no_prediction_counts_as_wron
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_made_records_hold_what_real_ones_hold(dtype: str) -> None:
     record = make("torch", dtype)
-    expected = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    assert all(a.dtype == expected for key, a in record.opening.items() if not key.endswith("labels"))
+    kinds = {"float64": {"float64"}, "float32": {"float32"}, "bfloat16": {"bfloat16"}}
+    expected = kinds.get(dtype, {"float32", "bfloat16"})
+    assert {a.dtype.name for key, a in record.opening.items() if not key.endswith("labels")} == expected
     assert {key.split("/")[1] for key in record.opening} == set(STAGES) - {"weights", "evaluate"}
 
 

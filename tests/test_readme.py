@@ -111,11 +111,13 @@ def peers() -> str:
             said = [lens["caught"] if rule == "Lockstep" else lens["peers"][rule] for lens in said]
             cells.append(f"{sum(map(bool, said))} of {len(said)}")
         lines.append(f"| {rule} | {' | '.join(cells)} |")
+    [mixed] = [line for line in report_of("alarms-mixed")["summary"] if line["rule"] == LOCKSTEP]
     line = rates["bfloat16", "Lockstep"]
     low, high = (100 * end for end in line["interval"])
     note = (
         f"In bfloat16 {line['alarms']} of {line['pairs']} pairs raise a false alarm of Lockstep ({low:.1f} to "
-        f"{high:.1f} %). Intervals: 95 %, Clopper and Pearson."
+        f"{high:.1f} %), and in mixed precision {mixed['alarms']} of {mixed['pairs']}. Intervals: 95 %, Clopper and "
+        f"Pearson."
     )
     return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
 
@@ -241,8 +243,10 @@ def models() -> str:
     for name in (name for name in MODELS if (REPOSITORY / "results" / name / "report.json").exists()):
         report = report_of(name)
         lenses = {lens["dtype"]: lens for lens in report["lenses"]}
-        if (REPOSITORY / "results" / f"{name}-bfloat16" / "report.json").exists():
-            [lenses["bfloat16"]] = report_of(f"{name}-bfloat16")["lenses"]
+        for kind in ("bfloat16", "mixed"):
+            if (REPOSITORY / "results" / f"{name}-{kind}" / "report.json").exists():
+                [lens] = report_of(f"{name}-{kind}")["lenses"]
+                lenses[lens["dtype"]] = lens
         proof = lenses["float64"]
         accuracy = [f"{100 * proof['accuracy'][backend]:.1f} %" for backend in BACKENDS]
         verdicts = ", ".join(
@@ -361,9 +365,8 @@ NETWORKS = [
     "convnext",
     "vit",
     "resnet20-long",
-    "resnet20-bfloat16",
-    "convnext-bfloat16",
-    "vit-bfloat16",
+    *(f"{name}-bfloat16" for name in ("mlp", "resnet20", "convnext", "vit")),
+    *(f"{name}-mixed" for name in ("mlp", "resnet20", "convnext", "vit")),
 ]
 
 
@@ -377,7 +380,7 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
         assert (REPOSITORY / "results" / name / f"{picture}.png").exists()
 
 
-ALARMS = ["alarms", "alarms-mlp", "alarms-resnet20", "alarms-convnext", "alarms-vit"]
+ALARMS = ["alarms", "alarms-mixed", "alarms-mlp", "alarms-resnet20", "alarms-convnext", "alarms-vit"]
 
 
 @pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz", *ALARMS])

@@ -14,9 +14,10 @@ from common import data, parity, train
 from common.config import BACKENDS, DTYPES, Config
 from common.data import Dataset
 from common.errors import RecordError
+from common.opening import first_steps
 from common.protocol import Arrays, Backend, Dropout, Evaluation, Metrics, Snapshot
-from common.record import Record, stretches
-from common.weights import initial_weights, moved, numpy_dtype, twin_images, twin_weights
+from common.record import OPENING_STEPS, Record, stretches
+from common.weights import compute_dtype, initial_weights, moved, twin_images, twin_weights
 from tests.conftest import SilentObserver
 
 SHAPES = {"fc1.kernel": (3, 2), "fc1.bias": (2,)}
@@ -65,7 +66,7 @@ class Notebook:
 
     def gather(self, uploaded: tuple[np.ndarray, np.ndarray], indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, labels = uploaded
-        return data.normalise(images[indices], numpy_dtype(self.dtype)), labels[indices]
+        return data.normalise(images[indices], compute_dtype(self.dtype)), labels[indices]
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
         assert images.ndim == 4
@@ -140,10 +141,10 @@ def test_each_step_is_fed_its_batch_once_and_in_order(
     backend, record = run(config, images, observer, dtype)
     expected = list(data.batch_indices(config.resolve(images), images))
     assert len(backend.batches) == len(expected) == record.steps == observer.steps
-    pictures = data.normalise(dataset(images).train_images, numpy_dtype(dtype))
+    pictures = data.normalise(dataset(images).train_images, compute_dtype(dtype))
     for (batch, labels), indices in zip(backend.batches, expected, strict=True):
         np.testing.assert_array_equal(labels, indices)
-        assert (labels.dtype, batch.dtype) == (np.int64, numpy_dtype(dtype))
+        assert (labels.dtype, batch.dtype) == (np.int64, compute_dtype(dtype))
         assert batch.tobytes() == pictures[indices].tobytes()
     if drop_last:
         assert {len(labels) for _, labels in backend.batches} == {4}
@@ -378,7 +379,7 @@ def test_a_twin_starts_within_one_ulp_and_sees_the_same_labels_and_images_within
         assert len(fed) == len(own)
         for (images, labels), (twins, labels_of_twin) in zip(own, fed, strict=True):
             np.testing.assert_array_equal(labels, labels_of_twin)
-            assert twins.dtype == images.dtype == numpy_dtype(dtype)
+            assert twins.dtype == images.dtype == compute_dtype(dtype)
             assert np.all(within_one_ulp(images, twins))
             assert 0.6 < np.mean(images != twins) < 0.73  # two thirds; measured 0.65 to 0.67, for zeros stay
             twice = np.nextafter(np.nextafter(images, np.asarray(9, images.dtype)), np.asarray(9, images.dtype))
@@ -387,6 +388,17 @@ def test_a_twin_starts_within_one_ulp_and_sees_the_same_labels_and_images_within
         assert all(np.all(within_one_ulp(weight, twin.weights[name])) for twin in records[1:])
     assert any(np.any(records[0].weights[name] != records[1].weights[name]) for name in SHAPES)
     assert any(np.any(records[1].weights[name] != records[2].weights[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_first_steps_of_a_twin_are_those_of_the_whole_run(observer: SilentObserver, steps: int) -> None:
+    config = Config(batch_size=4, steps=steps, seed=5)
+    _, whole = run(config, 43, observer, twin=3)
+    backend = Notebook()
+    brief = first_steps(backend, config.resolve(43), dataset(43), "float32", observer, 3)
+    assert brief.twin == 3 and brief.opening.keys() == whole.opening.keys()
+    assert all(np.array_equal(brief.opening[key], whole.opening[key]) for key in whole.opening)
+    assert len(backend.batches) == min(steps, OPENING_STEPS)
 
 
 def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(observer: SilentObserver) -> None:

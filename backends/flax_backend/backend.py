@@ -20,7 +20,7 @@ from flax import nnx
 
 from backends.flax_backend import convert
 from backends.flax_backend.activations import recorded
-from backends.flax_backend.network import build, examine
+from backends.flax_backend.network import Network, build, examine
 from backends.flax_backend.optimizer import (
     export_momentum,
     export_schedule,
@@ -34,6 +34,7 @@ from common.data import normalise
 from common.dropout import masks
 from common.errors import BackendError
 from common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
+from common.weights import compute_dtype, numpy_dtype
 
 EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
 
@@ -74,8 +75,10 @@ class FlaxBackend:
             self.device = choose_device(device)
         make_comparable(self.device)
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.network = build(config.model, classes, self.device)
+        self.dtype = numpy_dtype(dtype)
+        self._compute_dtype = compute_dtype(dtype)
+        self.network = in_precision(build(config.model, classes, self.device), self._compute_dtype)
+        self._batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}
         if config.model not in MODELS:
             examine(config.model, self.network, classes)
         self.optimizer = make_optimizer(config, self.dtype)
@@ -84,7 +87,8 @@ class FlaxBackend:
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_probe = jax.jit(self._probe)
         self._compiled_gather = jax.jit(self._gather)
-        self._normalised = jnp.asarray(normalise(np.arange(256, dtype=np.uint8), self.dtype))  # by pixel
+        self._convolves: bool | None = None  # whether XLA's own convolution is part of a step; asked at the first
+        self._normalised = jnp.asarray(normalise(np.arange(256, dtype=np.uint8), self._compute_dtype))  # by pixel
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: leaf.shape for name, leaf in (self.network.parameters | self.network.statistics).items()}
@@ -141,8 +145,15 @@ class FlaxBackend:
 
     def _model(self, parameters: Parameters, model_state: Parameters, training: bool = True) -> nnx.Module:
         graph = self.network.training if training else self.network.evaluation
-        tensors = convert.nest(parameters | self.network.masks | model_state, self.network.names)
+        tensors = convert.nest(self._rounded(parameters) | self.network.masks | model_state, self.network.names)
         return nnx.merge(graph, tensors, self.network.constants)
+
+    def _rounded(self, parameters: Parameters) -> Parameters:
+        """To the precision to compute in, but for batch norms', as PyTorch's FSDP does; gradients go through."""
+        return {
+            name: parameter if name.rpartition(".")[0] in self._batch_norms else parameter.astype(self._compute_dtype)
+            for name, parameter in parameters.items()
+        }
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
         kept = self._masks(state, labels.shape)
@@ -160,8 +171,15 @@ class FlaxBackend:
         return self._normalised[uploaded.images[indices]], uploaded.labels[indices]
 
     def train_steps(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
-        kept = self._masks(state, labels.shape)
-        state, metrics = self._compiled_steps(state, self._images(images), self._labels(labels), kept)
+        batches = self._images(images), self._labels(labels), self._masks(state, labels.shape)
+        if self._loops(state, batches):
+            state, metrics = self._compiled_steps(state, *batches)
+        else:
+            history = []
+            for number in range(len(labels)):
+                state, metrics = self._compiled_step(state, *batch_of(batches, number))
+                history.append(metrics)
+            metrics = zip(*history, strict=True)
         return state, Metrics(*(np.asarray(series, np.float64) for series in metrics))
 
     def _fused_steps(
@@ -169,6 +187,15 @@ class FlaxBackend:
     ) -> tuple[State, Metrics]:
         """`_step` over the leading axis, as one compiled loop."""
         return jax.lax.scan(lambda state, batch: self._step(state, *batch), state, (images, labels, kept))
+
+    def _loops(self, state: State, batches: Any) -> bool:
+        """Whether many steps pay as one program: on the CPU not with the library's convolutions (see `layers`)."""
+        if self.device != "cpu":
+            return True
+        if self._convolves is None:
+            step = self._compiled_step.trace(state, *batch_of(batches, 0))
+            self._convolves = jax.lax.conv_general_dilated_p.name in str(step.jaxpr)
+        return not self._convolves
 
     # --- Looking without touching
 
@@ -225,7 +252,7 @@ class FlaxBackend:
     # --- In and out of JAX's layout
 
     def _images(self, images: np.ndarray) -> jax.Array:
-        return jnp.asarray(images, self.dtype)
+        return jnp.asarray(images, self._compute_dtype)
 
     def _masks(self, state: State, shape: tuple[int, ...]) -> Parameters:
         """What dropout keeps in the steps to come, for labels of `shape`, by canonical name."""
@@ -235,6 +262,19 @@ class FlaxBackend:
 
     def _labels(self, labels: np.ndarray) -> jax.Array:
         return jnp.asarray(labels, jnp.int32)
+
+
+def in_precision(network: Network, dtype: Any) -> Network:
+    """With floating-point constants of this dtype, as `torch.nn.Module.to` makes buffers."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return network._replace(constants=jax.tree.map(cast, network.constants))
+
+
+def batch_of(batches: Any, number: int) -> Any:
+    return jax.tree.map(lambda array: array[number], batches)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

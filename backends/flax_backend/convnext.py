@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from backends.flax_backend.layers import Dropout, LayerNorm, Linear, convolution, rounded_once
+from backends.flax_backend.layers import Dropout, LayerNorm, convolution, rounded_once
 
 
 class ConvNeXt(nnx.Module):
@@ -35,7 +35,7 @@ class ConvNeXt(nnx.Module):
             ]
         )
         self.norm = LayerNorm(128, epsilon=1e-6, rngs=rngs)
-        self.fc = Linear(128, classes, rngs=rngs)
+        self.fc = nnx.Linear(128, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
@@ -53,8 +53,8 @@ class Block(nnx.Module):
         Conv = partial(nnx.Conv, conv_general_dilated=convolution(device), rngs=rngs)
         self.conv = Conv(channels, channels, kernel_size=(7, 7), padding=3, feature_group_count=channels)
         self.norm = LayerNorm(channels, epsilon=1e-6, rngs=rngs)
-        self.fc1 = Linear(channels, 4 * channels, rngs=rngs)
-        self.fc2 = Linear(4 * channels, channels, rngs=rngs)
+        self.fc1 = nnx.Linear(channels, 4 * channels, rngs=rngs)
+        self.fc2 = nnx.Linear(4 * channels, channels, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((channels,), 1e-6))  # layer scale
         self.dropout = Dropout(depth_rate, (1, 1, 1))  # of all of an image's branch: stochastic depth
 

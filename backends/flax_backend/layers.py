@@ -1,5 +1,5 @@
-"""Convolution and pooling as the device likes them best, with the numbers of the library, up to rounding; and norms
-and dropout as PyTorch computes them.
+"""Convolution and pooling as the device likes them best, with the numbers of the library, up to rounding; and norms,
+dense layers and dropout as PyTorch computes them.
 
 Training steps per second of `Net` on two cores, jax 0.10. At batch 4 in float32 the lower three were measured in turn
 in one process; the others at other times, under other loads:
@@ -12,30 +12,33 @@ in one process; the others at other times, under other loads:
 
 What was tried beside it: `common/evidence/bench.py`.
 
-Milliseconds for a training step at batch 32 on the same cores, the fastest of seven, measured in turn in one process:
+Milliseconds for a training step at batch 32 on the same cores, busier; of three calls of six steps the last one:
 
-                                          float64   float32
-    ResNet20, library                         529       113
-    ResNet20, padded, 2 x 2 pixels a row      265       148
-    ConvNeXt, library                         201       110
-    ConvNeXt, depthwise by 49 products         94        80
+                                                              float64   float32   bfloat16
+    ResNet20, step by step, its plain convolutions in blocks      400       227        242
+    ResNet20, step by step, all by the library                    749       150        140
+    ResNet20, `lax.scan`, its plain convolutions in blocks        570       369        370
+    ConvNeXt, step by step, all by the library                    200        84         76
+    ConvNeXt, `lax.scan`, all by the library                      620       511        446
 
-Within `lax.scan`, as runs are trained, the library's convolutions in float32 are far slower (why was not looked into):
-ResNet20 takes 3,490 ms with the library, a single step of it 220, and with blocks 280 and 200; ConvNeXt with the
-library 240 and 130. These were measured once each, on a busier machine. So what is padded is convolved in blocks.
-The depthwise convolutions are left to the library: as a sum of 49 shifted products they take 20 seconds to compile
-instead of 6, which some hundred steps do not win back.
+XLA brings a convolution into the form that its quick kernels take in the entry computation only, and not in the body of
+a loop: the gradient of a kernel of 3 x 3 x 16 x 16 took 5 ms alone and 186 in a loop. So on the CPU, networks that the
+library convolves take one step after the other (`FlaxBackend.train_steps`), and blocks are for few channels and for
+float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+MANY_CHANNELS = 16  # of the images, from which on the library convolves, but in float64; all but the first of ResNet20
 
 
 def convolution(device: str) -> Any:
@@ -53,26 +56,33 @@ def max_pooling(device: str) -> Any:
 
 
 def blocks_times_matrix(
-    images: jax.Array, kernel: jax.Array, window_strides: Any, padding: Any, **options: Any
+    images: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
 ) -> jax.Array:
     """The convolution as one matrix product, each row of which gives 2 x 2 pixels.
 
     A row holds what the four pixels see, a window that is one larger than the kernel; the matrix holds the kernel four
     times, moved by a pixel. For a 5 x 5 kernel that is 44 % more multiplications than with one pixel a row, but a third
-    of the copying, and a product with four times as many columns. What does not pay (strides, groups, even kernels,
-    an odd number of pixels) is left to JAX.
+    of the copying, and a product with four times as many columns. What does not pay (many channels, but for float64;
+    strides, groups, even kernels, an odd number of pixels) is left to JAX.
     """
-    if not isinstance(padding, str):
-        images, padding = jnp.pad(images, ((0, 0), *padding, (0, 0))), "VALID"
+    padding = ((0, 0),) * (images.ndim - 2) if padding == "VALID" else padding
+    library = partial(jax.lax.conv_general_dilated, images, kernel, window_strides, padding, **options)
+    ones = [window_strides, options.get("lhs_dilation") or (1,), options.get("rhs_dilation") or (1,)]
+    plain = images.ndim == 4 and all(set(each) == {1} for each in ones) and options.get("feature_group_count", 1) == 1
+    plain = plain and options.get("preferred_element_type") is None
+    if isinstance(padding, str) or not plain or min(map(min, padding)) < 0:
+        return library()
     n, height, width, channels = images.shape
     kernel_height, kernel_width, _, features = kernel.shape
-    height, width = height - kernel_height + 1, width - kernel_width + 1  # from here on, of the result
-    plain = padding == "VALID" and all(stride == 1 for stride in window_strides)
-    plain = plain and options.get("feature_group_count", 1) == 1
-    plain = plain and all(set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
-    plain = plain and kernel_height % 2 == kernel_width % 2 == 1 and height % 2 == width % 2 == 0
-    if not plain:
-        return jax.lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
+    height, width = height + sum(padding[0]) - kernel_height + 1, width + sum(padding[1]) - kernel_width + 1
+    fits = kernel_height % 2 == kernel_width % 2 == 1 and height % 2 == width % 2 == 0 < min(height, width)
+    if not fits or (channels >= MANY_CHANNELS and images.dtype != jnp.float64):
+        return library()
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))  # height and width are the result's, from here on
     blocks = in_blocks(images)
     views = [
         blocks[:, y : y + height // 2, x : x + width // 2]
@@ -144,7 +154,10 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` with the variance as PyTorch takes it: Flax's quicker one, E[x^2] - E[x]^2, cancels."""
+    """`nnx.LayerNorm` with the variance as PyTorch takes it: Flax's quicker one, E[x^2] - E[x]^2, cancels.
+
+    A user's, which `network.sum_exactly` makes one of these, keeps the variance that it was built with.
+    """
 
     def __init__(self, num_features: int, epsilon: float, rngs: nnx.Rngs) -> None:
         super().__init__(num_features, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
@@ -157,17 +170,26 @@ class LayerNorm(nnx.LayerNorm):
 class Linear(nnx.Linear):
     """`nnx.Linear`, with the bias of bfloat16 added in float32: in bfloat16, JAX would sum its gradient in it, too.
 
-    Over 32 times 65 tokens, that put it off by 3.8 % of the largest; now 0.3 %.
+    Over 32 times 65 tokens, that put it off by 3.8 % of the largest; now 0.3 %. `network.sum_exactly` makes it.
     """
 
-    bias: nnx.Param[jax.Array]
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        dtype = jnp.result_type(inputs, self.kernel[...])
+        return super().__call__(inputs, out_sharding=out_sharding).astype(dtype)
 
-    def __init__(self, in_features: int, out_features: int, rngs: nnx.Rngs) -> None:
-        super().__init__(in_features, out_features, rngs=rngs)
+
+class Conv(nnx.Conv):
+    """`nnx.Conv`, likewise."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        products = jnp.matmul(inputs, self.kernel[...], out_sharding=out_sharding)
-        return rounded_once(lambda x: x + self.bias[...].astype(x.dtype), products)
+        dtype = jnp.result_type(inputs, self.kernel[...])
+        return super().__call__(inputs, out_sharding=out_sharding).astype(dtype)
+
+
+def promote_bias(tensors: Any, *, dtype: Any = None) -> Any:
+    """What such a layer promotes its inputs, kernel and bias with: the bias at least to float32."""
+    inputs, kernel, bias = promote_dtype(tensors, dtype=dtype)
+    return inputs, kernel, None if bias is None else bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
 
 
 class Mask(nnx.Variable):

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from backends.flax_backend import convert
-from backends.flax_backend.layers import Dropout, Mask, convolution
+from backends.flax_backend.layers import Conv, Dropout, LayerNorm, Linear, Mask, convolution, promote_bias
 from common import pairs, protocol
 from common.config import MODELS
 from common.errors import ConfigError, few
@@ -52,6 +53,8 @@ def build(model: str, classes: int, device: str) -> Network:
 
 
 def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
+    for _, layer in nnx.iter_modules(module):
+        sum_exactly(layer)
     module.eval()
     evaluation = nnx.graphdef(module)
     module.train()
@@ -68,6 +71,18 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
     dropouts = {names[own]: protocol.Dropout(layer.rate, layer.mask.shape[1:]) for own, layer in masked.items()}
     masks = {name: jnp.ones((1, *dropout.shape), bool) for name, dropout in dropouts.items()}
     return Network(training, evaluation, names, shapes(parameters), shapes(statistics), masks, dropouts, constants)
+
+
+def sum_exactly(layer: Any) -> None:
+    """Make a layer of the library's, whose gradients JAX sums in bfloat16, one of `layers`; unless it is told what to
+    compute in."""
+    exact = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
+    usual = getattr(layer, "dtype", None) is None and getattr(layer, "preferred_element_type", None) is None
+    if exact is None or not usual or layer.promote_dtype is not promote_dtype:
+        return
+    layer.__class__ = exact
+    if exact is not LayerNorm:
+        layer.promote_dtype = promote_bias
 
 
 def place(module: nnx.Module, name: str) -> list[int]:

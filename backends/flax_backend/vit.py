@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from backends.flax_backend.layers import Dropout, LayerNorm, Linear, convolution, rounded_once
+from backends.flax_backend.layers import Dropout, LayerNorm, convolution, rounded_once
 
 DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense layers of a block
 
@@ -27,7 +27,7 @@ class ViT(nnx.Module):
         self.dropout = Dropout(DROPOUT, (1 + 8 * 8, 64))
         self.blocks = nnx.List([Block(tokens=1 + 8 * 8, width=64, heads=4, rngs=rngs) for _ in range(4)])
         self.norm = LayerNorm(64, epsilon=1e-6, rngs=rngs)
-        self.fc = Linear(64, classes, rngs=rngs)
+        self.fc = nnx.Linear(64, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.patches(x)
@@ -48,9 +48,9 @@ class Block(nnx.Module):
         self.attention = Attention(width, heads, rngs)
         self.dropout1 = Dropout(DROPOUT, (tokens, width))
         self.norm2 = LayerNorm(width, epsilon=1e-6, rngs=rngs)
-        self.fc1 = Linear(width, 4 * width, rngs=rngs)
+        self.fc1 = nnx.Linear(width, 4 * width, rngs=rngs)
         self.dropout2 = Dropout(DROPOUT, (tokens, 4 * width))
-        self.fc2 = Linear(4 * width, width, rngs=rngs)
+        self.fc2 = nnx.Linear(4 * width, width, rngs=rngs)
         self.dropout3 = Dropout(DROPOUT, (tokens, width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,11 +67,11 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
-        self.query = Linear(width, width, rngs=rngs)
+        self.query = nnx.Linear(width, width, rngs=rngs)
         # A key's bias would add the same to all scores of a query, and change no weight: its gradient is rounding.
         self.key = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.value = Linear(width, width, rngs=rngs)
-        self.out = Linear(width, width, rngs=rngs)
+        self.value = nnx.Linear(width, width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n, tokens, width = x.shape

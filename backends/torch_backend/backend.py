@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from common.data import normalise
 from common.dropout import masks
 from common.errors import BackendError
 from common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
-from common.weights import numpy_dtype
+from common.weights import compute_dtype, numpy_dtype
 
 EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
 ALL_THREADS = torch.get_num_threads()
@@ -75,19 +76,20 @@ class TorchBackend:
         make_comparable(self.device)
         set_threads(config.batch_size)
         self.config = config
-        self.dtype = getattr(torch, dtype)
+        self.dtype = getattr(torch, numpy_dtype(dtype).name)
+        self._compute_dtype = compute_dtype(dtype)  # as NumPy calls it
         self.classes = classes
         pays = (config.steps or 0) >= LONG_RUN and config.batch_size <= SMALL_BATCH
         wanted = compile == "on" or (compile == "auto" and pays)
         self.compiled = wanted and config.schedule.kind != "plateau"  # whose next lr hangs on the losses
         self._skeleton = build(config.model, classes, self.device, self.compiled).to(self.dtype)
         self._dropouts = convert.dropouts(self._skeleton)
+        self._batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._skeleton)}
         if config.model not in MODELS:
             examine(config.model, self._skeleton, classes)
         torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_scan`'s programs
         self._compiled_scan = torch.compile(self._scan, fullgraph=True, dynamic=False)
-        self._numpy_dtype = numpy_dtype(dtype)
-        table = normalise(np.arange(256, dtype=np.uint8), self._numpy_dtype)
+        table = normalise(np.arange(256, dtype=np.uint8), self._compute_dtype)
         self._normalised = self._tensor(table).to(self.device)  # by pixel
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -130,7 +132,7 @@ class TorchBackend:
         model, optimizer, scheduler, step = state
         convert.put_masks(model, kept)
         optimizer.zero_grad()
-        loss = cross_entropy(model(images), labels, self.config.label_smoothing)
+        loss = cross_entropy(self._forward(model, images), labels, self.config.label_smoothing)
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
@@ -139,6 +141,22 @@ class TorchBackend:
         optimizer.step()
         scheduler.step(loss)
         return State(model, optimizer, scheduler, step + 1), metrics
+
+    def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits; in mixed precision of parameters that are rounded for this pass only."""
+        if self._normalised.dtype == self.dtype:
+            return model(images)
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        return functional_call(model, self._rounded(tensors), (images,))
+
+    def _rounded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """To the precision to compute in, but for batch norms', as PyTorch's FSDP does; gradients go through."""
+        dtype = self._normalised.dtype
+        return {
+            name: tensor.to(dtype)
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and name.rpartition(".")[0] not in self._batch_norms
+        }
 
     def train_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> tuple[State, Metrics]:
         return self._step(state, self._images(images), self._labels(labels), self._masks(state.step, labels.shape))
@@ -153,7 +171,7 @@ class TorchBackend:
         if self.device == "cpu":
             # In NumPy's memory. PyTorch aligns its own, and what it gives back glibc does not find again for another
             # tensor of its size: chunk by chunk, the tutorial's float64 run grew to 5.1 GB. So it stays below 1.8.
-            images = normalise(uploaded.images.numpy()[indices], self._numpy_dtype)
+            images = normalise(uploaded.images.numpy()[indices], self._compute_dtype)
             return self._tensor(images), uploaded.labels[chosen]
         pixels = uploaded.images[chosen]
         images = self._normalised.index_select(0, pixels.flatten().int()).view(pixels.shape)
@@ -207,7 +225,8 @@ class TorchBackend:
 
         def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # the forward pass writes into it
-            logits = functional_call(self._skeleton, (parameters, new_buffers, kept), (images,))
+            tensors = parameters | new_buffers
+            logits = functional_call(self._skeleton, (tensors | self._rounded(tensors), kept), (images,))
             return cross_entropy(logits, labels, self.config.label_smoothing), new_buffers
 
         gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
@@ -240,7 +259,7 @@ class TorchBackend:
         for start in range(0, len(images), EVALUATION_BATCH):
             batch = slice(start, start + EVALUATION_BATCH)
             truth = self._labels(labels[batch])
-            logits = state.model(self._images(images[batch]))
+            logits = self._forward(state.model, self._images(images[batch]))
             predictions.append(logits.argmax(dim=-1).cpu().numpy())
             total += cross_entropy(logits, truth).double().item() * len(truth)  # a smaller last batch weighs less
         state.model.train()
@@ -252,7 +271,7 @@ class TorchBackend:
         convert.put_masks(model, self._masks(state.step, truth.shape))
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with recorded(model) as activations:
-            logits = model(batch)
+            logits = self._forward(model, batch)
         loss = cross_entropy(logits, truth, self.config.label_smoothing)
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -296,7 +315,7 @@ class TorchBackend:
 
     def _tensor(self, images: np.ndarray) -> Tensor:
         """The same memory as a tensor; bfloat16 is `ml_dtypes`' in NumPy, which PyTorch does not know."""
-        if self.dtype == torch.bfloat16:
+        if images.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(images.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(images)
 

@@ -12,6 +12,7 @@ from typing import Any
 from common import parity, train
 from common.config import Config
 from common.data import Dataset
+from common.opening import first_steps
 from common.protocol import Backend
 from common.record import Record
 
@@ -38,6 +39,11 @@ def trained(
     return [train.train(backend, config, dataset, dtype, Silent(), twin, log_every=0) for twin in members]
 
 
+def begun(backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: Iterable[int]) -> list[Record]:
+    """Of these twins, the first steps."""
+    return [first_steps(backend, config, dataset, dtype, Silent(), twin) for twin in twins]
+
+
 def judge(
     families: dict[str, list[Record]], backends: Mapping[str, Backend], config: Config, dataset: Dataset
 ) -> dict[str, Any]:
@@ -46,7 +52,10 @@ def judge(
     def more(name: str, twins: range) -> list[Record]:
         return trained(backends[name], config, dataset, families[name][0].dtype, twins)
 
-    return parity.judge(families, more, dataset.test_labels)
+    def begin(name: str, twins: range) -> list[Record]:
+        return begun(backends[name], config, dataset, families[name][0].dtype, twins)
+
+    return parity.judge(families, more, dataset.test_labels, begin)
 
 
 def shortened(dataset: Dataset, test_images: int) -> Dataset:

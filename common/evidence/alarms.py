@@ -91,7 +91,7 @@ def measure(
     seeds: Iterable[int],
     datasets: Mapping[str, Dataset],
     build: Build,
-    lenses: Sequence[str] = ("float64", "float32", "bfloat16"),
+    lenses: Sequence[str] = DTYPES,
     twins: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """One row per seed: what Lockstep and every peer rule say of a clean pair, through each lens.

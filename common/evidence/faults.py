@@ -14,7 +14,7 @@ from typing import Any
 from common import locate, parity
 from common.config import BACKENDS, Config
 from common.data import Dataset
-from common.evidence import Build, peers, trained
+from common.evidence import Build, begun, peers, trained
 from common.record import Record
 
 BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)  # what a fault's own options are put into
@@ -95,7 +95,14 @@ def _through(
         faulty = build(FAULTY, config, dtype)
     sides = {right: of_right, FAULTY: of_faulty}
     families = {name: more(range(1 + twins)) for name, more in sides.items()}
-    lens = parity.judge(families, lambda name, numbers: sides[name](numbers), dataset.test_labels)
+
+    def begin(name: str, numbers: range) -> list[Record]:
+        if name == right:
+            return begun(backend, config, dataset, dtype, numbers)
+        with inject(fault, config, dataset):
+            return begun(faulty, config, dataset, dtype, numbers)
+
+    lens = parity.judge(families, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin)
     runs = {name: members[0] for name, members in families.items()}
     with inject(fault, config, dataset):  # what parts late is looked for again
         located = locate.locate(lens, runs, config, dataset, {right: backend, FAULTY: faulty}.__getitem__, twins or 2)

@@ -13,8 +13,13 @@ from common.report.drawing import BOUND, GREY, INK, drawing, label, new_figure, 
 from common.report.drawing import COLOURS as BACKEND_COLOURS
 from common.storage import write_whole
 
-COLOURS = {"float64": "#0072B2", "float32": "#D55E00", "bfloat16": "#009E73"}  # of Okabe and Ito's
-MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^"}
+COLOURS = {
+    "float64": "#0072B2",
+    "float32": "#D55E00",
+    "bfloat16": "#009E73",
+    "mixed_bfloat16": "#CC79A7",
+}  # of Okabe and Ito's
+MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^", "mixed_bfloat16": "D"}
 MISSED = "#F2F2F2"
 
 

@@ -127,8 +127,7 @@ SECTIONS = (
                 None,
                 "In Flax, `_model` does this, at the start of each step.",
             ),
-            *both("network.py", SETTINGS, "build", "examine"),
-            Pair("network.py:sum_exactly", None, "In Flax, a user's norms stay what they are."),
+            *both("network.py", SETTINGS, "build", "examine", "sum_exactly"),
             Pair(None, "network.py:Network", "A PyTorch module is one object, which changes its mode in place."),
             Pair(None, "network.py:take_apart", "Likewise."),
             Pair(None, "network.py:place", "PyTorch keeps the order in which a module's layers were assigned."),
@@ -148,6 +147,7 @@ SECTIONS = (
             *both("layers.py", "convolution"),
             Pair("layers.py:BlockConv2d", None, "`nnx.Conv` takes a function to convolve with; PyTorch wants a layer."),
             Pair("layers.py:BlockConv2d.forward", None, "Likewise."),
+            Pair(None, "layers.py:" + SETTINGS, "PyTorch's convolution is quick with any number of channels."),
             *both("layers.py", "blocks_times_matrix", "in_blocks"),
             Pair(
                 None, "layers.py:max_pooling", "PyTorch's pooling is quick on the CPU; XLA's, in its gradient, is not."
@@ -182,8 +182,11 @@ SECTIONS = (
             Pair("layers.py:LayerNorm.forward", "layers.py:LayerNorm.__call__"),
             Pair(None, "layers.py:rounded_once", "Most of PyTorch's kernels do this by themselves."),
             Pair(None, "layers.py:Linear", "In PyTorch, `nn.Linear`."),
-            Pair(None, "layers.py:Linear.__init__", "Likewise."),
             Pair(None, "layers.py:Linear.__call__", "Likewise: its kernels sum in float32."),
+            Pair(None, "layers.py:Conv", "Likewise."),
+            Pair(None, "layers.py:Conv.__call__", "Likewise."),
+            Pair(None, "layers.py:promote_bias", "Likewise."),
+            Pair(None, "backend.py:in_precision", "In PyTorch, `Module.to`."),
         ),
         shared=("dropout.py:masks",),
     ),
@@ -238,11 +241,7 @@ SECTIONS = (
         "one: nothing is changed, so nothing may be forgotten on the way out.",
         (
             *both("backend.py", "Backend._step"),
-            Pair(
-                None,
-                "backend.py:Backend._forward",
-                "In PyTorch, `model(images)`: the model holds its parameters, so there is nothing to hand over.",
-            ),
+            *both("backend.py", "Backend._forward", "Backend._rounded"),
             Pair(None, "backend.py:Backend._model", "Likewise: nothing has to be put together before it is called."),
             *both("backend.py", "Backend.train_step"),
         ),
@@ -264,6 +263,8 @@ SECTIONS = (
                 None,
                 "`_step` of the Flax side is written this way already: a function from arrays to arrays.",
             ),
+            Pair(None, "backend.py:Backend._loops", "PyTorch's convolutions are as quick in its loop as out of it."),
+            Pair(None, "backend.py:batch_of", "A loop over tensors takes them batch by batch; `masks` are laid in."),
             Pair("backend.py:to_array", None, "`train_steps` of the Flax side does this in one line."),
             Pair(
                 "optimizer.py:Scheduler.advance",
