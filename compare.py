@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import sys
@@ -254,7 +255,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
             folder,
             config,
             dataset,
-            lambda name, dtype: backends.load(name)(config, len(dataset.classes), dtype, device, options.compile),
+            functools.partial(backends.build, config, len(dataset.classes), device, options.compile),
             terminal,
             weights,
             options.log_every,
@@ -266,7 +267,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
             trainer.refuse_to_lose(names, recipe.dtypes)
             plans.write(make_plan(options, recipe, config, dataset), folder)
         try:
-            return train_and_compare(trainer, options, recipe, names, families, arguments)
+            return train_and_compare(trainer, options, recipe, names, families, device, arguments)
         except KeyboardInterrupt as interruption:
             raise Interrupted("; ".join(filter(None, [str(interruption), how_to_go_on(folder)]))) from None
 
@@ -277,29 +278,36 @@ def train_and_compare(
     recipe: Recipe,
     names: Sequence[str],
     families: dict[str, Family],
+    device: str,
     arguments: list[str],
 ) -> int:
     """Everything that is written to the run's folder."""
-    from common import data, locate, parity
+    from common import beside, data, locate, parity
     from common import report as reports
     from common.trainer import Interrupted, explained, how_to_go_on
 
     terminal, dataset, config, folder = trainer.terminal, trainer.dataset, trainer.config, trainer.folder
     lenses = []
     cut_short = None
+    members = {dtype: [None, *range(1, 1 + (0 if dtype == "float64" else recipe.twins))] for dtype in families}
+    training = beside.Beside(
+        trainer, beside.choose(trainer, names, device, itertools.chain(*families.values())), members
+    )
     try:
-        for dtype, family in families.items():
-            for name in names:
-                if name not in family:
-                    twins = 0 if dtype == "float64" else recipe.twins
-                    family[name] = trainer.train(name, dtype, [None, *range(1, 1 + twins)])
-            families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
-            more, begin = trainer.more(dtype, names), trainer.begin(dtype, names)
-            lenses.append(parity.judge(families[dtype], more, dataset.test_labels, begin))
+        with training:
+            for dtype, family in families.items():
+                for name in names:
+                    if name not in family:
+                        family[name] = training.train(name, dtype)
+                families[dtype] = {name: family[name] for name in BACKENDS if name in family}  # torch first
+                more, begin = trainer.more(dtype, names), trainer.begin(dtype, names)
+                lenses.append(parity.judge(families[dtype], more, dataset.test_labels, begin))
         if interrupt.requested():
             raise Interrupted("it was stopped after the last run")
     except Interrupted as interruption:  # what is finished is reported
         cut_short = str(interruption)
+        families = {dtype: training.finished(dtype) | family for dtype, family in families.items()}
+        families = {dtype: {n: family[n] for n in BACKENDS if n in family} for dtype, family in families.items()}
         families = {dtype: family for dtype, family in families.items() if family}
         for family in list(families.values())[len(lenses) :]:
             lenses.append(parity.judge(family, lambda name, twins: [], dataset.test_labels))

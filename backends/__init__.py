@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from backends.flax_backend.backend import FlaxBackend
     from backends.torch_backend.backend import TorchBackend
+    from common.config import Config
+    from common.protocol import Backend
 
 
 def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
@@ -38,6 +40,11 @@ def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
         raise BackendError(
             f"the {name} backend needs {error.name}, which is not installed: pip install -e ."
         ) from error
+
+
+def build(config: Config, classes: int, device: str, compile: str, name: str, dtype: str) -> Backend:
+    """A backend; as a function of a module, so that another process can be given it."""
+    return load(name)(config, classes, dtype, device, compile)
 
 
 def keep_compiled_programs() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common import interrupt
+from common import interrupt, machine
 from common.config import BACKENDS, DTYPES
 from common.errors import RecordError
 from common.protocol import STAGES, Arrays, Snapshot
@@ -123,13 +123,27 @@ def remove(folder: Path, stem: str, keep: int = 0) -> None:
     try:
         for path in found(folder, stem)[keep:]:
             path.unlink(missing_ok=True)
-        if (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
+    except OSError as error:
+        raise _immovable(folder, error) from error
+    remove_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder of checkpoints, if it is empty and no other process may write to it.
+
+    Raises:
+        RecordError: if it cannot be removed.
+    """
+    try:
+        if machine.sharing == 1 and (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
             (folder / FOLDER).rmdir()
             flush_folder(folder)
     except OSError as error:
-        raise RecordError(
-            f"cannot remove old checkpoints from {folder} ({error.strerror}): make the folder writable"
-        ) from error
+        raise _immovable(folder, error) from error
+
+
+def _immovable(folder: Path, error: OSError) -> RecordError:
+    return RecordError(f"cannot remove old checkpoints from {folder} ({error.strerror}): make the folder writable")
 
 
 def handed_over(checkpoint: Checkpoint, backend: str, source: str) -> Checkpoint:

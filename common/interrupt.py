@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 GRACE = 5.0  # seconds that training has to reach the end of a call; a compiler may need longer, and is stopped then
@@ -14,13 +14,19 @@ GRACE = 5.0  # seconds that training has to reach the end of a call; a compiler 
 _signal: int | None = None  # the one that came
 _patient = False  # whether what runs looks at `requested` by itself
 _saving = False
+_aloud = True
+_further: Callable[[], object] | None = None  # is told of the signal, too
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Within the context, SIGINT and SIGTERM raise KeyboardInterrupt; within `patient` only after a while."""
-    global _signal
-    _signal = None
+def listening(aloud: bool = True) -> Iterator[None]:
+    """Within the context, SIGINT and SIGTERM raise KeyboardInterrupt; within `patient` only after a while.
+
+    Args:
+        aloud: whether to say so then.
+    """
+    global _signal, _aloud
+    _signal, _aloud = None, aloud
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
         return
@@ -37,11 +43,11 @@ def listening() -> Iterator[None]:
 def patient() -> Iterator[None]:
     """Within the context, the first signal is only noted; KeyboardInterrupt follows if the context is not left soon."""
     global _patient
-    _patient = True
+    before, _patient = _patient, True
     try:
         yield
     finally:
-        _patient = False
+        _patient = before
         if threading.current_thread() is threading.main_thread():
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -55,6 +61,14 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         _patient, _saving = before, False
+
+
+def pass_on(tell: Callable[[], object] | None) -> None:
+    """Have the first signal tell another process as well; None: not any more."""
+    global _further
+    _further = tell
+    if tell is not None and requested():
+        tell()
 
 
 def requested() -> bool:
@@ -72,10 +86,12 @@ def _came(number: int, frame: Any) -> None:
     _signal = number
     for further in (signal.SIGINT, signal.SIGTERM):
         signal.signal(further, signal.SIG_DFL)
+    if _further is not None:
+        _further()
     if not _patient:
         raise KeyboardInterrupt
-    # not `print`: this may come in the middle of one
-    os.write(2, b"\nstopping, and keeping a checkpoint; once more stops at once\n")
+    if _aloud:  # not `print`: this may come in the middle of one
+        os.write(2, b"\nstopping, and keeping a checkpoint; once more stops at once\n")
     signal.signal(signal.SIGALRM, _late)
     signal.setitimer(signal.ITIMER_REAL, GRACE)
 

@@ -13,11 +13,19 @@ from typing import Any
 SOURCES = ("augment", "config", "data", "dropout", "pairs", "protocol", "train", "weights")
 
 
+sharing = 1  # of this project's processes that train at the same time: each has so many-th of the cores
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe() -> dict[str, Any]:
     """Processor, cores, system and Python, and the commit of the checkout that ran (None outside one)."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "system": platform.system(),
         "python": platform.python_version(),
         "commit": _commit(),

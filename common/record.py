@@ -14,7 +14,7 @@ import numpy as np
 from common.config import BACKENDS, DTYPES, MAX_COUNT, Config
 from common.errors import ConfigError, RecordError
 from common.protocol import STAGES, Arrays
-from common.storage import read_tensors, write_tensors
+from common.storage import MAX_BYTES, read_tensors, write_tensors
 from common.weights import numpy_dtype
 
 SCHEMA = 2
@@ -89,15 +89,18 @@ def write(record: Record, folder: Path) -> Path:
     return path
 
 
-def read(path: Path) -> Record:
+def read(path: Path, most: float = MAX_BYTES) -> Record:
     """The record in `path`, checked: nothing is missing, or of another type, shape or dtype, or not finite where it is
     to be.
+
+    Args:
+        most: bytes; a larger one is refused.
 
     Raises:
         RecordError: if it is missing, damaged, or of another version.
     """
     remedy = "delete it and run that backend again"
-    facts, arrays = read_tensors(path, SCHEMA, "record", remedy)
+    facts, arrays = read_tensors(path, SCHEMA, "record", remedy, most)
     try:
         found = Record(**facts, **{name: arrays.pop(name) for name in _SERIES}, **grouped(arrays, _GROUPS))
         problem = next((problem for problem, wrong in _problems(found) if wrong()), None)

@@ -86,12 +86,15 @@ def write_tensors(path: Path, facts: dict[str, Any], arrays: Arrays) -> None:
     write_whole(path, save(arrays, metadata={"facts": text, "digest": _digest(text, arrays)}))
 
 
-def read_tensors(path: Path, schema: int, what: str, remedy: str) -> tuple[dict[str, Any], Arrays]:
+def read_tensors(
+    path: Path, schema: int, what: str, remedy: str, most: float = MAX_BYTES
+) -> tuple[dict[str, Any], Arrays]:
     """The facts, less their `schema`, and the arrays that `write_tensors` wrote.
 
     Args:
         what: the kind of file, for messages, as in "record".
         remedy: what to do where it is damaged.
+        most: bytes; a larger file is refused.
 
     Raises:
         RecordError: if it is missing, damaged, or of another version.
@@ -99,8 +102,8 @@ def read_tensors(path: Path, schema: int, what: str, remedy: str) -> tuple[dict[
     try:
         if not path.is_file():  # what is not a file, such as a pipe, may never end
             raise RecordError(f"there is no {what} {path}: {remedy}")
-        if path.stat().st_size > MAX_BYTES:
-            raise RecordError(f"the {what} {path} is larger than any is ({MAX_BYTES} bytes): {remedy}")
+        if path.stat().st_size > most:
+            raise RecordError(f"the {what} {path} is larger than any is ({most} bytes): {remedy}")
         with path.open("rb") as opened:
             header = int.from_bytes(opened.read(8), "little")
         if header > MAX_HEADER:

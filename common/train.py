@@ -151,8 +151,10 @@ class _Run:
         self.start = self.latest = start
         self.history = [Metrics(start.loss, start.gradient_norm, start.lr)]
         self.broken: int | None = None  # the step whose loss was not finite
-        self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
         self._restore(start)
+        self.uploaded: Any = None
+        if self.rounding is None and config.augment is None:
+            self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
         self.log.resume(start.loss)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -209,7 +211,7 @@ class _Run:
                 raise RecordError(f"the checkpoint after step {start} lies between two calls of train_steps: {REMEDY}")
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
-        if self.rounding is None and self.config.augment is None:
+        if self.uploaded is not None:
             return self.backend.gather(self.uploaded, indices)
         images = augment.batches(self.config, self.dataset.train_images, indices, self.step, compute_dtype(self.dtype))
         if self.rounding is not None:

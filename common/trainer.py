@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +69,8 @@ class Trainer:
                 checkpoint.remove(self.folder, stem)
             keeper = checkpoint.Keeper(self.folder, self.checkpoint_every)
             with explained(name), terminal.progress(title, total) as advance, interrupt.patient():
-                observer = TerminalObserver(terminal.line, advance)
+                line = terminal.line if machine.sharing == 1 else functools.partial(_line_of, name, terminal.line)
+                observer = TerminalObserver(line, advance)
                 log_every = self.log_every if twin is None else 0
                 try:
                     found = train.train(
@@ -97,6 +100,11 @@ class Trainer:
                     f"state is in {keeper.kept}: choose a smaller --lr, or start from it with --weights"
                 )
         return made
+
+    def written(self, name: str, dtype: str, members: Sequence[int | None]) -> list[Record]:
+        """The records that another process has just trained for this one, as `train`'s, however large."""
+        paths = [self.folder / f"{record.file_stem(name, dtype, twin)}.safetensors" for twin in members]
+        return [record.read(path, most=math.inf) for path in paths]
 
     def finished(self, name: str, stem: str) -> Record | None:
         """The record of a run that need not be trained again, since this run goes on with what is there."""
@@ -176,6 +184,11 @@ def explained(name: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "try --compile off, --device cpu or a smaller --batch-size"
         raise BackendError(f"{name} cannot train here ({type(error).__name__}: {reason}): {remedy}") from error
+
+
+def _line_of(name: str, line: Callable[[str], None], text: str) -> None:
+    """Where two train at once, each says who it is."""
+    line(f"{name}: {text}")
 
 
 class TerminalObserver:

@@ -29,6 +29,7 @@ from backends.flax_backend.optimizer import (
     restore_momentum,
     restore_schedule,
 )
+from common import machine
 from common.config import MODELS, Config
 from common.data import normalise
 from common.dropout import masks
@@ -314,6 +315,8 @@ def threads_for(batch_size: int) -> Iterator[None]:
     given = os.environ.get("NPROC")  # read by XLA when JAX starts
     if given is None and batch_size <= SMALL_BATCH:
         os.environ["NPROC"] = "1"
+    elif given is None and machine.sharing > 1:
+        os.environ["NPROC"] = str(max(1, machine.cores() // machine.sharing))
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ from backends.torch_backend.optimizer import (
     restore_momentum,
     restore_schedule,
 )
+from common import machine
 from common.config import MODELS, Config
 from common.data import normalise
 from common.dropout import masks
@@ -375,7 +376,7 @@ def set_threads(batch_size: int) -> None:
     `Net` in eager mode on two cores, steps per second with one thread / with two: batch 4 in float32 583 / 515, batch
     32 in float32 210 / 296.
     """
-    torch.set_num_threads(1 if batch_size <= SMALL_BATCH else ALL_THREADS)
+    torch.set_num_threads(1 if batch_size <= SMALL_BATCH else max(1, ALL_THREADS // machine.sharing))
 
 
 def make_comparable(device: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
@@ -108,6 +109,7 @@ class Terminal:
         self._out = self._err if aside else _console(sys.stdout if stdout is None else stdout)
         self._fancy = self._out.is_terminal and self._out.encoding.lower().startswith("utf")
         self._bar: Any = None
+        self._turn = threading.RLock()  # what another process says is printed by another thread
 
     def line(self, text: str) -> None:
         """Print `text` as one line, above the progress bar."""
@@ -149,12 +151,15 @@ class Terminal:
             shown = f"loss {running:.3f}" if math.isfinite(running) else "loss not finite"
             bar.update(task, advance=steps, rate=f"{_rate(speed)} steps/s", loss=shown)
 
-        self._bar = bar
+        with self._turn:
+            bar.start()
+            self._bar = bar
         try:
-            with bar:
-                yield advance
+            yield advance
         finally:
-            self._bar = None
+            with self._turn:
+                self._bar = None
+                bar.stop()
 
     def conclusion(self, text: str) -> None:
         """Print what is said even with `quiet`."""
@@ -326,19 +331,20 @@ class Terminal:
             self._print(Text(line, style=style), soft_wrap=True)
 
     def _print(self, item: Any, soft_wrap: bool = False) -> None:
-        if self._bar is not None:
-            self._bar.stop()  # wiped, then drawn again below the line
-        try:
-            # When the reader has gone, rich exits with 1, which would say that the runs differ.
-            with contextlib.suppress(SystemExit):
-                if self._out.is_terminal:
-                    self._out.print(item, soft_wrap=soft_wrap)
-                else:
-                    self._plain(item, soft_wrap)
-                self._out.file.flush()
-        finally:
+        with self._turn:
             if self._bar is not None:
-                self._bar.start()
+                self._bar.stop()  # wiped, then drawn again below the line
+            try:
+                # When the reader has gone, rich exits with 1, which would say that the runs differ.
+                with contextlib.suppress(SystemExit):
+                    if self._out.is_terminal:
+                        self._out.print(item, soft_wrap=soft_wrap)
+                    else:
+                        self._plain(item, soft_wrap)
+                    self._out.file.flush()
+            finally:
+                if self._bar is not None:
+                    self._bar.start()
 
     def _plain(self, item: Any, soft_wrap: bool) -> None:
         """Print `item` without the spaces that rich fills lines with."""

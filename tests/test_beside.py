@@ -1,0 +1,146 @@
+"""Both backends at once, by a real `python compare.py`: the same runs, whoever stops or fails."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import backends
+from common import beside, checkpoint, machine
+from common.config import BACKENDS, Config
+from common.data import Dataset
+from common.trainer import Trainer
+from tests import kills
+from tests.test_interrupt import PLAIN, PROGRAM, REPOSITORY, RUN, SECONDS, TRAINING, Started, complete, sane, started
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+
+AT_ONCE = "import common.beside, common.machine; common.beside.LEAST_IMAGES = 0; common.machine.cores = lambda: 2"
+BOTH = f"{AT_ONCE}; {TRAINING.format('torch')}"  # both processes are there then
+STARTING = f"{AT_ONCE}; before(common.beside.Beside, 'train', 0)"  # the other process is being started
+WAITING = f"{AT_ONCE}; before(common.beside.Beside, 'train', 1)"  # for Flax, with PyTorch's run at its end
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it has started, and that are still there."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for each in lists for child in each]
+
+
+def trainer_of(pid: int) -> int:
+    """The one of them that trains."""
+    return next(child for child in children(pid) if b"common.beside" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def there(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def said_in_one_line(run: Started) -> str:
+    assert "Traceback" not in run.said + run.output.read_text()
+    return run.said.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both runs, one after the other."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    complete(*RUN, "--out", str(folder))
+    return folder
+
+
+def same_bits(folder: Path, whole: Path) -> bool:
+    found, expected = kills.digests_in(folder), kills.digests_in(whole)
+    return set(found) == set(expected) and all(found[name] == expected[name] for name in found)
+
+
+def test_both_at_once_are_the_runs_of_one_after_the_other(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", PROGRAM, f"{PLAIN}; {AT_ONCE}", *RUN, "--out", str(folder)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=True)
+    assert all(run.stdout.count(f"Training {name} float64: 300 steps on cpu") == 1 for name in BACKENDS)
+    assert "The two runs agree" in run.stdout
+    assert same_bits(folder, whole)
+    shutil.copy(folder / "torch-float64.safetensors", folder / "flax-float64.safetensors")
+    assert not same_bits(folder, whole), "the control"
+
+
+@pytest.mark.parametrize(
+    ("hook", "number"), [(STARTING, signal.SIGINT), (BOTH, signal.SIGINT), (WAITING, signal.SIGTERM)]
+)
+def test_both_are_stopped_and_gone_on_with(whole: Path, tmp_path: Path, hook: str, number: int) -> None:
+    folder = tmp_path / "run"
+    with started(hook, folder) as run:
+        trainer = trainer_of(run.process.pid)
+        run.send(number, group=number == signal.SIGINT)
+        assert run.ended() == 128 + number
+        assert not there(trainer)
+    last = said_in_one_line(run)
+    assert last.startswith("interrupted") and f"go on with: python compare.py --resume {folder}" in last
+    sane(folder)
+    assert (folder / "torch-float64.safetensors").exists() == (hook == WAITING)
+    complete("--resume", str(folder))
+    assert same_bits(folder, whole)
+
+
+def test_what_stops_one_process_with_force_ends_the_other(whole: Path, tmp_path: Path) -> None:
+    with started(BOTH, tmp_path / "run") as run:
+        trainer = trainer_of(run.process.pid)
+        run.send(signal.SIGKILL)
+        assert run.ended() == -signal.SIGKILL
+        deadline = time.monotonic() + SECONDS
+        while there(trainer) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not there(trainer)
+    sane(tmp_path / "run")
+    complete("--resume", str(tmp_path / "run"))
+    assert same_bits(tmp_path / "run", whole)
+
+    with started(BOTH, tmp_path / "other") as run:
+        os.kill(trainer_of(run.process.pid), signal.SIGKILL)
+        assert run.ended() == 2
+    assert said_in_one_line(run).startswith("error: flax cannot train here (its process was ended by signal 9)")
+
+
+def test_an_error_in_the_other_process_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "flax-float64.safetensors" / "in the way").mkdir(parents=True)
+    with started(BOTH, tmp_path / "run") as run:
+        assert run.ended() == 2
+    assert said_in_one_line(run).startswith(f"error: cannot write {tmp_path / 'run' / 'flax-float64.safetensors'}")
+
+
+def test_short_runs_and_one_backend_are_trained_in_one_process(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(steps: int = 10_000, names: tuple = BACKENDS, device: str = "cpu", there: tuple = ()) -> str | None:
+        config = Config(steps=steps, batch_size=4).resolve(len(digits.train_images))
+        build = functools.partial(backends.build, config, 10, device, "auto")
+        trainer = Trainer(tmp_path, config, digits, build, terminal=None)
+        return beside.choose(trainer, names, device, there)
+
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    assert chosen() == "flax"
+    assert chosen(steps=1_000) is chosen(names=("torch",)) is chosen(device="cuda") is chosen(there=("flax",)) is None
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    assert chosen() is None
+
+
+def test_the_folder_of_checkpoints_stays_while_two_processes_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / checkpoint.FOLDER).mkdir()
+    monkeypatch.setattr(machine, "sharing", 2)
+    checkpoint.remove(tmp_path, "torch-float64")
+    assert (tmp_path / checkpoint.FOLDER).exists()
+    monkeypatch.setattr(machine, "sharing", 1)
+    checkpoint.remove_folder(tmp_path)
+    assert not (tmp_path / checkpoint.FOLDER).exists()
