@@ -45,41 +45,51 @@ class Beside:
         self._failure: LockstepError | Interrupted | None = None
         self._over = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Self:
         if self.name is None:
             return self
         command = [sys.executable, "-c", PROGRAM, repr(sys.path)]
-        machine.sharing = 2
         try:
             # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped by this process.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )
-            interrupt.pass_on(self._process.terminate)
-            threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
-        except BaseException:
-            self.__exit__()
+        except OSError:  # the system has no room for it
+            self.name = None
+            return self
+        machine.sharing = 2
+        try:
+            interrupt.pass_on(self._stop)
+            self._listener.start()
+        except BaseException as error:
+            self.__exit__(error)
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.name is None:
+        if self._process is None:
             return
+        if any(error):
+            self._stop()
         try:
-            if self._process is not None:
-                if any(error) and not interrupt.requested():  # which has told it so: a second signal stops at once
-                    self._process.terminate()
-                try:
-                    self._process.wait(PATIENCE)
-                finally:
-                    self._process.kill()
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
         finally:
+            self._process.kill()
+            if self._listener.is_alive():
+                self._listener.join()  # what it has finished is known then
             interrupt.pass_on(None)
             machine.sharing = 1
-            checkpoint.remove_folder(self.trainer.folder)
+        checkpoint.remove_folder(self.trainer.folder)
+
+    def _stop(self) -> None:
+        """Have it keep a checkpoint and end. Once: told again it ends at once."""
+        if not self._stopped and self._process is not None:
+            self._stopped = True
+            self._process.terminate()
 
     def train(self, name: str, dtype: str) -> list[Record]:
         """The records of one backend through one lens, as `Trainer.train`'s.
@@ -96,6 +106,8 @@ class Beside:
         except KeyboardInterrupt:
             raise Interrupted(f"{name} {dtype} was interrupted") from None
         if dtype not in self._finished:
+            if self._failure is None and interrupt.requested():
+                raise Interrupted(f"{name} {dtype} was interrupted")
             raise self._failure or self._ended()
         return self.trainer.written(name, dtype, self.members[dtype])
 
@@ -111,8 +123,9 @@ class Beside:
         remedy = f"free some memory, then {how_to_go_on(self.trainer.folder)}"
         return BackendError(f"{self.name} cannot train here (its process {how}): {remedy}")
 
-    def _listen(self, process: Any) -> None:
+    def _listen(self) -> None:
         """Say what there is to do, and listen to the other process until it has ended."""
+        process: Any = self._process
         try:
             work = dataclasses.replace(self.trainer, terminal=None), self.name, self.members
             pickle.dump(work, process.stdin, pickle.HIGHEST_PROTOCOL)  # without a copy of the images
