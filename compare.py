@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import backends
-from common import interrupt, pairs
+from common import interrupt, machine, pairs
 from common.config import (
     AUGMENTATIONS,
     BACKENDS,
@@ -662,7 +662,6 @@ def bench(options: argparse.Namespace, arguments: list[str]) -> int:
     import tempfile
 
     from backends import timing, workers
-    from common import machine
     from common.evidence import bench as speed
     from common.evidence import pictures
 
@@ -766,7 +765,6 @@ class Study:
         return backends.load(name)(config, classes, dtype, self.device, self.options.compile)
 
     def report(self, facts: dict[str, Any], rows: list[Any], table: Any, draw: Any = None) -> None:
-        from common import machine
         from common.report import write_json
 
         report = {
@@ -816,7 +814,7 @@ def make_report(
     Args:
         cut_short: where the run was interrupted, if it was.
     """
-    from common import machine, train
+    from common import train
 
     verdicts = {lens["verdict"] for lens in lenses}
     environment = {name: r.environment for by_backend in runs.values() for name, r in by_backend.items()}
@@ -848,4 +846,5 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    machine.collect_seldom()
     sys.exit(main())

@@ -178,6 +178,7 @@ class _Remote:
 
 def serve() -> None:
     """The other process: train what standard input says, and tell standard output."""
+    machine.collect_seldom()
     # Patient all the time: in the middle of an import, KeyboardInterrupt may end up where it is printed and forgotten.
     with interrupt.listening(aloud=False), interrupt.patient(), os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # for what else may be printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import platform
@@ -19,6 +20,14 @@ sharing = 1  # of this project's processes that train at the same time: each has
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def collect_seldom() -> None:
+    """Have Python look for cycles among all its objects a hundred times less often.
+
+    The frameworks' own objects stay, and looking through them takes 0.2 s: 2 of the quick recipe's 27 seconds.
+    """
+    gc.set_threshold(*gc.get_threshold()[:2], 1_000)
 
 
 def describe() -> dict[str, Any]:
