@@ -52,18 +52,19 @@ def in_jax(convolve: Callable, images: np.ndarray, kernel: np.ndarray, padding: 
     return [np.asarray(array) for array in (result, *pull(jnp.asarray(drawn(result.shape, 2))))]
 
 
-def in_torch(layer: type[nn.Conv2d], images: np.ndarray, kernel: np.ndarray) -> list[np.ndarray]:
-    """The same, in JAX's order of axes."""
+def in_torch(layer: type[nn.Conv2d], images: np.ndarray, kernel: np.ndarray, bias: bool = False) -> list[np.ndarray]:
+    """The same, in JAX's order of axes; with a bias of 0, 1, ... its gradient, too."""
     height, width, channels, features = kernel.shape
-    convolve = layer(channels, features, (height, width), bias=False, dtype=torch.float64)
+    convolve = layer(channels, features, (height, width), bias=bias, dtype=torch.float64)
+    if convolve.bias is not None:
+        convolve.bias.data = torch.arange(features, dtype=torch.float64)
     convolve.weight.data = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
     given = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).requires_grad_()
     result = convolve(given).permute(0, 2, 3, 1)
     weights = torch.from_numpy(drawn(tuple(result.shape), 2))
-    gradients = torch.autograd.grad((result * weights).sum(), (given, convolve.weight))
-    return [
-        array.detach().numpy() for array in (result, gradients[0].permute(0, 2, 3, 1), gradients[1].permute(2, 3, 1, 0))
-    ]
+    gradients = torch.autograd.grad((result * weights).sum(), (given, *convolve.parameters()))
+    found = result, gradients[0].permute(0, 2, 3, 1), gradients[1].permute(2, 3, 1, 0), *gradients[2:]
+    return [array.detach().numpy() for array in found]
 
 
 def gap(first: list[np.ndarray], second: list[np.ndarray]) -> float:
@@ -76,6 +77,10 @@ def test_a_convolution_in_blocks_is_the_librarys(images: tuple[int, ...], kernel
     library = in_jax(jax.lax.conv_general_dilated, *given)
     assert gap(in_jax(flax_layers.convolution("cpu"), *given), library) <= BOUND
     assert gap(in_torch(torch_layers.convolution("cpu", compiled=True), *given), library) <= BOUND
+    with_bias = in_torch(nn.Conv2d, *given, bias=True)
+    assert gap(in_torch(torch_layers.convolution("cpu", compiled=True), *given, bias=True), with_bias) <= BOUND
+    if kernel[3] > 1:  # control
+        assert gap(with_bias[:1], library[:1]) >= 1
     if kernel[0] > 1:  # control
         turned = given[0], given[1][::-1].copy()
         assert gap(in_jax(flax_layers.convolution("cpu"), *turned)[:1], library[:1]) > 1e-3
@@ -122,11 +127,13 @@ def test_pooling_chooses_as_the_libraries_do(shape: tuple[int, ...], ties: bool)
     x = np.random.default_rng(0).integers(0, 3, shape).astype(np.float64) if ties else drawn(shape, 0)
     ours, library = pooled(flax_layers.max_pooling("cpu"), x), pooled(flax_layers.max_pooling("cuda"), x)
     assert all(np.array_equal(a, b) for a, b in zip(ours, library, strict=True))
-    given = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
-    result = nn.MaxPool2d(2, 2)(given)
-    (result * torch.from_numpy(drawn(ours[0].shape, 3).transpose(0, 3, 1, 2).copy())).sum().backward()
-    assert given.grad is not None
-    assert np.array_equal(ours[1], given.grad.permute(0, 2, 3, 1).numpy())
+    for device in ("cpu", "cuda"):
+        given = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
+        result = torch_layers.max_pooling(device, compiled=True)(given)
+        (result * torch.from_numpy(drawn(ours[0].shape, 3).transpose(0, 3, 1, 2).copy())).sum().backward()
+        assert given.grad is not None
+        assert np.array_equal(ours[0], result.detach().permute(0, 2, 3, 1).numpy())
+        assert np.array_equal(ours[1], given.grad.permute(0, 2, 3, 1).numpy())
 
     def shared(x: jax.Array) -> jax.Array:
         n, height, width, channels = x.shape
@@ -141,6 +148,13 @@ def test_what_is_not_a_number_comes_through_pooling() -> None:
     for place in ((0, 0), (0, 3), (3, 0), (3, 3)):
         x[0, *place, 0] = np.nan
     assert np.isnan(np.asarray(flax_layers.max_pooling("cpu")(jnp.asarray(x)))).all()
+    assert torch_layers.max_pooling("cpu", compiled=True)(torch.from_numpy(x).permute(0, 3, 1, 2)).isnan().all()
+
+
+@pytest.mark.parametrize("options", [{"stride": 1}, {"padding": 1}, {"dilation": 2}, {"ceil_mode": True}], ids=str)
+def test_other_windows_are_left_to_the_library(options: dict[str, Any]) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch_layers.BlockMaxPool2d(2, **options)(images), nn.MaxPool2d(2, **options)(images))
 
 
 def normed(layer: type[nn.BatchNorm2d], images: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:

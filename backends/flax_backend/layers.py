@@ -82,26 +82,20 @@ def blocks_times_matrix(
     fits = kernel_height % 2 == kernel_width % 2 == 1 and height % 2 == width % 2 == 0 < min(height, width)
     if not fits or (channels >= MANY_CHANNELS and images.dtype != jnp.float64):
         return library()
-    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))  # height and width are the result's, from here on
-    blocks = in_blocks(images)
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    height, width = height // 2, width // 2  # from here on, of the blocks
+    lines = images.reshape(n, images.shape[1] // 2, 2, images.shape[2] // 2, 2 * channels)  # pixels by twos
+    lines = lines[:, :, 0], lines[:, :, 1]  # even and odd
     views = [
-        blocks[:, y : y + height // 2, x : x + width // 2]
-        for y in range(kernel_height // 2 + 1)
-        for x in range(kernel_width // 2 + 1)
+        lines[y % 2][:, y // 2 : y // 2 + height, x : x + width]
+        for y in range(kernel_height + 1)
+        for x in range((kernel_width + 1) // 2)
     ]
-    rows = jnp.concatenate(views, axis=-1).reshape(n * (height // 2) * (width // 2), -1)
+    rows = jnp.concatenate(views, axis=-1).reshape(n * height * width, -1)
     moved = [jnp.pad(kernel, ((y, 1 - y), (x, 1 - x), (0, 0), (0, 0))) for y in (0, 1) for x in (0, 1)]
-    matrix = jnp.stack(moved, axis=3).reshape(1, kernel_height + 1, kernel_width + 1, channels * 4 * features)
-    product = rows @ in_blocks(matrix).reshape(-1, 4 * features)
-    product = product.reshape(n, height // 2, width // 2, 2, 2, features)
-    return product.transpose(0, 1, 3, 2, 4, 5).reshape(n, height, width, features)
-
-
-def in_blocks(x: jax.Array) -> jax.Array:
-    """(n, height, width, channels) to (n, height / 2, width / 2, 2 * 2 * channels)."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, height // 2, width // 2, 4 * channels)
+    product = rows @ jnp.stack(moved, axis=3).reshape(-1, 4 * features)
+    product = product.reshape(n, height, width, 2, 2, features)
+    return product.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, features)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -110,10 +104,11 @@ def max_pool(x: jax.Array) -> jax.Array:
     `x.reshape(...).max(axis=(2, 4))` would share the gradient out among them.
     """
     n, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2, channels)
-    upper = first_of_larger(x[:, :, 0, :, 0], x[:, :, 0, :, 1])
-    lower = first_of_larger(x[:, :, 1, :, 0], x[:, :, 1, :, 1])
-    return first_of_larger(upper, lower)
+    height, width = height // 2, width // 2
+    x = x[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels).swapaxes(2, 3)
+    pixels = jax.lax.split(x.reshape(n, height, width, 4, channels), (1, 1, 1, 1), axis=3)
+    a, b, c, d = (pixel.squeeze(3) for pixel in pixels)  # after the comparisons, a step takes 1.3 times as long
+    return first_of_larger(first_of_larger(a, b), first_of_larger(c, d))
 
 
 def first_of_larger(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -41,9 +41,11 @@ EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory
 ALL_THREADS = torch.get_num_threads()
 SMALL_BATCH = 16  # up to which one thread and compiled steps are quicker than two and eager ones
 LONG_RUN = 20_000  # steps from which on compiling, half a minute, pays: a step is a millisecond shorter
-# Inductor's loop calls its kernels from C++, not from Python: `Net` at batch 4, 1,378 and 1,517 steps per second in
-# turn. With torch 2.11 it does not compile.
-IN_CPP: dict[str, Any] | None = {"cpp_wrapper": True} if torch.__version__ >= "2.15" else None
+# On the CPU. What reads up to four values, inductor else computes anew wherever it is used, and so pools once for each
+# of the views of a pooled image that the next convolution's rows hold. And its loop calls its kernels from C++, not
+# from Python; with torch 2.11 that does not compile.
+INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 3}
+INDUCTOR |= {"cpp_wrapper": True} if torch.__version__ >= "2.15" else {}
 # On the CPU, but in float64, images lie as NumPy has them, channels last, in networks in which that is quicker. `Net`
 # at batch 32 and 128, training steps per second without and with it, in turn: float32 109 and 118, 60 and 66; bfloat16
 # 67 and 122, 26 and 71; float64 54 and 46, 9.5 and 8.3. The others gain little; PyTorch's batch norm may then sum in
@@ -97,7 +99,7 @@ class TorchBackend:
         if config.model not in MODELS:
             examine(config.model, self._skeleton, classes)
         torch._dynamo.config.recompile_limit = 1024  # all backends of a process share `_scan`'s programs
-        options = IN_CPP if self.device == "cpu" else None
+        options = INDUCTOR if self.device == "cpu" else None
         self._compiled_scan = torch.compile(self._scan, fullgraph=True, dynamic=False, options=options)
         table = normalise(np.arange(256, dtype=np.uint8), self._compute_dtype)
         self._normalised = self._tensor(table).to(self.device)  # by pixel

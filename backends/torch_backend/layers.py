@@ -1,7 +1,9 @@
-"""Convolution as the device likes it best and norms as they sum best, with the numbers of the library, up to rounding;
-and dropout."""
+"""Convolution and pooling as the device likes them best and norms as they sum best, with the numbers of the library, up
+to rounding; and dropout."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,12 @@ def convolution(device: str, compiled: bool) -> type[nn.Conv2d]:
     return BlockConv2d if compiled and device == "cpu" else nn.Conv2d
 
 
+def max_pooling(device: str, compiled: bool) -> nn.MaxPool2d:
+    """The largest of each 2 x 2 pixels: (n, channels, height, width) to (n, channels, height / 2, width / 2)."""
+    pool = BlockMaxPool2d if compiled and device == "cpu" else nn.MaxPool2d
+    return pool(kernel_size=2, stride=2)
+
+
 class BlockConv2d(nn.Conv2d):
     """`nn.Conv2d`, by `blocks_times_matrix` where that can do it."""
 
@@ -27,11 +35,10 @@ class BlockConv2d(nn.Conv2d):
         odd = kernel_height % 2 == kernel_width % 2 == 1  # and with it an even number of pixels, from an even one
         if not (plain and odd and height % 2 == width % 2 == 0):
             return super().forward(input)
-        product = blocks_times_matrix(input, self.weight)
-        return product if self.bias is None else product + self.bias.view(1, -1, 1, 1)
+        return blocks_times_matrix(input, self.weight, self.bias)
 
 
-def blocks_times_matrix(images: Tensor, weight: Tensor) -> Tensor:
+def blocks_times_matrix(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution as one matrix product, each row of which gives 2 x 2 pixels.
 
     A row holds what the four pixels see, a window that is one larger than the kernel; the matrix holds the kernel four
@@ -41,26 +48,57 @@ def blocks_times_matrix(images: Tensor, weight: Tensor) -> Tensor:
     images, kernel = images.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0)
     n, height, width, channels = images.shape
     kernel_height, kernel_width, _, features = kernel.shape
-    height, width = height - kernel_height + 1, width - kernel_width + 1  # from here on, of the result
-    blocks = in_blocks(images)
+    lines = images.reshape(n, height // 2, 2, width // 2, 2 * channels).unbind(2)  # even and odd; pixels by twos
+    height, width = (height - kernel_height + 1) // 2, (width - kernel_width + 1) // 2  # from here on, of the blocks
     views = [
-        blocks[:, y : y + height // 2, x : x + width // 2]
-        for y in range(kernel_height // 2 + 1)
-        for x in range(kernel_width // 2 + 1)
+        lines[y % 2][:, y // 2 : y // 2 + height, x : x + width]
+        for y in range(kernel_height + 1)
+        for x in range((kernel_width + 1) // 2)
     ]
-    rows = torch.cat(views, dim=-1).reshape(n * (height // 2) * (width // 2), -1)
+    rows = torch.cat(views, dim=-1).reshape(n * height * width, -1)
     moved = [F.pad(kernel, (0, 0, 0, 0, x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
-    matrix = torch.stack(moved, dim=3).reshape(1, kernel_height + 1, kernel_width + 1, channels * 4 * features)
-    product = rows @ in_blocks(matrix).reshape(-1, 4 * features)
-    product = product.reshape(n, height // 2, width // 2, 2, 2, features)
-    return product.permute(0, 5, 1, 3, 2, 4).reshape(n, features, height, width)
+    matrix = torch.stack(moved, dim=3).reshape(-1, 4 * features)
+    product = rows @ matrix if bias is None else torch.addmm(bias.repeat(4), rows, matrix)
+    product = product.reshape(n, height, width, 2, 2, features)
+    return product.permute(0, 5, 1, 3, 2, 4).reshape(n, features, 2 * height, 2 * width)
 
 
-def in_blocks(x: Tensor) -> Tensor:
-    """(n, height, width, channels) to (n, height / 2, width / 2, 2 * 2 * channels)."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, height // 2, width // 2, 4 * channels)
+class BlockMaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d`, by comparing twos where the windows are 2 x 2 pixels beside one another.
+
+    Compiled, the gradient of PyTorch's own looks for each pixel where in its window the largest is.
+    """
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        n, channels, height, width = input.shape
+        plain = self.kernel_size == self.stride == 2 and self.padding == 0 and self.dilation == 1
+        if not (plain and height % 2 == width % 2 == 0) or self.ceil_mode or self.return_indices:
+            return super().forward(input)
+        pixels = input.permute(0, 2, 3, 1).reshape(n, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
+        a, b, c, d = pixels.reshape(n, height // 2, width // 2, 4, channels).unbind(3)
+        largest = first_of_larger(first_of_larger(a, b), first_of_larger(c, d))
+        return largest.permute(0, 3, 1, 2)
+
+
+def first_of_larger(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.maximum`, but that of equal ones the first gets the gradient, as in `nn.MaxPool2d`."""
+    return _FirstOfLarger.apply(a, b)
+
+
+class _FirstOfLarger(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (a, b), (gradient,) = ctx.saved_tensors, gradients
+        # Said in two ways: what is used twice, inductor keeps in memory, which takes longer.
+        return torch.where(a < b, 0.0, gradient), torch.where(b > a, gradient, 0.0)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backends.torch_backend.layers import convolution
+from backends.torch_backend.layers import convolution, max_pooling
 
 
 class Net(nn.Module):
@@ -16,7 +16,7 @@ class Net(nn.Module):
         super().__init__()
         Conv2d = convolution(device, compiled)
         self.conv1 = Conv2d(3, 6, kernel_size=5)
-        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.pool = max_pooling(device, compiled)
         self.conv2 = Conv2d(6, 16, kernel_size=5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)

@@ -3,10 +3,10 @@
 Every way to train has a process of its own. They take turns, a few seconds each, several times over, so that what slows
 the machine down for a while slows all of them; ratios are taken turn by turn.
 
-Where a step's time goes (batch 4, float32, one thread; `jax.profiler` and `torch.profiler`, which slow it down by a
-half): in JAX about 40 % is matrix products, 18 % pooling and its gradient, the rest a hundred small loops that lay out
-rows and kernels, add up the gradient norm, and update. In PyTorch 24 % is products, 15 % the gradient of pooling, 31 %
-rows, the kernel's matrix and the gradients of kernel and bias, and 22 % lies between the loops.
+Where a step's time goes (batch 4, float32, one thread; `jax.profiler` and `perf`): in JAX 45 % is matrix products, 12 %
+the gradient norm, 11 % pooling and its gradient, the rest a hundred small loops that lay out rows and kernels, and
+update. In PyTorch 50 % is products, a fifth of it laying out what is multiplied; 17 % rows and the kernel's matrix, and
+the pooling between; 10 % asking for memory, 7 % calling, 3 % gathering images.
 
 Tried, and not kept: steps per second at batch 4 in float32 on two cores, without it and with it. Measured with sketches
 of the step, mostly in turn in one process; the load differed from line to line, so each is to be read by itself.
@@ -25,19 +25,29 @@ of the step, mostly in turn in one process; the load differed from line to line,
     PyTorch
     one pixel a row; windows by `unfold`                       877   608, 638
     the transposed product; a product for each image         1,029   870, 1,013
-    the bias within the product                              1,183   857
+    the bias as a column of the product                      1,183   857
     pooling by `where`                                       1,034   990
     five steps unrolled (a minute and a half to compile)     1,034   961
     within C++: pooling by `where`, by `torch.maximum`        1,566   1,356, 1,153
     batch 128: compiled; channels last; pooling by `where`   63; 48; 50   48; 32; 33
+    keeping what reads two or three values, too              2,219   1,978
+    four ways of pooling by `where`                          1,948   1,479 to 1,624
+    all four pixels of a window compared at once             2,219   1,958
+    lines of pixels first copied beside one another          1,870   1,765
+    the bias added to the product                            2,005   1,988
 
 XLA's options and pooling were tried again on another processor (AMD EPYC), with 2,083 steps per second at batch 4
 without any: products by YNNPACK 1,766, by oneDNN 1,863; no fusion emitters 1,884; no parallel code generation 1,960;
 tiling propagation 2,003; scheduled for memory 2,040; pooling by `jnp.maximum` 1,868, behind a barrier 2,086; the
-gradient norm summed by rows 2,101, none 2,205. In PyTorch at batch 32, eager steps by the matrix product took 4.4 to
-6.2 ms in place of 3.2 in float32, and 7.1 to 11.5 in place of 6.3 to 7.6 in float64. Of inductor's options none moved
-its loop by more than 3 % once it is called from C++: contracted products, no assertions, other limits of fusion, no
-padding; its planning of memory fails.
+gradient norm summed by rows 2,101, none 2,205. With rows by lines of pixels and pooling split in four, 2,262 to 2,282:
+the norm by `vdot` 2,198, by rows 2,231, of one long array 2,161, none 2,425; a kernel's gradient as the product of a
+transposed copy 2,071 to 2,120; YNNPACK for sums only 2,137, for products only 2,112, for neither 1,983; lines copied
+side by side first, 2,247 to 2,282 in place of 2,225.
+
+In PyTorch at batch 32, eager steps by the matrix product took 4.4 to 6.2 ms in place of 3.2 in float32, and 7.1 to 11.5
+in place of 6.3 to 7.6 in float64. Of inductor's options none but what it keeps in memory (`backend.py`) moved its loop
+by more than 3 % once it is called from C++: contracted products, no assertions, other limits of fusion, no padding; its
+planning of memory fails.
 
 On the CPU `torch.use_deterministic_algorithms`, which changes nothing there, brings the compiled loop from about 2.8
 times eager steps down to 1.6. Twins under `vmap` were not tried.

@@ -182,7 +182,7 @@ NOTES = (
     ),
     Note(
         title="Pooling: the stride has to be said",
-        torch=Anchor(_NET, "nn.MaxPool2d"),
+        torch=Anchor("layers.py:max_pooling", "else nn.MaxPool2d"),
         flax=Anchor("layers.py:max_pooling", "nnx.max_pool"),
         what=(
             "In PyTorch, pooling is a layer whose stride is its window unless something else is said. In Flax it is a "

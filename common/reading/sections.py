@@ -148,12 +148,19 @@ SECTIONS = (
             Pair("layers.py:BlockConv2d", None, "`nnx.Conv` takes a function to convolve with; PyTorch wants a layer."),
             Pair("layers.py:BlockConv2d.forward", None, "Likewise."),
             Pair(None, "layers.py:" + SETTINGS, "PyTorch's convolution is quick with any number of channels."),
-            *both("layers.py", "blocks_times_matrix", "in_blocks"),
+            *both("layers.py", "blocks_times_matrix"),
+            *both("layers.py", "max_pooling"),
+            Pair("layers.py:BlockMaxPool2d", None, "PyTorch pools by a layer, Flax by a function."),
+            Pair("layers.py:BlockMaxPool2d.forward", "layers.py:max_pool"),
+            *both("layers.py", "first_of_larger"),
             Pair(
-                None, "layers.py:max_pooling", "PyTorch's pooling is quick on the CPU; XLA's, in its gradient, is not."
+                "layers.py:_FirstOfLarger",
+                None,
+                "JAX takes the gradient of `where`. Compiled, PyTorch's is quicker with a gradient of its own.",
             ),
-            Pair(None, "layers.py:max_pool", "Likewise."),
-            Pair(None, "layers.py:first_of_larger", "Likewise."),
+            Pair("layers.py:_FirstOfLarger.forward", None, "Likewise."),
+            Pair("layers.py:_FirstOfLarger.setup_context", None, "Likewise."),
+            Pair("layers.py:_FirstOfLarger.backward", None, "Likewise."),
         ),
     ),
     Section(
