@@ -145,7 +145,7 @@ def start(job: Job, cache: str | None) -> Worker:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
     if job.path not in OWN:  # what is not this project's runs as it would without it
-        settings["OMP_WAIT_POLICY"] = backends.USERS_WAIT_POLICY
+        settings["GOMP_SPINCOUNT"] = backends.USERS_SPIN_COUNT
     return Worker(job.path, settings, Stopwatch, job)
 
 

@@ -437,9 +437,9 @@ def test_only_what_is_not_lockstep_runs_without_its_settings(job: timing.Job, mo
     monkeypatch.setattr(workers, "Worker", lambda title, settings, *_: made.setdefault(title, settings))
     for path in (*PATHS, *PRODUCTS):
         workers.start(dataclasses.replace(job, path=path), "a-cache")
-    foreign = {path for path, settings in made.items() if "OMP_WAIT_POLICY" in settings}
+    foreign = {path for path, settings in made.items() if "GOMP_SPINCOUNT" in settings}
     assert foreign == {"tutorial", "eager", *PRODUCTS}
-    assert all(made[path]["OMP_WAIT_POLICY"] == backends.USERS_WAIT_POLICY for path in foreign)
+    assert all(made[path]["GOMP_SPINCOUNT"] == backends.USERS_SPIN_COUNT for path in foreign)
     caches = ("TORCHINDUCTOR_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
     for settings in made.values():
         assert all(str(settings[name]).startswith(str(job.folder / "caches" / "a-cache")) for name in caches)
