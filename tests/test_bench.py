@@ -12,6 +12,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -446,6 +448,25 @@ def test_only_what_is_not_lockstep_runs_without_its_settings(job: timing.Job, mo
     made.clear()
     workers.start(dataclasses.replace(job, path="flax"), None)
     assert made == {"flax": {}}
+
+
+@pytest.mark.parametrize(
+    ("users", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    ids=["nothing set", "a count", "a policy"],
+)
+def test_threads_wait_a_little_unless_the_user_has_said_how(users: dict[str, str], count: str) -> None:
+    theirs = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import os, backends; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=theirs | users,
+        cwd=Path(compare.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == count
 
 
 # --- The command
