@@ -92,9 +92,10 @@ def blocks_times_matrix(
         for x in range((kernel_width + 1) // 2)
     ]
     rows = jnp.concatenate(views, axis=-1).reshape(n * height * width, -1)
-    moved = [jnp.pad(kernel, ((y, 1 - y), (x, 1 - x), (0, 0), (0, 0))) for y in (0, 1) for x in (0, 1)]
-    product = rows @ jnp.stack(moved, axis=3).reshape(-1, 4 * features)
-    product = product.reshape(n, height, width, 2, 2, features)
+    kernel = kernel.transpose(3, 0, 1, 2)  # with features first, XLA takes 0.7 of the time for its gradient
+    moved = [jnp.pad(kernel, ((0, 0), (y, 1 - y), (x, 1 - x), (0, 0))) for y in (0, 1) for x in (0, 1)]
+    matrix = jnp.concatenate(moved).reshape(4 * features, -1)
+    product = (rows @ matrix.T).reshape(n, height, width, 2, 2, features)
     return product.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, features)
 
 
