@@ -220,7 +220,7 @@ def test_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(tmp_path: P
     from backends.torch_backend import layers, network
 
     def norms(path: Path) -> list[type]:
-        modules = network.build(f"{path}:PAIR", 10, "cpu", False).modules()
+        modules = network.build(f"{path}:PAIR", 10, "cpu").modules()
         return [type(layer) for layer in modules if isinstance(layer, nn.BatchNorm2d | nn.LayerNorm)]
 
     path, other = example(tmp_path), tmp_path / "other.py"

@@ -93,7 +93,7 @@ class TorchBackend:
         pays = (config.steps or 0) >= LONG_RUN and config.batch_size <= SMALL_BATCH
         wanted = compile == "on" or (compile == "auto" and pays)
         self.compiled = wanted and config.schedule.kind != "plateau"  # whose next lr hangs on the losses
-        self._skeleton = build(config.model, classes, self.device, self.compiled).to(self.dtype)
+        self._skeleton = build(config.model, classes, self.device).to(self.dtype)
         self._dropouts = convert.dropouts(self._skeleton)
         self._batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._skeleton)}
         if config.model not in MODELS:

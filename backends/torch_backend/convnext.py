@@ -16,21 +16,21 @@ from backends.torch_backend.layers import Dropout, LayerNorm, convolution
 class ConvNeXt(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes)."""
 
-    def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
+    def __init__(self, classes: int, device: str = "cpu") -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.stem = Conv2d(3, 32, kernel_size=4, stride=4)
         self.stem_norm = LayerNorm(32, eps=1e-6)
         self.blocks = nn.ModuleList(
             [
-                Block(32, 0.0, device, compiled),
-                Block(32, 0.02, device, compiled),
-                Downsample(32, 64, device, compiled),
-                Block(64, 0.04, device, compiled),
-                Block(64, 0.06, device, compiled),
-                Downsample(64, 128, device, compiled),
-                Block(128, 0.08, device, compiled),
-                Block(128, 0.1, device, compiled),
+                Block(32, 0.0, device),
+                Block(32, 0.02, device),
+                Downsample(32, 64, device),
+                Block(64, 0.04, device),
+                Block(64, 0.06, device),
+                Downsample(64, 128, device),
+                Block(128, 0.08, device),
+                Block(128, 0.1, device),
             ]
         )
         self.norm = LayerNorm(128, eps=1e-6)
@@ -48,9 +48,9 @@ class ConvNeXt(nn.Module):
 class Block(nn.Module):
     """Images (n, channels, height, width) to the same shape."""
 
-    def __init__(self, channels: int, depth_rate: float, device: str, compiled: bool) -> None:
+    def __init__(self, channels: int, depth_rate: float, device: str) -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.conv = Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
         self.norm = LayerNorm(channels, eps=1e-6)
         self.fc1 = nn.Linear(channels, 4 * channels)
@@ -69,9 +69,9 @@ class Block(nn.Module):
 class Downsample(nn.Module):
     """Images (n, before, height, width) to (n, after, height / 2, width / 2)."""
 
-    def __init__(self, before: int, after: int, device: str, compiled: bool) -> None:
+    def __init__(self, before: int, after: int, device: str) -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.norm = LayerNorm(before, eps=1e-6)
         self.conv = Conv2d(before, after, kernel_size=2, stride=2)
 

@@ -118,4 +118,4 @@ def others_of(empty: nn.Module) -> dict[str, Tensor]:
 
 def empty_model(model: str = "net") -> nn.Module:
     """The network without weights; its layout does not depend on the number of classes."""
-    return build(model, 1, "cpu", compiled=False)
+    return build(model, 1, "cpu")

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 class MLP(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes), by three dense layers."""
 
-    def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
+    def __init__(self, classes: int, device: str = "cpu") -> None:
         super().__init__()
-        del device, compiled  # they choose a convolution, and here is none
+        del device  # it chooses a convolution, and here is none
         self.fc1 = nn.Linear(3 * 32 * 32, 256)
         self.fc2 = nn.Linear(256, 128)
         self.fc3 = nn.Linear(128, classes)

@@ -12,11 +12,11 @@ from backends.torch_backend.layers import convolution, max_pooling
 class Net(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes)."""
 
-    def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
+    def __init__(self, classes: int, device: str = "cpu") -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.conv1 = Conv2d(3, 6, kernel_size=5)
-        self.pool = max_pooling(device, compiled)
+        self.pool = max_pooling(device)
         self.conv2 = Conv2d(6, 16, kernel_size=5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)

@@ -21,7 +21,7 @@ UNKNOWN = (_ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention)  # 
 UNUSED = "num_batches_tracked"  # counts for `momentum=None`, which Flax has not
 
 
-def build(model: str, classes: int, device: str, compiled: bool) -> nn.Module:
+def build(model: str, classes: int, device: str) -> nn.Module:
     """The network that `--model` names, on the CPU, with weights that nobody uses.
 
     Raises:
@@ -30,7 +30,7 @@ def build(model: str, classes: int, device: str, compiled: bool) -> nn.Module:
     network = pairs.network(model, "torch")
     if model in MODELS:
         with torch.device("meta"):  # so that PyTorch draws no random weights
-            return network(classes, device, compiled)
+            return network(classes, device)
     pair = pairs.load(model)
     with torch.random.fork_rng(devices=[]), pairs.trying(model, "torch", "build"):
         module = network(classes)

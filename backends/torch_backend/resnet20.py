@@ -17,13 +17,13 @@ from backends.torch_backend.layers import BatchNorm2d, convolution
 class ResNet20(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes)."""
 
-    def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
+    def __init__(self, classes: int, device: str = "cpu") -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.conv = Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
         self.bn = BatchNorm2d(16, eps=1e-5, momentum=0.1)
         widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)  # before the first block, and after each
-        self.blocks = nn.ModuleList([Block(before, after, device, compiled) for before, after in pairwise(widths)])
+        self.blocks = nn.ModuleList([Block(before, after, device) for before, after in pairwise(widths)])
         self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,9 +38,9 @@ class Block(nn.Module):
     """Images (n, before, height, width) to (n, after, height, width), or of half the height and width where after is
     larger than before."""
 
-    def __init__(self, before: int, after: int, device: str, compiled: bool) -> None:
+    def __init__(self, before: int, after: int, device: str) -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.stride = 1 if before == after else 2
         self.conv1 = Conv2d(before, after, kernel_size=3, stride=self.stride, padding=1, bias=False)
         self.bn1 = BatchNorm2d(after, eps=1e-5, momentum=0.1)

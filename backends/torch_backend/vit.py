@@ -17,9 +17,9 @@ DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense 
 class ViT(nn.Module):
     """Images (n, 3, 32, 32) to logits (n, classes)."""
 
-    def __init__(self, classes: int, device: str = "cpu", compiled: bool = False) -> None:
+    def __init__(self, classes: int, device: str = "cpu") -> None:
         super().__init__()
-        Conv2d = convolution(device, compiled)
+        Conv2d = convolution(device)
         self.patches = Conv2d(3, 64, kernel_size=4, stride=4)
         self.token = nn.Parameter(torch.zeros(1, 1, 64))
         self.position = nn.Parameter(torch.zeros(1, 1 + 8 * 8, 64))

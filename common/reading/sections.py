@@ -147,7 +147,7 @@ SECTIONS = (
             *both("layers.py", "convolution"),
             Pair("layers.py:BlockConv2d", None, "`nnx.Conv` takes a function to convolve with; PyTorch wants a layer."),
             Pair("layers.py:BlockConv2d.forward", None, "Likewise."),
-            Pair(None, "layers.py:" + SETTINGS, "PyTorch's convolution is quick with any number of channels."),
+            *both("layers.py", SETTINGS),
             *both("layers.py", "blocks_times_matrix"),
             *both("layers.py", "max_pooling"),
             Pair("layers.py:BlockMaxPool2d", None, "PyTorch pools by a layer, Flax by a function."),
