@@ -5,8 +5,8 @@ the machine down for a while slows all of them; ratios are taken turn by turn.
 
 Where a step's time goes (batch 4, float32, one thread; `jax.profiler` and `perf`): in JAX 58 % is matrix products, 14 %
 pooling and its gradient, 4 % the update, 3 % each the gradient norm and the biases' gradients, the rest a hundred small
-loops that lay out rows and kernels. In PyTorch 50 % is products, a fifth of it laying out what is multiplied; 17 % rows and the kernel's matrix, and
-the pooling between; 10 % asking for memory, 7 % calling, 3 % gathering images.
+loops that lay out rows and kernels. In PyTorch 50 % is products, a fifth of it laying out what is multiplied; 17 % rows
+and the kernel's matrix, and the pooling between; 10 % asking for memory, 7 % calling, 3 % gathering images.
 
 Tried, and not kept: steps per second at batch 4 in float32 on two cores, without it and with it. Measured with sketches
 of the step, mostly in turn in one process; the load differed from line to line, so each is to be read by itself.
@@ -29,7 +29,8 @@ of the step, mostly in turn in one process; the load differed from line to line,
     pooling by `where`                                       1,034   990
     five steps unrolled (a minute and a half to compile)     1,034   961
     within C++: pooling by `where`, by `torch.maximum`        1,566   1,356, 1,153
-    batch 128: compiled; channels last; pooling by `where`   63; 48; 50   48; 32; 33
+    batch 128, before inductor kept what is read often:
+      compiled; channels last; pooling by `where`            63; 48; 50   48; 32; 33
     keeping what reads two or three values, too              2,219   1,978
     four ways of pooling by `where`                          1,948   1,479 to 1,624
     all four pixels of a window compared at once             2,219   1,958
