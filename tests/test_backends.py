@@ -329,13 +329,15 @@ def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: C
     [
         pytest.param(replace(PLAIN, steps=19_999), "auto", False, id="short"),
         pytest.param(replace(PLAIN, steps=20_000), "auto", True, id="long"),
-        pytest.param(replace(PLAIN, steps=20_000, batch_size=32), "auto", False, id="long, of large batches"),
+        pytest.param(replace(PLAIN, steps=20_000, batch_size=128), "auto", True, id="long, of larger batches"),
+        pytest.param(replace(PLAIN, steps=20_000, batch_size=129), "auto", False, id="long, of large batches"),
+        pytest.param(replace(PLAIN, steps=20_000, batch_size=32, model="mlp"), "auto", False, id="another network"),
         pytest.param(replace(PLAIN, steps=20_000), "off", False, id="long, but not wanted"),
         pytest.param(replace(PLAIN, steps=1), "on", True, id="short, but wanted"),
         pytest.param(replace(PLAIN, steps=20_000, schedule=Schedule("plateau")), "on", False, id="plateau"),
     ],
 )
-def test_pytorch_compiles_long_runs_of_small_batches(
+def test_pytorch_compiles_long_runs_where_that_pays(
     config: Config, compile: str, compiled: bool, build: Callable
 ) -> None:
     assert build("torch", config, compile=compile).describe()["compiled"] is compiled
