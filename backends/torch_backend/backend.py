@@ -41,15 +41,16 @@ EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory
 ALL_THREADS = torch.get_num_threads()
 SMALL_BATCH = 16  # up to which one thread is quicker than two
 LONG_RUN = 20_000  # steps from which on compiling, half a minute, pays: a step is a millisecond shorter
-# Up to which batch compiled steps are quicker than eager ones. `Net`, steps per second, eager and compiled: batch 32 in
-# float32 210 and 467, float64 141 and 265, bfloat16 287 and 526; batch 128 99 and 110, 39 and 59, 123 and 147; batch
-# 512 in float32 29 and 18. ResNet20's step of 32 is not compiled after five minutes.
-COMPILED_BATCH = {"net": 128}  # the others': `SMALL_BATCH`
 # On the CPU. What reads up to four values, inductor else computes anew wherever it is used, and so pools once for each
 # of the views of a pooled image that the next convolution's rows hold. And its loop calls its kernels from C++, not
 # from Python; with torch 2.11 that does not compile.
 INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 3}
 INDUCTOR |= {"cpp_wrapper": True} if torch.__version__ >= "2.15" else {}
+# Up to which batch compiled steps are quicker than eager ones. `Net`, steps per second, eager and compiled: batch 32 in
+# float32 210 and 467, float64 141 and 265, bfloat16 287 and 526; batch 128 99 and 110, 39 and 59, 123 and 147; batch
+# 512 in float32 29 and 18. With torch 2.11, batch 32 in float32, 303 and 272. ResNet20's step of 32 is not compiled
+# after five minutes.
+COMPILED_BATCH = {"net": 128} if "cpp_wrapper" in INDUCTOR else {}  # of the others: `SMALL_BATCH`
 # On the CPU, but in float64, images lie as NumPy has them, channels last, in networks in which that is quicker. `Net`
 # at batch 32 and 128, training steps per second without and with it, in turn: float32 109 and 118, 60 and 66; bfloat16
 # 67 and 122, 26 and 71; float64 54 and 46, 9.5 and 8.3. The others gain little; PyTorch's batch norm may then sum in
