@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_CHANNELS = 3  # of the images
+FEW_CHANNELS = 3  # of the images, up to which blocks are quicker in float64 without being compiled, too
 
 
 def convolution(device: str) -> type[nn.Conv2d]:
