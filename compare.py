@@ -295,6 +295,9 @@ def train_and_compare(
     )
     try:
         with training:
+            if training.name is not None:  # this process trains all of its runs before it waits for the other one
+                for dtype, family in families.items():
+                    family |= {name: training.train(name, dtype) for name in names if name != training.name}
             for dtype, family in families.items():
                 for name in names:
                     if name not in family:

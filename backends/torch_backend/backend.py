@@ -47,14 +47,15 @@ LONG_RUN = 20_000  # steps from which on compiling, half a minute, pays: a step 
 INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 3}
 INDUCTOR |= {"cpp_wrapper": True} if torch.__version__ >= "2.15" else {}
 # Up to which batch compiled steps are quicker than eager ones. `Net`, steps per second, eager and compiled: batch 32 in
-# float32 210 and 467, float64 141 and 265, bfloat16 287 and 526; batch 128 99 and 110, 39 and 59, 123 and 147; batch
+# float32 302 and 543, float64 141 and 271, bfloat16 287 and 526; batch 128 103 and 130, 41 and 61, 123 and 147; batch
 # 512 in float32 29 and 18. With torch 2.11, batch 32 in float32, 303 and 272. ResNet20's step of 32 is not compiled
 # after five minutes.
 COMPILED_BATCH = {"net": 128} if "cpp_wrapper" in INDUCTOR else {}  # of the others: `SMALL_BATCH`
-# On the CPU, but in float64, images lie as NumPy has them, channels last, in networks in which that is quicker. `Net`
-# at batch 32 and 128, training steps per second without and with it, in turn: float32 109 and 118, 60 and 66; bfloat16
-# 67 and 122, 26 and 71; float64 54 and 46, 9.5 and 8.3. The others gain little; PyTorch's batch norm may then sum in
-# float32 (means off by 6e-6, else by 4e-8); a user's network may ask for its own order with `view`.
+# On the CPU images lie as NumPy has them, channels last, in networks in which that is quicker. `Net` at batch 32 and
+# 128, training steps per second without and with it, in turn: float32 109 and 118, 60 and 66; bfloat16 67 and 122, 26
+# and 71; float64 157 and 158, 44 and 44, with one thread at batch 32 107 and 112. The others gain little; PyTorch's
+# batch norm may then sum in float32 (means off by 6e-6, else by 4e-8); a user's network may ask for its own order with
+# `view`.
 CHANNELS_LAST = ("net",)
 
 Carry = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]  # parameters, buffers, momentum; own names
@@ -109,8 +110,7 @@ class TorchBackend:
         self._compiled_scan = torch.compile(self._scan, fullgraph=True, dynamic=False, options=options)
         table = normalise(np.arange(256, dtype=np.uint8), self._compute_dtype)
         self._normalised = self._tensor(table).to(self.device)  # by pixel
-        narrow = self._normalised.dtype != torch.float64
-        self._channels_last = self.device == "cpu" and narrow and config.model in CHANNELS_LAST
+        self._channels_last = self.device == "cpu" and config.model in CHANNELS_LAST
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         model = self._skeleton
