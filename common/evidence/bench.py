@@ -5,8 +5,8 @@ the machine down for a while slows all of them; ratios are taken turn by turn.
 
 Where a step's time goes (batch 4, float32, one thread; `jax.profiler` and `perf`): in JAX 58 % is matrix products, 14 %
 pooling and its gradient, 4 % the update, 3 % each the gradient norm and the biases' gradients, the rest a hundred small
-loops that lay out rows and kernels. In PyTorch 50 % is products, a fifth of it laying out what is multiplied; 17 % rows
-and the kernel's matrix, and the pooling between; 10 % asking for memory, 7 % calling, 3 % gathering images.
+loops that lay out rows and kernels. In PyTorch 56 % is products, a sixth of it laying out what is multiplied; 20 % rows
+and the kernel's matrix, and the pooling between; 10 % asking for memory, 11 % calling, 3 % gathering images.
 
 Tried, and not kept: steps per second at batch 4 in float32 on two cores, without it and with it. Measured with sketches
 of the step, mostly in turn in one process; the load differed from line to line, so each is to be read by itself.
