@@ -56,7 +56,11 @@ by more than 3 % once it is called from C++: contracted products, no assertions,
 planning of memory fails.
 
 On the CPU `torch.use_deterministic_algorithms`, which changes nothing there, brings the compiled loop from about 2.8
-times eager steps down to 1.6. Twins under `vmap` were not tried.
+times eager steps down to 1.6.
+
+Three twins at once under `vmap`, each with images of its own as twins have them, against one after the other, steps per
+second of all three: JAX 2,455 and 2,268 at batch 4, 432 and 541 at batch 32, where twins are asked for; PyTorch, eager,
+651 and 690, 209 and 299. On a GPU it was not tried.
 """
 
 from __future__ import annotations
