@@ -59,8 +59,8 @@ On the CPU `torch.use_deterministic_algorithms`, which changes nothing there, br
 times eager steps down to 1.6.
 
 Three twins at once under `vmap`, each with images of its own as twins have them, against one after the other, steps per
-second of all three: JAX 2,455 and 2,268 at batch 4, 432 and 541 at batch 32, where twins are asked for; PyTorch, eager,
-651 and 690, 209 and 299. On a GPU it was not tried.
+second of all three: JAX 2,455 and 2,268 at batch 4, 432 and 541 at batch 32; PyTorch, eager, 651 and 690, 209 and 299.
+On a GPU it was not tried.
 """
 
 from __future__ import annotations
