@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_CHANNELS = 3  # those of images, up to which blocks are quicker in float64 without being compiled, too
+FEW_CHANNELS = 3  # those of images, which need no gradient
 
 
 def convolution(device: str) -> type[nn.Conv2d]:
     """The layer to convolve with on `device`: on the CPU, one that is a matrix product where that is quicker.
 
     Training steps per second of `Net` on two cores, torch 2.15, in turn. At batch 4 in float32: eager 537; compiled,
-    with the library's convolution 904, with the matrix product 1,150, and with the images' windows taken by `unfold`
-    1.1 times that. Eager, the product is slower, but for the first convolution in float64: batch 32 158 in place of 91,
-    with one thread 112 in place of 67; batch 128 44 in place of 14.
+    with the library's convolution 904 and with the matrix product 1,150; later 2,054, and with the images' windows
+    taken by `unfold` 2,328. Eager, the product is slower, but for the first convolution in float64: batch 32 158 in
+    place of 91, with one thread 112 in place of 67; batch 128 44 in place of 14.
     """
     return BlockConv2d if device == "cpu" else nn.Conv2d
 
@@ -52,7 +52,7 @@ def blocks_times_matrix(images: Tensor, weight: Tensor, bias: Tensor | None) -> 
     images, kernel = images.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0)
     n, height, width, channels = images.shape
     kernel_height, kernel_width, _, features = kernel.shape
-    if channels <= FEW_CHANNELS:  # windows into memory are copied more quickly, but their gradient would be slow
+    if channels <= FEW_CHANNELS:  # windows by `unfold` are copied more quickly, but their gradient would be slow
         lines = images.reshape(n, height, width * channels)
         windows = lines.unfold(1, kernel_height + 1, 2).unfold(2, (kernel_width + 1) * channels, 2 * channels)
         _, height, width, _, _ = windows.shape  # from here on, of the blocks

@@ -23,7 +23,7 @@ of the step, mostly in turn in one process; the load differed from line to line,
     no gradient norm, which the verdict needs                1,793   1,932
     batch 128 in pieces of 32, of 16                            91   68, 57
     PyTorch
-    one pixel a row; all windows by `unfold`                   877   608, 638
+    one pixel a row; every window by `unfold`                  877   608, 638
     the transposed product; a product for each image         1,029   870, 1,013
     the bias as a column of the product                      1,183   857
     pooling by `where`                                       1,034   990
@@ -36,7 +36,6 @@ of the step, mostly in turn in one process; the load differed from line to line,
     all four pixels of a window compared at once             2,219   1,958
     lines of pixels first copied beside one another          1,870   1,765
     the bias added to the product                            2,005   1,988
-    of images by `unfold`, which is kept                     2,054   2,328
 
 XLA's options and pooling were tried again on another processor (AMD EPYC), with 2,083 steps per second at batch 4
 without any: products by YNNPACK 1,766, by oneDNN 1,863; no fusion emitters 1,884; no parallel code generation 1,960;
