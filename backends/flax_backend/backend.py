@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,10 @@ from common.weights import compute_dtype, numpy_dtype
 EVALUATION_BATCH = 50  # images per forward pass: the fewer, the less new memory each one asks the system for
 
 SMALL_BATCH = 16  # up to which one thread is quicker than two
+# On the CPU. XLA else copies each weight in every step of a loop, lest it change before it is read for the last time.
+# `Net` at batch 4, steps per second without and with it, bit for bit the same: float32 2,605 and 2,727, float64 1,597
+# and 1,633; at batch 32 in float32 378 and 385.
+XLA = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 Parameters = Any  # a dictionary of arrays by dotted name; optax and JAX call any such tree a pytree
 
@@ -84,7 +89,8 @@ class FlaxBackend:
             examine(config.model, self.network, classes)
         self.optimizer = make_optimizer(config, self.dtype)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
-        self._compiled_steps = jax.jit(self._fused_steps, donate_argnums=0)
+        options = XLA if self.device == "cpu" and all(map(has_option, XLA)) else None
+        self._compiled_steps = jax.jit(self._fused_steps, donate_argnums=0, compiler_options=options)
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_probe = jax.jit(self._probe)
         self._compiled_gather = jax.jit(self._gather)
@@ -345,6 +351,16 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if available else "cpu"
     return device
+
+
+@functools.cache
+def has_option(name: str) -> bool:
+    """Whether the XLA at hand can be told this: such options come and go with its releases."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: True}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def make_comparable(device: str) -> None:

@@ -582,7 +582,7 @@ NOTES = (
     Note(
         title="Two compilers",
         torch=Anchor(_INIT, "torch.compile("),
-        flax=Anchor(_INIT, "jax.jit(self._fused_steps, donate_argnums=0)"),
+        flax=Anchor(_INIT, "jax.jit(self._fused_steps"),
         what=(
             "`jax.jit` traces the whole loop, and `donate_argnums` lets it reuse the state's memory. `torch.compile` "
             "is given a step written as a function, since `loss.backward()` and `optimizer.step()` would break its "

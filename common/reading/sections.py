@@ -135,6 +135,7 @@ SECTIONS = (
             Pair(None, "network.py:bits", "PyTorch's random numbers have one state, outside of all modules."),
             *both("backend.py", "choose_device", "make_comparable", "Backend.describe"),
             Pair("backend.py:set_threads", "backend.py:threads_for"),
+            Pair(None, "backend.py:has_option", "PyTorch's are chosen by its version."),
         ),
     ),
     Section(
