@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -50,6 +51,7 @@ from common.config import (
 from common.errors import ConfigError, DataError, LockstepError, RecordError, printable
 
 if TYPE_CHECKING:
+    from common.beside import Other
     from common.trainer import Family, Trainer
 
 CHECKPOINT_EVERY, LONG_RUN = 1_000, 5_000  # steps between checkpoints, in runs of so many or more
@@ -225,22 +227,37 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     plan = resumed(options) if options.resume is not None else None
     recipe = recipe_of(options) if plan is None else plan.restored()  # before anything slow: what is wrong is said now
 
-    from common import data, storage
-    from common import plan as plans
+    from common import beside, storage
     from common import report as reports
-    from common.report import Terminal
-    from common.trainer import Interrupted, Trainer, how_to_go_on, other_runs
 
     if options.tensorboard is not None:
         reports.check_tensorboard()
         storage.check_writable(options.tensorboard, "--tensorboard")
+    names = BACKENDS if options.backend == "both" else (options.backend,)
+    with beside.Other(beside.likely(recipe.config, names, options.device), backends.load) as other:
+        return train_and_report(options, recipe, plan, names, other, arguments)
+
+
+def train_and_report(
+    options: argparse.Namespace, recipe: Recipe, plan: Any, names: Sequence[str], other: Other, arguments: list[str]
+) -> int:
+    """Everything slow.
+
+    Args:
+        plan: of the run to go on with, or None.
+        other: a process to train in beside this one, if there is to be one.
+    """
+    from common import data, storage
+    from common import plan as plans
+    from common.report import Terminal
+    from common.trainer import Interrupted, Trainer, how_to_go_on, other_runs
+
     terminal = Terminal(quiet=options.quiet, aside=options.json)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     if plan is not None and plan.digest != dataset.digest:
         raise DataError(f"{dataset.name} is not the data that {options.resume} was begun on: name it with --data")
     config = recipe.config.resolve(len(dataset.train_images))
-    names = BACKENDS if options.backend == "both" else (options.backend,)
-    device = choose_device(options, config, dataset, names, terminal)
+    device = choose_device(options, config, dataset, names, terminal, other)
     weights = None
     if options.weights is not None:
         weights, config = start_from(options.weights, config, dataset, names[0], device)
@@ -267,7 +284,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
             trainer.refuse_to_lose(names, recipe.dtypes)
             plans.write(make_plan(options, recipe, config, dataset), folder)
         try:
-            return train_and_compare(trainer, options, recipe, names, families, device, arguments)
+            return train_and_compare(trainer, options, recipe, names, families, device, other, arguments)
         except KeyboardInterrupt as interruption:
             raise Interrupted("; ".join(filter(None, [str(interruption), how_to_go_on(folder)]))) from None
 
@@ -279,6 +296,7 @@ def train_and_compare(
     names: Sequence[str],
     families: dict[str, Family],
     device: str,
+    other: Other,
     arguments: list[str],
 ) -> int:
     """Everything that is written to the run's folder."""
@@ -290,14 +308,15 @@ def train_and_compare(
     lenses = []
     cut_short = None
     members = {dtype: [None, *range(1, 1 + (0 if dtype == "float64" else recipe.twins))] for dtype in families}
-    training = beside.Beside(
-        trainer, beside.choose(trainer, names, device, itertools.chain(*families.values())), members
-    )
+    elsewhere = beside.choose(trainer, names, device, itertools.chain(*families.values()))
+    training = beside.Beside(trainer, other, elsewhere, members)
     try:
         with training:
             if training.name is not None:  # this process trains all of its runs before it waits for the other one
                 for dtype, family in families.items():
                     family |= {name: training.train(name, dtype) for name in names if name != training.name}
+                with interrupt.patient():
+                    importlib.import_module("matplotlib.figure")  # half a second, in which the other one may be done
             for dtype, family in families.items():
                 for name in names:
                     if name not in family:
@@ -335,8 +354,10 @@ def train_and_compare(
     report = make_report(options.recipe, config, dataset, arguments, runs, lenses, cut_short)
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
     reports.write_json(report, folder)
+    other.tell("draw", report, sample)  # the page, beside the pictures
     reports.write_pictures(folder, report, runs, dataset, twins, sample)
-    reports.write_report_page(folder, report, runs, dataset, twins, sample)
+    if other.told()[0] != "drawn":
+        reports.write_report_page(folder, report, runs, dataset, twins, sample)
     if options.tensorboard is not None:
         reports.write_tensorboard(options.tensorboard, report, runs, twins, dataset, sample)
     terminal.verdict(report)
@@ -400,16 +421,26 @@ def checkpoint_every(options: argparse.Namespace, config: Config) -> int:
     return CHECKPOINT_EVERY if config.total_steps >= LONG_RUN else 0
 
 
-def choose_device(options: argparse.Namespace, config: Config, dataset: Any, names: Any, terminal: Any) -> str:
+def choose_device(
+    options: argparse.Namespace,
+    config: Config,
+    dataset: Any,
+    names: Sequence[str],
+    terminal: Any,
+    other: Other | None = None,
+) -> str:
     """The device for all of `names`: "auto" means the GPU only if each of them finds it."""
-    built = {
-        name: backends.load(name)(config, len(dataset.classes), "float32", options.device, "off") for name in names
+    from common import beside
+
+    build = functools.partial(backends.build, config, len(dataset.classes), options.device, "off")
+    views = {
+        name: other.view(build, name) if other and name == beside.NAME else beside.view(build, name) for name in names
     }
-    if len(built) == 2:
-        own = {name: backend.own_names() for name, backend in built.items()}
-        pairs.check_same(built["torch"].shapes(), built["flax"].shapes(), own)
-        pairs.check_dropout(built["torch"].dropouts(), built["flax"].dropouts())
-    found = {name: backend.device for name, backend in built.items()}
+    if len(views) == 2:
+        own = {name: view.own_names for name, view in views.items()}
+        pairs.check_same(views["torch"].shapes, views["flax"].shapes, own)
+        pairs.check_dropout(views["torch"].dropouts, views["flax"].dropouts)
+    found = {name: view.device for name, view in views.items()}
     if len(set(found.values())) > 1:
         terminal.line(f"Not all find a GPU ({', '.join(f'{n}: {d}' for n, d in found.items())}): both use the CPU")
         return "cpu"

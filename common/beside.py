@@ -1,64 +1,143 @@
-"""Both backends at once: Flax trains in a process of its own, and each has half of the cores."""
+"""Both backends at once: Flax trains in a process of its own, and each has half of the cores.
+
+That process starts with the command, and imports JAX while the data are read; in the end it draws the page, while this
+one draws the pictures. The quick recipe took 25.3 s with a process for training only, and takes 23.5 (means of five).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
 
 from common import checkpoint, interrupt, machine
-from common.config import BACKENDS
+from common.config import BACKENDS, Config
 from common.errors import BackendError, LockstepError
+from common.protocol import Backend, Dropout
 from common.record import Record
 from common.trainer import Interrupted, Trainer, how_to_go_on
 
-# Training images from which on it pays: the other process is there after some four seconds. Seconds for the whole
-# command on two cores, one after the other and at once: the quick recipe, 16,000 images, 48 and 32 (means of three
-# runs, in turns); the tutorial's in float64 132 and 88 (1.6 and 2.1 GB); 260 float32 steps of ResNet-20 with one twin a
-# side 190 and 164, of ViT 122 and 101. With threads in one process, each would wait for the other one's Python.
+# Training images from which on it pays: the other process takes some seconds to be there. Seconds for the whole command
+# on two cores, one after the other and at once: the quick recipe, 16,000 images, 48 and 32 (means of three runs, in
+# turns); the tutorial's in float64 132 and 88 (1.6 and 2.1 GB); 260 float32 steps of ResNet-20 with one twin a side 190
+# and 164, of ViT 122 and 101. With threads in one process, each would wait for the other one's Python.
 LEAST_IMAGES = 8_000
 PATIENCE = 30.0  # seconds that the other process has to keep a checkpoint, before it is ended
 # Not by `multiprocessing`, which would run the caller's own script again, and waits for ever where the process dies
 # while it starts.
 PROGRAM = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv[1]); from common.beside import serve; serve()"
+NAME = BACKENDS[-1]  # whom the other process trains
 Members = Mapping[str, Sequence[int | None]]  # by lens: the run itself (None) and its twins
+Build = Callable[[str, str], Backend]  # by name and dtype
+Tell = Callable[[str, Any], None]  # tells the process that waits: of what kind, and what
+
+
+class View(NamedTuple):
+    """What has to be known of a backend before it trains; by canonical name, as `common.protocol.Backend` has it."""
+
+    device: str
+    shapes: dict[str, tuple[int, ...]]
+    own_names: dict[str, str]
+    dropouts: dict[str, Dropout]
+
+
+def view(build: Build, name: str) -> View:
+    backend = build(name, "float32")
+    return View(backend.device, backend.shapes(), backend.own_names(), backend.dropouts())
+
+
+class Other:
+    """Another process: it gets ready while this one reads the data, and does what it is told to until the context ends.
+
+    What cannot be done there is to be done here, so that nothing depends on it: there may be no such process.
+
+    Args:
+        load: called there at once with the name of the backend that it is to train.
+    """
+
+    def __init__(self, wanted: bool, load: Callable[[str], object]) -> None:
+        self.wanted, self.load = wanted, load
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        if self.wanted:
+            command = [sys.executable, "-c", PROGRAM, repr(sys.path)]
+            with contextlib.suppress(OSError):  # the system has no room for it
+                # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped by this process.
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                )
+        self.tell("prepare", self.load)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """At once."""
+        if self.process is not None:
+            self.process.kill()
+            with contextlib.suppress(BrokenPipeError):  # what it was still to be told
+                self.process.communicate()
+            self.process = None
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        """Have it do what the method of `Work` does."""
+        if self.process is not None:
+            pipe: Any = self.process.stdin
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or is being ended
+                pickle.dump((what, arguments), pipe, pickle.HIGHEST_PROTOCOL)  # without a copy of the images
+                pipe.flush()
+
+    def view(self, build: Build, name: str) -> View:
+        """As the function."""
+        self.tell("look", build, name)
+        return self.told()[1] or view(build, name)
+
+    def told(self) -> tuple[str, Any]:
+        """What it tells: of what kind, and what. "ended", None where it has."""
+        process: Any = self.process  # which another thread may end
+        if process is None:
+            return "ended", None
+        try:
+            return pickle.load(process.stdout)
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):  # it has ended, or is being ended
+            process.wait()
+            return "ended", None
 
 
 class Beside:
-    """Trains `name` through all lenses beside this process, within the context, and every other backend in it.
+    """Trains `name` through all lenses in another process, within the context, and every other backend in this one.
 
     Args:
-        name: None: every backend is trained in this process.
+        name: None: every backend is trained in this process, and the other one is ended.
         members: of each lens.
     """
 
-    def __init__(self, trainer: Trainer, name: str | None, members: Members) -> None:
-        self.trainer, self.name, self.members = trainer, name, members
+    def __init__(self, trainer: Trainer, other: Other, name: str | None, members: Members) -> None:
+        self.trainer, self.other, self.members = trainer, other, members
+        self.name = name if other.process is not None else None
         self._changed = threading.Condition()
         self._finished: list[str] = []  # lenses
         self._failure: LockstepError | Interrupted | None = None
         self._over = False
-        self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Self:
         if self.name is None:
-            return self
-        command = [sys.executable, "-c", PROGRAM, repr(sys.path)]
-        try:
-            # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped by this process.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
-        except OSError:  # the system has no room for it
-            self.name = None
+            self.other.end()
             return self
         machine.sharing = 2
         try:
@@ -70,15 +149,16 @@ class Beside:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._process is None:
+        if self.name is None:
             return
         if any(error):
             self._stop()
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(PATIENCE)
+            if self._listener.is_alive():
+                self._listener.join(PATIENCE)
         finally:
-            self._process.kill()
+            if any(error) or self._listener.is_alive():
+                self.other.end()
             if self._listener.is_alive():
                 self._listener.join()  # what it has finished is known then
             interrupt.pass_on(None)
@@ -87,9 +167,9 @@ class Beside:
 
     def _stop(self) -> None:
         """Have it keep a checkpoint and end. Once: told again it ends at once."""
-        if not self._stopped and self._process is not None:
+        if not self._stopped and self.other.process is not None:
             self._stopped = True
-            self._process.terminate()
+            self.other.process.terminate()
 
     def train(self, name: str, dtype: str) -> list[Record]:
         """The records of one backend through one lens, as `Trainer.train`'s.
@@ -118,35 +198,32 @@ class Beside:
         return {self.name: self.trainer.written(self.name, dtype, self.members[dtype])}
 
     def _ended(self) -> BackendError:
-        code = self._process.returncode if self._process is not None else None
+        code = self.other.process.returncode if self.other.process is not None else None
         how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         remedy = f"free some memory, then {how_to_go_on(self.trainer.folder)}"
         return BackendError(f"{self.name} cannot train here (its process {how}): {remedy}")
 
     def _listen(self) -> None:
-        """Say what there is to do, and listen to the other process until it has ended."""
-        process: Any = self._process
-        try:
-            work = dataclasses.replace(self.trainer, terminal=None), self.name, self.members
-            pickle.dump(work, process.stdin, pickle.HIGHEST_PROTOCOL)  # without a copy of the images
-            process.stdin.flush()
-            while True:
-                kind, told = pickle.load(process.stdout)
-                if kind == "line":
-                    with contextlib.suppress(Exception):  # such as a full disk below it
-                        self.trainer.terminal.line(told)
-                elif kind == "finished":
-                    with self._changed:
-                        self._finished.append(told)
-                        self._changed.notify_all()
-                else:
-                    self._failure = told
-        except (EOFError, OSError, pickle.UnpicklingError):
-            process.wait()
-        finally:
+        """Say what there is to train, and listen until all of it is."""
+        self.other.tell("train", dataclasses.replace(self.trainer, terminal=None), self.name, self.members)
+        kind = ""
+        while kind not in ("trained", "failed", "ended"):
+            kind, told = self.other.told()
+            if kind == "line":
+                with contextlib.suppress(Exception):  # such as a full disk below it
+                    self.trainer.terminal.line(told)
+            elif kind == "failed":
+                self._failure = told
             with self._changed:
-                self._over = True
+                self._finished += [told] if kind == "finished" else []
+                self._over = kind in ("trained", "failed", "ended")
                 self._changed.notify_all()
+
+
+def likely(config: Config, names: Sequence[str], device: str) -> bool:
+    """Whether `choose` may well say so of this configuration, which need not be resolved; `device` may be "auto"."""
+    short = config.steps is not None and config.steps * config.batch_size < LEAST_IMAGES
+    return len(names) == len(BACKENDS) and device != "cuda" and machine.cores() >= 2 and not short
 
 
 def choose(trainer: Trainer, names: Sequence[str], device: str, there: Iterable[str]) -> str | None:
@@ -158,13 +235,13 @@ def choose(trainer: Trainer, names: Sequence[str], device: str, there: Iterable[
     config = trainer.config
     pays = config.total_steps * config.batch_size >= LEAST_IMAGES and machine.cores() >= 2
     both = len({*names} - {*there}) == len(BACKENDS)
-    return BACKENDS[-1] if pays and both and device == "cpu" else None
+    return NAME if pays and both and device == "cpu" else None
 
 
 class _Remote:
     """A terminal elsewhere."""
 
-    def __init__(self, tell: Callable[[str, Any], None]) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._tell = tell
 
     def line(self, text: str) -> None:
@@ -177,40 +254,78 @@ class _Remote:
 
 
 def serve() -> None:
-    """The other process: train what standard input says, and tell standard output."""
+    """The other process: do what standard input says, and tell standard output."""
     machine.collect_seldom()
+    machine.sharing = 2
     # Patient all the time: in the middle of an import, KeyboardInterrupt may end up where it is printed and forgotten.
     with interrupt.listening(aloud=False), interrupt.patient(), os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # for what else may be printed
-        status = _serve(out)
-    sys.stderr.flush()
-    os._exit(status)  # at once: nothing is left to be done
+        work, orders = Work(functools.partial(_tell, out)), queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+        try:
+            while True:
+                what, arguments = orders.get()
+                getattr(work, what)(*arguments)
+        except KeyboardInterrupt:
+            sys.stderr.flush()
+            os._exit(interrupt.status())  # at once: nothing is left to be done
 
 
-def _serve(out: BinaryIO) -> int:
-    def tell(kind: str, what: Any) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more: this process ends, too
-            pickle.dump((kind, what), out)
-            out.flush()
+def _tell(out: BinaryIO, kind: str, what: Any) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more: this process ends, too
+        pickle.dump((kind, what), out)
+        out.flush()
 
+
+def _listen(orders: queue.SimpleQueue[Any]) -> None:
+    """Until who started this process has gone: the folder may be another run's from then on."""
     try:
         with open(0, "rb", closefd=False) as given:
-            trainer, name, members = pickle.load(given)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        machine.sharing = 2
-        trainer = dataclasses.replace(trainer, terminal=_Remote(tell))
-        for dtype in members:
-            trainer.train(name, dtype, members[dtype])
-            tell("finished", dtype)
-    except (LockstepError, Interrupted) as error:
-        tell("failed", error)
-        return 1
-    except KeyboardInterrupt:
-        return interrupt.status()
-    return 0
+            while True:
+                orders.put(pickle.load(given))
+    finally:
+        os._exit(1)
 
 
-def _end_with_parent() -> None:
-    """Wait until whoever started this process has gone: the folder may be another run's from then on."""
-    os.read(0, 1)
-    os._exit(1)
+class Work:
+    """What the other process can be told to do; it answers by `tell`."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
+
+    def prepare(self, load: Callable[[str], object]) -> None:
+        with contextlib.suppress(Exception):  # whatever it is, it comes again
+            load(NAME)
+
+    def look(self, build: Build, name: str) -> None:
+        seen = None
+        with contextlib.suppress(Exception):  # who asked then looks by itself, and says what is wrong
+            seen = view(build, name)
+        self.tell("seen", seen)
+
+    def train(self, trainer: Trainer, name: str, members: Members) -> None:
+        self.trainer, self.members = dataclasses.replace(trainer, terminal=_Remote(self.tell)), members
+        try:
+            for dtype in members:
+                self.trainer.train(name, dtype, members[dtype])
+                self.tell("finished", dtype)
+            self.tell("trained", None)
+        except (LockstepError, Interrupted) as error:
+            self.tell("failed", error)
+        importlib.import_module("matplotlib.figure")  # half a second, in which the other backend may be training
+
+    def draw(self, report: dict[str, Any], sample: np.ndarray) -> None:
+        """Write `report.html` of what was trained."""
+        from common.report import write_report_page
+
+        try:
+            found = {
+                dtype: {name: self.trainer.written(name, dtype, members) for name in BACKENDS}
+                for dtype, members in self.members.items()
+            }
+            runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in found.items()}
+            twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in found.items()}
+            write_report_page(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)
+            self.tell("drawn", None)
+        except Exception:  # who asked then draws by itself, and says what is wrong
+            self.tell("not drawn", None)

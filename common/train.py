@@ -20,6 +20,7 @@ from common.record import OPENING_STEPS, Record, stretches
 from common.weights import compute_dtype, initial_weights, moved, numpy_dtype, twin_images, twin_weights
 
 OPENING_IMAGES = 8  # of a batch, whose activations are recorded
+EVALUATED = 1000  # test images at a time: in float64 25 MB, in place of 245 of CIFAR-10, and 0.4 s less
 SNAPSHOT_SECONDS = 1.0  # at most so much work is lost where training is interrupted in the middle of a call
 CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
 CHUNK_BYTES = 8 * 2**20  # ... whose images take at most so much memory
@@ -298,8 +299,14 @@ class _Run:
 
 def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
     """The test images as `state` sees them."""
-    images = data.normalise(dataset.test_images, compute_dtype(dtype))
-    return backend.evaluate(state, images, dataset.test_labels)
+    predictions, total, count = [], 0.0, len(dataset.test_images)
+    for start in range(0, count, EVALUATED):
+        part = slice(start, start + EVALUATED)
+        images = data.normalise(dataset.test_images[part], compute_dtype(dtype))
+        found = backend.evaluate(state, images, dataset.test_labels[part])
+        predictions.append(found.predictions)
+        total += found.loss * len(images)
+    return Evaluation(np.concatenate(predictions), total / count)
 
 
 def describe(config: Config, dataset: Dataset) -> dict:

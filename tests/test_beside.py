@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import backends
-from common import beside, checkpoint, machine
+from common import beside, checkpoint, data, machine, record
 from common.config import BACKENDS, Config
 from common.data import Dataset
+from common.report import write_report_page
 from common.trainer import Trainer
 from tests import kills
 from tests.test_interrupt import PLAIN, PROGRAM, REPOSITORY, RUN, SECONDS, TRAINING, Started, complete, sane, started
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lo
 
 AT_ONCE = "import common.beside, common.machine; common.beside.LEAST_IMAGES = 0; common.machine.cores = lambda: 2"
 BOTH = f"{AT_ONCE}; {TRAINING.format('torch')}"  # both processes are there then
-STARTING = f"{AT_ONCE}; before(common.beside.Beside, 'train', 0)"  # the other process is being started
+READING = f"{AT_ONCE}; import common.data; before(common.data, 'load', 0, 0.5)"  # the other process gets ready
+STARTING = f"{AT_ONCE}; before(common.beside.Beside, 'train', 0)"  # the other process is told what to do
 WAITING = f"{AT_ONCE}; before(common.beside.Beside, 'train', 1)"  # for Flax, with PyTorch's run at its end
 
 
@@ -43,6 +46,14 @@ def trainer_of(pid: int) -> int:
 def there(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def gone(pid: int) -> bool:
+    """Soon."""
+    deadline = time.monotonic() + SECONDS
+    while there(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not there(pid)
 
 
 def said_in_one_line(run: Started) -> str:
@@ -97,10 +108,7 @@ def test_what_stops_one_process_with_force_ends_the_other(whole: Path, tmp_path:
         trainer = trainer_of(run.process.pid)
         run.send(signal.SIGKILL)
         assert run.ended() == -signal.SIGKILL
-        deadline = time.monotonic() + SECONDS
-        while there(trainer) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not there(trainer)
+        assert gone(trainer)
     sane(tmp_path / "run")
     complete("--resume", str(tmp_path / "run"))
     assert same_bits(tmp_path / "run", whole)
@@ -118,6 +126,89 @@ def test_an_error_in_the_other_process_is_said_in_one_line(tmp_path: Path) -> No
     assert said_in_one_line(run).startswith(f"error: cannot write {tmp_path / 'run' / 'flax-float64.safetensors'}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_has_nothing_to_train_yet_ends_with_its_parent(tmp_path: Path, number: int) -> None:
+    with started(READING, tmp_path / "run") as run:
+        other = trainer_of(run.process.pid)
+        assert there(other)
+        run.send(number)
+        assert run.ended() == (130 if number == signal.SIGINT else -number)
+        assert gone(other)
+    assert run.said.split() in ([], ["interrupted"])
+
+
+def test_a_process_that_is_not_needed_is_ended_at_once(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(steps=1, batch_size=4).resolve(len(digits.train_images))
+    trainer = Trainer(tmp_path, config, digits, functools.partial(backends.build, config, 10, "cpu", "auto"), None)
+    with beside.Other(True, backends.load) as other:
+        process = other.process
+        assert process is not None and there(process.pid)
+        with beside.Beside(trainer, other, None, {}) as training:
+            assert process.poll() == -signal.SIGKILL and training.name is other.process is None
+    with beside.Other(False, backends.load) as other, beside.Beside(trainer, other, "flax", {}) as training:
+        assert other.process is training.name is None
+
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with beside.Other(True, backends.load) as other:
+        assert other.process is None
+
+
+def test_what_another_process_sees_is_what_this_one_does(capfd: pytest.CaptureFixture[str]) -> None:
+    def build(classes: int = 7, device: str = "cpu") -> beside.Build:
+        return functools.partial(backends.build, Config(model="vit"), classes, device, "off")
+
+    here = beside.view(build(), "flax")
+    assert here.device == "cpu" and here != beside.view(build(classes=8), "flax")
+    with beside.Other(True, backends.load) as other:
+        assert other.view(build(), "flax") == here
+        with pytest.raises(RuntimeError, match="absent"):  # here
+            other.view(build(device="absent"), "flax")
+        assert other.view(build(), "flax") == here
+        assert other.process is not None
+        other.process.kill()
+        assert other.view(build(), "flax") == here
+    assert capfd.readouterr().err == ""
+
+
+# Whether the page is written in this process leaves a trace; and what the other one says of it may be lost.
+HERE = "import common.report as r; r.write_pictures = print; r.write_report_page = lambda f, *_: (f / 'here').touch()"
+LOST = (
+    "o = common.beside.Other; told = o.told; o.told = lambda o: [(k.replace('drawn', ''), w) for k, w in [told(o)]][0]"
+)
+
+
+@pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])
+def test_the_page_is_written_by_the_other_process_if_it_can(tmp_path: Path, hook: str, here: bool) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", PROGRAM, f"{AT_ONCE}; {HERE}; {hook}", *RUN, "--out", str(folder)]
+    subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=300, check=True)
+    assert (folder / "here").exists() == here
+    if here:
+        return
+    report = json.loads((folder / "report.json").read_text())
+    runs = {"float64": {name: record.read(folder / f"{name}-float64.safetensors") for name in BACKENDS}}
+    digits = data.load("digits")
+    config = Config(steps=1, batch_size=32).resolve(len(digits.train_images))
+    sample = next(data.batch_indices(config, len(digits.train_images)))
+    twins = {"float64": {name: [] for name in BACKENDS}}
+    page = write_report_page(tmp_path / "again", report, runs, digits, twins, sample)
+    assert page.read_bytes() == (folder / "report.html").read_bytes()
+
+    told: list[tuple[str, object]] = []
+    work = beside.Work(lambda *what: told.append(what))
+    build = functools.partial(backends.build, config, 10, "cpu", "auto")
+    work.trainer, work.members = Trainer(folder, config, digits, build, None), {"float64": [None]}
+    for path in (folder / "report.html", folder / "flax-float64.safetensors"):
+        path.unlink()
+        work.draw(report, sample)
+    assert told == [("drawn", None), ("not drawn", None)]
+
+
 def test_short_runs_and_one_backend_are_trained_in_one_process(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,11 +218,16 @@ def test_short_runs_and_one_backend_are_trained_in_one_process(
         trainer = Trainer(tmp_path, config, digits, build, terminal=None)
         return beside.choose(trainer, names, device, there)
 
+    def likely(steps: int | None = 10_000, names: tuple = BACKENDS, device: str = "auto") -> bool:
+        return beside.likely(Config(steps=steps, batch_size=4), names, device)
+
     monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert chosen() == "flax"
+    assert likely() and likely(steps=None) and likely(steps=2_000)
+    assert not any([likely(steps=1_000), likely(names=("torch",)), likely(device="cuda")])
+    assert chosen() == chosen(steps=2_000) == "flax"
     assert chosen(steps=1_000) is chosen(names=("torch",)) is chosen(device="cuda") is chosen(there=("flax",)) is None
     monkeypatch.setattr(machine, "cores", lambda: 1)
-    assert chosen() is None
+    assert chosen() is None and not likely()
 
 
 def test_the_folder_of_checkpoints_stays_while_two_processes_write(
