@@ -881,4 +881,4 @@ COMMANDS = {
 
 if __name__ == "__main__":
     machine.collect_seldom()
-    sys.exit(main())
+    machine.leave(main())

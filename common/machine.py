@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Of `common`, the files on which a run depends.
 SOURCES = ("augment", "config", "data", "dropout", "pairs", "protocol", "train", "weights")
@@ -28,6 +30,20 @@ def collect_seldom() -> None:
     The frameworks' own objects stay, and looking through them takes 0.2 s: 2 of the quick recipe's 27 seconds.
     """
     gc.set_threshold(*gc.get_threshold()[:2], 1_000)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, when all is done, without taking its modules apart one by one.
+
+    That takes PyTorch's a second of the quick recipe's 25. What `atexit` is to do is done.
+    """
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        sys.exit(status)  # the usual way: Python says what could not be written
+    os._exit(status)
 
 
 def describe() -> dict[str, Any]:

@@ -135,6 +135,7 @@ def test_both_backends_have_the_same_shapes(backend: Callable) -> None:
 def test_a_backend_describes_itself(name: str, backend: Callable) -> None:
     description = backend(name).describe()
     assert description["device"] == "cpu" and name in description
+    assert {type(value) for value in description.values()} <= {str, bool, int}, "who reads it imports no framework"
     assert backend(name).name == name and backend(name).device == "cpu"
 
 

@@ -553,6 +553,30 @@ def test_the_grid_holds_every_legal_combination() -> None:
     assert len(configs) == len(set(configs)) == 140  # 5 of momentum, dampening, nesterov; 2 x 2; 7 schedules
 
 
+# Python takes apart what is in a module when it ends.
+ENDING = """
+import atexit, sys
+from common import machine
+class Part:
+    def __del__(self): print("taken apart", file=sys.stderr)
+part = Part()
+atexit.register(print, "registered")
+print("said")
+{end}(3)
+"""
+
+
+@pytest.mark.parametrize(("end", "left"), [("machine.leave", ""), ("sys.exit", "taken apart\n")])
+def test_a_command_that_ends_says_all_but_takes_nothing_apart(end: str, left: str) -> None:
+    command = [sys.executable, "-c", ENDING.format(end=end)]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (3, "said\nregistered\n", left)
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 120 and "No space left on device" in run.stderr
+
+
 def test_records_of_a_run_can_be_read(both: tuple[int, Path]) -> None:
     for path in both[1].glob("*.safetensors"):
         assert record.read(path).steps == 24

@@ -309,7 +309,7 @@ class TorchBackend:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of PyTorch's own, which nobody can unpickle without importing it
             "device": self.device,
             "device_name": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "compiled": self.compiled,
