@@ -354,10 +354,10 @@ def train_and_compare(
     report = make_report(options.recipe, config, dataset, arguments, runs, lenses, cut_short)
     sample = next(data.batch_indices(dataclasses.replace(config, batch_size=32, steps=1), len(dataset.train_images)))
     reports.write_json(report, folder)
-    other.tell("draw", report, sample)  # the page, beside the pictures
-    reports.write_pictures(folder, report, runs, dataset, twins, sample)
+    other.tell("draw", report, sample)  # the pictures, beside the page
+    reports.write_report_page(folder, report, runs, dataset, twins, sample)
     if other.told()[0] != "drawn":
-        reports.write_report_page(folder, report, runs, dataset, twins, sample)
+        reports.write_pictures(folder, report, runs, dataset, twins, sample)
     if options.tensorboard is not None:
         reports.write_tensorboard(options.tensorboard, report, runs, twins, dataset, sample)
     terminal.verdict(report)
@@ -433,9 +433,9 @@ def choose_device(
     from common import beside
 
     build = functools.partial(backends.build, config, len(dataset.classes), options.device, "off")
-    views = {
-        name: other.view(build, name) if other and name == beside.NAME else beside.view(build, name) for name in names
-    }
+    here = {name: functools.partial(beside.view, build, name) for name in names}
+    there = {name: other.view(build, name) for name in names if other and name == beside.NAME}  # at the same time
+    views = {name: look() for name, look in (here | there).items()}
     if len(views) == 2:
         own = {name: view.own_names for name, view in views.items()}
         pairs.check_same(views["torch"].shapes, views["flax"].shapes, own)

@@ -1,7 +1,7 @@
 """Both backends at once: Flax trains in a process of its own, and each has half of the cores.
 
-That process starts with the command, and imports JAX while the data are read; in the end it draws the page, while this
-one draws the pictures. The quick recipe took 25.3 s with a process for training only, and takes 23.5 (means of five).
+That process starts with the command, and imports JAX while the data are read; in the end it draws the pictures, while
+this one draws the page. The quick recipe took 25.3 s with a process for training only, and takes 23.5 (means of five).
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class Other:
                 pickle.dump((what, arguments), pipe, pickle.HIGHEST_PROTOCOL)  # without a copy of the images
                 pipe.flush()
 
-    def view(self, build: Build, name: str) -> View:
-        """As the function."""
+    def view(self, build: Build, name: str) -> Callable[[], View]:
+        """Waits for what the function gives, which this begins."""
         self.tell("look", build, name)
-        return self.told()[1] or view(build, name)
+        return lambda: self.told()[1] or view(build, name)
 
     def told(self) -> tuple[str, Any]:
         """What it tells: of what kind, and what. "ended", None where it has."""
@@ -315,8 +315,8 @@ class Work:
         importlib.import_module("matplotlib.figure")  # half a second, in which the other backend may be training
 
     def draw(self, report: dict[str, Any], sample: np.ndarray) -> None:
-        """Write `report.html` of what was trained."""
-        from common.report import write_report_page
+        """The pictures of what was trained."""
+        from common.report import write_pictures
 
         try:
             found = {
@@ -325,7 +325,7 @@ class Work:
             }
             runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in found.items()}
             twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in found.items()}
-            write_report_page(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)
+            write_pictures(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)
             self.tell("drawn", None)
         except Exception:  # who asked then draws by itself, and says what is wrong
             self.tell("not drawn", None)

@@ -18,7 +18,7 @@ import backends
 from common import beside, checkpoint, data, machine, record
 from common.config import BACKENDS, Config
 from common.data import Dataset
-from common.report import write_report_page
+from common.report import write_pictures
 from common.trainer import Trainer
 from tests import kills
 from tests.test_interrupt import PLAIN, PROGRAM, REPOSITORY, RUN, SECONDS, TRAINING, Started, complete, sane, started
@@ -165,25 +165,25 @@ def test_what_another_process_sees_is_what_this_one_does(capfd: pytest.CaptureFi
     here = beside.view(build(), "flax")
     assert here.device == "cpu" and here != beside.view(build(classes=8), "flax")
     with beside.Other(True, backends.load) as other:
-        assert other.view(build(), "flax") == here
+        assert other.view(build(), "flax")() == here
         with pytest.raises(RuntimeError, match="absent"):  # here
-            other.view(build(device="absent"), "flax")
-        assert other.view(build(), "flax") == here
+            other.view(build(device="absent"), "flax")()
+        assert other.view(build(), "flax")() == here
         assert other.process is not None
         other.process.kill()
-        assert other.view(build(), "flax") == here
+        assert other.view(build(), "flax")() == here
     assert capfd.readouterr().err == ""
 
 
-# Whether the page is written in this process leaves a trace; and what the other one says of it may be lost.
-HERE = "import common.report as r; r.write_pictures = print; r.write_report_page = lambda f, *_: (f / 'here').touch()"
+# Whether the pictures are drawn in this process leaves a trace; and what the other one says of them may be lost.
+HERE = "import common.report as r; r.write_report_page = print; r.write_pictures = lambda f, *_: (f / 'here').touch()"
 LOST = (
     "o = common.beside.Other; told = o.told; o.told = lambda o: [(k.replace('drawn', ''), w) for k, w in [told(o)]][0]"
 )
 
 
 @pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])
-def test_the_page_is_written_by_the_other_process_if_it_can(tmp_path: Path, hook: str, here: bool) -> None:
+def test_the_pictures_are_drawn_by_the_other_process_if_it_can(tmp_path: Path, hook: str, here: bool) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-c", PROGRAM, f"{AT_ONCE}; {HERE}; {hook}", *RUN, "--out", str(folder)]
     subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=300, check=True)
@@ -196,14 +196,15 @@ def test_the_page_is_written_by_the_other_process_if_it_can(tmp_path: Path, hook
     config = Config(steps=1, batch_size=32).resolve(len(digits.train_images))
     sample = next(data.batch_indices(config, len(digits.train_images)))
     twins = {"float64": {name: [] for name in BACKENDS}}
-    page = write_report_page(tmp_path / "again", report, runs, digits, twins, sample)
-    assert page.read_bytes() == (folder / "report.html").read_bytes()
+    pictures = write_pictures(tmp_path / "again", report, runs, digits, twins, sample)
+    assert all(picture.read_bytes() == (folder / picture.name).read_bytes() for picture in pictures)
+    assert {picture.name for picture in pictures} >= {"samples.png", "losses.svg"}
 
     told: list[tuple[str, object]] = []
     work = beside.Work(lambda *what: told.append(what))
     build = functools.partial(backends.build, config, 10, "cpu", "auto")
     work.trainer, work.members = Trainer(folder, config, digits, build, None), {"float64": [None]}
-    for path in (folder / "report.html", folder / "flax-float64.safetensors"):
+    for path in (folder / "losses.png", folder / "flax-float64.safetensors"):
         path.unlink()
         work.draw(report, sample)
     assert told == [("drawn", None), ("not drawn", None)]

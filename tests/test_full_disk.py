@@ -214,8 +214,8 @@ FILES = {  # the name of the file, at which call, and what is whole afterwards
     "run.json": ("mkstemp", []),
     f"{STEM}.safetensors": ("write", ["run.json"]),
     "report.json": ("fsync", ["run.json", f"{STEM}.safetensors"]),
-    "losses.png": ("replace", ["report.json", f"{STEM}.safetensors"]),
-    "report.html": ("write", ["report.json", f"{STEM}.safetensors", "losses.png"]),
+    "report.html": ("write", ["report.json", f"{STEM}.safetensors"]),
+    "losses.png": ("replace", ["report.json", f"{STEM}.safetensors", "report.html"]),
     "events.out.tfevents": ("write", ["report.json", f"{STEM}.safetensors"]),
 }
 
