@@ -302,7 +302,7 @@ def train_and_compare(
     """Everything that is written to the run's folder."""
     from common import beside, data, locate, parity
     from common import report as reports
-    from common.trainer import Interrupted, explained, how_to_go_on
+    from common.trainer import Interrupted, explained, how_to_go_on, runs_and_twins
 
     terminal, dataset, config, folder = trainer.terminal, trainer.dataset, trainer.config, trainer.folder
     lenses = []
@@ -336,8 +336,7 @@ def train_and_compare(
         if not lenses:
             raise
 
-    runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in families.items()}
-    twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in families.items()}
+    runs, twins = runs_and_twins(families)
     apart = next((lens for lens in lenses if lens["verdict"] == "disagree" and parity.broken_off(lens) is None), None)
     if apart is not None and cut_short is None:  # float64 comes first: what shows there shows most sharply
         terminal.line(f"Looking for where the {apart['dtype']} runs part")

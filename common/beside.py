@@ -29,7 +29,7 @@ from common.config import BACKENDS, Config
 from common.errors import BackendError, LockstepError
 from common.protocol import Backend, Dropout
 from common.record import Record
-from common.trainer import Interrupted, Trainer, how_to_go_on
+from common.trainer import Interrupted, Trainer, how_to_go_on, runs_and_twins
 
 # Training images from which on it pays: the other process takes some seconds to be there. Seconds for the whole command
 # on two cores, one after the other and at once: the quick recipe, 16,000 images, 48 and 32 (means of three runs, in
@@ -326,8 +326,7 @@ class Work:
                 dtype: {name: self.trainer.written(name, dtype, members) for name in BACKENDS}
                 for dtype, members in self.members.items()
             }
-            runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in found.items()}
-            twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in found.items()}
+            runs, twins = runs_and_twins(found)
             write_pictures(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)
             self.tell("drawn", None)
         except Exception:  # who asked then draws by itself, and says what is wrong

@@ -203,6 +203,13 @@ class TerminalObserver:
         self._advance(steps, loss)
 
 
+def runs_and_twins(families: dict[str, Family]) -> tuple[dict[str, dict[str, Record]], dict[str, Family]]:
+    """By dtype and backend: the runs, and the twins of each."""
+    runs = {dtype: {name: members[0] for name, members in family.items()} for dtype, family in families.items()}
+    twins = {dtype: {name: members[1:] for name, members in family.items()} for dtype, family in families.items()}
+    return runs, twins
+
+
 def other_runs(
     folder: Path,
     dtypes: Sequence[str],
