@@ -6,22 +6,23 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-from common import machine
-from common.errors import BackendError
+from lockstep.common.errors import BackendError
+from lockstep.common.system import environment
 
-# How many turns PyTorch's threads wait for each other before they sleep; read when it is first imported, by whomever.
-# Without a limit they wait for ever where another process wants the same cores; asleep at once, they wake up slowly.
-# `Net` at batch 32 in float32, two threads on two cores, milliseconds a step for 0, 1,000 and 10,000 turns: alone 5.5,
-# 3.6 and 3.1; beside two busy processes 20, 15 and 41; two such runs at once 20 and 20, and 28 for 5,000.
+# How many turns PyTorch's threads wait for each other before they sleep; read when it is first
+# imported, by whomever. Without a limit they wait for ever where another process wants the same
+# cores; asleep at once, they wake up slowly. `Net` at batch 32 in float32, two threads on two
+# cores, milliseconds a step for 0, 1,000 and 10,000 turns: alone 5.5, 3.6 and 3.1; beside two busy
+# processes 20, 15 and 41; two such runs at once 20 and 20, and 28 for 5,000.
 USERS_SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT")  # for what is to run as it would without this
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
-    from backends.flax_backend.backend import FlaxBackend
-    from backends.torch_backend.backend import TorchBackend
-    from common.config import Config
-    from common.protocol import Backend
+    from lockstep.backends.flax_backend.backend import FlaxBackend
+    from lockstep.backends.torch_backend.backend import TorchBackend
+    from lockstep.common.config import Config
+    from lockstep.common.protocol import Backend
 
 
 def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
@@ -37,31 +38,36 @@ def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
     if name == "flax":
         keep_compiled_programs()
     try:
-        return getattr(importlib.import_module(f"backends.{folder}.backend"), cls)
+        return getattr(importlib.import_module(f"lockstep.backends.{folder}.backend"), cls)
     except ModuleNotFoundError as error:
         raise BackendError(
             f"the {name} backend needs {error.name}, which is not installed: pip install -e ."
         ) from error
 
 
-def build(config: Config, classes: int, device: str, compile: str, name: str, dtype: str) -> Backend:
+def build(
+    config: Config, classes: int, device: str, compile: str, name: str, dtype: str
+) -> Backend:
     """A backend; as a function of a module, so that another process can be given it."""
     return load(name)(config, classes, dtype, device, compile)
 
 
 def keep_compiled_programs() -> None:
-    """Have JAX keep its compiled programs on disk, unless the user has said where, so that later starts are quick.
+    """Have JAX keep its compiled programs on disk, unless the user has said where, so that later
+    starts are quick.
 
-    Read when JAX is first imported. A program may be run by whoever can write it, so the folder is the user's alone.
-    `torch.compile` does the same of its own accord.
+    Read when JAX is first imported. A program may be run by whoever can write it, so the folder is
+    the user's alone. `torch.compile` does the same of its own accord.
     """
-    folder = machine.cache_folder() / "jax"
+    folder = environment.cache_folder() / "jax"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return  # without a place to keep them they are compiled each time
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # bytes; the least recently used go first
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
+            2**30
+        )  # bytes; the least recently used go first
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

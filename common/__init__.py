@@ -1,1 +1,2 @@
-"""What both backends share, free of any framework: data, weights, the training loop, the comparison, the report."""
+"""What both backends share, free of any framework: data, weights, the training loop, the
+comparison, the report."""

@@ -8,14 +8,19 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from common.errors import ConfigError
+from lockstep.common.errors import ConfigError
 
 BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
-DTYPES = ("float64", "float32", "bfloat16", "mixed_bfloat16")  # the lenses; the last one by Keras' name
+DTYPES = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "mixed_bfloat16",
+)  # the lenses; the last one by Keras' name
 MODELS = {
-    "net": "model:Net",
+    "net": "net:Net",
     "mlp": "mlp:MLP",
     "resnet20": "resnet20:ResNet20",
     "convnext": "convnext:ConvNeXt",
@@ -23,11 +28,12 @@ MODELS = {
 }  # the networks that Lockstep has, and where they are in the folder of either backend
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 AUGMENTATIONS = ("crop-flip",)
-# Left out of a configuration's JSON where they have their default, so that runs from before they were there keep their
-# fingerprints.
+# Left out of a configuration's JSON where they have their default, so that runs from before they
+# were there keep their fingerprints.
 LEFT_OUT = ("weights", "pair", "clip_norm", "label_smoothing", "augment")
 
-# Which options each schedule takes. All counts are in optimizer steps, but `patience` and `cooldown`, in windows.
+# Which options each schedule takes. All counts are in optimizer steps, but `patience` and
+# `cooldown`, in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "constant": (),
     "step": ("period", "gamma"),
@@ -46,13 +52,16 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate changes from step to step; None stands for a value that `resolve` derives from the run.
+    """How the learning rate changes from step to step; None stands for a value that `resolve`
+    derives from the run.
 
     The names are those of `torch.optim.lr_scheduler`, the unit of time is one optimizer step.
     """
 
     kind: str = "constant"  # one of SCHEDULES
-    period: int | None = None  # steps between two decays (step), or until `min_lr` is reached (cosine, after a warm-up)
+    period: int | None = (
+        None  # steps between two decays (step), or until `min_lr` is reached (cosine, after a warm-up)
+    )
     milestones: tuple[int, ...] | None = None  # steps at which to decay
     gamma: float | None = None  # factor of one decay; exponential: of one step
     window: int | None = None  # plateau: steps whose mean training loss is one observation
@@ -65,34 +74,55 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
-            raise ConfigError(f"unknown schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}")
+            raise ConfigError(
+                f"unknown schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}"
+            )
         for field, value in self.options().items():
             if value is not None and field not in SCHEDULES[self.kind]:
                 known = ", ".join(SCHEDULES[self.kind]) or "none"
-                raise ConfigError(f"schedule {self.kind!r} has no option {field!r}; its options: {known}")
+                raise ConfigError(
+                    f"schedule {self.kind!r} has no option {field!r}; its options: {known}"
+                )
         for field in ("period", "window", "warmup"):
             value = getattr(self, field)
             _require(
-                value is None or 1 <= value <= MAX_COUNT, f"schedule: {field} must be 1 or more, at most {MAX_COUNT}"
+                value is None or 1 <= value <= MAX_COUNT,
+                f"schedule: {field} must be 1 or more, at most {MAX_COUNT}",
             )
         for field in ("patience", "cooldown", "min_lr"):
             value = getattr(self, field)
-            _require(value is None or 0 <= value < MAX_COUNT, f"schedule: {field} must be 0 or more, below {MAX_COUNT}")
-        _require(self.threshold is None or 0 < self.threshold < 1, "schedule: threshold must lie between 0 and 1")
+            _require(
+                value is None or 0 <= value < MAX_COUNT,
+                f"schedule: {field} must be 0 or more, below {MAX_COUNT}",
+            )
+        _require(
+            self.threshold is None or 0 < self.threshold < 1,
+            "schedule: threshold must lie between 0 and 1",
+        )
         for field in ("gamma", "start"):
             value = getattr(self, field)
-            _require(value is None or 0 < value <= 1, f"schedule: {field} must be above 0 and at most 1")
+            _require(
+                value is None or 0 < value <= 1, f"schedule: {field} must be above 0 and at most 1"
+            )
         _require(
-            self.kind != "plateau" or self.gamma is None or self.gamma < 1, "schedule: plateau needs gamma below 1"
+            self.kind != "plateau" or self.gamma is None or self.gamma < 1,
+            "schedule: plateau needs gamma below 1",
         )
         stones = self.milestones
         if stones is not None:
             rising = bool(stones) and list(stones) == sorted(set(stones))
             within = rising and stones[0] >= 1 and stones[-1] <= MAX_COUNT
-            _require(within, f"schedule: milestones must rise from 1 to at most {MAX_COUNT}, as in 100+200")
+            _require(
+                within,
+                f"schedule: milestones must rise from 1 to at most {MAX_COUNT}, as in 100+200",
+            )
 
     def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"}
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "kind"
+        }
 
     def resolve(self, steps: int) -> Schedule:
         """Fill in what was left out, for a run of `steps` steps."""
@@ -103,7 +133,12 @@ class Schedule:
             "multistep": {"milestones": (max(1, steps // 2), max(2, 3 * steps // 4)), "gamma": 0.1},
             "exponential": {"gamma": 0.1 ** (1 / max(1, steps))},
             "cosine": {"period": max(1, steps), "min_lr": 0.0},
-            "warmup-cosine": {"warmup": warmup, "start": 0.01, "period": max(1, steps - warmup), "min_lr": 0.0},
+            "warmup-cosine": {
+                "warmup": warmup,
+                "start": 0.01,
+                "period": max(1, steps - warmup),
+                "min_lr": 0.0,
+            },
             "plateau": {
                 "window": max(1, steps // 50),
                 "patience": 5,
@@ -113,7 +148,11 @@ class Schedule:
                 "min_lr": 0.0,
             },
         }
-        missing = {name: value for name, value in defaults[self.kind].items() if getattr(self, name) is None}
+        missing = {
+            name: value
+            for name, value in defaults[self.kind].items()
+            if getattr(self, name) is None
+        }
         return replace(self, **missing)
 
     @classmethod
@@ -127,9 +166,13 @@ class Schedule:
         options: dict[str, Any] = {}
         for item in filter(None, rest.split(",")):
             name, equals, value = item.partition("=")
-            if not equals or name not in {field.name for field in dataclasses.fields(cls)} - {"kind"}:
+            if not equals or name not in {field.name for field in dataclasses.fields(cls)} - {
+                "kind"
+            }:
                 known = ", ".join(SCHEDULES.get(kind, ())) or "none"
-                raise ConfigError(f"schedule option {item!r} is not NAME=VALUE; the names for {kind!r}: {known}")
+                raise ConfigError(
+                    f"schedule option {item!r} is not NAME=VALUE; the names for {kind!r}: {known}"
+                )
             try:
                 if name == "milestones":
                     options[name] = tuple(int(stone) for stone in value.split("+"))
@@ -144,7 +187,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Config:
-    """One training run, up to the precision it is computed in. Every field has its command-line option.
+    """One training run, up to the precision it is computed in. Every field has its command-line
+    option.
 
     Raises:
         ConfigError: if the fields contradict each other.
@@ -154,33 +198,58 @@ class Config:
     epochs: int = 1  # passes over the training images
     steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
     batch_size: int = 4  # images per step
-    drop_last: bool = False  # leave out the last batch of an epoch where it is smaller than the others
+    drop_last: bool = (
+        False  # leave out the last batch of an epoch where it is smaller than the others
+    )
     lr: float = 0.001  # learning rate, per step
     momentum: float = 0.0  # factor of the momentum buffer; 0: no buffer
     dampening: float = 0.0  # share of the gradient kept out of the buffer, from the second step on
     weight_decay: float = 0.0  # L2 penalty, added to the gradient before momentum
     nesterov: bool = False  # look one momentum step ahead
     maximize: bool = False  # climb instead of descending
-    clip_norm: float | None = None  # largest norm of all gradients together, which are scaled down to it; None: any
-    label_smoothing: float = 0.0  # share of each label that the training loss spreads evenly over all classes
-    augment: str | None = None  # one of AUGMENTATIONS, for training images; None: they stay as they are
+    clip_norm: float | None = (
+        None  # largest norm of all gradients together, which are scaled down to it; None: any
+    )
+    label_smoothing: float = (
+        0.0  # share of each label that the training loss spreads evenly over all classes
+    )
+    augment: str | None = (
+        None  # one of AUGMENTATIONS, for training images; None: they stay as they are
+    )
     schedule: Schedule = Schedule()
-    seed: int = 0  # of the initial weights, the order of the batches, their augmentation and the twins
-    weights: str | None = None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
-    pair: str | None = None  # digest of the file that the user's `model` is in; None: one of Lockstep's own
+    seed: int = (
+        0  # of the initial weights, the order of the batches, their augmentation and the twins
+    )
+    weights: str | None = (
+        None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
+    )
+    pair: str | None = (
+        None  # digest of the file that the user's `model` is in; None: one of Lockstep's own
+    )
 
     def __post_init__(self) -> None:
         known = self.pair is not None or self.model in MODELS
-        _require(known, f"unknown model {self.model!r}: choose one of {', '.join(MODELS)}, or a pair of your own")
+        _require(
+            known,
+            f"unknown model {self.model!r}: choose one of {', '.join(MODELS)}, or a pair of your own",
+        )
         _require(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
         _require(
             self.steps is None or 1 <= self.steps <= MAX_COUNT,
             f"--steps must be 1 or more, at most {MAX_COUNT}: a run of no steps shows nothing",
         )
         _require(self.batch_size >= 1, "--batch-size must be 1 or more")
-        for field, least in (("lr", 0), ("momentum", 0), ("dampening", -MAX_NUMBER), ("weight_decay", 0)):
+        for field, least in (
+            ("lr", 0),
+            ("momentum", 0),
+            ("dampening", -MAX_NUMBER),
+            ("weight_decay", 0),
+        ):
             within = least <= getattr(self, field) <= MAX_NUMBER
-            _require(within, f"--{field.replace('_', '-')} must be a number between {least:g} and {MAX_NUMBER:g}")
+            _require(
+                within,
+                f"--{field.replace('_', '-')} must be a number between {least:g} and {MAX_NUMBER:g}",
+            )
         _require(
             self.clip_norm is None or 0 < self.clip_norm <= MAX_NUMBER,
             f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: leave it out, and nothing is clipped",
@@ -197,7 +266,9 @@ class Config:
                 f"schedule: min_lr {self.schedule.min_lr:g} is above --lr {self.lr:g}: choose a smaller one"
             )
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise ConfigError("--nesterov needs --momentum above 0 and --dampening 0, as torch.optim.SGD does")
+            raise ConfigError(
+                "--nesterov needs --momentum above 0 and --dampening 0, as torch.optim.SGD does"
+            )
 
     def batches_per_epoch(self, images: int) -> int:
         """How many batches an epoch over `images` training images has."""
@@ -211,7 +282,9 @@ class Config:
             ConfigError: if a batch is larger than the data.
         """
         if self.batch_size > images:
-            raise ConfigError(f"--batch-size {self.batch_size} is larger than the data: choose {images} or less")
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is larger than the data: choose {images} or less"
+            )
         steps = self.epochs * self.batches_per_epoch(images)
         if self.steps is not None:
             steps = self.steps
@@ -235,12 +308,15 @@ class Config:
         return self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings; schedule options that do not apply are left out, and defaults of LEFT_OUT."""
+        """Plain numbers and strings; schedule options that do not apply are left out, and defaults
+        of LEFT_OUT."""
         fields = dataclasses.asdict(self)
         for name in LEFT_OUT:
             if fields[name] == getattr(type(self), name):
                 del fields[name]
-        fields["schedule"] = {name: value for name, value in fields["schedule"].items() if value is not None}
+        fields["schedule"] = {
+            name: value for name, value in fields["schedule"].items() if value is not None
+        }
         return json.loads(json.dumps(fields))
 
     @classmethod
@@ -248,27 +324,37 @@ class Config:
         """The inverse of `to_json`.
 
         Raises:
-            ConfigError: if a field is missing, unknown or of another type, or if they contradict each other.
+            ConfigError: if a field is missing, unknown or of another type, or if they contradict
+                each other.
         """
         return _from_json(cls, fields)
 
     def fingerprint(self, data_digest: str) -> str:
-        """Twelve hexadecimal digits that two runs share when they are meant to give the same numbers."""
+        """Twelve hexadecimal digits that two runs share when they are meant to give the same
+        numbers."""
         text = json.dumps([self.to_json(), data_digest], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _from_json(cls: Any, fields: Any) -> Any:
-    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out have their default."""
+    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out have their
+    default."""
     kinds = get_type_hints(cls)
     if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
         raise ConfigError(f"{cls.__name__} has the fields {', '.join(kinds)}, and no others")
     values = {}
     for name, kind in kinds.items():
-        options, value = get_args(kind) or (kind,), fields.get(name, getattr(cls, name) if name in LEFT_OUT else None)
+        options, value = (
+            get_args(kind) or (kind,),
+            fields.get(name, getattr(cls, name) if name in LEFT_OUT else None),
+        )
         if kind is Schedule:
             value = _from_json(Schedule, value)
-        elif get_origin(options[0]) is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+        elif (
+            get_origin(options[0]) is tuple
+            and isinstance(value, list)
+            and all(type(item) is int for item in value)
+        ):
             value = tuple(value)
         allowed = [get_origin(option) or option for option in options]
         if type(value) not in (*allowed, int if float in allowed else None):
@@ -279,7 +365,8 @@ def _from_json(cls: Any, fields: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A preset: a run, the lenses it is seen through, and the twins per backend in the production lenses."""
+    """A preset: a run, the lenses it is seen through, and the twins per backend in the production
+    lenses."""
 
     summary: str
     config: Config
@@ -306,15 +393,32 @@ RECIPES: dict[str, Recipe] = {
     "mlp": Recipe("300 steps of batch 32", Config(model="mlp", lr=0.01, **_SHORT)),
     "resnet20": Recipe(
         "300 steps of batch 32: weight decay, random crops and flips, warm-up and cosine",
-        # At lr 0.1, float64's rounding grows from 1e-15 to 1e-2 of the loss in 60 steps; at 0.01 to 3e-14 in 300.
+        # At lr 0.1, float64's rounding grows from 1e-15 to 1e-2 of the loss in 60 steps; at 0.01 to
+        # 3e-14 in 300.
         Config(model="resnet20", lr=0.01, weight_decay=1e-4, **_SHORT, **_AUGMENTED),
     ),
     "convnext": Recipe(
         "the same, with label smoothing and clipping",
-        Config(model="convnext", lr=0.1, weight_decay=1e-4, label_smoothing=0.1, clip_norm=1.0, **_SHORT, **_AUGMENTED),
+        Config(
+            model="convnext",
+            lr=0.1,
+            weight_decay=1e-4,
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            **_SHORT,
+            **_AUGMENTED,
+        ),
     ),
     "vit": Recipe(
         "the same",
-        Config(model="vit", lr=0.1, weight_decay=1e-4, label_smoothing=0.1, clip_norm=1.0, **_SHORT, **_AUGMENTED),
+        Config(
+            model="vit",
+            lr=0.1,
+            weight_decay=1e-4,
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            **_SHORT,
+            **_AUGMENTED,
+        ),
     ),
 }

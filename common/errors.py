@@ -1,4 +1,5 @@
-"""The errors a user can cause. Each message names the remedy; the command line prints it and exits with 2."""
+"""The errors a user can cause. Each message names the remedy; the command line prints it and exits
+with 2."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ SHOWN = 4  # names in one line
 
 
 class LockstepError(Exception):
-    """A request that cannot be carried out. Subclasses say which part of it; the message says what to do."""
+    """A request that cannot be carried out. Subclasses say which part of it; the message says what
+    to do."""
 
 
 class ConfigError(LockstepError):
@@ -33,7 +35,8 @@ def printable(text: object) -> str:
 
 
 def few(names: Iterable[str], between: str = ", ") -> str:
-    """Some names in one line, none of them longer than half of it, and none that commands the terminal."""
+    """Some names in one line, none of them longer than half of it, and none that commands the
+    terminal."""
     names = [printable(name) for name in names]
     names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
     more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

@@ -1,7 +1,9 @@
-"""The contract between a run and a backend: what each of the two sides must be able to do, and in which layout.
+"""The contract between a run and a backend: what each of the two sides must be able to do, and in
+which layout.
 
-Everything that crosses this boundary is canonical: NumPy arrays, images NHWC, convolution kernels HWIO, dense kernels
-(in, out), names dotted as in `conv1.kernel`. What a `State` is made of is the backend's own business.
+Everything that crosses this boundary is canonical: NumPy arrays, images NHWC, convolution kernels
+HWIO, dense kernels (in, out), names dotted as in `conv1.kernel`. What a `State` is made of is the
+backend's own business.
 """
 
 from __future__ import annotations
@@ -11,14 +13,25 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 Arrays = dict[str, np.ndarray]  # canonical tensors by name
-STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")  # in the order a difference travels
+STAGES = (
+    "data",
+    "weights",
+    "forward",
+    "loss",
+    "backward",
+    "update",
+    "evaluate",
+)  # in the order a difference travels
 
 
 class Metrics(NamedTuple):
-    """What one training step reports; from `train_steps`, each field is a float64 array with one entry per step."""
+    """What one training step reports; from `train_steps`, each field is a float64 array with one
+    entry per step."""
 
     loss: Any  # mean cross entropy of the batch, nats, before the update; with the run's label smoothing
-    gradient_norm: Any  # Euclidean norm of the loss's gradient with respect to all parameters together
+    gradient_norm: (
+        Any  # Euclidean norm of the loss's gradient with respect to all parameters together
+    )
     lr: Any  # the learning rate that the update used
 
 
@@ -33,18 +46,23 @@ class Dropout(NamedTuple):
     """What one layer leaves out in training (Srivastava et al. 2014, JMLR 15)."""
 
     rate: float  # the share that is left out: 0 <= rate < 1
-    # Of what is drawn for one image. Along axes of size 1, all is kept or left out together: (1, 1, 1) leaves out all
-    # of an image, as in stochastic depth (Huang et al. 2016, arXiv:1603.09382).
+    # Of what is drawn for one image. Along axes of size 1, all is kept or left out together: (1, 1,
+    # 1) leaves out all of an image, as in stochastic depth (Huang et al. 2016, arXiv:1603.09382).
     shape: tuple[int, ...]
 
 
 class Snapshot(NamedTuple):
-    """A training state in the canonical layout: what a file can hold, and what either backend can go on from."""
+    """A training state in the canonical layout: what a file can hold, and what either backend can
+    go on from."""
 
     parameters: Arrays
-    model_state: Arrays  # what the forward pass updates (batch statistics); empty for networks without
+    model_state: (
+        Arrays  # what the forward pass updates (batch statistics); empty for networks without
+    )
     momentum: Arrays  # the momentum buffer of each parameter; empty before the first step and without momentum
-    schedule: dict[str, float]  # `lr` of the next step and, for plateau, its counters; empty before the first step
+    schedule: dict[
+        str, float
+    ]  # `lr` of the next step and, for plateau, its counters; empty before the first step
     step: int  # optimizer steps done
 
     @property
@@ -59,12 +77,13 @@ class Snapshot(NamedTuple):
 
 
 class Backend(Protocol):
-    """One framework's way to train. Built by `backends.load(name)(config, classes, dtype, device, compile)`.
+    """One framework's way to train. Built by `backends.load(name)(config, classes, dtype, device,
+    compile)`.
 
-    A method that takes a state consumes it and returns the next one (PyTorch writes in place, JAX donates), but
-    `evaluate`, `probe` and `export`, which leave it as it was. Images are (n, 32, 32, 3) arrays of the run's dtype,
-    already normalised; labels are int64 (n,) arrays. A backend draws no random numbers: what
-    dropout leaves out is drawn by `common.dropout`.
+    A method that takes a state consumes it and returns the next one (PyTorch writes in place, JAX
+    donates), but `evaluate`, `probe` and `export`, which leave it as it was. Images are (n, 32, 32,
+    3) arrays of the run's dtype, already normalised; labels are int64 (n,) arrays. A backend draws
+    no random numbers: what dropout leaves out is drawn by `lockstep.common.data.dropout`.
     """
 
     name: str  # "torch" or "flax"
@@ -101,32 +120,34 @@ class Backend(Protocol):
     def gather(self, uploaded: Any, indices: np.ndarray) -> tuple[Any, Any]:
         """Batches of what was uploaded, on the device and normalised: indices int64 (steps, batch).
 
-        They are bit for bit what `common.data.normalise` makes of the same images, in the framework's own layout; the
-        methods that take images and labels take these as well.
+        They are bit for bit what `lockstep.common.data.normalise` makes of the same images, in the
+        framework's own layout; the methods that take images and labels take these as well.
         """
         ...
 
     def train_steps(self, state: Any, images: Any, labels: Any) -> tuple[Any, Metrics]:
-        """As many steps as there are batches: images (steps, batch, 32, 32, 3), labels (steps, batch).
+        """As many steps as there are batches: images (steps, batch, 32, 32, 3), labels (steps,
+        batch).
 
-        One compiled program with a loop in it, in PyTorch where `compile` says so; the same numbers as single steps, up
-        to rounding.
+        One compiled program with a loop in it, in PyTorch where `compile` says so; the same numbers
+        as single steps, up to rounding.
         """
         ...
 
     def evaluate(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         """Predictions for, and the mean loss over, all the images given, however many.
 
-        Labels are not smoothed here: that is a way to train, and test losses of all runs are to mean the same.
+        Labels are not smoothed here: that is a way to train, and test losses of all runs are to
+        mean the same.
         """
         ...
 
     def probe(self, state: Any, images: np.ndarray, labels: np.ndarray) -> Arrays:
         """What the next step would compute on this batch, tensor by tensor, without taking it.
 
-        Keys are `<stage>/<tensor>`, in the order in which they are computed: `data/images`, `data/labels` (as the
-        framework received them), `forward/input of <layer>`, `forward/<layer>` (its output), `forward/logits`,
-        `loss/loss`, `backward/<parameter>`.
+        Keys are `<stage>/<tensor>`, in the order in which they are computed: `data/images`,
+        `data/labels` (as the framework received them), `forward/input of <layer>`,
+        `forward/<layer>` (its output), `forward/logits`, `loss/loss`, `backward/<parameter>`.
         """
         ...
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-import backends
-from common import data
-from common.config import BACKENDS, Config
-from common.data import Dataset
+from lockstep import backends
+from lockstep.common import data
+from lockstep.common.config import BACKENDS, Config
+from lockstep.common.data import Dataset
 
 os.environ["LOCKSTEP_OFFLINE"] = "1"  # no test asks the network for CIFAR-10
-# Each program is compiled once in a session, however many backends are built: half of the tests' time was compilation.
+# Each program is compiled once in a session, however many backends are built: half of the tests'
+# time was compilation.
 _cache = tempfile.TemporaryDirectory(prefix="lockstep-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

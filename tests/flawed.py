@@ -1,4 +1,5 @@
-"""Kinds of input whose readers have a flaw each: what `tests.fuzz` must catch, and, for comparison, two without one."""
+"""Kinds of input whose readers have a flaw each: what `tests.robustness.fuzz` must catch, and, for comparison,
+two without one."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import DataError
-from tests.inputs import Kind, Wrong
+from lockstep.common.errors import DataError
+from tests.robustness.inputs import Kind, Wrong
 
 SIZE = 400 * 2**20  # bytes that a reader without restraint takes
 
@@ -34,7 +35,9 @@ class Flawed(Kind):
         (folder / "valid").touch()
 
     def make(self, generator: np.random.Generator, folder: Path) -> tuple[str, bool]:
-        self.reserved.madvise(mmap.MADV_DONTNEED)  # the pages that the input before used are free again
+        self.reserved.madvise(
+            mmap.MADV_DONTNEED
+        )  # the pages that the input before used are free again
         return "nothing", False
 
     def read(self, folder: Path, forged: bool) -> None:
@@ -167,5 +170,6 @@ FLAWS: dict[Callable[[Flawed, Path], object], str] = {
 }
 FINE = (accept, refuse_well)
 KINDS: dict[str, type[Kind]] = {
-    flaw.__name__: type(flaw.__name__, (Flawed,), {"flaw": staticmethod(flaw)}) for flaw in (*FLAWS, *FINE)
+    flaw.__name__: type(flaw.__name__, (Flawed,), {"flaw": staticmethod(flaw)})
+    for flaw in (*FLAWS, *FINE)
 }

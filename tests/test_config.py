@@ -1,4 +1,5 @@
-"""A run is what its options say: contradictions are refused by name, and equal runs have equal fingerprints."""
+"""A run is what its options say: contradictions are refused by name, and equal runs have equal
+fingerprints."""
 
 from __future__ import annotations
 
@@ -10,11 +11,18 @@ from typing import Any
 
 import pytest
 
-from common.config import DTYPES, LEFT_OUT, RECIPES, SCHEDULES, Config, Schedule
-from common.errors import ConfigError
+from lockstep.common.config import DTYPES, LEFT_OUT, RECIPES, SCHEDULES, Config, Schedule
+from lockstep.common.errors import ConfigError
 
 IMAGES = 1437  # of the digits: no batch size but 1, 3, 479 and 1437 divides it
-PLATEAU = {"window": 2, "patience": 5, "gamma": 0.1, "threshold": 1e-4, "cooldown": 0, "min_lr": 0.0}
+PLATEAU = {
+    "window": 2,
+    "patience": 5,
+    "gamma": 0.1,
+    "threshold": 1e-4,
+    "cooldown": 0,
+    "min_lr": 0.0,
+}
 
 
 def refusal(**options: Any) -> str:
@@ -56,12 +64,20 @@ def refusal(**options: Any) -> str:
         ({"seed": 2**32}, "--seed"),
         ({"nesterov": True}, "--nesterov needs --momentum"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "--nesterov needs --momentum"),
-        ({"lr": 0.01, "schedule": Schedule("cosine", min_lr=0.02)}, "min_lr 0.02 is above --lr 0.01"),
-        ({"lr": 0.01, "schedule": Schedule("plateau", min_lr=0.02)}, "min_lr 0.02 is above --lr 0.01"),
+        (
+            {"lr": 0.01, "schedule": Schedule("cosine", min_lr=0.02)},
+            "min_lr 0.02 is above --lr 0.01",
+        ),
+        (
+            {"lr": 0.01, "schedule": Schedule("plateau", min_lr=0.02)},
+            "min_lr 0.02 is above --lr 0.01",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_option_that_describes_no_run_is_refused_by_its_name_in_one_line(options: dict, named: str) -> None:
+def test_an_option_that_describes_no_run_is_refused_by_its_name_in_one_line(
+    options: dict, named: str
+) -> None:
     message = refusal(**options)
     assert named in message
     assert "\n" not in message
@@ -116,7 +132,9 @@ def test_an_epoch_has_a_smaller_last_batch_unless_it_is_dropped(
     ],
     ids=str,
 )
-def test_a_resolved_run_says_its_steps_and_the_epochs_they_reach_into(options: dict, steps: int, epochs: int) -> None:
+def test_a_resolved_run_says_its_steps_and_the_epochs_they_reach_into(
+    options: dict, steps: int, epochs: int
+) -> None:
     config = Config(batch_size=4, **options).resolve(10)
     assert (config.total_steps, config.epochs) == (steps, epochs)
     assert config.resolve(10) == config
@@ -125,7 +143,9 @@ def test_a_resolved_run_says_its_steps_and_the_epochs_they_reach_into(options: d
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_a_batch_larger_than_the_data_is_refused_and_one_as_large_is_not(drop_last: bool) -> None:
     config = Config(batch_size=11, drop_last=drop_last)
-    with pytest.raises(ConfigError, match=r"^--batch-size 11 is larger than the data: choose 10 or less$"):
+    with pytest.raises(
+        ConfigError, match=r"^--batch-size 11 is larger than the data: choose 10 or less$"
+    ):
         config.resolve(10)
     assert config.resolve(11).total_steps == 1
 
@@ -159,13 +179,22 @@ def test_a_field_that_changes_the_numbers_changes_the_fingerprint(field: str) ->
     assert changed.resolve(IMAGES).fingerprint("d") != BASE.resolve(IMAGES).fingerprint("d")
 
 
-def test_every_field_is_covered_but_the_one_network_and_the_epochs_that_follow_from_the_steps() -> None:
+def test_every_field_is_covered_but_the_one_network_and_the_epochs_that_follow_from_the_steps() -> (
+    None
+):
     assert {field.name for field in dataclasses.fields(Config)} == {*OTHER, "model", "epochs"}
 
 
 @pytest.mark.parametrize("option", PLATEAU)
 def test_each_option_of_a_schedule_changes_the_fingerprint(option: str) -> None:
-    other = {"window": 3, "patience": 4, "gamma": 0.2, "threshold": 1e-3, "cooldown": 1, "min_lr": 0.01}
+    other = {
+        "window": 3,
+        "patience": 4,
+        "gamma": 0.2,
+        "threshold": 1e-3,
+        "cooldown": 1,
+        "min_lr": 0.01,
+    }
     schedule = dataclasses.replace(BASE.schedule, **{option: other[option]})
     changed = dataclasses.replace(BASE, schedule=schedule)
     assert changed.resolve(IMAGES).fingerprint("d") != BASE.resolve(IMAGES).fingerprint("d")
@@ -180,8 +209,14 @@ def test_other_data_changes_the_fingerprint() -> None:
     [
         (Config(epochs=2), Config(steps=720)),
         (Config(epochs=1, steps=500), Config(epochs=7, steps=500)),
-        (Config(schedule=Schedule("cosine")), Config(schedule=Schedule("cosine", period=360, min_lr=0.0))),
-        (Config(steps=30, schedule=Schedule("step")), Config(steps=30, schedule=Schedule("step", 10, gamma=0.1))),
+        (
+            Config(schedule=Schedule("cosine")),
+            Config(schedule=Schedule("cosine", period=360, min_lr=0.0)),
+        ),
+        (
+            Config(steps=30, schedule=Schedule("step")),
+            Config(steps=30, schedule=Schedule("step", 10, gamma=0.1)),
+        ),
     ],
     ids=["epochs as steps", "epochs that steps overrule", "defaults of cosine", "defaults of step"],
 )
@@ -204,7 +239,9 @@ def test_a_configuration_as_json_is_plain_and_leaves_out_what_does_not_apply(kin
 
 def test_runs_from_before_an_option_was_there_keep_their_fingerprint() -> None:
     config = Config(steps=500, batch_size=32, lr=0.01, momentum=0.9).resolve(50_000)
-    assert config.fingerprint("d") == "0d07d4193db1"  # as of the version with `weights` for its last field
+    assert (
+        config.fingerprint("d") == "0d07d4193db1"
+    )  # as of the version with `weights` for its last field
     assert not config.to_json().keys() & {*LEFT_OUT}
     for name in LEFT_OUT:
         changed = dataclasses.replace(config, **{name: OTHER[name]})
@@ -259,7 +296,10 @@ def test_every_schedule_fits_every_short_run(kind: str, steps: int) -> None:
     [
         ("constant", Schedule()),
         ("step:period=10,gamma=0.5", Schedule("step", period=10, gamma=0.5)),
-        ("multistep:milestones=100+200,gamma=1e-1", Schedule("multistep", milestones=(100, 200), gamma=0.1)),
+        (
+            "multistep:milestones=100+200,gamma=1e-1",
+            Schedule("multistep", milestones=(100, 200), gamma=0.1),
+        ),
         ("multistep:milestones=7", Schedule("multistep", milestones=(7,))),
         ("exponential:gamma=0.999", Schedule("exponential", gamma=0.999)),
         ("cosine:period=1000,min_lr=1e-5", Schedule("cosine", period=1000, min_lr=1e-5)),
@@ -293,7 +333,10 @@ def test_a_schedule_is_read_from_its_kind_and_options(text: str, schedule: Sched
         ("step:period=1.5", "'1.5' is not a number"),
         ("multistep:milestones=1++2", "'1++2' is not a number"),
         ("constant:gamma=0.1", "schedule 'constant' has no option 'gamma'; its options: none"),
-        ("cosine:gamma=0.1", "schedule 'cosine' has no option 'gamma'; its options: period, min_lr"),
+        (
+            "cosine:gamma=0.1",
+            "schedule 'cosine' has no option 'gamma'; its options: period, min_lr",
+        ),
         ("step:period=0", "period must be 1 or more"),
         ("plateau:window=0", "window must be 1 or more"),
         ("plateau:patience=-1", "patience must be 0 or more"),
@@ -318,7 +361,9 @@ def test_a_schedule_is_read_from_its_kind_and_options(text: str, schedule: Sched
         ("multistep:milestones=9+5", "milestones must rise from 1"),
     ],
 )
-def test_a_schedule_that_means_nothing_is_refused_by_name_in_one_line(text: str, named: str) -> None:
+def test_a_schedule_that_means_nothing_is_refused_by_name_in_one_line(
+    text: str, named: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         Schedule.parse(text)
     assert named in str(caught.value)
@@ -329,7 +374,10 @@ def test_a_cosine_shorter_than_the_run_is_refused_and_one_as_long_is_not() -> No
     def resolve(period: int) -> Config:
         return Config(steps=100, schedule=Schedule("cosine", period=period)).resolve(IMAGES)
 
-    with pytest.raises(ConfigError, match=r"^schedule: cosine's period 99 is shorter than the run: give 100 or more$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^schedule: cosine's period 99 is shorter than the run: give 100 or more$",
+    ):
         resolve(99)
     assert resolve(100).schedule.period == 100
     assert resolve(101).schedule.period == 101
@@ -337,9 +385,15 @@ def test_a_cosine_shorter_than_the_run_is_refused_and_one_as_long_is_not() -> No
 
 def test_a_cosine_after_a_warm_up_is_refused_where_both_are_shorter_than_the_run() -> None:
     def resolve(**options: Any) -> Any:
-        return Config(steps=100, schedule=Schedule("warmup-cosine", **options)).resolve(IMAGES).schedule
+        return (
+            Config(steps=100, schedule=Schedule("warmup-cosine", **options))
+            .resolve(IMAGES)
+            .schedule
+        )
 
-    said = r"^schedule: cosine's period 89 is shorter than the run after its warm-up: give 90 or more$"
+    said = (
+        r"^schedule: cosine's period 89 is shorter than the run after its warm-up: give 90 or more$"
+    )
     with pytest.raises(ConfigError, match=said):
         resolve(warmup=10, period=89)
     assert resolve(warmup=10, period=90).period == resolve(warmup=10).period == 90
@@ -361,4 +415,9 @@ def test_a_recipe_is_a_run_that_can_be_carried_out_and_judged(name: str, images:
 
 def test_the_tutorial_is_the_tutorial() -> None:
     config = RECIPES["tutorial"].config.resolve(50_000)
-    assert (config.batch_size, config.lr, config.momentum, config.total_steps) == (4, 0.001, 0.9, 37_500)
+    assert (config.batch_size, config.lr, config.momentum, config.total_steps) == (
+        4,
+        0.001,
+        0.9,
+        37_500,
+    )

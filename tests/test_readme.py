@@ -1,4 +1,5 @@
-"""The README says what the sources and results/ say. `python -m tests.test_readme` writes its marked passages anew."""
+"""The README says what the sources and results/ say. `python -m tests.test_readme` writes its
+marked passages anew."""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ from typing import Any
 
 import pytest
 
-import backends
-from backends import faults as catalogue
-from common import data
-from common.config import BACKENDS, DTYPES, MODELS, Config
-from common.errors import RecordError
-from common.evidence.alarms import LOCKSTEP
-from common.evidence.bench import PATHS, summary
-from common.report import sentence
-from common.testing import same_run
-from tests.test_bench import made_rows
+from lockstep import backends
+from lockstep.backends import faults as catalogue
+from lockstep.common import data
+from lockstep.common.config import BACKENDS, DTYPES, MODELS, Config
+from lockstep.common.errors import RecordError
+from lockstep.common.evidence.bench import PATHS, summary
+from lockstep.common.evidence.false_alarms import LOCKSTEP
+from lockstep.common.report import sentence
+from lockstep.common.testing import same_run
+from tests.evidence.test_bench import made_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -41,8 +42,13 @@ def verdict() -> str:
 
 def table() -> str:
     """The loss gaps of the tutorial's run, up to the end of each stretch of steps."""
-    proof, production = (report_of(f"tutorial-{dtype}")["lenses"][0] for dtype in ("float64", "float32"))
-    rows = [[row for row in lens["stretches"] if row["quantity"] == "loss"] for lens in (proof, production)]
+    proof, production = (
+        report_of(f"tutorial-{dtype}")["lenses"][0] for dtype in ("float64", "float32")
+    )
+    rows = [
+        [row for row in lens["stretches"] if row["quantity"] == "loss"]
+        for lens in (proof, production)
+    ]
     lines = [
         "| loss gap up to step | float64 | float32, closest runs of torch and flax | float32, furthest twins |",
         "|--:|--:|--:|--:|",
@@ -51,10 +57,17 @@ def table() -> str:
     for one, other in zip(*rows, strict=True):
         gaps = [max(gaps[0], one["gap"]), max(gaps[1], other["gap"])]
         if one["stop"] >= 30:
-            cells = (f"{gap:.2g}" if gap > 1e-3 else f"{gap:.1e}" for gap in (*gaps, other["drift"]))
+            cells = (
+                f"{gap:.2g}" if gap > 1e-3 else f"{gap:.1e}" for gap in (*gaps, other["drift"])
+            )
             lines.append(f"| {one['stop']:,} | {' | '.join(cells)} |")
-    equal, total = (f"{lens['predictions_equal']:,}" for lens in (proof, production)), proof["predictions_total"]
-    twins = ", ".join(f"{t['predictions_equal']:,}" for group in production["twins"].values() for t in group)
+    equal, total = (
+        (f"{lens['predictions_equal']:,}" for lens in (proof, production)),
+        proof["predictions_total"],
+    )
+    twins = ", ".join(
+        f"{t['predictions_equal']:,}" for group in production["twins"].values() for t in group
+    )
     lines.append(f"| test predictions equal, of {total:,} | {' | '.join(equal)} | {twins} |")
     return "\n".join(lines) + "\n"
 
@@ -62,7 +75,11 @@ def table() -> str:
 def step(name: str) -> Callable[[], str]:
     def excerpt() -> str:
         source = (REPOSITORY / "backends" / f"{name}_backend" / "backend.py").read_text()
-        [method] = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == "_step"]
+        [method] = [
+            n
+            for n in ast.walk(ast.parse(source))
+            if isinstance(n, ast.FunctionDef) and n.name == "_step"
+        ]
         lines = source.splitlines()[method.lineno - 1 : method.end_lineno]
         return "```python\n" + textwrap.dedent("\n".join(lines)) + "\n```\n"
 
@@ -84,8 +101,12 @@ def faults() -> str:
     summary = report_of("faults")["summary"]
     lenses = summary["lenses"]
     proof, production = (lenses[dtype] for dtype in ("float64", "float32"))
-    changing, seen = (lens["caught_of_those_that_change_the_function"] for lens in (proof, production))
-    stage, tensor = (f"{s['yes']} of {s['of']}" for s in (summary["stage_right"], summary["tensor_right"]))
+    changing, seen = (
+        lens["caught_of_those_that_change_the_function"] for lens in (proof, production)
+    )
+    stage, tensor = (
+        f"{s['yes']} of {s['of']}" for s in (summary["stage_right"], summary["tensor_right"])
+    )
     text = (
         f"Of {summary['faults']} faults {summary['caught']} are found by at least one lens. float64 finds "
         f"{changing['yes']} of the {changing['of']} that change the computed function, float32 {seen['yes']}. "
@@ -99,7 +120,11 @@ def peers() -> str:
     """False alarms and detections of every rule, lens by lens."""
     alarms, found = report_of("alarms"), report_of("faults")
     rates = {(line["lens"], line["rule"]): line for line in alarms["summary"]}
-    lines = ["| rule | " + " | ".join(f"{d}: false alarms | {d}: faults found" for d in ("float64", "float32")) + " |"]
+    lines = [
+        "| rule | "
+        + " | ".join(f"{d}: false alarms | {d}: faults found" for d in ("float64", "float32"))
+        + " |"
+    ]
     lines.append("|---|--:|--:|--:|--:|")
     for rule in dict.fromkeys(line["rule"] for line in alarms["summary"]):
         cells = []
@@ -143,9 +168,13 @@ def bench() -> str:
         machine = report["environment"]
         where = report["card"] or f"{machine['processor']}, {machine['cores']} cores"
         lines = [line for line in report["summary"] if line["table"] == "speed"]
-        parts.append(f"**{where}, {report['dtype']}.** Images per second, and how many times the tutorial's that is:\n")
+        parts.append(
+            f"**{where}, {report['dtype']}.** Images per second, and how many times the tutorial's that is:\n"
+        )
         parts.append(speeds(lines))
-        parts.append(f"![Images per second by batch size](results/bench/{path.parent.name}/bench.png)\n")
+        parts.append(
+            f"![Images per second by batch size](results/bench/{path.parent.name}/bench.png)\n"
+        )
         size = report["plan"]["growth_batch"]
         parts.append(f"From nothing to the end of the first step, at batch {size}:\n")
         parts.append(starts([line for line in lines if line["batch_size"] == size]))
@@ -155,7 +184,8 @@ def bench() -> str:
 
 
 def speeds(lines: list[dict[str, Any]]) -> str:
-    """A row for each way to train, a column for each batch size, and a row for what the arithmetic would allow."""
+    """A row for each way to train, a column for each batch size, and a row for what the arithmetic
+    would allow."""
     cells: dict[str, list[str]] = {}
     for line in lines:
         rate, ratio = (line[key]["median"] for key in ("images_per_second", "to_tutorial"))
@@ -173,10 +203,16 @@ def starts(lines: list[dict[str, Any]]) -> str:
     rows = []
     for line in lines:
         found = line["starts"]
-        compiling = ["-" if f["compile"] is None else f"{f['compile']:.1f} s" for f in found.values()]
+        compiling = [
+            "-" if f["compile"] is None else f"{f['compile']:.1f} s" for f in found.values()
+        ]
         loader = line["loader"]
         memory = f"{line['memory'] / 1e6:,.0f} MB"
-        memory += f", and {loader['processes']} loaders of {loader['memory'] / 1e6:,.0f} MB" if loader else ""
+        memory += (
+            f", and {loader['processes']} loaders of {loader['memory'] / 1e6:,.0f} MB"
+            if loader
+            else ""
+        )
         times = [f"{f['first_step']:.1f} s" for f in found.values()]
         rows.append([PATHS[line["path"]], *times, *compiling, memory])
     names = list(lines[0]["starts"])
@@ -188,7 +224,15 @@ def growth(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         rates = f"{line['steps_per_second']['median']:,.0f}"
         times = [f"{found['first_step']:.1f} s" for found in line["starts"].values()]
-        rows.append([PATHS[line["path"]], f"{line['images']:,}", rates, *times, f"{line['memory'] / 1e6:,.0f} MB"])
+        rows.append(
+            [
+                PATHS[line["path"]],
+                f"{line['images']:,}",
+                rates,
+                *times,
+                f"{line['memory'] / 1e6:,.0f} MB",
+            ]
+        )
     return markdown(["", "images", "steps per second", "first step", "peak memory"], rows)
 
 
@@ -211,7 +255,9 @@ def handover() -> str:
 
 def kills() -> str:
     report = report_of("kills")
-    cells, boundaries, signals, pieces = (report[name] for name in ("cells", "boundaries", "signals", "pieces"))
+    cells, boundaries, signals, pieces = (
+        report[name] for name in ("cells", "boundaries", "signals", "pieces")
+    )
     runs, killed, same = (sum(cell[name] for cell in cells) for name in ("runs", "kills", "equal"))
     ks = sum(row["equal"] for row in pieces), sum(row["steps"] for row in pieces)
     return (
@@ -228,7 +274,9 @@ def kills() -> str:
 def fuzz() -> str:
     report = report_of("fuzz")
     kinds = report["kinds"].values()
-    seconds, size = (max(kind[name] for kind in kinds) for name in ("slowest_seconds", "largest_bytes"))
+    seconds, size = (
+        max(kind[name] for kind in kinds) for name in ("slowest_seconds", "largest_bytes")
+    )
     return (
         f"Of {report['inputs']:,} damaged inputs of {len(kinds)} kinds (seed {report['seed']}) {report['refused']:,} "
         f"were refused; {report['accepted']:,} were accepted, since what they hold is valid, or the damage is where "
@@ -240,7 +288,9 @@ def fuzz() -> str:
 def models() -> str:
     """Of each network, what its committed run says."""
     rows = []
-    for name in (name for name in MODELS if (REPOSITORY / "results" / name / "report.json").exists()):
+    for name in (
+        name for name in MODELS if (REPOSITORY / "results" / name / "report.json").exists()
+    ):
         report = report_of(name)
         lenses = {lens["dtype"]: lens for lens in report["lenses"]}
         for kind in ("bfloat16", "mixed"):
@@ -250,13 +300,21 @@ def models() -> str:
         proof = lenses["float64"]
         accuracy = [f"{100 * proof['accuracy'][backend]:.1f} %" for backend in BACKENDS]
         verdicts = ", ".join(
-            f"{dtype} {'agrees' if x['verdict'] == 'agree' else 'differs'}" for dtype, x in lenses.items()
+            f"{dtype} {'agrees' if x['verdict'] == 'agree' else 'differs'}"
+            for dtype, x in lenses.items()
         )
         gap, equal = f"{proof['max_abs_loss_gap']:.1e}", f"{proof['predictions_equal']:,}"
         drifts = [twin["max_abs_loss_gap"] for twins in proof["twins"].values() for twin in twins]
         gap += f" (twins {max(drifts):.1e})" if drifts else ""
         rows.append([f"`{name}`", f"{proof['steps']}", gap, equal, " / ".join(accuracy), verdicts])
-    columns = ["network", "steps", "float64: loss gap", "predictions equal", "accuracy: torch / flax", "verdicts"]
+    columns = [
+        "network",
+        "steps",
+        "float64: loss gap",
+        "predictions equal",
+        "accuracy: torch / flax",
+        "verdicts",
+    ]
     return markdown(columns, rows)
 
 
@@ -278,8 +336,16 @@ def long_run() -> str:
 def network_alarms() -> str:
     """Lockstep's false alarms in clean pairs of the other networks, lens by lens."""
     rows = []
-    for name in (name for name in MODELS if (REPOSITORY / "results" / f"alarms-{name}" / "report.json").exists()):
-        said = {line["lens"]: line for line in report_of(f"alarms-{name}")["summary"] if line["rule"] == LOCKSTEP}
+    for name in (
+        name
+        for name in MODELS
+        if (REPOSITORY / "results" / f"alarms-{name}" / "report.json").exists()
+    ):
+        said = {
+            line["lens"]: line
+            for line in report_of(f"alarms-{name}")["summary"]
+            if line["rule"] == LOCKSTEP
+        }
         counts = {lens: f"{line['alarms']} of {line['pairs']}" for lens, line in said.items()}
         rows.append([f"`{name}`", *(counts.get(lens, "not run") for lens in DTYPES)])
     return markdown(["network", *DTYPES], rows)
@@ -328,17 +394,26 @@ def test_a_readme_that_says_something_else_is_noticed() -> None:
     assert rewritten(text.replace("optimizer.step()", "optimizer.skip()")) == text
 
 
-def test_speed_that_was_measured_is_shown_machine_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_that_was_measured_is_shown_machine_by_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tests.test_readme.REPOSITORY", tmp_path)
     assert bench() == "Not measured yet.\n"
-    report = {"card": None, "dtype": "float32", "plan": {"growth_batch": 4}, "summary": summary(made_rows())}
+    report = {
+        "card": None,
+        "dtype": "float32",
+        "plan": {"growth_batch": 4},
+        "summary": summary(made_rows()),
+    }
     for name in ("fast", "slow"):
         folder = tmp_path / "results" / "bench" / name
         folder.mkdir(parents=True)
         told = report | {"environment": {"processor": f"a {name} one", "cores": 2}}
         (folder / "report.json").write_text(json.dumps(told))
     shown = bench()
-    assert shown.index("**a fast one, 2 cores, float32.**") < shown.index("**a slow one, 2 cores, float32.**")
+    assert shown.index("**a fast one, 2 cores, float32.**") < shown.index(
+        "**a slow one, 2 cores, float32.**"
+    )
     for row in (
         "| flax, fused steps | 8,000 (8.0x) |",
         "| the tutorial's loop | 1,000 |",
@@ -380,19 +455,30 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
         assert (REPOSITORY / "results" / name / f"{picture}.png").exists()
 
 
-ALARMS = ["alarms", "alarms-mixed", "alarms-mlp", "alarms-resnet20", "alarms-convnext", "alarms-vit"]
+ALARMS = [
+    "alarms",
+    "alarms-mixed",
+    "alarms-mlp",
+    "alarms-resnet20",
+    "alarms-convnext",
+    "alarms-vit",
+]
 
 
 @pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz", *ALARMS])
 def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
-    command = " ".join(["python", *[word for word in report_of(name)["command"] if word != "python"]])
+    command = " ".join(
+        ["python", *[word for word in report_of(name)["command"] if word != "python"]]
+    )
     assert f"| `results/{name}` | `{command}` |" in README.read_text()
 
 
 def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_broken_port(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code = passage(README.read_text(), "example")[1].removeprefix("```python\n").removesuffix("```\n")
+    code = (
+        passage(README.read_text(), "example")[1].removeprefix("```python\n").removesuffix("```\n")
+    )
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     [example] = [value for name, value in names.items() if name.startswith("test_")]
@@ -402,7 +488,9 @@ def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_br
     fault = catalogue.named("momentum-089")
     with catalogue.injected(fault, Config(), data.load("digits")), pytest.raises(AssertionError):
         example()
-    assert repr(compared[0]).startswith("the float64 runs part: update: step 1: momentum of conv1.bias: torch=")
+    assert repr(compared[0]).startswith(
+        "the float64 runs part: update: step 1: momentum of conv1.bias: torch="
+    )
 
 
 def test_two_backends_of_one_name_are_refused() -> None:

@@ -1,4 +1,5 @@
-"""The house: who imports whom, how soon --help answers, and whether the two backends still mirror each other."""
+"""The house: who imports whom, how soon --help answers, and whether the two backends still mirror
+each other."""
 
 from __future__ import annotations
 
@@ -15,10 +16,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("torch", "torchvision", "jax", "jaxlib", "flax", "optax")
 FOLDERS = ("torch_backend", "flax_backend")
-FILES = ("__init__.py", "activations.py", "backend.py", "convert.py", "files.py", "model.py", "optimizer.py")
-TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "backends", "common", "tests", "compare.py", "results"}
+FILES = (
+    "__init__.py",
+    "activations.py",
+    "backend.py",
+    "convert.py",
+    "files.py",
+    "model.py",
+    "optimizer.py",
+)
+TOP_LEVEL = {
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "backends",
+    "common",
+    "tests",
+    "compare.py",
+    "results",
+}
 
-# Imports modules, or every module of a package, or runs a script, and prints what has been imported at the end.
+# Imports modules, or every module of a package, or runs a script, and prints what has been imported
+# at the end.
 PROBE = """
 import contextlib, importlib, io, pkgutil, runpy, sys
 kind, name = sys.argv[1:3]
@@ -45,7 +64,8 @@ def imported(kind: str, name: str, folder: Path = ROOT) -> set[str]:
 
 
 def module_names(file: Path) -> set[str]:
-    """All modules that a file imports anywhere, inside functions too; relative ones with their leading dots."""
+    """All modules that a file imports anywhere, inside functions too; relative ones with their
+    leading dots."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -68,7 +88,9 @@ def sources(folder: Path) -> list[Path]:
 def tracked() -> list[str]:
     try:
         command = ["git", "-C", str(ROOT), "ls-files", "-z"]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        listed = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         pytest.skip("not a git checkout: nothing says which files belong to the project")
     return [name for name in listed.split("\0") if name]
@@ -77,7 +99,15 @@ def tracked() -> list[str]:
 # --- Who imports whom
 
 
-@pytest.mark.parametrize(("kind", "name"), [("module", "compare"), ("package", "common"), ("module", "backends.files")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("module", "lockstep"),
+        ("module", "lockstep.cli"),
+        ("package", "lockstep.common"),
+        ("module", "lockstep.backends.weight_files"),
+    ],
+)
 def test_no_framework_is_imported_before_it_is_asked_for(kind: str, name: str) -> None:
     modules = imported(kind, name)
     assert name in modules
@@ -85,22 +115,40 @@ def test_no_framework_is_imported_before_it_is_asked_for(kind: str, name: str) -
 
 
 def test_every_module_of_common_was_among_them() -> None:
-    expected = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sources(ROOT / "common")}
+    expected = {
+        ".".join(("lockstep", *file.relative_to(ROOT).with_suffix("").parts))
+        for file in sources(ROOT / "common")
+        if file.parent.name != "api"
+    }
     expected = {name.removesuffix(".__init__") for name in expected}
-    assert expected <= imported("package", "common")
+    assert expected <= imported("package", "lockstep.common")
 
 
 def test_help_imports_nothing_that_is_slow() -> None:
     modules = imported("help", "compare.py")
     assert "argparse" in modules
-    assert not reaches(modules, *FRAMEWORKS, "rich", "matplotlib", "numpy", "scipy", "sklearn", "PIL", "safetensors")
+    assert not reaches(
+        modules,
+        *FRAMEWORKS,
+        "rich",
+        "matplotlib",
+        "numpy",
+        "scipy",
+        "sklearn",
+        "PIL",
+        "safetensors",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "own", "foreign"),
     [
-        ("backends.torch_backend.backend", ("torch",), ("jax", "jaxlib", "flax", "optax")),
-        ("backends.flax_backend.backend", ("jax", "flax", "optax"), ("torch", "torchvision")),
+        ("lockstep.backends.torch_backend.backend", ("torch",), ("jax", "jaxlib", "flax", "optax")),
+        (
+            "lockstep.backends.flax_backend.backend",
+            ("jax", "flax", "optax"),
+            ("torch", "torchvision"),
+        ),
     ],
     ids=["torch", "flax"],
 )
@@ -114,12 +162,19 @@ def test_a_backend_imports_its_own_framework_and_not_the_others(
 
 @pytest.mark.parametrize(
     ("source", "found"),
-    [("import torch\n", True), ("from torch import nn\n", True), ("def late():\n    import torch\n", False)],
+    [
+        ("import torch\n", True),
+        ("from torch import nn\n", True),
+        ("def late():\n    import torch\n", False),
+    ],
     ids=["import", "from", "inside a function"],
 )
 @pytest.mark.parametrize("kind", ["module", "package", "help"])
-def test_the_proof_fails_where_a_framework_is_imported(tmp_path: Path, kind: str, source: str, found: bool) -> None:
-    """On a made package, with a made `torch`: what is imported inside a function is not imported yet."""
+def test_the_proof_fails_where_a_framework_is_imported(
+    tmp_path: Path, kind: str, source: str, found: bool
+) -> None:
+    """On a made package, with a made `torch`: what is imported inside a function is not imported
+    yet."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("")
     (tmp_path / "torch" / "nn.py").write_text("")
@@ -134,37 +189,68 @@ def test_the_proof_fails_where_a_framework_is_imported(tmp_path: Path, kind: str
 
 def test_the_walk_over_the_source_sees_every_way_to_import(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text("import a.b as c\nfrom backends import flax_backend\nfrom .. import d\nfrom ..e import f\n")
-    assert module_names(file) == {"a.b", "backends", "backends.flax_backend", "..", "...d", "..e", "..e.f"}
-    assert reaches(module_names(file), "backends.flax_backend") == {"backends.flax_backend"}
+    file.write_text(
+        "import a.b as c\nfrom lockstep.backends import flax_backend\nfrom .. import d\nfrom ..e import f\n"
+    )
+    assert module_names(file) == {
+        "a.b",
+        "lockstep.backends",
+        "lockstep.backends.flax_backend",
+        "..",
+        "...d",
+        "..e",
+        "..e.f",
+    }
+    assert reaches(module_names(file), "lockstep.backends.flax_backend") == {
+        "lockstep.backends.flax_backend"
+    }
     assert not reaches({"torchlike", "flaxen.a"}, "torch", "flax")
 
 
-@pytest.mark.parametrize("file", sources(ROOT / "common"), ids=lambda file: str(file.relative_to(ROOT)))
-def test_common_imports_no_backend_and_no_framework_but_torchvision_to_fetch_cifar10(file: Path) -> None:
+@pytest.mark.parametrize(
+    "file",
+    [f for f in sources(ROOT / "common") if f.parent.name != "api"],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_common_imports_no_backend_and_no_framework_but_torchvision_to_fetch_cifar10(
+    file: Path,
+) -> None:
     names = module_names(file)
-    assert not reaches(names, "backends", "compare", "torch", "jax", "jaxlib", "flax", "optax")
+    assert not reaches(
+        names, "lockstep.backends", "lockstep.cli", "torch", "jax", "jaxlib", "flax", "optax"
+    )
     assert not any(name.startswith("..") for name in names), "imports are absolute"
-    if file.name != "data.py":
+    if file.name != "sources.py":
         assert not reaches(names, "torchvision")
 
 
 @pytest.mark.parametrize(("folder", "other"), [FOLDERS, FOLDERS[::-1]], ids=FOLDERS)
-def test_the_two_backends_never_import_each_other_nor_each_others_framework(folder: str, other: str) -> None:
-    foreign = {"torch_backend": ("jax", "jaxlib", "flax", "optax"), "flax_backend": ("torch", "torchvision")}[folder]
+def test_the_two_backends_never_import_each_other_nor_each_others_framework(
+    folder: str, other: str
+) -> None:
+    foreign = {
+        "torch_backend": ("jax", "jaxlib", "flax", "optax"),
+        "flax_backend": ("torch", "torchvision"),
+    }[folder]
     for file in sources(ROOT / "backends" / folder):
         names = module_names(file)
-        assert not reaches(names, f"backends.{other}", "compare", *foreign), file
+        assert not reaches(names, f"lockstep.backends.{other}", "lockstep.cli", *foreign), file
         assert not any(name.startswith("..") for name in names), "imports are absolute"
 
 
 def test_help_answers_in_under_half_a_second() -> None:
     def seconds() -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "compare.py", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "compare.py", "--help"],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         return time.perf_counter() - start
 
-    # Measured: 0.09 on two cores; PyTorch alone would add 2. The best of three, for the machine may be busy.
+    # Measured: 0.09 on two cores; PyTorch alone would add 2. The best of three, for the machine may
+    # be busy.
     assert min(seconds() for _ in range(3)) < 0.5
 
 
@@ -191,7 +277,9 @@ def sections(source: str) -> list[str]:
 
 
 def mirrored(file: str) -> tuple[str, str]:
-    one, other = ((ROOT / "backends" / folder / file).read_text(encoding="utf-8") for folder in FOLDERS)
+    one, other = (
+        (ROOT / "backends" / folder / file).read_text(encoding="utf-8") for folder in FOLDERS
+    )
     return one, other
 
 
@@ -201,7 +289,9 @@ def test_the_two_backend_folders_hold_the_same_files() -> None:
     assert set(FILES) <= one
 
 
-@pytest.mark.parametrize("file", sorted({file.name for file in sources(ROOT / "backends" / FOLDERS[0])}))
+@pytest.mark.parametrize(
+    "file", sorted({file.name for file in sources(ROOT / "backends" / FOLDERS[0])})
+)
 def test_what_both_mirrors_define_stands_in_the_same_order(file: str) -> None:
     one, other = in_both(*(public(ast.parse(source).body) for source in mirrored(file)))
     assert one == other
@@ -215,9 +305,9 @@ def test_the_methods_and_sections_of_both_backends_stand_in_the_same_order() -> 
     protocol = methods((ROOT / "common" / "protocol.py").read_text(encoding="utf-8"), "Backend")
     assert {"__init__", *protocol} <= set(one)
     own = {"In and out of PyTorch's layout": "In and out of JAX's layout"}
-    assert [own.get(s.removeprefix("# --- "), s.removeprefix("# --- ")) for s in sections(torch)] == [
-        s.removeprefix("# --- ") for s in sections(flax)
-    ]
+    assert [
+        own.get(s.removeprefix("# --- "), s.removeprefix("# --- ")) for s in sections(torch)
+    ] == [s.removeprefix("# --- ") for s in sections(flax)]
 
 
 def test_the_comparison_of_orders_sees_two_functions_that_changed_places() -> None:
@@ -232,17 +322,28 @@ def test_the_comparison_of_orders_sees_two_functions_that_changed_places() -> No
 
 def packages(folder: Path, *tops: str) -> set[str]:
     """The packages that lie in `tops`, by dotted name."""
-    found = (file.parent.relative_to(folder) for top in tops for file in (folder / top).rglob("__init__.py"))
+    found = (
+        file.parent.relative_to(folder)
+        for top in tops
+        for file in (folder / top).rglob("__init__.py")
+    )
     return {".".join(path.parts) for path in found}
 
 
+def installed_name(folder: str) -> str:
+    """The dotted name under which a package of the checkout is installed."""
+    return "lockstep" if folder == "common.api" else f"lockstep.{folder}"
+
+
 def test_what_is_installed_is_every_package_there_is() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
     listed = settings["packages"]
-    assert settings["py-modules"] == ["compare"]
-    assert sorted(listed) == sorted(packages(ROOT, "common", "backends"))
+    assert "py-modules" not in settings
+    assert sorted(listed) == sorted(map(installed_name, packages(ROOT, "common", "backends")))
     for file in sources(ROOT / "common") + sources(ROOT / "backends"):
-        assert ".".join(file.parent.relative_to(ROOT).parts) in listed, file
+        assert installed_name(".".join(file.parent.relative_to(ROOT).parts)) in listed, file
 
 
 def test_the_list_of_packages_sees_one_that_is_missing(tmp_path: Path) -> None:

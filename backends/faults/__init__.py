@@ -1,26 +1,30 @@
-"""Known faults: the Flax side with one mistake each, made where a person makes it who ports training code.
+"""Known faults: the Flax side with one mistake each, made where a person makes it who ports
+training code.
 
-The catalogue is in the order in which a difference travels: data, weights, forward, loss, backward, update, evaluate.
-Faults of `Net` and of what all networks share are in a file for each stage, those of the other networks in
-`networks.py`. A fault is applied round all that the Flax side does: `injected` puts it in and takes it out again.
-PyTorch's side stays as it is. No framework is imported before a fault is applied.
+The catalogue is in the order in which a difference travels: data, weights, forward, loss, backward,
+update, evaluate. Faults of `Net` and of what all networks share are in a file for each stage, those
+of the other networks in `networks.py`. A fault is applied round all that the Flax side does:
+`injected` puts it in and takes it out again. PyTorch's side stays as it is. No framework is
+imported before a fault is applied.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from backends.faults.fault import Fault, collected, injected
-from common.errors import ConfigError
-from common.protocol import STAGES
+from lockstep.backends.faults.registry import Fault, collected, injected
+from lockstep.common.errors import ConfigError
+from lockstep.common.protocol import STAGES
 
 __all__ = ["FAULTS", "QUICK", "Fault", "injected", "named"]
 
 for _file in ("data", "weights", "forward", "loss", "backward", "update", "evaluate", "networks"):
-    import_module(f"backends.faults.{_file}")  # fills `collected`
+    import_module(f"lockstep.backends.faults.{_file}")  # fills `collected`
 
 # Those of the other networks come last in their stage.
-FAULTS = tuple(sorted(collected, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options)))
+FAULTS = tuple(
+    sorted(collected, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options))
+)
 # One of each stage, all of which show on grey images and in the fewest steps.
 QUICK = (
     "labels-from-one",
@@ -42,4 +46,6 @@ def named(name: str) -> Fault:
     for fault in FAULTS:
         if fault.name == name:
             return fault
-    raise ConfigError(f"unknown fault {name!r}: choose one of {', '.join(fault.name for fault in FAULTS)}")
+    raise ConfigError(
+        f"unknown fault {name!r}: choose one of {', '.join(fault.name for fault in FAULTS)}"
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from backends.faults.fault import Patch, known
-from common.config import Config
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import convert, jax, jnp
+    from lockstep.backends.faults.frameworks import convert, jax, jnp
 
 
 def _gradients(patch: Patch, change: Callable[[Any], Any]) -> None:
@@ -34,7 +34,10 @@ def _stopped(patch: Patch, prefix: str) -> None:
     nest = convert.nest
 
     def stopped(parameters: Any, *names: Any) -> Any:
-        held = {name: jax.lax.stop_gradient(p) if name.startswith(prefix) else p for name, p in parameters.items()}
+        held = {
+            name: jax.lax.stop_gradient(p) if name.startswith(prefix) else p
+            for name, p in parameters.items()
+        }
         return nest(held, *names)
 
     patch(convert, "nest", stopped)
@@ -52,7 +55,11 @@ def frozen_layer(patch: Patch, config: Config, dataset: Dataset) -> None:
     _stopped(patch, "conv1.")
 
 
-@known("backward", None, "jax docs, lax.psum and lax.pmean; PyTorch docs, DistributedDataParallel: averages")
+@known(
+    "backward",
+    None,
+    "jax docs, lax.psum and lax.pmean; PyTorch docs, DistributedDataParallel: averages",
+)
 def sum_over_devices(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Gradients are summed over two devices, where their mean should be taken."""
     _gradients(patch, lambda gradients: jax.tree.map(lambda g: 2 * g, gradients))
@@ -61,4 +68,7 @@ def sum_over_devices(patch: Patch, config: Config, dataset: Dataset) -> None:
 @known("backward", None, "PyTorch docs, ddp_comm_hooks: bf16_compress_hook", changes_function=False)
 def gradients_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Gradients are sent between devices in bfloat16."""
-    _gradients(patch, lambda gradients: jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), gradients))
+    _gradients(
+        patch,
+        lambda gradients: jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), gradients),
+    )

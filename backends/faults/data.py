@@ -10,33 +10,36 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from backends.faults.fault import Patch, known
-from common import augment, data, train
-from common.config import Config
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common import data
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset, augment
+from lockstep.common.runs import training
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import FlaxBackend, convert
+    from lockstep.backends.faults.frameworks import FlaxBackend, convert
 
 
 def _images(patch: Patch, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change images, (..., n, 32, 32, 3) and normalised, on their way into JAX."""
     images_of = FlaxBackend._images
     patch(
-        FlaxBackend, "_images", lambda self, images: images_of(self, np.ascontiguousarray(change(np.asarray(images))))
+        FlaxBackend,
+        "_images",
+        lambda self, images: images_of(self, np.ascontiguousarray(change(np.asarray(images)))),
     )
 
 
 def _batches(patch: Patch, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
     """Train on other batches. What a record says of its order stays as it is."""
-    chunks = train.chunks
+    chunks = training.chunks
 
     def replaced(config: Config, images: int, bytes_per_image: int) -> Iterator[np.ndarray]:
         batches = own(config, images)
         for indices in chunks(config, images, bytes_per_image):
             yield np.stack([next(batches) for _ in indices])
 
-    patch(train, "chunks", replaced)
+    patch(training, "chunks", replaced)
 
 
 def imagenet(images: np.ndarray) -> np.ndarray:
@@ -45,19 +48,29 @@ def imagenet(images: np.ndarray) -> np.ndarray:
     return ((images * 0.5 + 0.5 - mean) / deviation).astype(images.dtype)
 
 
-@known("data", "images", "OpenCV docs, imread: channels are stored in B G R order", needs_colour=True)
+@known(
+    "data", "images", "OpenCV docs, imread: channels are stored in B G R order", needs_colour=True
+)
 def bgr(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Images are read with their channels the other way round, blue first."""
     _images(patch, lambda images: images[..., ::-1])
 
 
-@known("data", "images", "CIFAR-10's page: each row holds the red plane, then the green, then the blue one")
+@known(
+    "data",
+    "images",
+    "CIFAR-10's page: each row holds the red plane, then the green, then the blue one",
+)
 def planes_as_pixels(patch: Patch, config: Config, dataset: Dataset) -> None:
     """CIFAR-10's planes are reshaped to (32, 32, 3) without being transposed."""
     _images(patch, lambda images: np.moveaxis(images, -1, -3).reshape(images.shape))
 
 
-@known("data", "images", "torchvision's ImageNet weights: mean 0.485, 0.456, 0.406, deviation 0.229, 0.224, 0.225")
+@known(
+    "data",
+    "images",
+    "torchvision's ImageNet weights: mean 0.485, 0.456, 0.406, deviation 0.229, 0.224, 0.225",
+)
 def other_normalisation(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Images are normalised by ImageNet's mean and deviation, not by 0.5 and 0.5."""
     _images(patch, imagenet)
@@ -69,18 +82,31 @@ def divided_by_256(patch: Patch, config: Config, dataset: Dataset) -> None:
     _images(patch, lambda images: (((images + 1) * (255 / 256)) - 1).astype(images.dtype))
 
 
-@known("data", "images", "algorithmic-efficiency: preprocessing in bfloat16 on TPUs", changes_function=False)
+@known(
+    "data",
+    "images",
+    "algorithmic-efficiency: preprocessing in bfloat16 on TPUs",
+    changes_function=False,
+)
 def images_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Images pass through bfloat16 on their way to the device."""
     _images(patch, lambda images: images.astype(ml_dtypes.bfloat16).astype(images.dtype))
 
 
-@known("data", "images", "jax docs, Common Gotchas: Double (64bit) precision", changes_function=False, lens="float64")
+@known(
+    "data",
+    "images",
+    "jax docs, Common Gotchas: Double (64bit) precision",
+    changes_function=False,
+    lens="float64",
+)
 def x64_left_off(patch: Patch, config: Config, dataset: Dataset) -> None:
     """JAX was not told to enable float64, so everything is float32 without a word."""
     init, images_of, to_array = FlaxBackend.__init__, FlaxBackend._images, convert.to_array
 
-    def built(self: Any, config: Config, classes: int, dtype: str, *more: Any, **named: Any) -> None:
+    def built(
+        self: Any, config: Config, classes: int, dtype: str, *more: Any, **named: Any
+    ) -> None:
         init(self, config, classes, "float32", *more, **named)
 
     patch(FlaxBackend, "__init__", built)
@@ -100,9 +126,15 @@ def augmentation_left_on(patch: Patch, config: Config, dataset: Dataset) -> None
     _images(patch, mirrored)
 
 
-@known("data", "images", "torchvision docs, RandomCrop and RandomHorizontalFlip: in which order", augment="crop-flip")
+@known(
+    "data",
+    "images",
+    "torchvision docs, RandomCrop and RandomHorizontalFlip: in which order",
+    augment="crop-flip",
+)
 def flipped_before_cropping(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Images are flipped and then cropped, by the same draws, so that what was cropped on the left is on the right."""
+    """Images are flipped and then cropped, by the same draws, so that what was cropped on the left
+    is on the right."""
     right = augment.crop_flip
 
     def flipped_first(images: np.ndarray, given: augment.Draws) -> np.ndarray:
@@ -112,21 +144,36 @@ def flipped_before_cropping(patch: Patch, config: Config, dataset: Dataset) -> N
     patch(augment, "crop_flip", flipped_first)
 
 
-@known("data", "images", "torchvision docs, RandomCrop: fill is 0, of what it is given", augment="crop-flip")
+@known(
+    "data",
+    "images",
+    "torchvision docs, RandomCrop: fill is 0, of what it is given",
+    augment="crop-flip",
+)
 def padded_after_normalising(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Images are padded when they are normalised already, by zeros, which are grey then and not black."""
+    """Images are padded when they are normalised already, by zeros, which are grey then and not
+    black."""
 
-    def late(config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: Any) -> np.ndarray:
+    def late(
+        config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: Any
+    ) -> np.ndarray:
         normalised = data.normalise(images[indices], dtype)
         return augment.crop_flip(normalised, augment.drawn(config, len(images), indices, step))
 
     patch(augment, "batches", late)
 
 
-@known("data", "images", "PyTorch docs, Reproducibility: each library has a random generator of its own")
+@known(
+    "data",
+    "images",
+    "PyTorch docs, Reproducibility: each library has a random generator of its own",
+)
 def other_shuffle(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The port shuffles for itself."""
-    _batches(patch, lambda config, n: data.batch_indices(dataclasses.replace(config, seed=config.seed + 1), n))
+    _batches(
+        patch,
+        lambda config, n: data.batch_indices(dataclasses.replace(config, seed=config.seed + 1), n),
+    )
 
 
 @known("data", "images", "PyTorch docs, DataLoader: shuffle defaults to False")
@@ -141,7 +188,10 @@ def not_shuffled(patch: Patch, config: Config, dataset: Dataset) -> None:
 
 
 @known(
-    "data", "images", "PyTorch docs, DistributedSampler: without set_epoch the order never changes", train_images=1024
+    "data",
+    "images",
+    "PyTorch docs, DistributedSampler: without set_epoch the order never changes",
+    train_images=1024,
 )
 def same_order_every_epoch(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Every epoch has the order of the first."""
@@ -153,20 +203,34 @@ def same_order_every_epoch(patch: Patch, config: Config, dataset: Dataset) -> No
     _batches(patch, repeated)
 
 
-@known("data", "images", "PyTorch docs, DataLoader: drop_last; tf.data, batch: drop_remainder", train_images=1000)
+@known(
+    "data",
+    "images",
+    "PyTorch docs, DataLoader: drop_last; tf.data, batch: drop_remainder",
+    train_images=1000,
+)
 def last_batch_dropped(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The smaller last batch of each epoch is left out."""
-    _batches(patch, lambda config, n: data.batch_indices(dataclasses.replace(config, drop_last=True), n))
+    _batches(
+        patch, lambda config, n: data.batch_indices(dataclasses.replace(config, drop_last=True), n)
+    )
 
 
-@known("data", "labels", "MATLAB counts from 1, as do the labels of its .mat files (SVHN's 10 is a 0)")
+@known(
+    "data", "labels", "MATLAB counts from 1, as do the labels of its .mat files (SVHN's 10 is a 0)"
+)
 def labels_from_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Labels count from one, modulo the number of classes."""
     labels_of, classes = FlaxBackend._labels, len(dataset.classes)
     patch(FlaxBackend, "_labels", lambda self, labels: labels_of(self, (labels + 1) % classes))
 
 
-@known("data", "labels", "Northcutt et al. 2021, Pervasive Label Errors in Test Sets", train_images=1000)
+@known(
+    "data",
+    "labels",
+    "Northcutt et al. 2021, Pervasive Label Errors in Test Sets",
+    train_images=1000,
+)
 def one_label_in_a_thousand(patch: Patch, config: Config, dataset: Dataset) -> None:
     """One training label in a thousand is wrong."""
     wrong = {image.tobytes() for image in dataset.train_images[::1000]}

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.faults.data import imagenet
-from backends.faults.fault import Patch, known
-from common import data
-from common.config import Config
-from common.data import Dataset
-from common.protocol import Evaluation
+from lockstep.backends.faults.data import imagenet
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common import data
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
+from lockstep.common.protocol import Evaluation
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import FlaxBackend, jax, jnp
+    from lockstep.backends.faults.frameworks import FlaxBackend, jax, jnp
 
 
 def _evaluation(patch: Patch, change: Callable[..., Evaluation]) -> None:
@@ -32,7 +32,9 @@ def _evaluation(patch: Patch, change: Callable[..., Evaluation]) -> None:
 def last_batch_not_evaluated(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Evaluation leaves out the last batch of 64, which is smaller."""
 
-    def whole_batches(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def whole_batches(
+        evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         count = len(images) // 64 * 64
         return evaluate(state, images[:count], labels[:count])
 
@@ -45,34 +47,56 @@ def mean_of_batch_means(patch: Patch, config: Config, dataset: Dataset) -> None:
 
     def by_batch(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         starts = range(0, len(images), 300)
-        parts = [evaluate(state, images[start : start + 300], labels[start : start + 300]) for start in starts]
-        return Evaluation(np.concatenate([part.predictions for part in parts]), float(np.mean([p.loss for p in parts])))
+        parts = [
+            evaluate(state, images[start : start + 300], labels[start : start + 300])
+            for start in starts
+        ]
+        return Evaluation(
+            np.concatenate([part.predictions for part in parts]),
+            float(np.mean([p.loss for p in parts])),
+        )
 
     _evaluation(patch, by_batch)
 
 
-@known("evaluate", "test loss", "torchvision docs: training and evaluation have transforms of their own")
+@known(
+    "evaluate",
+    "test loss",
+    "torchvision docs: training and evaluation have transforms of their own",
+)
 def other_test_normalisation(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Test images are normalised by ImageNet's mean and deviation, training images by 0.5 and 0.5."""
-    _evaluation(patch, lambda evaluate, state, images, labels: evaluate(state, imagenet(images), labels))
+    """Test images are normalised by ImageNet's mean and deviation, training images by 0.5 and
+    0.5."""
+    _evaluation(
+        patch, lambda evaluate, state, images, labels: evaluate(state, imagenet(images), labels)
+    )
 
 
 @known("evaluate", "test loss", "torchvision docs, CIFAR10: train defaults to True")
 def training_images_evaluated(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Evaluation reads the training images."""
 
-    def on_training(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def on_training(
+        evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         own = data.normalise(dataset.train_images[: len(images)], images.dtype)
         return evaluate(state, own, dataset.train_labels[: len(images)])
 
     _evaluation(patch, on_training)
 
 
-@known("evaluate", "test loss", "optax docs, Getting started: apply_updates returns new parameters", momentum=0.9)
+@known(
+    "evaluate",
+    "test loss",
+    "optax docs, Getting started: apply_updates returns new parameters",
+    momentum=0.9,
+)
 def weights_of_the_step_before(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Evaluation uses the weights before the last step."""
 
-    def one_step_back(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def one_step_back(
+        evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         last = state.optimizer_state["sgd"][0].trace
         parameters = {name: p + config.lr * last[name] for name, p in state.parameters.items()}
         return evaluate(state._replace(parameters=parameters), images, labels)
@@ -88,17 +112,28 @@ def dropout_left_on(patch: Patch, config: Config, dataset: Dataset) -> None:
     def dropped(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         kernel = state.parameters["fc3.kernel"]
         kept = jnp.asarray(2.0 * generator.integers(0, 2, (len(kernel), 1)), kernel.dtype)
-        return evaluate(state._replace(parameters=state.parameters | {"fc3.kernel": kernel * kept}), images, labels)
+        return evaluate(
+            state._replace(parameters=state.parameters | {"fc3.kernel": kernel * kept}),
+            images,
+            labels,
+        )
 
     _evaluation(patch, dropped)
 
 
-@known("evaluate", "test loss", "PyTorch docs, Module.bfloat16 and half: for inference", changes_function=False)
+@known(
+    "evaluate",
+    "test loss",
+    "PyTorch docs, Module.bfloat16 and half: for inference",
+    changes_function=False,
+)
 def evaluated_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Weights are rounded to bfloat16 for evaluation."""
 
     def rounded(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        parameters = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(p.dtype), state.parameters)
+        parameters = jax.tree.map(
+            lambda p: p.astype(jnp.bfloat16).astype(p.dtype), state.parameters
+        )
         return evaluate(state._replace(parameters=parameters), images, labels)
 
     _evaluation(patch, rounded)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from backends.faults.fault import Patch, known
-from common.config import Config
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import convert, flax_model, jax, jnp, nnx
+    from lockstep.backends.faults.frameworks import convert, flax_model, jax, jnp, nnx
 
 
 def _network(
@@ -59,34 +59,49 @@ def _rounded_products(patch: Patch, mantissa_bits: int) -> None:
     def promoted(arrays: Any, **options: Any) -> Any:
         inputs, kernel, bias = promote_dtype(arrays, **options)
         if inputs.dtype == jnp.float32:
-            inputs, kernel = (jax.lax.reduce_precision(a, 8, mantissa_bits) for a in (inputs, kernel))
+            inputs, kernel = (
+                jax.lax.reduce_precision(a, 8, mantissa_bits) for a in (inputs, kernel)
+            )
         return inputs, kernel, bias
 
     _layers(patch, promote_dtype=promoted)
 
 
-@known("forward", "input of fc1", "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers")
+@known(
+    "forward",
+    "input of fc1",
+    "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers",
+)
 def flatten_order(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """The flatten unrolls channels, height and width, and the weights are those of height, width and channels."""
+    """The flatten unrolls channels, height and width, and the weights are those of height, width
+    and channels."""
     _network(patch, flatten=lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
 
 
 @known("forward", "conv1", "flax docs, nnx.Conv: padding defaults to SAME")
 def same_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Convolutions pad, as Flax's do by default, and are cut back to the size that the next layer needs."""
+    """Convolutions pad, as Flax's do by default, and are cut back to the size that the next layer
+    needs."""
 
-    def same(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    def same(
+        images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+    ) -> jax.Array:
         return jax.lax.conv_general_dilated(images, kernel, strides, "SAME", **options)[:, :-4, :-4]
 
     _convolution(patch, same)
 
 
-@known("forward", "conv1", "jax docs, lax.conv and scipy.signal.convolve: correlation, and convolution")
+@known(
+    "forward", "conv1", "jax docs, lax.conv and scipy.signal.convolve: correlation, and convolution"
+)
 def flipped_kernels(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Layers convolve, with flipped kernels, where both libraries correlate."""
     correlate = flax_model.convolution("cpu")
     _convolution(
-        patch, lambda images, kernel, *rest, **options: correlate(images, kernel[::-1, ::-1], *rest, **options)
+        patch,
+        lambda images, kernel, *rest, **options: correlate(
+            images, kernel[::-1, ::-1], *rest, **options
+        ),
     )
 
 
@@ -109,13 +124,23 @@ def average_pooling(patch: Patch, config: Config, dataset: Dataset) -> None:
     _network(patch, pool=lambda x: nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2)))
 
 
-@known("forward", "input of conv2", "jax docs, nn.leaky_relu: negative_slope is 0.01; Keras' LeakyReLU: 0.3")
+@known(
+    "forward",
+    "input of conv2",
+    "jax docs, nn.leaky_relu: negative_slope is 0.01; Keras' LeakyReLU: 0.3",
+)
 def leaky_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The rectifier leaks one hundredth of what is negative."""
     _network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
 
 
-@known("forward", "input of *", "PyTorch docs, ReLU6: min(max(0, x), 6); MobileNet uses it", lr=0.05, steps=90)
+@known(
+    "forward",
+    "input of *",
+    "PyTorch docs, ReLU6: min(max(0, x), 6); MobileNet uses it",
+    lr=0.05,
+    steps=90,
+)
 def relu6(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The rectifier stops at six, which activations reach after a while."""
     _network(patch, relu=nnx.relu6)
@@ -128,27 +153,52 @@ def missing_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
 
 
 @known(
-    "forward", "logits", "jax docs, Common Gotchas: Double (64bit) precision", changes_function=False, lens="float64"
+    "forward",
+    "logits",
+    "jax docs, Common Gotchas: Double (64bit) precision",
+    changes_function=False,
+    lens="float64",
 )
 def float32_inside(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The logits pass through float32."""
     call = flax_model.Net.__call__
-    patch(flax_model.Net, "__call__", lambda self, x: call(self, x).astype(jnp.float32).astype(x.dtype))
+    patch(
+        flax_model.Net,
+        "__call__",
+        lambda self, x: call(self, x).astype(jnp.float32).astype(x.dtype),
+    )
 
 
-@known("forward", "conv1", "flax docs, nnx.Linear: dtype, the dtype of the computation", changes_function=False)
+@known(
+    "forward",
+    "conv1",
+    "flax docs, nnx.Linear: dtype, the dtype of the computation",
+    changes_function=False,
+)
 def bfloat16_layers(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Mixed precision is left on: layers compute in bfloat16."""
     _layers(patch, dtype=jnp.bfloat16)
 
 
-@known("forward", "conv1", "jax docs, Matmul precision: TF32 on recent GPUs", changes_function=False, lens="float32")
+@known(
+    "forward",
+    "conv1",
+    "jax docs, Matmul precision: TF32 on recent GPUs",
+    changes_function=False,
+    lens="float32",
+)
 def tf32_products(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Products are taken in TF32, with 10 bits of mantissa, as JAX does on a GPU by default."""
     _rounded_products(patch, 10)
 
 
-@known("forward", "conv1", "jax docs, Matmul precision: bfloat16 on TPU", changes_function=False, lens="float32")
+@known(
+    "forward",
+    "conv1",
+    "jax docs, Matmul precision: bfloat16 on TPU",
+    changes_function=False,
+    lens="float32",
+)
 def bfloat16_products(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Products are taken in bfloat16, with 7 bits of mantissa, as JAX does on a TPU by default."""
     _rounded_products(patch, 7)

@@ -1,18 +1,19 @@
-"""What faults are made of: the frameworks, and the Flax side. Imported when the first fault is applied."""
+"""What faults are made of: the frameworks, and the Flax side. Imported when the first fault is
+applied."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from backends.flax_backend import backend as flax_backend
-from backends.flax_backend import convert
-from backends.flax_backend import layers as flax_layers
-from backends.flax_backend import model as flax_model
-from backends.flax_backend import optimizer as flax_optimizer
-from backends.flax_backend import resnet20 as flax_resnet20
-from backends.flax_backend import vit as flax_vit
-from backends.flax_backend.backend import FlaxBackend
+from lockstep.backends.flax_backend import backend as flax_backend
+from lockstep.backends.flax_backend import convert
+from lockstep.backends.flax_backend import layers as flax_layers
+from lockstep.backends.flax_backend import optimizer as flax_optimizer
+from lockstep.backends.flax_backend.backend import FlaxBackend
+from lockstep.backends.flax_backend.models import net as flax_model
+from lockstep.backends.flax_backend.models import resnet20 as flax_resnet20
+from lockstep.backends.flax_backend.models import vit as flax_vit
 
 __all__ = [
     "FlaxBackend",

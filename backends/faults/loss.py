@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from backends.faults.fault import Patch, known
-from common.config import Config
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import flax_backend, jax, jnp, optax
+    from lockstep.backends.faults.frameworks import flax_backend, jax, jnp, optax
 
 
 def _loss(patch: Patch, loss: Callable[[Any, Any], Any]) -> None:
@@ -18,41 +18,68 @@ def _loss(patch: Patch, loss: Callable[[Any, Any], Any]) -> None:
     patch(flax_backend, "cross_entropy", lambda logits, labels, smoothing=0.0: loss(logits, labels))
 
 
-@known("loss", "loss", "PyTorch docs, CrossEntropyLoss: reduction is mean; optax returns one loss per example")
+@known(
+    "loss",
+    "loss",
+    "PyTorch docs, CrossEntropyLoss: reduction is mean; optax returns one loss per example",
+)
 def sum_for_mean(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The loss is summed over the batch."""
-    _loss(patch, lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum())
+    _loss(
+        patch,
+        lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(
+            logits, labels
+        ).sum(),
+    )
 
 
-@known("loss", "loss", "PyTorch docs, CrossEntropyLoss: the mean is over examples, not over classes")
+@known(
+    "loss", "loss", "PyTorch docs, CrossEntropyLoss: the mean is over examples, not over classes"
+)
 def mean_over_classes(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The mean is over examples and classes, since labels are one-hot vectors."""
 
     def over_all(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        return -jnp.mean(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) * jax.nn.log_softmax(logits))
+        return -jnp.mean(
+            jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+            * jax.nn.log_softmax(logits)
+        )
 
     _loss(patch, over_all)
 
 
-@known("loss", "loss", "optax docs, smooth_labels; PyTorch docs, CrossEntropyLoss: label_smoothing is 0")
+@known(
+    "loss",
+    "loss",
+    "optax docs, smooth_labels; PyTorch docs, CrossEntropyLoss: label_smoothing is 0",
+)
 def label_smoothing(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Labels are smoothed by one hundredth."""
 
     def smoothed(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), 0.01)
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), 0.01
+        )
         return optax.softmax_cross_entropy(logits, targets).mean()
 
     _loss(patch, smoothed)
 
 
-@known("loss", "loss", "The Annotated Transformer, LabelSmoothing: smoothing / (size - 2)", label_smoothing=0.1)
+@known(
+    "loss",
+    "loss",
+    "The Annotated Transformer, LabelSmoothing: smoothing / (size - 2)",
+    label_smoothing=0.1,
+)
 def smoothed_over_the_others(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Label smoothing is spread over the other classes only, PyTorch's and optax's over all."""
     right = flax_backend.cross_entropy
 
     def over_others(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
         classes = logits.shape[-1]
-        return right(logits, labels, smoothing * classes / (classes - 1))  # of which the label itself gets one share
+        return right(
+            logits, labels, smoothing * classes / (classes - 1)
+        )  # of which the label itself gets one share
 
     patch(flax_backend, "cross_entropy", over_others)
 
@@ -76,7 +103,10 @@ def epsilon_in_the_logarithm(patch: Patch, config: Config, dataset: Dataset) -> 
 
 
 @known(
-    "loss", "loss", "algorithmic-efficiency#318: a smaller last batch, and what a mean divides by", train_images=1000
+    "loss",
+    "loss",
+    "algorithmic-efficiency#318: a smaller last batch, and what a mean divides by",
+    train_images=1000,
 )
 def mean_over_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The last batch is padded to full size, and the loss of its images divided by that size."""

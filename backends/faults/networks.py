@@ -1,4 +1,5 @@
-"""Faults of what ResNet20, ConvNeXt and ViT bring in: norms, shortcuts, attention, dropout, other kernels."""
+"""Faults of what ResNet20, ConvNeXt and ViT bring in: norms, shortcuts, attention, dropout, other
+kernels."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.faults.fault import Patch, known
-from backends.faults.weights import change_weights
-from common.config import Config
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.weights import change_weights
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import (
+    from lockstep.backends.faults.frameworks import (
         FlaxBackend,
         flax_backend,
         flax_layers,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
         optax,
     )
 
-# Each network in a run that is short, for they are slow: what is wrong here shows in the first steps, or in evaluation.
+# Each network in a run that is short, for they are slow: what is wrong here shows in the first
+# steps, or in evaluation.
 RESNET20: dict[str, Any] = {"model": "resnet20", "batch_size": 8, "steps": 10}
 CONVNEXT: dict[str, Any] = {"model": "convnext", "batch_size": 8, "steps": 10}
 VIT: dict[str, Any] = {"model": "vit", "batch_size": 8, "steps": 10}
@@ -34,7 +36,9 @@ VIT: dict[str, Any] = {"model": "vit", "batch_size": 8, "steps": 10}
 # --- Batch and layer norms
 
 
-def _norm(patch: Patch, module: Any, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _norm(
+    patch: Patch, module: Any, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     """Build the norms of a network's module with other options."""
     norm = getattr(module, name)
     patch(module, name, lambda features, **options: norm(features, **options | change(options)))
@@ -50,31 +54,56 @@ def _mode(patch: Patch, mode: Callable[[bool], bool]) -> None:
     patch(FlaxBackend, "_model", in_mode)
 
 
-@known("forward", "bn", "Keras docs, BatchNormalization: epsilon is 1e-3; PyTorch's and Flax's is 1e-5", **RESNET20)
+@known(
+    "forward",
+    "bn",
+    "Keras docs, BatchNormalization: epsilon is 1e-3; PyTorch's and Flax's is 1e-5",
+    **RESNET20,
+)
 def batch_norm_epsilon(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Batch norms add 1e-3 to the variance in place of 1e-5."""
     _norm(patch, flax_resnet20, "BatchNorm", lambda options: {"epsilon": 1e-3})
 
 
-@known("forward", "bn", "PyTorch docs, Module.eval; flax docs, nnx.BatchNorm: use_running_average", **RESNET20)
+@known(
+    "forward",
+    "bn",
+    "PyTorch docs, Module.eval; flax docs, nnx.BatchNorm: use_running_average",
+    **RESNET20,
+)
 def trained_in_evaluation_mode(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Training normalises by the running statistics, not by the batch's."""
     _mode(patch, lambda training: False)
 
 
-@known("update", "*.mean", "scvi-tools#2309, pytorch#15298: PyTorch's is the new one's share", **RESNET20)
+@known(
+    "update",
+    "*.mean",
+    "scvi-tools#2309, pytorch#15298: PyTorch's is the new one's share",
+    **RESNET20,
+)
 def batch_norm_momentum(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The momentum of batch norms is PyTorch's 0.1, where Flax's is what is kept, 0.9."""
     _norm(patch, flax_resnet20, "BatchNorm", lambda options: {"momentum": 1 - options["momentum"]})
 
 
-@known("update", "*.var", "PyTorch docs, BatchNorm2d: running_var is unbiased; Flax's is not", **RESNET20)
+@known(
+    "update",
+    "*.var",
+    "PyTorch docs, BatchNorm2d: running_var is unbiased; Flax's is not",
+    **RESNET20,
+)
 def biased_running_variance(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Batch norms are Flax's own, which keep the biased variance of each batch."""
     patch(flax_resnet20, "BatchNorm", nnx.BatchNorm)
 
 
-@known("update", "*.mean", "flax docs, Batch normalization: batch_stats must be kept from step to step", **RESNET20)
+@known(
+    "update",
+    "*.mean",
+    "flax docs, Batch normalization: batch_stats must be kept from step to step",
+    **RESNET20,
+)
 def statistics_not_updated(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The running statistics stay what they were at the start."""
     forward = FlaxBackend._forward
@@ -86,21 +115,39 @@ def statistics_not_updated(patch: Patch, config: Config, dataset: Dataset) -> No
 
 
 # At lr 0.01, float32 twins of ResNet20 are too far apart after ten steps for this to show.
-@known("evaluate", "test loss", "PyTorch docs, Module.eval; flax docs, nnx.Module.eval", lr=1e-4, **RESNET20)
+@known(
+    "evaluate",
+    "test loss",
+    "PyTorch docs, Module.eval; flax docs, nnx.Module.eval",
+    lr=1e-4,
+    **RESNET20,
+)
 def evaluated_in_train_mode(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Evaluation normalises by the statistics of each batch, not by the running ones."""
     _mode(patch, lambda training: True)
 
 
-@known("forward", "blocks.0.norm1", "PyTorch docs, LayerNorm: eps is 1e-5; flax docs, nnx.LayerNorm: 1e-6", **VIT)
+@known(
+    "forward",
+    "blocks.0.norm1",
+    "PyTorch docs, LayerNorm: eps is 1e-5; flax docs, nnx.LayerNorm: 1e-6",
+    **VIT,
+)
 def layer_norm_epsilon(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Layer norms add 1e-5 to the variance, PyTorch's default, in place of 1e-6."""
     _norm(patch, flax_vit, "LayerNorm", lambda options: {"epsilon": 1e-5})
 
 
-@known("update", "momentum of *", "timm, param_groups_weight_decay: ndim <= 1 is left out", weight_decay=0.01, **VIT)
+@known(
+    "update",
+    "momentum of *",
+    "timm, param_groups_weight_decay: ndim <= 1 is left out",
+    weight_decay=0.01,
+    **VIT,
+)
 def only_matrices_decayed(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Weight decay is left off norm scales and all biases, as in many recipes, where SGD's is of everything."""
+    """Weight decay is left off norm scales and all biases, as in many recipes, where SGD's is of
+    everything."""
     decayed = optax.add_decayed_weights
 
     def matrices(parameters: Any) -> Any:
@@ -113,7 +160,8 @@ def only_matrices_decayed(patch: Patch, config: Config, dataset: Dataset) -> Non
 
 
 def _shortcut(patch: Patch, shortcut: Callable[[Any, int], Any]) -> None:
-    """ResNet20's blocks with `shortcut(x, channels)`, of the input, strided already, and how many are to be added."""
+    """ResNet20's blocks with `shortcut(x, channels)`, of the input, strided already, and how many
+    are to be added."""
 
     def call(self: Any, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x)))
@@ -124,9 +172,15 @@ def _shortcut(patch: Patch, shortcut: Callable[[Any, int], Any]) -> None:
     patch(flax_resnet20.Block, "__call__", call)
 
 
-@known("weights", "blocks.*.conv.kernel", "PyTorch docs, Conv2d: with groups, (out, in / groups, H, W)", **CONVNEXT)
+@known(
+    "weights",
+    "blocks.*.conv.kernel",
+    "PyTorch docs, Conv2d: with groups, (out, in / groups, H, W)",
+    **CONVNEXT,
+)
 def depthwise_kernels_reshaped(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Depthwise kernels, (channels, 1, 7, 7), are reshaped to (7, 7, 1, channels), where they should be transposed."""
+    """Depthwise kernels, (channels, 1, 7, 7), are reshaped to (7, 7, 1, channels), where they
+    should be transposed."""
 
     def reshaped(name: str, array: np.ndarray) -> np.ndarray:
         if array.ndim != 4 or array.shape[2] != 1:
@@ -138,11 +192,14 @@ def depthwise_kernels_reshaped(patch: Patch, config: Config, dataset: Dataset) -
 
 @known("forward", "blocks.3.conv1", "TensorFlow docs, tf.nn, Notes on padding: SAME", **RESNET20)
 def strided_same_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Convolutions of stride 2 pad SAME, which is 0 before and 1 after, where PyTorch's pad 1 on either side."""
+    """Convolutions of stride 2 pad SAME, which is 0 before and 1 after, where PyTorch's pad 1 on
+    either side."""
     right = flax_layers.convolution
 
     def on(device: str) -> Any:
-        def convolve(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+        def convolve(
+            images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+        ) -> jax.Array:
             if set(strides) == {1}:
                 return right(device)(images, kernel, strides, padding, **options)
             return jax.lax.conv_general_dilated(images, kernel, strides, "SAME", **options)
@@ -152,14 +209,27 @@ def strided_same_padding(patch: Patch, config: Config, dataset: Dataset) -> None
     patch(flax_resnet20, "convolution", on)
 
 
-@known("forward", "input of blocks.4.conv1", "akamaster/pytorch_resnet_cifar10, resnet.py: option A", **RESNET20)
+@known(
+    "forward",
+    "input of blocks.4.conv1",
+    "akamaster/pytorch_resnet_cifar10, resnet.py: option A",
+    **RESNET20,
+)
 def shortcut_padded_both_sides(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Half of a shortcut's new channels come before the old ones, half after; the others are all after."""
+    """Half of a shortcut's new channels come before the old ones, half after; the others are all
+    after."""
     none = (0, 0)
-    _shortcut(patch, lambda x, channels: jnp.pad(x, (none, none, none, (channels // 2, channels // 2))))
+    _shortcut(
+        patch, lambda x, channels: jnp.pad(x, (none, none, none, (channels // 2, channels // 2)))
+    )
 
 
-@known("forward", "input of blocks.1.conv1", "He et al. 2015, section 4.2: plain and residual networks", **RESNET20)
+@known(
+    "forward",
+    "input of blocks.1.conv1",
+    "He et al. 2015, section 4.2: plain and residual networks",
+    **RESNET20,
+)
 def shortcut_left_out(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Blocks have no shortcut."""
     _shortcut(patch, lambda x, channels: 0.0)
@@ -171,7 +241,9 @@ def shortcut_left_out(patch: Patch, config: Config, dataset: Dataset) -> None:
 def _attention(
     patch: Patch,
     split: Callable[[int, int], tuple[int, int]] = lambda heads, each: (heads, each),
-    scores: Callable[[Any, Any], Any] = lambda query, key: jnp.einsum("nqhd,nkhd->nhqk", query, key),
+    scores: Callable[[Any, Any], Any] = lambda query, key: jnp.einsum(
+        "nqhd,nkhd->nhqk", query, key
+    ),
     scale: Callable[[int], float] = lambda each: each**-0.5,
 ) -> None:
     """`Attention` with one part replaced; `each` is the width of one head."""
@@ -180,7 +252,11 @@ def _attention(
         n, tokens, width = x.shape
         each = width // self.heads
         parts = (n, tokens, *split(self.heads, each))
-        query, key, value = self.query(x).reshape(parts), self.key(x).reshape(parts), self.value(x).reshape(parts)
+        query, key, value = (
+            self.query(x).reshape(parts),
+            self.key(x).reshape(parts),
+            self.value(x).reshape(parts),
+        )
         weights = nnx.softmax(scores(query, key) * scale(each), axis=-1)
         x = jnp.einsum("nhqk,nkhd->nqhd", weights, value)
         return self.out(x.reshape(n, tokens, width))
@@ -188,20 +264,36 @@ def _attention(
     patch(flax_vit.Attention, "__call__", call)
 
 
-@known("forward", "input of blocks.0.fc2", "jax docs, nn.gelu: approximate is True; PyTorch docs, GELU: none", **VIT)
+@known(
+    "forward",
+    "input of blocks.0.fc2",
+    "jax docs, nn.gelu: approximate is True; PyTorch docs, GELU: none",
+    **VIT,
+)
 def tanh_gelu(patch: Patch, config: Config, dataset: Dataset) -> None:
     """GELU is taken by its approximation with tanh, JAX's default."""
     exact = nnx.gelu
     patch(nnx, "gelu", lambda x, approximate=True: exact(x, approximate=True))
 
 
-@known("forward", "input of blocks.0.attention.out", "transformers, BertSelfAttention: (heads, width of a head)", **VIT)
+@known(
+    "forward",
+    "input of blocks.0.attention.out",
+    "transformers, BertSelfAttention: (heads, width of a head)",
+    **VIT,
+)
 def heads_and_width_swapped(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Queries, keys and values are split into as many heads as each should be wide, and as wide as heads there are."""
+    """Queries, keys and values are split into as many heads as each should be wide, and as wide as
+    heads there are."""
     _attention(patch, split=lambda heads, each: (each, heads))
 
 
-@known("forward", "input of blocks.0.attention.out", "Vaswani et al. 2017, section 3.2.1; T5 has no such factor", **VIT)
+@known(
+    "forward",
+    "input of blocks.0.attention.out",
+    "Vaswani et al. 2017, section 3.2.1; T5 has no such factor",
+    **VIT,
+)
 def scores_not_scaled(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Attention's scores are not divided by the root of a head's width."""
     _attention(patch, scale=lambda each: 1.0)
@@ -230,33 +322,54 @@ def _dropout(patch: Patch, of: Callable[[jax.Array, jax.Array, float], jax.Array
     patch(flax_layers.Dropout, "__call__", call)
 
 
-@known("forward", "input of blocks.0.*", "PyTorch docs, Dropout: outputs are scaled by 1 / (1 - p)", **VIT)
+@known(
+    "forward",
+    "input of blocks.0.*",
+    "PyTorch docs, Dropout: outputs are scaled by 1 / (1 - p)",
+    **VIT,
+)
 def dropout_scaled_wrongly(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """What dropout keeps is multiplied by the share that is kept, where it should be divided by it."""
+    """What dropout keeps is multiplied by the share that is kept, where it should be divided by
+    it."""
     _dropout(patch, lambda x, mask, rate: x * mask * (1 - rate))
 
 
 @known(
-    "forward", "input of blocks.0.*", "Srivastava et al. 2014, section 4: the weights are scaled at test time", **VIT
+    "forward",
+    "input of blocks.0.*",
+    "Srivastava et al. 2014, section 4: the weights are scaled at test time",
+    **VIT,
 )
 def dropout_not_scaled(patch: Patch, config: Config, dataset: Dataset) -> None:
     """What dropout keeps is left as it is, in training and in evaluation."""
     _dropout(patch, lambda x, mask, rate: x * mask)
 
 
-@known("forward", "input of blocks.0.*", "flax docs, nnx.Dropout: broadcast_dims; Keras: SpatialDropout1D", **VIT)
+@known(
+    "forward",
+    "input of blocks.0.*",
+    "flax docs, nnx.Dropout: broadcast_dims; Keras: SpatialDropout1D",
+    **VIT,
+)
 def dropout_of_whole_features(patch: Patch, config: Config, dataset: Dataset) -> None:
     """A feature is left out of all tokens of an image together, or of none."""
     _dropout(patch, lambda x, mask, rate: x * mask[:, :1] / (1 - rate))
 
 
 @known(
-    "forward", "input of blocks.0.*", "jax docs, Pseudorandom numbers: a key that is used again or split late", **VIT
+    "forward",
+    "input of blocks.0.*",
+    "jax docs, Pseudorandom numbers: a key that is used again or split late",
+    **VIT,
 )
 def dropout_of_the_next_step(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Each step leaves out what the next one should."""
     drawn = flax_backend.masks
-    patch(flax_backend, "masks", lambda layers, seed, step, shape: drawn(layers, seed, step + 1, shape))
+    patch(
+        flax_backend,
+        "masks",
+        lambda layers, seed, step, shape: drawn(layers, seed, step + 1, shape),
+    )
 
 
 @known(

@@ -6,18 +6,22 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from backends.faults.fault import Patch, known
-from common.config import Config, Schedule
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common.config import Config, Schedule
+from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import flax_backend, flax_optimizer, jax, jnp, optax
+    from lockstep.backends.faults.frameworks import flax_backend, flax_optimizer, jax, jnp, optax
 
 
 def _optimizer(patch: Patch, **changes: Any) -> None:
     """An optimizer made from another configuration; the schedule and what is reported stay."""
     make = flax_optimizer.make_optimizer
-    patch(flax_backend, "make_optimizer", lambda config, dtype: make(dataclasses.replace(config, **changes), dtype))
+    patch(
+        flax_backend,
+        "make_optimizer",
+        lambda config, dtype: make(dataclasses.replace(config, **changes), dtype),
+    )
 
 
 def _before_the_rest(patch: Patch, transformation: Callable[[], Any]) -> None:
@@ -27,10 +31,13 @@ def _before_the_rest(patch: Patch, transformation: Callable[[], Any]) -> None:
 
 
 def _sgd(patch: Patch, step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]) -> None:
-    """`optax.sgd` with `step(buffer, gradient, momentum, lr, count)`, which gives the buffer and what is subtracted."""
+    """`optax.sgd` with `step(buffer, gradient, momentum, lr, count)`, which gives the buffer and
+    what is subtracted."""
     sgd = optax.sgd
 
-    def own(rate: Any, momentum: Any = None, nesterov: bool = False, accumulator_dtype: Any = None) -> Any:
+    def own(
+        rate: Any, momentum: Any = None, nesterov: bool = False, accumulator_dtype: Any = None
+    ) -> Any:
         right = sgd(rate, momentum, nesterov, accumulator_dtype)
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -38,9 +45,14 @@ def _sgd(patch: Patch, step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]
             buffers, changes = {}, {}
             for name, gradient in updates.items():
                 lr = jnp.asarray(rate(counted.count), gradient.dtype)
-                buffers[name], change = step(trace.trace[name], gradient, momentum, lr, counted.count)
+                buffers[name], change = step(
+                    trace.trace[name], gradient, momentum, lr, counted.count
+                )
                 changes[name] = -change
-            return changes, (trace._replace(trace=buffers), counted._replace(count=counted.count + 1))
+            return changes, (
+                trace._replace(trace=buffers),
+                counted._replace(count=counted.count + 1),
+            )
 
         return optax.GradientTransformationExtraArgs(right.init, update)
 
@@ -56,7 +68,9 @@ def _after_momentum(patch: Patch, change: Callable[[Config, str, Any, Any], Any]
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             updates, state = inner.update(updates, state, params, **extra)
-            return {name: change(config, name, u, params[name]) for name, u in updates.items()}, state
+            return {
+                name: change(config, name, u, params[name]) for name, u in updates.items()
+            }, state
 
         return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -69,7 +83,12 @@ def _rate(patch: Patch, change: Callable[[Config, Callable[[Any], Any]], Any]) -
     patch(flax_optimizer, "make_schedule", lambda config: change(config, make(config)))
 
 
-@known("update", "momentum of *", "a slip of the pen; the field: PyTorch docs, SGD: momentum", momentum=0.9)
+@known(
+    "update",
+    "momentum of *",
+    "a slip of the pen; the field: PyTorch docs, SGD: momentum",
+    momentum=0.9,
+)
 def momentum_089(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Momentum is 0.89 in place of 0.9."""
     _optimizer(patch, momentum=0.89)
@@ -77,17 +96,35 @@ def momentum_089(patch: Patch, config: Config, dataset: Dataset) -> None:
 
 @known("update", "momentum of *", "optax docs, trace and ema: often confused", momentum=0.9)
 def running_mean_for_momentum(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """The buffer is a running mean: it starts from zero, and gradients enter it times one minus momentum."""
-    _sgd(patch, lambda buffer, g, momentum, lr, count: ((b := momentum * buffer + (1 - momentum) * g), lr * b))
+    """The buffer is a running mean: it starts from zero, and gradients enter it times one minus
+    momentum."""
+    _sgd(
+        patch,
+        lambda buffer, g, momentum, lr, count: (
+            (b := momentum * buffer + (1 - momentum) * g),
+            lr * b,
+        ),
+    )
 
 
-@known("update", "momentum of *", "optax docs, Getting started: opt_state must be passed on", momentum=0.9)
+@known(
+    "update",
+    "momentum of *",
+    "optax docs, Getting started: opt_state must be passed on",
+    momentum=0.9,
+)
 def optimizer_state_lost(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The optimizer's new state is not kept, so that every step is a first one."""
     _sgd(patch, lambda buffer, g, momentum, lr, count: (buffer, lr * (momentum * buffer + g)))
 
 
-@known("update", "momentum of *", "lightning docs: optimizers made anew by each fit", train_images=1024, momentum=0.9)
+@known(
+    "update",
+    "momentum of *",
+    "lightning docs: optimizers made anew by each fit",
+    train_images=1024,
+    momentum=0.9,
+)
 def momentum_reset_every_epoch(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The optimizer is made anew for every epoch, with empty buffers."""
     batches = config.batches_per_epoch(len(dataset.train_images))
@@ -99,11 +136,23 @@ def momentum_reset_every_epoch(patch: Patch, config: Config, dataset: Dataset) -
     _sgd(patch, step)
 
 
-@known("update", "momentum of *", "optax docs, sgd: accumulator_dtype", changes_function=False, momentum=0.9)
+@known(
+    "update",
+    "momentum of *",
+    "optax docs, sgd: accumulator_dtype",
+    changes_function=False,
+    momentum=0.9,
+)
 def buffer_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Momentum is kept in bfloat16."""
     sgd = optax.sgd
-    patch(optax, "sgd", lambda *arguments, **options: sgd(*arguments, **options | {"accumulator_dtype": jnp.bfloat16}))
+    patch(
+        optax,
+        "sgd",
+        lambda *arguments, **options: sgd(
+            *arguments, **options | {"accumulator_dtype": jnp.bfloat16}
+        ),
+    )
 
 
 @known("update", None, "PyTorch docs, SGD: nesterov", momentum=0.9, nesterov=True)
@@ -118,34 +167,65 @@ def nesterov_unasked(patch: Patch, config: Config, dataset: Dataset) -> None:
     _optimizer(patch, nesterov=True)
 
 
-@known("update", "momentum of *", "optax's sgd has no dampening (optax, _src/alias.py)", momentum=0.9, dampening=0.5)
+@known(
+    "update",
+    "momentum of *",
+    "optax's sgd has no dampening (optax, _src/alias.py)",
+    momentum=0.9,
+    dampening=0.5,
+)
 def dampening_ignored(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Dampening is ignored."""
     _optimizer(patch, dampening=0.0)
 
 
-@known("update", "momentum of *", "mlx#473: the first buffer is the gradient itself", momentum=0.9, dampening=0.5)
+@known(
+    "update",
+    "momentum of *",
+    "mlx#473: the first buffer is the gradient itself",
+    momentum=0.9,
+    dampening=0.5,
+)
 def dampening_on_the_first_step(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Every gradient is dampened, the first one too."""
     patch(flax_optimizer, "dampen", lambda dampening: optax.scale(1.0 - dampening))
 
 
-@known("update", "momentum of *", "mlx#440: weight decay without effect; optax's sgd has none", weight_decay=0.01)
+@known(
+    "update",
+    "momentum of *",
+    "mlx#440: weight decay without effect; optax's sgd has none",
+    weight_decay=0.01,
+)
 def weight_decay_missing(patch: Patch, config: Config, dataset: Dataset) -> None:
     """There is no weight decay."""
     _optimizer(patch, weight_decay=0.0)
 
 
-@known("update", "momentum of *", "optax docs, losses: l2_loss has the factor one half", weight_decay=0.01)
+@known(
+    "update",
+    "momentum of *",
+    "optax docs, losses: l2_loss has the factor one half",
+    weight_decay=0.01,
+)
 def weight_decay_doubled(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """The penalty is the weights' square without one half of it, so that its gradient is twice as large."""
+    """The penalty is the weights' square without one half of it, so that its gradient is twice as
+    large."""
     _optimizer(patch, weight_decay=2 * config.weight_decay)
 
 
-@known("update", "momentum of *.bias", "Keras docs, exclude_from_weight_decay; timm: bias left out", weight_decay=0.01)
+@known(
+    "update",
+    "momentum of *.bias",
+    "Keras docs, exclude_from_weight_decay; timm: bias left out",
+    weight_decay=0.01,
+)
 def biases_not_decayed(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Biases are left out of weight decay."""
-    decayed, kernels = optax.add_decayed_weights, lambda params: {name: name.endswith("kernel") for name in params}
+    decayed, kernels = (
+        optax.add_decayed_weights,
+        lambda params: {name: name.endswith("kernel") for name in params},
+    )
     patch(optax, "add_decayed_weights", lambda weight_decay: decayed(weight_decay, mask=kernels))
 
 
@@ -157,34 +237,58 @@ def weight_decay_after_momentum(patch: Patch, config: Config, dataset: Dataset) 
     _after_momentum(patch, lambda config, name, update, parameter: update - decay * parameter)
 
 
-@known("update", "momentum of *", "Loshchilov and Hutter 2019, SGDW; pytorch#22466", weight_decay=0.01)
+@known(
+    "update", "momentum of *", "Loshchilov and Hutter 2019, SGDW; pytorch#22466", weight_decay=0.01
+)
 def decoupled_weight_decay(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Weights shrink by weight decay itself, beside the gradient's step and without the learning rate."""
+    """Weights shrink by weight decay itself, beside the gradient's step and without the learning
+    rate."""
     decay = config.weight_decay
     _optimizer(patch, weight_decay=0.0)
     _after_momentum(patch, lambda config, name, update, parameter: update - decay * parameter)
 
 
-@known("update", "momentum of *", "PyTorch docs, SGD: the sign turns first", maximize=True, weight_decay=0.01)
+@known(
+    "update",
+    "momentum of *",
+    "PyTorch docs, SGD: the sign turns first",
+    maximize=True,
+    weight_decay=0.01,
+)
 def maximize_after_weight_decay(patch: Patch, config: Config, dataset: Dataset) -> None:
     """With `maximize`, weight decay's sign is turned together with the gradient's."""
     decayed = optax.add_decayed_weights
     patch(optax, "add_decayed_weights", lambda weight_decay: decayed(-weight_decay))
 
 
-@known("update", "momentum of *", "PyTorch docs, clip_grad_norm_; optax docs, clip_by_global_norm", lr=0.05)
+@known(
+    "update",
+    "momentum of *",
+    "PyTorch docs, clip_grad_norm_; optax docs, clip_by_global_norm",
+    lr=0.05,
+)
 def clipped_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Gradients are clipped to a norm of one."""
     _before_the_rest(patch, lambda: optax.clip_by_global_norm(1.0))
 
 
-@known("update", "momentum of *", "PyTorch docs, clip_grads_with_norm_; optax docs: no epsilon", clip_norm=0.1)
+@known(
+    "update",
+    "momentum of *",
+    "PyTorch docs, clip_grads_with_norm_; optax docs: no epsilon",
+    clip_norm=0.1,
+)
 def clipped_without_epsilon(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Gradients are clipped by the norm itself, as optax does, and not by the norm plus 1e-6."""
     patch(flax_optimizer, "clip_gradients", optax.clip_by_global_norm)
 
 
-@known("update", "momentum of *", "Keras docs, optimizers: clipnorm, beside global_clipnorm", clip_norm=0.1)
+@known(
+    "update",
+    "momentum of *",
+    "Keras docs, optimizers: clipnorm, beside global_clipnorm",
+    clip_norm=0.1,
+)
 def clipped_per_tensor(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Each tensor's gradient is clipped by its own norm, not by that of all together."""
 
@@ -208,13 +312,18 @@ def stale_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
 
     def late() -> Any:
         return optax.GradientTransformation(
-            lambda params: optax.tree.zeros_like(params), lambda updates, state, params=None: (state, updates)
+            lambda params: optax.tree.zeros_like(params),
+            lambda updates, state, params=None: (state, updates),
         )
 
     _before_the_rest(patch, late)
 
 
-@known("update", "momentum of *", "PyTorch docs, Optimizer.zero_grad; its recipe on zeroing out gradients")
+@known(
+    "update",
+    "momentum of *",
+    "PyTorch docs, Optimizer.zero_grad; its recipe on zeroing out gradients",
+)
 def gradients_not_zeroed(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Gradients are added to those of all steps before."""
 
@@ -228,12 +337,19 @@ def gradients_not_zeroed(patch: Patch, config: Config, dataset: Dataset) -> None
     _before_the_rest(patch, summed)
 
 
-@known("update", "momentum of fc1.*", "PyTorch docs, ModuleList: layers in a plain list are not registered")
+@known(
+    "update",
+    "momentum of fc1.*",
+    "PyTorch docs, ModuleList: layers in a plain list are not registered",
+)
 def layer_not_in_the_optimizer(patch: Patch, config: Config, dataset: Dataset) -> None:
     """One layer's parameters were not given to the optimizer."""
 
     def left_out(updates: Any, params: Any) -> Any:
-        return {name: 0 * update if name.startswith("fc1.") else update for name, update in updates.items()}
+        return {
+            name: 0 * update if name.startswith("fc1.") else update
+            for name, update in updates.items()
+        }
 
     _before_the_rest(patch, lambda: optax.stateless(left_out))
 
@@ -241,12 +357,21 @@ def layer_not_in_the_optimizer(patch: Patch, config: Config, dataset: Dataset) -
 @known("update", "*.bias", "Caffe's LeNet example: lr_mult is 2 for biases")
 def biases_twice_as_fast(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Biases have twice the learning rate."""
-    _after_momentum(patch, lambda config, name, u, parameter: 2 * u if name.endswith(".bias") else u)
+    _after_momentum(
+        patch, lambda config, name, u, parameter: 2 * u if name.endswith(".bias") else u
+    )
 
 
-@known("update", "momentum of *", "Keras, optimizers/sgd.py; pytorch#1099", momentum=0.9, schedule=Schedule("cosine"))
+@known(
+    "update",
+    "momentum of *",
+    "Keras, optimizers/sgd.py; pytorch#1099",
+    momentum=0.9,
+    schedule=Schedule("cosine"),
+)
 def lr_in_the_buffer(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """Gradients enter the momentum buffer times the learning rate, so that an old rate acts on after it has changed."""
+    """Gradients enter the momentum buffer times the learning rate, so that an old rate acts on
+    after it has changed."""
     _sgd(patch, lambda buffer, g, momentum, lr, count: ((b := momentum * buffer + lr * g), b))
 
 
@@ -277,7 +402,12 @@ def lr_in_float32(patch: Patch, config: Config, dataset: Dataset) -> None:
     _rate(patch, lambda config, schedule: lambda count: schedule(count).astype(jnp.float32))
 
 
-@known("update", "lr", "pytorch#20124: the order of scheduler and optimizer", schedule=Schedule("exponential"))
+@known(
+    "update",
+    "lr",
+    "pytorch#20124: the order of scheduler and optimizer",
+    schedule=Schedule("exponential"),
+)
 def schedule_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The learning rate is that of the step after."""
     _rate(patch, lambda config, schedule: lambda count: schedule(count + 1))
@@ -292,17 +422,30 @@ def schedule_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
 def warm_up_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     """The warm-up counts its steps from one, so that it ends one step early."""
     warmup = config.schedule.warmup
-    _rate(patch, lambda config, schedule: lambda count: schedule(jnp.where(count < warmup, count + 1, count)))
+    _rate(
+        patch,
+        lambda config, schedule: (
+            lambda count: schedule(jnp.where(count < warmup, count + 1, count))
+        ),
+    )
 
 
-@known("update", "lr", "optax docs, exponential_decay: staircase", schedule=Schedule("step", period=49, gamma=0.1))
+@known(
+    "update",
+    "lr",
+    "optax docs, exponential_decay: staircase",
+    schedule=Schedule("step", period=49, gamma=0.1),
+)
 def staircase_one_step_late(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """The step schedule is optax's staircase, which XLA computes by a reciprocal: it decays one step late."""
+    """The step schedule is optax's staircase, which XLA computes by a reciprocal: it decays one
+    step late."""
 
     def staircase(config: Config, schedule: Any) -> Any:
         period, gamma = config.schedule.period, config.schedule.gamma
         assert period is not None and gamma is not None, "the schedule is resolved"
-        decay = optax.exponential_decay(config.lr, transition_steps=period, decay_rate=gamma, staircase=True)
+        decay = optax.exponential_decay(
+            config.lr, transition_steps=period, decay_rate=gamma, staircase=True
+        )
         return lambda count: decay(jnp.asarray(count, jnp.float64))
 
     _rate(patch, staircase)
@@ -312,16 +455,29 @@ def staircase_one_step_late(patch: Patch, config: Config, dataset: Dataset) -> N
 _PLATEAU = Schedule("plateau", window=5, patience=2, gamma=0.5, threshold=0.9)
 
 
-@known("update", "lr", "PyTorch docs, ReduceLROnPlateau; optax docs, reduce_on_plateau: patience", schedule=_PLATEAU)
+@known(
+    "update",
+    "lr",
+    "PyTorch docs, ReduceLROnPlateau; optax docs, reduce_on_plateau: patience",
+    schedule=_PLATEAU,
+)
 def plateau_one_window_early(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """`patience` windows without improvement reduce the learning rate, where PyTorch puts up with so many."""
+    """`patience` windows without improvement reduce the learning rate, where PyTorch puts up with
+    so many."""
     reduce = flax_optimizer.reduce_on_plateau
     patience = (config.schedule.patience or 0) - 1
-    sooner = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, patience=patience))
+    sooner = dataclasses.replace(
+        config, schedule=dataclasses.replace(config.schedule, patience=patience)
+    )
     patch(flax_optimizer, "reduce_on_plateau", lambda config: reduce(sooner))
 
 
-@known("update", None, "optax docs, reduce_on_plateau: the scale applies to the update at hand", schedule=_PLATEAU)
+@known(
+    "update",
+    None,
+    "optax docs, reduce_on_plateau: the scale applies to the update at hand",
+    schedule=_PLATEAU,
+)
 def plateau_acts_at_once(patch: Patch, config: Config, dataset: Dataset) -> None:
     """A plateau reduces the very update whose loss ended the window, PyTorch the one after."""
     reduce = flax_optimizer.reduce_on_plateau

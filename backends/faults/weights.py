@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.faults.fault import Patch, known
-from common.config import Config
-from common.data import Dataset
+from lockstep.backends.faults.registry import Patch, known
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from backends.faults.frameworks import convert, jax, nnx
+    from lockstep.backends.faults.frameworks import convert, jax, nnx
 
 
 def change_weights(patch: Patch, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
@@ -20,7 +20,9 @@ def change_weights(patch: Patch, change: Callable[[str, np.ndarray], np.ndarray]
     from_canonical = convert.from_canonical
 
     def changed(arrays: dict[str, np.ndarray]) -> Any:
-        return from_canonical({name: np.ascontiguousarray(change(name, a)) for name, a in arrays.items()})
+        return from_canonical(
+            {name: np.ascontiguousarray(change(name, a)) for name, a in arrays.items()}
+        )
 
     patch(convert, "from_canonical", changed)
 
@@ -31,7 +33,11 @@ def own_weights(patch: Patch, config: Config, dataset: Dataset) -> None:
     draw = nnx.initializers.lecun_normal()
 
     def own(name: str, array: np.ndarray) -> np.ndarray:
-        return np.asarray(draw(jax.random.key(0), array.shape, array.dtype)) if name == "fc2.kernel" else array
+        return (
+            np.asarray(draw(jax.random.key(0), array.shape, array.dtype))
+            if name == "fc2.kernel"
+            else array
+        )
 
     change_weights(patch, own)
 
@@ -42,21 +48,36 @@ def zero_biases(patch: Patch, config: Config, dataset: Dataset) -> None:
     change_weights(patch, lambda name, array: array * 0 if name.endswith(".bias") else array)
 
 
-@known("weights", "conv*.kernel", "flax docs, Convert PyTorch models to Flax: kernels from OIHW to HWIO")
+@known(
+    "weights",
+    "conv*.kernel",
+    "flax docs, Convert PyTorch models to Flax: kernels from OIHW to HWIO",
+)
 def kernels_h_and_w_swapped(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Convolution kernels are transposed from OIHW to WHIO."""
     change_weights(patch, lambda name, array: array.swapaxes(0, 1) if array.ndim == 4 else array)
 
 
-@known("weights", "fc*.kernel", "flax docs, Convert PyTorch models to Flax: dense kernels must be transposed")
+@known(
+    "weights",
+    "fc*.kernel",
+    "flax docs, Convert PyTorch models to Flax: dense kernels must be transposed",
+)
 def dense_kernels_reshaped(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Dense kernels are reshaped to Flax's shape where they should be transposed."""
-    change_weights(patch, lambda name, array: array.T.reshape(array.shape) if array.ndim == 2 else array)
+    change_weights(
+        patch, lambda name, array: array.T.reshape(array.shape) if array.ndim == 2 else array
+    )
 
 
-@known("weights", "fc1.kernel", "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers")
+@known(
+    "weights",
+    "fc1.kernel",
+    "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers",
+)
 def flatten_rows(patch: Patch, config: Config, dataset: Dataset) -> None:
-    """The rows of the dense kernel after the flatten stay in PyTorch's order of channels, height and width."""
+    """The rows of the dense kernel after the flatten stay in PyTorch's order of channels, height
+    and width."""
 
     def by_channel(name: str, array: np.ndarray) -> np.ndarray:
         if name != "fc1.kernel":

@@ -11,16 +11,27 @@ from typing import Any
 import jax
 from flax import nnx
 
-LAYERS = (nnx.Linear, nnx.Conv, nnx.BatchNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm, nnx.Embed)
+LAYERS = (
+    nnx.Linear,
+    nnx.Conv,
+    nnx.BatchNorm,
+    nnx.InstanceNorm,
+    nnx.LayerNorm,
+    nnx.GroupNorm,
+    nnx.RMSNorm,
+    nnx.Embed,
+)
 
 
 @contextmanager
 def recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
-    """Within the context, each layer of Flax's own keeps `input of <layer>` and `<layer>`, in the order of calls.
+    """Within the context, each layer of Flax's own keeps `input of <layer>` and `<layer>`, in the
+    order of calls.
 
-    A layer that is called twice keeps the last call, one without parameters none, and so do a user's own, whose axes
-    nobody knows. `nnx` has no hooks: each layer is replaced by one that calls it. In a `jax.jit` these are traced
-    values, to be returned from it; it sorts plain dictionaries, not ordered ones.
+    A layer that is called twice keeps the last call, one without parameters none, and so do a
+    user's own, whose axes nobody knows. `nnx` has no hooks: each layer is replaced by one that
+    calls it. In a `jax.jit` these are traced values, to be returned from it; it sorts plain
+    dictionaries, not ordered ones.
     """
     seen: dict[str, jax.Array] = OrderedDict()
 
@@ -29,7 +40,11 @@ def recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
         seen[name] = layer(inputs)
         return seen[name]
 
-    layers = [(path, layer) for path, layer in nnx.iter_modules(model) if path and isinstance(layer, LAYERS)]
+    layers = [
+        (path, layer)
+        for path, layer in nnx.iter_modules(model)
+        if path and isinstance(layer, LAYERS)
+    ]
     layers = [(path, layer) for path, layer in layers if has_parameters(layer)]
     for path, layer in layers:
         put(model, path, partial(keep, ".".join(map(str, path)), layer))

@@ -1,6 +1,8 @@
-"""Between Flax's layout and the canonical one. They are the same: kernels are HWIO and (in, out), names are dotted.
+"""Between Flax's layout and the canonical one. They are the same: kernels are HWIO and (in, out),
+names are dotted.
 
-What is left is where the arrays live, `nnx`'s nested dictionaries, and what else a list's positions are called.
+What is left is where the arrays live, `nnx`'s nested dictionaries, and what else a list's positions
+are called.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common import pairs
-from common.protocol import Arrays
+from lockstep.common.model import pair
+from lockstep.common.protocol import Arrays
 
 
 def to_canonical(arrays: Mapping[str, jax.Array]) -> Arrays:
@@ -29,7 +31,8 @@ def from_canonical(arrays: Arrays) -> dict[str, jax.Array]:
 
 
 def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict[str, str]:
-    """By Flax's own dotted names of all parameters, statistics and masks of dropout, the canonical ones.
+    """By Flax's own dotted names of all parameters, statistics and masks of dropout, the canonical
+    ones.
 
     Args:
         declared: Flax's layers, with their canonical names, where the user has named them.
@@ -37,13 +40,16 @@ def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict
     Raises:
         ConfigError: if two tensors get one name, or `declared` names what is not there.
     """
-    return pairs.canonical_names({own: own.rpartition(".")[2] for own in tensors}, declared, "Flax")
+    return pair.canonical_names({own: own.rpartition(".")[2] for own in tensors}, declared, "Flax")
 
 
-def activations_to_canonical(names: Mapping[str, str], activations: Mapping[str, jax.Array]) -> Arrays:
-    """What `recorded` keeps, as `forward/<name>`, under canonical names; `names` are those of the tensors."""
-    layers = pairs.layer_names(names)
-    return {pairs.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
+def activations_to_canonical(
+    names: Mapping[str, str], activations: Mapping[str, jax.Array]
+) -> Arrays:
+    """What `recorded` keeps, as `forward/<name>`, under canonical names; `names` are those of the
+    tensors."""
+    layers = pair.layer_names(names)
+    return {pair.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
 
 
 def flatten(state: Any, names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -52,7 +58,10 @@ def flatten(state: Any, names: Mapping[str, str] | None = None) -> dict[str, Any
     Args:
         names: from `canonical_names`; None: Flax's own.
     """
-    leaves = {".".join(map(str, path)): leaf for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
+    leaves = {
+        ".".join(map(str, path)): leaf
+        for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()
+    }
     return leaves if names is None else {names[own]: leaf for own, leaf in leaves.items()}
 
 
@@ -61,7 +70,10 @@ def nest(arrays: Mapping[str, Any], names: Mapping[str, str] | None = None) -> d
     if names is not None:
         own_names = {name: own for own, name in names.items()}
         arrays = {own_names.get(name, name): array for name, array in arrays.items()}
-    paths = {tuple(int(part) if part.isdecimal() else part for part in own.split(".")): own for own in arrays}
+    paths = {
+        tuple(int(part) if part.isdecimal() else part for part in own.split(".")): own
+        for own in arrays
+    }
     return unflatten_dict({path: arrays[own] for path, own in paths.items()})
 
 

@@ -1,4 +1,5 @@
-"""`optax.sgd`, completed to what `torch.optim.SGD` does, and optax's schedules, set up from a `Config`."""
+"""`optax.sgd`, completed to what `torch.optim.SGD` does, and optax's schedules, set up from a
+`Config`."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import Config
+from lockstep.common.config import Config
 
 
 def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationExtraArgs:
-    """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
+    """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in
+    this order:
 
     g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together
     g <- -g                          with maximize
@@ -21,18 +23,39 @@ def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationEx
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
     p <- p - lr g                    the sign is in the update: optax.apply_updates adds
 
-    Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_; `optax.sgd` knows the
-    last three lines, less dampening.
+    Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_;
+    `optax.sgd` knows the last three lines, less dampening.
     """
-    dampens = config.momentum != 0 and config.dampening != 0  # without a buffer, PyTorch ignores dampening
+    dampens = (
+        config.momentum != 0 and config.dampening != 0
+    )  # without a buffer, PyTorch ignores dampening
     return optax.named_chain(
-        ("clip", clip_gradients(config.clip_norm) if config.clip_norm is not None else optax.identity()),
+        (
+            "clip",
+            clip_gradients(config.clip_norm) if config.clip_norm is not None else optax.identity(),
+        ),
         ("precision", in_float32()),
         ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
-        ("weight_decay", optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()),
+        (
+            "weight_decay",
+            optax.add_decayed_weights(config.weight_decay)
+            if config.weight_decay
+            else optax.identity(),
+        ),
         ("dampening", dampen(config.dampening) if dampens else optax.identity()),
-        ("sgd", optax.sgd(make_schedule(config), config.momentum or None, config.nesterov, accumulator_dtype=dtype)),
-        ("plateau", reduce_on_plateau(config) if config.schedule.kind == "plateau" else optax.identity()),
+        (
+            "sgd",
+            optax.sgd(
+                make_schedule(config),
+                config.momentum or None,
+                config.nesterov,
+                accumulator_dtype=dtype,
+            ),
+        ),
+        (
+            "plateau",
+            reduce_on_plateau(config) if config.schedule.kind == "plateau" else optax.identity(),
+        ),
     )
 
 
@@ -43,24 +66,33 @@ def make_schedule(config: Config) -> optax.Schedule:
     period = 1  # steps between two learning rates
     match schedule.kind:
         case "step":
-            # not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period instead, and
-            # 49 * (1 / 49) is less than 1, so that lr would decay one step late
+            # not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period
+            # instead, and 49 * (1 / 49) is less than 1, so that lr would decay one step late
             period = schedule.period
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "multistep":
-            rate = optax.piecewise_constant_schedule(lr, dict.fromkeys(schedule.milestones, float(schedule.gamma)))
+            rate = optax.piecewise_constant_schedule(
+                lr, dict.fromkeys(schedule.milestones, float(schedule.gamma))
+            )
         case "exponential":
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "cosine":
-            rate = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
-        case "warmup-cosine":  # the cosine's first step is the one after the warm-up, at `lr` itself
+            rate = optax.cosine_decay_schedule(
+                lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0
+            )
+        case (
+            "warmup-cosine"
+        ):  # the cosine's first step is the one after the warm-up, at `lr` itself
             rising = optax.linear_schedule(lr * schedule.start, lr, schedule.warmup)
-            falling = optax.cosine_decay_schedule(lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0)
+            falling = optax.cosine_decay_schedule(
+                lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0
+            )
             rate = optax.join_schedules([rising, falling], boundaries=[schedule.warmup])
         case _:  # constant; plateau, whose factor is applied after `optax.sgd`
             rate = optax.constant_schedule(lr)
-    # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters are: lr would be off
-    # by 1e-8. PyTorch computes lr as a Python float, so the count is made float64 first.
+    # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters
+    # are: lr would be off by 1e-8. PyTorch computes lr as a Python float, so the count is made
+    # float64 first.
     return lambda count: rate((jnp.asarray(count) // period).astype(jnp.float64))
 
 
@@ -72,16 +104,19 @@ def in_float32() -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates), state
+        return jax.tree.map(
+            lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates
+        ), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
-    """Scale all gradients down to a norm of `clip_norm` together, as `torch.nn.utils.clip_grads_with_norm_` does.
+    """Scale all gradients down to a norm of `clip_norm` together, as
+    `torch.nn.utils.clip_grads_with_norm_` does.
 
-    `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes into the gradients, so that
-    bfloat16 ones are rounded here, before `in_float32`.
+    `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes into the
+    gradients, so that bfloat16 ones are rounded here, before `in_float32`.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -102,7 +137,8 @@ class DampeningState(NamedTuple):
 
 
 def dampen(dampening: float) -> optax.GradientTransformation:
-    """Scale gradients by 1 - dampening, from the second step on: PyTorch's first buffer is the gradient itself."""
+    """Scale gradients by 1 - dampening, from the second step on: PyTorch's first buffer is the
+    gradient itself."""
 
     def init(params: Any) -> DampeningState:
         del params
@@ -111,16 +147,19 @@ def dampen(dampening: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DampeningState]:
         del params
         scale = jnp.where(state.step == 0, 1.0, 1.0 - dampening)
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), DampeningState(state.step + 1)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), DampeningState(
+            state.step + 1
+        )
 
     return optax.GradientTransformation(init, update)
 
 
 def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
-    """`optax.contrib.reduce_on_plateau` with the timing and the counting of `torch.optim.lr_scheduler`.
+    """`optax.contrib.reduce_on_plateau` with the timing and the counting of
+    `torch.optim.lr_scheduler`.
 
-    optax applies a reduction to the very update whose loss caused it, PyTorch to the one after; optax reduces at
-    `patience` windows without improvement, PyTorch at the one after.
+    optax applies a reduction to the very update whose loss caused it, PyTorch to the one after;
+    optax reduces at `patience` windows without improvement, PyTorch at the one after.
     """
     schedule = cast(Any, config.schedule)
     plateau = optax.contrib.reduce_on_plateau(
@@ -151,21 +190,30 @@ def learning_rate(config: Config, optimizer_state: Any) -> Any:
 
 
 def export_schedule(config: Config, optimizer_state: Any) -> dict[str, float]:
-    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the window's `count` and
-    `mean`. The scale, by which plateau has reduced lr, is what optax keeps; PyTorch keeps lr."""
+    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the
+    window's `count` and `mean`. The scale, by which plateau has reduced lr, is what optax keeps;
+    PyTorch keeps lr."""
     lr = float(learning_rate(config, optimizer_state))
     if config.schedule.kind != "plateau":
         return {"lr": lr}
     plateau = optimizer_state["plateau"]
     counters = {"best": float(plateau.best_value), "bad": int(plateau.plateau_count)}
-    counters |= {"cooldown": int(plateau.cooldown_count), "count": int(plateau.count), "mean": float(plateau.avg_value)}
+    counters |= {
+        "cooldown": int(plateau.cooldown_count),
+        "count": int(plateau.count),
+        "mean": float(plateau.avg_value),
+    }
     return {"lr": lr, "scale": float(plateau.scale), **counters}
 
 
-def restore_schedule(config: Config, optimizer_state: Any, schedule: dict[str, float], step: int) -> Any:
+def restore_schedule(
+    config: Config, optimizer_state: Any, schedule: dict[str, float], step: int
+) -> Any:
     """The inverse of `export_schedule`, after `step` steps: a new optimizer state."""
     trace, by_schedule = optimizer_state["sgd"]
-    restored = dict(optimizer_state, sgd=(trace, by_schedule._replace(count=jnp.asarray(step, jnp.int32))))
+    restored = dict(
+        optimizer_state, sgd=(trace, by_schedule._replace(count=jnp.asarray(step, jnp.int32)))
+    )
     if config.momentum != 0 and config.dampening != 0:
         restored["dampening"] = DampeningState(jnp.asarray(step, jnp.int32))
     if config.schedule.kind == "plateau":
@@ -190,4 +238,6 @@ def restore_momentum(optimizer_state: Any, momentum: dict[str, jax.Array]) -> An
     if not momentum:
         return optimizer_state
     trace, by_schedule = optimizer_state["sgd"]
-    return type(optimizer_state)(dict(optimizer_state, sgd=(trace._replace(trace=momentum), by_schedule)))
+    return type(optimizer_state)(
+        dict(optimizer_state, sgd=(trace._replace(trace=momentum), by_schedule))
+    )

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backends.torch_backend.convert import ROLES
+from lockstep.backends.torch_backend.convert import ROLES
 
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the context, each layer of PyTorch's own keeps `input of <layer>` and `<layer>`, in the order of calls.
+    """Within the context, each layer of PyTorch's own keeps `input of <layer>` and `<layer>`, in
+    the order of calls.
 
-    A layer that is called twice keeps the last call, one without parameters none, and so do a user's own, whose axes
-    nobody knows. PyTorch has hooks for this.
+    A layer that is called twice keeps the last call, one without parameters none, and so do a
+    user's own, whose axes nobody knows. PyTorch has hooks for this.
     """
     seen: dict[str, Tensor] = {}
 
@@ -27,7 +28,11 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    known = [(name, layer) for name, layer in model.named_modules() if any(isinstance(layer, k) for k, _ in ROLES)]
+    known = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if any(isinstance(layer, k) for k, _ in ROLES)
+    ]
     layers = [(name, layer) for name, layer in known if list(layer.parameters(recurse=False))]
     handles = [layer.register_forward_hook(keep(name)) for name, layer in layers]
     try:

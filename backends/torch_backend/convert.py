@@ -1,6 +1,8 @@
-"""Between PyTorch's layout and the canonical one: names, axes, and the order that a flatten leaves behind.
+"""Between PyTorch's layout and the canonical one: names, axes, and the order that a flatten leaves
+behind.
 
-A parameter, its gradient and its momentum buffer share a shape, so the same two functions carry all three.
+A parameter, its gradient and its momentum buffer share a shape, so the same two functions carry all
+three.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from backends.torch_backend import layers
-from common import pairs
-from common.protocol import Arrays, Dropout
+from lockstep.backends.torch_backend import layers
+from lockstep.common.model import pair
+from lockstep.common.protocol import Arrays, Dropout
 
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)  # layers whose activations have them in axis 1
 ROLES = (
@@ -28,7 +30,8 @@ ROLES = (
 
 
 def to_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> Arrays:
-    """PyTorch tensors by PyTorch's names (`conv1.weight`) as canonical arrays by canonical names (`conv1.kernel`)."""
+    """PyTorch tensors by PyTorch's names (`conv1.weight`) as canonical arrays by canonical names
+    (`conv1.kernel`)."""
     names, arrays = canonical_names(model), {}
     for own, tensor in tensors.items():
         layer, _, role = own.rpartition(".")
@@ -51,17 +54,20 @@ def from_canonical(model: nn.Module, arrays: Arrays) -> dict[str, Tensor]:
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """By PyTorch's own names of all parameters, statistics and masks of dropout, the canonical ones.
+    """By PyTorch's own names of all parameters, statistics and masks of dropout, the canonical
+    ones.
 
     Raises:
         ConfigError: if two tensors get one name, or the user's pair names what is not there.
     """
     own = [*(name for name, _ in model.named_parameters()), *statistics(model), *masked(model)]
     roles = {name: role_of(model, *name.rpartition(".")[::2]) for name in own}
-    return pairs.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
+    return pair.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
 
 
-def declare(model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]) -> None:
+def declare(
+    model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]
+) -> None:
     """Keep with the module what its pair says of it."""
     vars(model)["flax_names"] = dict(names)
     if flattened:
@@ -69,7 +75,8 @@ def declare(model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, 
 
 
 def role_of(model: nn.Module, layer: str, role: str) -> str:
-    """What Flax calls a tensor, by the kind of its layer: shapes decide nothing. Others' are called the same."""
+    """What Flax calls a tensor, by the kind of its layer: shapes decide nothing. Others' are called
+    the same."""
     kind = model.get_submodule(layer)
     return next((names.get(role, role) for kinds, names in ROLES if isinstance(kind, kinds)), role)
 
@@ -78,12 +85,18 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     """The running statistics of batch and instance norms, by PyTorch's names."""
     norms = [name for name, module in model.named_modules() if isinstance(module, _NormBase)]
     found = {name for norm in norms for name in (f"{norm}.running_mean", f"{norm}.running_var")}
-    return {name: buffer for name, buffer in model.named_buffers() if name.removeprefix(".") in found}
+    return {
+        name: buffer for name, buffer in model.named_buffers() if name.removeprefix(".") in found
+    }
 
 
 def masked(model: nn.Module) -> dict[str, layers.Dropout]:
     """The layers that leave out units, by PyTorch's names for their masks."""
-    return {f"{name}.mask": layer for name, layer in model.named_modules() if isinstance(layer, layers.Dropout)}
+    return {
+        f"{name}.mask": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, layers.Dropout)
+    }
 
 
 def dropouts(model: nn.Module) -> dict[str, Dropout]:
@@ -91,7 +104,9 @@ def dropouts(model: nn.Module) -> dict[str, Dropout]:
     names, found = canonical_names(model), {}
     for own, layer in masked(model).items():
         shape = tuple(layer.mask.shape[1:])
-        found[names[own]] = Dropout(layer.rate, (*shape[1:], shape[0]) if layer.channels_first else shape)
+        found[names[own]] = Dropout(
+            layer.rate, (*shape[1:], shape[0]) if layer.channels_first else shape
+        )
     return found
 
 
@@ -115,8 +130,9 @@ def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.ndarray:
     """OIHW to HWIO for a convolution; (out, in) to (in, out) for a dense layer.
 
-    PyTorch flattens (channels, height, width), Flax (height, width, channels): the rows of the first dense kernel after
-    a flatten are put in the other order here, so that no network has to transpose its activations.
+    PyTorch flattens (channels, height, width), Flax (height, width, channels): the rows of the
+    first dense kernel after a flatten are put in the other order here, so that no network has to
+    transpose its activations.
     """
     if isinstance(model.get_submodule(layer), _ConvNd):
         return weight.transpose(*range(2, weight.ndim), 1, 0)
@@ -138,18 +154,25 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
 
 
 def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:
-    """What `recorded` keeps, as `forward/<name>`, under canonical names and in the canonical layout."""
-    layers = pairs.layer_names(canonical_names(model))
-    return {pairs.activation_key(layers, n): activation_to_canonical(model, n, a) for n, a in activations.items()}
+    """What `recorded` keeps, as `forward/<name>`, under canonical names and in the canonical
+    layout."""
+    layers = pair.layer_names(canonical_names(model))
+    return {
+        pair.activation_key(layers, n): activation_to_canonical(model, n, a)
+        for n, a in activations.items()
+    }
 
 
 def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> np.ndarray:
-    """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of <layer>`."""
+    """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of
+    <layer>`."""
     array = to_numpy(activation)
-    layer = name.removeprefix(pairs.INPUT)
+    layer = name.removeprefix(pair.INPUT)
     if layer != name and layer in flattened(model):
         shape = array.shape
-        array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(shape)
+        array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(
+            shape
+        )
     elif isinstance(model.get_submodule(layer), CHANNELS_FIRST):
         array = np.moveaxis(array, 1, -1)
     return np.ascontiguousarray(array)

@@ -8,14 +8,15 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
 
-from common.config import Config
+from lockstep.common.config import Config
 
 
 def make_optimizer(config: Config, model: nn.Module) -> SGD:
-    """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in this order:
+    """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in
+    this order:
 
-    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together: in the backend's `_step`
-    g <- -g                          with maximize
+    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together: in the
+    backend's `_step` g <- -g                          with maximize
     g <- g + weight_decay p
     b <- g on the first step, else momentum b + (1 - dampening) g
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
@@ -35,7 +36,8 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
 
 
 def make_schedule(config: Config, optimizer: SGD) -> Any:
-    """The scheduler that sets `lr` in the optimizer; each of its steps follows one optimizer step (or window)."""
+    """The scheduler that sets `lr` in the optimizer; each of its steps follows one optimizer step
+    (or window)."""
     schedule = cast(Any, config.schedule)  # resolved, so that no option is None
     match schedule.kind:
         case "constant":
@@ -48,10 +50,14 @@ def make_schedule(config: Config, optimizer: SGD) -> Any:
             return lr_scheduler.ExponentialLR(optimizer, schedule.gamma)
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
-        case "warmup-cosine":  # the cosine's first step is the one after the warm-up, at `lr` itself
+        case (
+            "warmup-cosine"
+        ):  # the cosine's first step is the one after the warm-up, at `lr` itself
             rising = lr_scheduler.LinearLR(optimizer, schedule.start, total_iters=schedule.warmup)
             falling = lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
-            return lr_scheduler.SequentialLR(optimizer, [rising, falling], milestones=[schedule.warmup])
+            return lr_scheduler.SequentialLR(
+                optimizer, [rising, falling], milestones=[schedule.warmup]
+            )
         case "plateau":
             return lr_scheduler.ReduceLROnPlateau(
                 optimizer,
@@ -65,7 +71,8 @@ def make_schedule(config: Config, optimizer: SGD) -> Any:
 
 
 class Scheduler:
-    """Steps the schedule once per optimizer step; plateau once per window, with the window's mean training loss."""
+    """Steps the schedule once per optimizer step; plateau once per window, with the window's mean
+    training loss."""
 
     def __init__(self, config: Config, optimizer: SGD) -> None:
         self.optimizer = optimizer
@@ -74,7 +81,9 @@ class Scheduler:
         self.window = config.schedule.window if config.schedule.kind == "plateau" else None
         self.warmup = config.schedule.warmup if config.schedule.kind == "warmup-cosine" else None
         self.count = 0  # steps of the window so far
-        self.mean: Tensor | float = 0.0  # of their losses; left on the device until the window is full
+        self.mean: Tensor | float = (
+            0.0  # of their losses; left on the device until the window is full
+        )
 
     @property
     def lr(self) -> float:
@@ -92,7 +101,8 @@ class Scheduler:
             self.count, self.mean = 0, 0.0
 
     def advance(self, steps: int) -> np.ndarray:
-        """The learning rates of the next steps, float64 (steps,), and the schedule beyond them; not for plateau."""
+        """The learning rates of the next steps, float64 (steps,), and the schedule beyond them; not
+        for plateau."""
         rates = []
         for _ in range(steps):
             rates.append(self.lr)
@@ -101,12 +111,17 @@ class Scheduler:
 
 
 def export_schedule(scheduler: Scheduler) -> dict[str, float]:
-    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the window's `count` and
-    `mean`. The scale, by which plateau has reduced lr, is what optax keeps; PyTorch keeps lr."""
+    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the
+    window's `count` and `mean`. The scale, by which plateau has reduced lr, is what optax keeps;
+    PyTorch keeps lr."""
     if scheduler.window is None:
         return {"lr": scheduler.lr}
     plateau = scheduler.schedule
-    counters = {"best": plateau.best, "bad": plateau.num_bad_epochs, "cooldown": plateau.cooldown_counter}
+    counters = {
+        "best": plateau.best,
+        "bad": plateau.num_bad_epochs,
+        "cooldown": plateau.cooldown_counter,
+    }
     window = {"count": scheduler.count, "mean": float(scheduler.mean)}
     scale = scheduler.lr / scheduler.start if scheduler.start else 1.0
     return {"lr": scheduler.lr, "scale": scale, **counters, **window}
@@ -126,13 +141,18 @@ def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int
         return
     scheduler.count, scheduler.mean = int(schedule["count"]), schedule["mean"]
     counters = {"best": schedule["best"], "num_bad_epochs": int(schedule["bad"])}
-    counters |= {"cooldown_counter": int(schedule["cooldown"]), "last_epoch": step // scheduler.window}
+    counters |= {
+        "cooldown_counter": int(schedule["cooldown"]),
+        "last_epoch": step // scheduler.window,
+    }
     scheduler.schedule.load_state_dict(counters)
 
 
 def export_momentum(model: nn.Module, optimizer: SGD) -> dict[str, Tensor]:
     """The momentum buffers by PyTorch's names; empty before the first step and without momentum."""
-    buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in model.named_parameters()}
+    buffers = {
+        name: optimizer.state[p].get("momentum_buffer") for name, p in model.named_parameters()
+    }
     return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 

@@ -1,4 +1,5 @@
-"""How good the verdict is, measured: known faults, false alarms, sensitivity, and the rules that others use.
+"""How good the verdict is, measured: known faults, false alarms, sensitivity, and the rules that
+others use.
 
 Each module makes one report from many short pairs of runs; `compare.py` has a command for each.
 """
@@ -9,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from common import parity, train
-from common.config import Config
-from common.data import Dataset
-from common.opening import first_steps
-from common.protocol import Backend
-from common.record import Record
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
+from lockstep.common.protocol import Backend
+from lockstep.common.runs import training
+from lockstep.common.runs.first_steps import first_steps
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict import compare as parity
 
 Build = Callable[[str, Config, str], Backend]  # backend's name, resolved config, dtype
 
@@ -27,25 +29,37 @@ class Silent:
     def advance(self, steps: int, loss: float) -> None: ...
 
 
-def family(backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int) -> list[Record]:
+def family(
+    backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int
+) -> list[Record]:
     """The record of one run, followed by those of its twins (none in float64)."""
-    return trained(backend, config, dataset, dtype, [None, *range(1, (0 if dtype == "float64" else twins) + 1)])
+    return trained(
+        backend, config, dataset, dtype, [None, *range(1, (0 if dtype == "float64" else twins) + 1)]
+    )
 
 
 def trained(
     backend: Backend, config: Config, dataset: Dataset, dtype: str, members: Iterable[int | None]
 ) -> list[Record]:
     """The records of these members of a family: None is the run itself, 1, 2, ... are its twins."""
-    return [train.train(backend, config, dataset, dtype, Silent(), twin, log_every=0) for twin in members]
+    return [
+        training.train(backend, config, dataset, dtype, Silent(), twin, log_every=0)
+        for twin in members
+    ]
 
 
-def begun(backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: Iterable[int]) -> list[Record]:
+def begun(
+    backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: Iterable[int]
+) -> list[Record]:
     """Of these twins, the first steps."""
     return [first_steps(backend, config, dataset, dtype, Silent(), twin) for twin in twins]
 
 
 def judge(
-    families: dict[str, list[Record]], backends: Mapping[str, Backend], config: Config, dataset: Dataset
+    families: dict[str, list[Record]],
+    backends: Mapping[str, Backend],
+    config: Config,
+    dataset: Dataset,
 ) -> dict[str, Any]:
     """The lens as `compare.py` has it: `parity.judge`, with twins by `backends`."""
 
@@ -59,7 +73,10 @@ def judge(
 
 
 def shortened(dataset: Dataset, test_images: int) -> Dataset:
-    """The same data with its first `test_images` test images only: evaluation is most of a short run's time."""
+    """The same data with its first `test_images` test images only: evaluation is most of a short
+    run's time."""
     return dataclasses.replace(
-        dataset, test_images=dataset.test_images[:test_images], test_labels=dataset.test_labels[:test_images]
+        dataset,
+        test_images=dataset.test_images[:test_images],
+        test_labels=dataset.test_labels[:test_images],
     )

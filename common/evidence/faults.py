@@ -1,6 +1,8 @@
-"""The detection matrix: each known fault, whether the verdict finds it, and where it says that it lies.
+"""The detection matrix: each known fault, whether the verdict finds it, and where it says that it
+lies.
 
-A fault is an object with the attributes of `backends.faults.Fault`; what puts it into the Flax side is handed over.
+A fault is an object with the attributes of `lockstep.backends.faults.Fault`; what puts it into the
+Flax side is handed over.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from common import locate, parity
-from common.config import BACKENDS, Config
-from common.data import Dataset
-from common.evidence import Build, begun, peers, trained
-from common.record import Record
+from lockstep.common.config import BACKENDS, Config
+from lockstep.common.data import Dataset
+from lockstep.common.evidence import Build, baselines, begun, trained
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict import compare as parity
+from lockstep.common.verdict import locate
 
-BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)  # what a fault's own options are put into
+BASE = Config(
+    steps=60, batch_size=32, lr=0.01, momentum=0.9
+)  # what a fault's own options are put into
 LENSES = ("float64", "float32")
-TEST_IMAGES = 1000  # of the data: enough for the faults of evaluation, which is most of a short run's time
+TEST_IMAGES = (
+    1000  # of the data: enough for the faults of evaluation, which is most of a short run's time
+)
 FAULTY = "flax"  # whose runs have the fault
 Inject = Callable[[Any, Config, Dataset], AbstractContextManager[None]]
 
@@ -43,7 +50,8 @@ def measure(
     Args:
         inject: within `inject(fault, config, dataset)` the Flax side has the fault.
         cache: empty at first; keeps what faults share, which is the right side's runs.
-        twins: per backend, in float32; more, and float64's, are trained where the verdict asks for them.
+        twins: per backend, in float32; more, and float64's, are trained where the verdict asks for
+            them.
     """
     if fault.train_images is not None:
         key = ("data", fault.train_images)
@@ -60,7 +68,16 @@ def measure(
         "config": config.to_json(),
         "train_images": len(dataset.train_images),
         "lenses": {
-            dtype: _through(dtype, fault, config, dataset, build, inject, cache, twins if dtype != "float64" else 0)
+            dtype: _through(
+                dtype,
+                fault,
+                config,
+                dataset,
+                build,
+                inject,
+                cache,
+                twins if dtype != "float64" else 0,
+            )
             for dtype in lenses
         },
     }
@@ -76,7 +93,8 @@ def _through(
     cache: dict[Any, Any],
     twins: int,
 ) -> dict[str, Any]:
-    """What one lens says of a fault, by the way that a user's runs go: judge, ask more twins if need be, locate."""
+    """What one lens says of a fault, by the way that a user's runs go: judge, ask more twins if
+    need be, locate."""
     right = next(name for name in BACKENDS if name != FAULTY)
     key = (config, dataset.digest, dtype)
     if key not in cache:
@@ -84,7 +102,15 @@ def _through(
     backend, members = cache[key]
 
     def of_right(numbers: range) -> list[Record]:
-        members.extend(trained(backend, config, dataset, dtype, [n or None for n in range(len(members), numbers.stop)]))
+        members.extend(
+            trained(
+                backend,
+                config,
+                dataset,
+                dtype,
+                [n or None for n in range(len(members), numbers.stop)],
+            )
+        )
         return members[numbers.start : numbers.stop]
 
     def of_faulty(numbers: range) -> list[Record]:
@@ -102,27 +128,38 @@ def _through(
         with inject(fault, config, dataset):
             return begun(faulty, config, dataset, dtype, numbers)
 
-    lens = parity.judge(families, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin)
+    lens = parity.judge(
+        families, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin
+    )
     runs = {name: members[0] for name, members in families.items()}
     with inject(fault, config, dataset):  # what parts late is looked for again
-        located = locate.locate(lens, runs, config, dataset, {right: backend, FAULTY: faulty}.__getitem__, twins or 2)
+        located = locate.locate(
+            lens, runs, config, dataset, {right: backend, FAULTY: faulty}.__getitem__, twins or 2
+        )
     if (exact := ("exact", config, dataset.digest)) not in cache:  # what peers hold float32 against
         cache[exact] = backend if dtype == "float64" else build(right, config, "float64")
-    answers = peers.answers(runs[right], runs[FAULTY], peers.reference(runs[right], cache[exact]))
+    answers = baselines.answers(
+        runs[right], runs[FAULTY], baselines.reference(runs[right], cache[exact])
+    )
     return _finding(fault, lens, located) | {"twins": len(families[FAULTY]) - 1, "peers": answers}
 
 
 def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -> dict[str, Any]:
-    """What one lens says of a fault. Gaps and shares of bounds are None where they are not finite."""
+    """What one lens says of a fault. Gaps and shares of bounds are None where they are not
+    finite."""
     first: dict[str, Any] = located or {}
     place = {key: first.get(key) for key in ("step", "stage", "tensor", "gap", "bound")}
     stage_right = place["stage"] == fault.stage
     return {
         "caught": lens["verdict"] == "disagree",
         **place,
-        "gap_over_bound": first["gap"] / first["bound"] if first.get("gap") and first["bound"] else None,
+        "gap_over_bound": first["gap"] / first["bound"]
+        if first.get("gap") and first["bound"]
+        else None,
         "stage_right": stage_right,
-        "tensor_right": stage_right and fnmatchcase(first["tensor"], fault.tensor) if fault.tensor else None,
+        "tensor_right": stage_right and fnmatchcase(first["tensor"], fault.tensor)
+        if fault.tensor
+        else None,
         "trajectory_agrees": all(stretch["agrees"] for stretch in lens["stretches"]),
         **{key: first.get(key) for key in ("message", "pattern", "causes")},
     }
@@ -130,22 +167,30 @@ def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -
 
 def _first_images(dataset: Dataset, count: int) -> Dataset:
     return dataclasses.replace(
-        dataset, train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count]
+        dataset,
+        train_images=dataset.train_images[:count],
+        train_labels=dataset.train_labels[:count],
     )
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over the faults that a measured lens has; stage and tensor are those of the first lens that caught one."""
+    """Counts over the faults that a measured lens has; stage and tensor are those of the first lens
+    that caught one."""
     rows = [row for row in rows if row["lens"] is None or row["lens"] in row["lenses"]]
     firsts = [next((f for f in row["lenses"].values() if f["caught"]), None) for row in rows]
     caught = [finding for finding in firsts if finding is not None]
     return {
         "faults": len(rows),
         "caught": len(caught),
-        "missed": [row["name"] for row, finding in zip(rows, firsts, strict=True) if finding is None],
+        "missed": [
+            row["name"] for row, finding in zip(rows, firsts, strict=True) if finding is None
+        ],
         "stage_right": _share(finding["stage_right"] for finding in caught),
         "tensor_right": _share(f["tensor_right"] for f in caught if f["tensor_right"] is not None),
-        "lenses": {dtype: _of_lens(rows, dtype) for dtype in {d: None for row in rows for d in row["lenses"]}},
+        "lenses": {
+            dtype: _of_lens(rows, dtype)
+            for dtype in {d: None for row in rows for d in row["lenses"]}
+        },
     }
 
 
@@ -153,7 +198,9 @@ def _of_lens(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
     """What one lens can be expected to see, and what it saw."""
     has = [row for row in rows if dtype in row["lenses"] and row["lens"] in (None, dtype)]
     changing = [row["lenses"][dtype]["caught"] for row in has if row["changes_function"]]
-    alarms = [row["name"] for row in rows if row not in has and row["lenses"].get(dtype, {}).get("caught")]
+    alarms = [
+        row["name"] for row in rows if row not in has and row["lenses"].get(dtype, {}).get("caught")
+    ]
     return {
         "caught": _share(row["lenses"][dtype]["caught"] for row in has),
         "caught_of_those_that_change_the_function": _share(changing),
@@ -167,7 +214,9 @@ def described(row: dict[str, Any]) -> list[str]:
     lines = [f"{row['name']}: {row['sentence']} ({row['source']})"]
     for dtype, finding in row["lenses"].items():
         said = "seen by nothing" if not finding["caught"] else finding["message"]
-        said += "".join(f"; {text}" for text in [finding["pattern"], *(finding["causes"] or ())] if text)
+        said += "".join(
+            f"; {text}" for text in [finding["pattern"], *(finding["causes"] or ())] if text
+        )
         lines.append(f"  {dtype}: {said}")
     return lines
 
@@ -183,20 +232,27 @@ def _of(share: dict[str, int]) -> str:
 
 def sentence(summary: dict[str, Any]) -> str:
     """The result in plain words."""
-    lenses = ", ".join(f"{dtype}: {_of(lens['caught'])}" for dtype, lens in summary["lenses"].items())
+    lenses = ", ".join(
+        f"{dtype}: {_of(lens['caught'])}" for dtype, lens in summary["lenses"].items()
+    )
     text = f"{summary['caught']} of {summary['faults']} known faults are found ({lenses}), "
     text += f"{_of(summary['stage_right'])} in the right stage, {_of(summary['tensor_right'])} in the right tensor."
     return text + (f" Missed: {', '.join(summary['missed'])}." if summary["missed"] else "")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names (`>` for numbers) and lines: for each lens the step, and the gap as a multiple of its bound.
+    """Column names (`>` for numbers) and lines: for each lens the step, and the gap as a multiple
+    of its bound.
 
-    A stage beside the step is the one that was named where the fault lies in another; `none` is where it has no fault.
+    A stage beside the step is the one that was named where the fault lies in another; `none` is
+    where it has no fault.
     """
     lenses = list({dtype: None for row in rows for dtype in row["lenses"]})
     columns = ("fault", "lies in", *(name for dtype in lenses for name in (dtype, "over>")))
-    lines = [(row["name"], row["stage"], *(cell for d in lenses for cell in _cells(row, d))) for row in rows]
+    lines = [
+        (row["name"], row["stage"], *(cell for d in lenses for cell in _cells(row, d)))
+        for row in rows
+    ]
     return columns, lines
 
 
@@ -211,7 +267,8 @@ def _cells(row: dict[str, Any], dtype: str) -> tuple[str, str]:
 
 
 def _multiple(over: float | None) -> str:
-    """A ratio in a few letters, as `1.2` or `3e12`; `inf` where nothing may differ, or the gap is not finite."""
+    """A ratio in a few letters, as `1.2` or `3e12`; `inf` where nothing may differ, or the gap is
+    not finite."""
     if over is None:
         return "inf"
     if over < 10:

@@ -1,4 +1,5 @@
-"""How small an error is seen, and when: a learning rate that is wrong by a tenth, a hundredth, ... down to 1e-14."""
+"""How small an error is seen, and when: a learning rate that is wrong by a tenth, a hundredth, ...
+down to 1e-14."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from common.config import BACKENDS, RECIPES, Config
-from common.data import Dataset
-from common.evidence import Build, family, judge
-from common.record import Record
+from lockstep.common.config import BACKENDS, RECIPES, Config
+from lockstep.common.data import Dataset
+from lockstep.common.evidence import Build, family, judge
+from lockstep.common.runs.record import Record
 
-ERRORS = tuple(10.0**-power for power in range(1, 15))  # relative; below 1e-16 float64 has no number for them
+ERRORS = tuple(
+    10.0**-power for power in range(1, 15)
+)  # relative; below 1e-16 float64 has no number for them
 STEPS = 200
 LENSES = ("float64", "float32")
 
@@ -28,23 +31,29 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """One row per error: the quick recipe, with a Flax side whose learning rate is lr (1 + error).
 
-    Only its backend is built with the wrong rate; its record, and its twins', claim the right configuration. What such
-    a run computes, the series of learning rates included, is wrong; what it says of itself is not.
+    Only its backend is built with the wrong rate; its record, and its twins', claim the right
+    configuration. What such a run computes, the series of learning rates included, is wrong; what
+    it says of itself is not.
 
     Returns:
-        error (relative), steps, and lenses: by dtype caught (bool) and, of the first divergence, step, stage, tensor
-        and message (None where nothing was seen), loss_step (the first step whose loss is past its bound, whatever was
-        seen before it; None: not within the run), and twins (per side; more than given where the verdict asked for
-        them).
+        error (relative), steps, and lenses: by dtype caught (bool) and, of the first divergence,
+        step, stage, tensor and message (None where nothing was seen), loss_step (the first step
+        whose loss is past its bound, whatever was seen before it; None: not within the run), and
+        twins (per side; more than given where the verdict asked for them).
     """
-    config = dataclasses.replace(RECIPES["quick"].config, steps=steps).resolve(len(dataset.train_images))
+    config = dataclasses.replace(RECIPES["quick"].config, steps=steps).resolve(
+        len(dataset.train_images)
+    )
     torch = {dtype: build("torch", config, dtype) for dtype in lenses}
     right = {dtype: family(torch[dtype], config, dataset, dtype, twins) for dtype in lenses}
     for error in errors:
         row: dict[str, Any] = {"error": error, "steps": steps, "lenses": {}}
         for dtype in lenses:
             flax = build("flax", wrong(config, error), dtype)
-            families = {"torch": list(right[dtype]), "flax": family(flax, config, dataset, dtype, twins)}
+            families = {
+                "torch": list(right[dtype]),
+                "flax": family(flax, config, dataset, dtype, twins),
+            }
             lens = judge(families, {"torch": torch[dtype], "flax": flax}, config, dataset)
             first = lens["first_divergence"] or {}
             row["lenses"][dtype] = {
@@ -62,7 +71,8 @@ def wrong(config: Config, error: float) -> Config:
 
 
 def loss_step(lens: Mapping[str, Any], torch: Record, flax: Record) -> int | None:
-    """The first step at which the two losses are further apart than their stretch allows; None if there is none.
+    """The first step at which the two losses are further apart than their stretch allows; None if
+    there is none.
 
     Args:
         lens: what `parity.compare` says of these two runs.
@@ -80,7 +90,8 @@ def loss_step(lens: Mapping[str, Any], torch: Record, flax: Record) -> int | Non
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Per error and lens: where it is first seen and the loss's own step. Column names (`>` for numbers) and lines."""
+    """Per error and lens: where it is first seen and the loss's own step. Column names (`>` for
+    numbers) and lines."""
     lines = []
     for row in rows:
         for dtype, seen in row["lenses"].items():

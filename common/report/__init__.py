@@ -1,4 +1,5 @@
-"""What a run shows: `report.json`, the lines and tables on the terminal, the pictures, and `report.html`.
+"""What a run shows: `report.json`, the lines and tables on the terminal, the pictures, and
+`report.html`.
 
 `report.json` holds JSON types only; a number that is not finite is null there.
 """
@@ -13,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from common.report.pictures import write_pictures
-from common.report.run_page import write_report_page
-from common.report.tensorboard import check_tensorboard, write_tensorboard
-from common.report.terminal import Terminal, safe, sentence
-from common.storage import write_whole
+from lockstep.common.report.html import write_report_page
+from lockstep.common.report.images import write_pictures
+from lockstep.common.report.tensorboard import check_tensorboard, write_tensorboard
+from lockstep.common.report.terminal import Terminal, safe, sentence
+from lockstep.common.system.storage import write_whole
 
 __all__ = [
     "Terminal",
@@ -34,7 +35,8 @@ __all__ = [
 
 
 def jsonable(value: Any) -> Any:
-    """`value` in JSON types: NumPy's scalars and arrays as Python's, paths as strings, non-finite numbers as None."""
+    """`value` in JSON types: NumPy's scalars and arrays as Python's, paths as strings, non-finite
+    numbers as None."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,9 @@
-"""A run in charts: losses and their gap, learning rate and gradient norm, accuracy per class, confusions.
+"""A run in charts: losses and their gap, learning rate and gradient norm, accuracy per class,
+confusions.
 
-Each `draw_` function fills one panel; `losses`, `course`, `classes` and `confusion` are whole figures. What they draw
-is computed by functions of its own, for the tables and the words that go with a chart.
+Each `draw_` function fills one panel; `losses`, `course`, `classes` and `confusion` are whole
+figures. What they draw is computed by functions of its own, for the tables and the words that go
+with a chart.
 """
 
 from __future__ import annotations
@@ -13,11 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from common.config import BACKENDS
-from common.data import Dataset
-from common.record import Record
-from common.report.drawing import BAND, BOUND, COLOURS, GREY, INK, LINES, WRONG, label, new_figure, plain
-from common.report.terminal import percent
+from lockstep.common.config import BACKENDS
+from lockstep.common.data import Dataset
+from lockstep.common.report.figures import (
+    BAND,
+    BOUND,
+    COLOURS,
+    GREY,
+    INK,
+    LINES,
+    WRONG,
+    label,
+    new_figure,
+    plain,
+)
+from lockstep.common.report.terminal import percent
+from lockstep.common.runs.record import Record
 
 MAX_CLASSES = 40  # of more, the weakest and the strongest are drawn
 MAX_WRITTEN = 12  # classes, up to which a confusion matrix has its numbers written in
@@ -38,7 +51,9 @@ def running_mean(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarra
     """The mean of each `window` steps in a row, and the step at which each of them ends."""
     window = max(1, min(window, len(values)))
     limited = np.clip(np.asarray(values, np.float64), -CEILING, CEILING)  # leaves NaN as it is
-    return np.arange(window - 1, len(limited)), np.convolve(limited, np.full(window, 1 / window), "valid")
+    return np.arange(window - 1, len(limited)), np.convolve(
+        limited, np.full(window, 1 / window), "valid"
+    )
 
 
 def smoothing(runs: Runs) -> int:
@@ -55,9 +70,12 @@ def loss_gap(one: Record, other: Record) -> np.ndarray:
 
 
 def twin_drift(runs: Runs, twins: dict[str, list[Record]]) -> np.ndarray | None:
-    """The largest gap so far, by step, between any two runs of one backend; None where no backend has twins."""
+    """The largest gap so far, by step, between any two runs of one backend; None where no backend
+    has twins."""
     sides = [[runs[name], *twins.get(name, ())] for name in BACKENDS if name in runs]
-    drifts = [loss_gap(one, other) for side in sides for one, other in itertools.combinations(side, 2)]
+    drifts = [
+        loss_gap(one, other) for side in sides for one, other in itertools.combinations(side, 2)
+    ]
     if not drifts:
         return None
     shortest = min(len(drift) for drift in drifts)
@@ -66,7 +84,9 @@ def twin_drift(runs: Runs, twins: dict[str, list[Record]]) -> np.ndarray | None:
 
 def loss_bounds(lens: dict[str, Any]) -> list[dict[str, Any]]:
     """The stretches that bound the loss of each step."""
-    return [row for row in lens["stretches"] if row["quantity"] == "loss" and row["bound"] is not None]
+    return [
+        row for row in lens["stretches"] if row["quantity"] == "loss" and row["bound"] is not None
+    ]
 
 
 def ranked(lens: dict[str, Any], classes: Sequence[str]) -> list[str]:
@@ -81,19 +101,25 @@ def ranked(lens: dict[str, Any], classes: Sequence[str]) -> list[str]:
 
 
 def extremes(names: list[str]) -> tuple[list[str], str]:
-    """Of many ranked classes the weakest and the strongest, and a note that says so; else all, and no note."""
+    """Of many ranked classes the weakest and the strongest, and a note that says so; else all, and
+    no note."""
     if len(names) <= MAX_CLASSES:
         return names, ""
     half = MAX_CLASSES // 2
-    return names[:half] + names[-half:], f"the {half} weakest and the {half} strongest of {len(names):,} classes"
+    return names[:half] + names[
+        -half:
+    ], f"the {half} weakest and the {half} strongest of {len(names):,} classes"
 
 
 def confusion_counts(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (classes, classes): how many test images of the class of the row were taken for that of the column."""
+    """int64 (classes, classes): how many test images of the class of the row were taken for that of
+    the column."""
     shared = min(len(predictions), len(labels))
     truth, guess = labels[:shared], predictions[:shared]
     known = (guess >= 0) & (guess < classes)
-    return np.bincount(truth[known] * classes + guess[known], minlength=classes**2).reshape(classes, classes)
+    return np.bincount(truth[known] * classes + guess[known], minlength=classes**2).reshape(
+        classes, classes
+    )
 
 
 def shown_classes(lens: dict[str, Any], classes: Sequence[str]) -> tuple[list[int], str]:
@@ -123,7 +149,8 @@ def thin(count: int, logarithmic: bool = False, limit: int = MAX_POINTS) -> np.n
 
 
 def draw_series(axes: Any, runs: Runs, quantity: str, unit: str, window: int = 1) -> None:
-    """A quantity of every step, of each backend: its running mean over `window` steps and, thinly, the steps alone."""
+    """A quantity of every step, of each backend: its running mean over `window` steps and, thinly,
+    the steps alone."""
     drawn = []
     for name in BACKENDS:
         if name not in runs:
@@ -133,7 +160,14 @@ def draw_series(axes: Any, runs: Runs, quantity: str, unit: str, window: int = 1
         kept, style = thin(len(x)), LINES[name] if len(runs) == 2 else "-"
         mark = "o" if len(x) == 1 else None  # one step makes no line
         axes.plot(
-            x[kept], y[kept], linestyle=style, marker=mark, color=COLOURS[name], linewidth=1.8, label=name, zorder=3
+            x[kept],
+            y[kept],
+            linestyle=style,
+            marker=mark,
+            color=COLOURS[name],
+            linewidth=1.8,
+            label=name,
+            zorder=3,
         )
         drawn.append(y[np.isfinite(y)])
         if window > 1:
@@ -153,10 +187,15 @@ def draw_series(axes: Any, runs: Runs, quantity: str, unit: str, window: int = 1
 
 
 def draw_gap(axes: Any, lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> None:
-    """The gap between the two training losses over the twins' band and the bound; where the runs part is marked."""
+    """The gap between the two training losses over the twins' band and the bound; where the runs
+    part is marked."""
     from matplotlib.ticker import NullLocator
 
-    gap, drift, bounds = loss_gap(runs["torch"], runs["flax"]), twin_drift(runs, twins), loss_bounds(lens)
+    gap, drift, bounds = (
+        loss_gap(runs["torch"], runs["flax"]),
+        twin_drift(runs, twins),
+        loss_bounds(lens),
+    )
     steps = len(gap)
     seen = np.concatenate([gap, [] if drift is None else drift, [row["bound"] for row in bounds]])
     seen = seen[np.isfinite(seen) & (seen > 0)]
@@ -166,7 +205,9 @@ def draw_gap(axes: Any, lens: dict[str, Any], runs: Runs, twins: dict[str, list[
 
     if drift is not None:
         kept, drift = thin(len(drift), logarithmic=True), np.fmax(drift, floor)
-        axes.fill_between(kept, floor, drift[kept], color=BAND, linewidth=0, label="between twins, largest so far")
+        axes.fill_between(
+            kept, floor, drift[kept], color=BAND, linewidth=0, label="between twins, largest so far"
+        )
     known = np.flatnonzero(np.isfinite(gap))
     dots = known[thin(len(known), logarithmic=True, limit=MAX_POINTS // 2)]
     axes.plot(dots, np.fmax(gap[dots], floor), ".", markersize=2.5, color=GREY, label="gap")
@@ -174,7 +215,10 @@ def draw_gap(axes: Any, lens: dict[str, Any], runs: Runs, twins: dict[str, list[
     largest = np.fmax.accumulate(np.fmax(gap, floor))
     axes.plot(points, largest[points], color=INK, linewidth=1.5, label="largest gap so far")
     for place, row in enumerate(bounds):
-        ends, bound = [row["start"], max(row["stop"] - 1, row["start"] + 0.5)], max(row["bound"], floor)
+        ends, bound = (
+            [row["start"], max(row["stop"] - 1, row["start"] + 0.5)],
+            max(row["bound"], floor),
+        )
         name = None if place else "bound (on the closest pair)"
         axes.plot(ends, [bound, bound], color=BOUND, linewidth=2, linestyle=(0, (4, 1)), label=name)
 
@@ -189,7 +233,11 @@ def draw_gap(axes: Any, lens: dict[str, Any], runs: Runs, twins: dict[str, list[
         axes.set_xlim(-0.15, steps * 1.15)
     if bool((gap == 0).any()):
         axes.axhline(floor, color=GREY, linewidth=0.8, linestyle=":")
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        place = {
+            "xycoords": ("axes fraction", "data"),
+            "textcoords": "offset points",
+            "ha": "right",
+        }
         axes.annotate("equal", (1, floor), xytext=(-2, 2), fontsize=8, color=GREY, **place)
     _divergence(axes, lens["first_divergence"])
     axes.set_xlabel("step")
@@ -209,7 +257,9 @@ def _decades(axes: Any) -> None:
 
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=7))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"{value:.0e}")
+    axes.yaxis.set_major_formatter(
+        lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"{value:.0e}"
+    )
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -220,7 +270,11 @@ def _divergence(axes: Any, first: dict[str, Any] | None) -> None:
     axes.axvline(first["step"], color=WRONG, linewidth=1.4, linestyle="-.")
     where = axes.transAxes.inverted().transform(axes.transData.transform((first["step"], 1.0)))[0]
     side = "left" if where < 0.35 else "right" if where > 0.65 else "center"
-    named = first["stage"] if first["tensor"] == first["stage"] else f"{first['stage']}, {first['tensor']}"
+    named = (
+        first["stage"]
+        if first["tensor"] == first["stage"]
+        else f"{first['stage']}, {first['tensor']}"
+    )
     text = label(f"they part at step {first['step']:,}: {named}", 60)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": side}
     axes.annotate(text, (first["step"], 1), xytext=(0, 3), fontsize=8.5, color=WRONG, **place)
@@ -234,13 +288,25 @@ def draw_classes(axes: Any, lens: dict[str, Any], names: list[str]) -> None:
     for place, backend in enumerate(backends):
         values = [table[backend].get(name) for name in names]
         where = rows + (place - (len(backends) - 1) / 2) * height
-        axes.barh(where, [100 * (value or 0) for value in values], height * 0.92, color=COLOURS[backend], label=backend)
+        axes.barh(
+            where,
+            [100 * (value or 0) for value in values],
+            height * 0.92,
+            color=COLOURS[backend],
+            label=backend,
+        )
         for y, value in zip(where, values, strict=True):
             axes.text(102, y, percent(value), va="center_baseline", fontsize=8)
         total = lens["accuracy"][backend]
         if total is not None:
             text = f"all classes, {backend}: {percent(total)}"
-            axes.axvline(100 * total, color=COLOURS[backend], linestyle=LINES[backend], linewidth=1.3, label=text)
+            axes.axvline(
+                100 * total,
+                color=COLOURS[backend],
+                linestyle=LINES[backend],
+                linewidth=1.3,
+                label=text,
+            )
     _class_rows(axes, names)
     axes.set_xlim(0, 114)
     axes.set_xticks(range(0, 101, 20))
@@ -268,7 +334,9 @@ def _class_rows(axes: Any, names: list[str]) -> None:
     plain(axes, "x")
 
 
-def draw_confusion(axes: Any, counts: np.ndarray, shown: list[int], classes: Sequence[str], colour: str) -> None:
+def draw_confusion(
+    axes: Any, counts: np.ndarray, shown: list[int], classes: Sequence[str], colour: str
+) -> None:
     """The share of each class's test images that were taken for each class.
 
     Args:
@@ -280,7 +348,9 @@ def draw_confusion(axes: Any, counts: np.ndarray, shown: list[int], classes: Seq
     _cells(axes, _tinted(part, colour), texts, part > 0, [classes[index] for index in shown])
 
 
-def draw_confusion_difference(axes: Any, counts: np.ndarray, shown: list[int], classes: Sequence[str]) -> None:
+def draw_confusion_difference(
+    axes: Any, counts: np.ndarray, shown: list[int], classes: Sequence[str]
+) -> None:
     """Cell by cell, how many test images more torch (its colour) or flax (the other) put there."""
     more = counts[np.ix_(shown, shown)]
     strength = np.abs(more) / max(1, np.abs(more).max(initial=0))
@@ -288,22 +358,37 @@ def draw_confusion_difference(axes: Any, counts: np.ndarray, shown: list[int], c
     texts = [[f"{value:+d}" for value in row] for row in more.tolist()]
     if not more.any():
         axes.text(0.5, 0.5, "equal", transform=axes.transAxes, ha="center", va="center")
-    _cells(axes, np.where((more > 0)[..., None], torch, flax), texts, more != 0, [classes[index] for index in shown])
+    _cells(
+        axes,
+        np.where((more > 0)[..., None], torch, flax),
+        texts,
+        more != 0,
+        [classes[index] for index in shown],
+    )
 
 
 def _tinted(strength: np.ndarray, colour: str) -> np.ndarray:
     """RGBA (..., 4): one colour, the stronger the more opaque, so that the page shines through."""
     from matplotlib.colors import to_rgb
 
-    return np.concatenate([np.broadcast_to(to_rgb(colour), (*strength.shape, 3)), SHADE * strength[..., None]], axis=-1)
+    return np.concatenate(
+        [np.broadcast_to(to_rgb(colour), (*strength.shape, 3)), SHADE * strength[..., None]],
+        axis=-1,
+    )
 
 
-def _cells(axes: Any, colours: np.ndarray, texts: list[list[str]], written: np.ndarray, names: list[str]) -> None:
+def _cells(
+    axes: Any, colours: np.ndarray, texts: list[list[str]], written: np.ndarray, names: list[str]
+) -> None:
     count = len(names)
     axes.imshow(colours, interpolation="none")
     if count <= MAX_WRITTEN:
         for row, column in np.argwhere(written).tolist():
-            place = {"ha": "center", "va": "center_baseline", "in_layout": False}  # what lies within needs no room
+            place = {
+                "ha": "center",
+                "va": "center_baseline",
+                "in_layout": False,
+            }  # what lies within needs no room
             axes.text(column, row, texts[row][column], fontsize=7.5, **place)
     drawn = [label(name) for name in names]
     size = {"fontsize": 8.5 if count <= 20 else 5}
@@ -338,7 +423,14 @@ def losses(report: dict[str, Any], records: Records, twins: Twins) -> Any:
         elif both:
             row[1].set_axis_off()
     if named:  # below, where it hides nothing
-        figure.legend(named.values(), named.keys(), loc="outside lower right", ncols=4, frameon=False, fontsize=9)
+        figure.legend(
+            named.values(),
+            named.keys(),
+            loc="outside lower right",
+            ncols=4,
+            frameon=False,
+            fontsize=9,
+        )
     return figure
 
 
@@ -359,7 +451,9 @@ def classes(report: dict[str, Any]) -> Any:
     """The accuracy per class through the last lens."""
     lens = report["lenses"][-1]
     names, note = extremes(ranked(lens, report["data"]["classes"]))
-    title = f"Accuracy per class on the test images ({lens['dtype']}), weakest first" + (f"\n{note}" if note else "")
+    title = f"Accuracy per class on the test images ({lens['dtype']}), weakest first" + (
+        f"\n{note}" if note else ""
+    )
     figure = new_figure(7.6, 1.6 + class_height(lens) * len(names))
     axes = figure.subplots()
     draw_classes(axes, lens, names)
@@ -374,13 +468,16 @@ def class_height(lens: dict[str, Any]) -> float:
 
 
 def confusion(report: dict[str, Any], records: Records, dataset: Dataset) -> Any:
-    """What was taken for what through the last lens: each backend's matrix, and the difference of two."""
+    """What was taken for what through the last lens: each backend's matrix, and the difference of
+    two."""
     lens = report["lenses"][-1]
     runs = records[lens["dtype"]]
     backends = [name for name in BACKENDS if name in runs]
     shown, note = shown_classes(lens, dataset.classes)
     size = len(dataset.classes)
-    counts = [confusion_counts(runs[name].predictions, dataset.test_labels, size) for name in backends]
+    counts = [
+        confusion_counts(runs[name].predictions, dataset.test_labels, size) for name in backends
+    ]
     panels = 3 if len(backends) == 2 else 1
     figure = new_figure(4.3 * panels, 5.0)
     row = figure.subplots(1, panels, squeeze=False)[0]
@@ -390,5 +487,7 @@ def confusion(report: dict[str, Any], records: Records, dataset: Dataset) -> Any
     if panels == 3:
         draw_confusion_difference(row[2], counts[0] - counts[1], shown, dataset.classes)
         row[2].set_title("torch less flax: test images", fontsize=10)
-    figure.suptitle(f"What is taken for what ({lens['dtype']}){'; ' if note else ''}{note}", fontsize=11)
+    figure.suptitle(
+        f"What is taken for what ({lens['dtype']}){'; ' if note else ''}{note}", fontsize=11
+    )
     return figure

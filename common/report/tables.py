@@ -1,4 +1,5 @@
-"""The tables of a run's page: what was compared, how it came out, and the numbers behind each chart."""
+"""The tables of a run's page: what was compared, how it came out, and the numbers behind each
+chart."""
 
 from __future__ import annotations
 
@@ -7,14 +8,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import BACKENDS
-from common.data import Dataset
-from common.parity import tell_apart
-from common.record import Record
-from common.report.charts import Runs, loss_bounds, loss_gap, running_mean, thin, twin_drift
-from common.report.terminal import condense, merge, number, percent
-from common.report.words import digits
-from common.separation import CONFIDENCE
+from lockstep.common.config import BACKENDS
+from lockstep.common.data import Dataset
+from lockstep.common.report.alt_text import digits
+from lockstep.common.report.charts import (
+    Runs,
+    loss_bounds,
+    loss_gap,
+    running_mean,
+    thin,
+    twin_drift,
+)
+from lockstep.common.report.terminal import condense, merge, number, percent
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict.compare import tell_apart
+from lockstep.common.verdict.statistics import CONFIDENCE
 
 ROWS = 60  # of a table of steps
 
@@ -38,7 +46,10 @@ def _steps(count: int) -> list[int]:
 def series(caption: str, runs: Runs, quantity: str) -> Table:
     """A quantity of each backend."""
     values = [getattr(record, quantity) for record in runs.values()]
-    rows = [[f"{step:,}", *(digits(each[step]) for each in values)] for step in _steps(min(map(len, values)))]
+    rows = [
+        [f"{step:,}", *(digits(each[step]) for each in values)]
+        for step in _steps(min(map(len, values)))
+    ]
     return Table(caption, ["step>", *(f"{name}>" for name in runs)], rows)
 
 
@@ -51,12 +62,18 @@ def losses(dtype: str, runs: Runs, window: int) -> Table:
     ends = [step - window + 1 for step in _steps(min(record.steps for record in runs.values()))]
     added = [["-" if end < 0 else digits(mean[end]) for mean in means] for end in ends]
     columns = [*table.columns, *(f"{name}, mean of {window:,}>" for name in runs)]
-    return Table(table.caption, columns, [[*row, *more] for row, more in zip(table.rows, added, strict=True)])
+    return Table(
+        table.caption, columns, [[*row, *more] for row, more in zip(table.rows, added, strict=True)]
+    )
 
 
 def gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> Table:
     """The gap between the two losses beside what twins part by, and its bound."""
-    between, drift, bounds = loss_gap(runs["torch"], runs["flax"]), twin_drift(runs, twins), loss_bounds(lens)
+    between, drift, bounds = (
+        loss_gap(runs["torch"], runs["flax"]),
+        twin_drift(runs, twins),
+        loss_bounds(lens),
+    )
     largest = np.fmax.accumulate(np.fmax(between, 0))
     rows = []
     for step in _steps(len(between)):
@@ -77,7 +94,9 @@ def gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> Tab
 def condensed(lens: dict[str, Any]) -> Table:
     """The worst row of each stage."""
     drift = _has_drift(lens["ladder"])
-    rows = [[when, *_rung(row, drift), _mark(agrees)] for when, row, agrees in condense(lens["ladder"])]
+    rows = [
+        [when, *_rung(row, drift), _mark(agrees)] for when, row, agrees in condense(lens["ladder"])
+    ]
     caption = f"The tensor of each stage that is nearest to its bound, or furthest outside, {lens['dtype']}"
     return Table(caption, ["when", *_rung_columns(drift), "all ok"], rows)
 
@@ -86,7 +105,9 @@ def ladder(lens: dict[str, Any]) -> Table:
     """Everything that was compared at one moment of the run."""
     drift = _has_drift(lens["ladder"])
     rows = [[*_rung(row, drift), _mark(row["agrees"])] for row in lens["ladder"]]
-    return Table(f"Every comparison of one moment, {lens['dtype']}", [*_rung_columns(drift), "ok"], rows)
+    return Table(
+        f"Every comparison of one moment, {lens['dtype']}", [*_rung_columns(drift), "ok"], rows
+    )
 
 
 def _has_drift(rows: list[dict[str, Any]]) -> bool:
@@ -121,24 +142,46 @@ def stretches(lens: dict[str, Any]) -> Table:
     for row in merge(lens["stretches"]):
         last = max(row["start"], row["stop"] - 1)
         steps = f"{row['start']:,}" + (f" to {last:,}" if last > row["start"] else "")
-        rows.append([row["quantity"].replace("_", " "), steps, *_gap_cells(row, drift), _mark(row["agrees"])])
+        rows.append(
+            [
+                row["quantity"].replace("_", " "),
+                steps,
+                *_gap_cells(row, drift),
+                _mark(row["agrees"]),
+            ]
+        )
     caption = f"Largest gaps of stretches of steps, {lens['dtype']}"
     return Table(caption, ["quantity", "steps>", *_gap_columns(drift), "ok"], rows)
 
 
 def classes(lens: dict[str, Any], dataset: Dataset, names: list[str]) -> Table:
-    """Accuracy per class, in the order of `names`, and of two runs the difference with its interval."""
+    """Accuracy per class, in the order of `names`, and of two runs the difference with its
+    interval."""
     backends, table = list(lens["accuracy"]), lens["per_class_accuracy"]
     differences = lens.get("class_differences") or {}
     images = np.bincount(dataset.test_labels, minlength=len(dataset.classes))
     sizes = dict(zip(dataset.classes, images.tolist(), strict=True))
     columns = ["class", "test images>", *(f"{name}>" for name in backends)]
-    rows = [["all classes", f"{len(dataset.test_labels):,}", *(percent(lens["accuracy"][name]) for name in backends)]]
-    rows += [[name, f"{sizes[name]:,}", *(percent(table[backend].get(name)) for backend in backends)] for name in names]
+    rows = [
+        [
+            "all classes",
+            f"{len(dataset.test_labels):,}",
+            *(percent(lens["accuracy"][name]) for name in backends),
+        ]
+    ]
+    rows += [
+        [name, f"{sizes[name]:,}", *(percent(table[backend].get(name)) for backend in backends)]
+        for name in names
+    ]
     if differences:
         columns += ["difference, points>", f"{100 * CONFIDENCE:g} % interval>"]
-        rows = [[*row, *_interval(differences.get(row[0]) if place else None)] for place, row in enumerate(rows)]
-    return Table(f"Accuracy on the test images, weakest class first, {lens['dtype']}", columns, rows)
+        rows = [
+            [*row, *_interval(differences.get(row[0]) if place else None)]
+            for place, row in enumerate(rows)
+        ]
+    return Table(
+        f"Accuracy on the test images, weakest class first, {lens['dtype']}", columns, rows
+    )
 
 
 def _interval(found: dict[str, Any] | None) -> list[str]:
@@ -155,11 +198,17 @@ def speed(lens: dict[str, Any]) -> Table:
         return "not measured" if value is None else f"{value:,.{digits}f}"
 
     rows = [
-        [name, shown(lens["steps_per_second"].get(name), 1), shown(lens.get("seconds", {}).get(name), 1)]
+        [
+            name,
+            shown(lens["steps_per_second"].get(name), 1),
+            shown(lens.get("seconds", {}).get(name), 1),
+        ]
         for name in lens["accuracy"]
     ]
     return Table(
-        f"Speed, {lens['dtype']}", ["backend", "steps per second, after compilation>", "seconds in all>"], rows
+        f"Speed, {lens['dtype']}",
+        ["backend", "steps per second, after compilation>", "seconds in all>"],
+        rows,
     )
 
 
@@ -181,7 +230,8 @@ def offenders(lens: dict[str, Any]) -> Table | None:
 
 
 def matrix(caption: str, counts: np.ndarray, shown: list[int], names: Sequence[str]) -> Table:
-    """A confusion matrix, or the difference of two: the true classes downwards, the predicted ones across."""
+    """A confusion matrix, or the difference of two: the true classes downwards, the predicted ones
+    across."""
     rows = [[names[row], *(f"{value:,}" for value in counts[row, shown].tolist())] for row in shown]
     return Table(caption, ["true class", *(f"{names[column]}>" for column in shown)], rows)
 
@@ -194,8 +244,13 @@ def facts(report: dict[str, Any]) -> list[Table]:
     data = {key: value for key, value in report["data"].items() if key != "classes"}
     data["classes"] = len(report["data"]["classes"])
     origins = {"Configuration": report["config"], "Data": data}
-    origins |= {f"Environment: {name}": described for name, described in report["environment"].items()}
-    return [Table(caption, ["what", "value"], list(_flat(described))) for caption, described in origins.items()]
+    origins |= {
+        f"Environment: {name}": described for name, described in report["environment"].items()
+    }
+    return [
+        Table(caption, ["what", "value"], list(_flat(described)))
+        for caption, described in origins.items()
+    ]
 
 
 def _flat(described: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:

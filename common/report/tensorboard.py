@@ -1,7 +1,7 @@
 """The run as event files, which TensorBoard shows: `tensorboard --logdir DIR`.
 
-The files are made with the package `tensorboard` alone, which needs no framework. It is an extra, and imported only
-when it is asked for.
+The files are made with the package `tensorboard` alone, which needs no framework. It is an extra,
+and imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from common.config import BACKENDS
-from common.data import Dataset
-from common.errors import ConfigError
-from common.parity import class_accuracy
-from common.record import Record
-from common.report.terminal import safe, sentence
-from common.separation import correct
-from common.storage import write_whole
+from lockstep.common.config import BACKENDS
+from lockstep.common.data import Dataset
+from lockstep.common.errors import ConfigError
+from lockstep.common.report.terminal import safe, sentence
+from lockstep.common.runs.record import Record
+from lockstep.common.system.storage import write_whole
+from lockstep.common.verdict.compare import class_accuracy
+from lockstep.common.verdict.statistics import correct
 
 MAX_POINTS = 5_000  # of a series
 MAX_IMAGES = 32  # of a kind
-SERIES = {"loss": "loss", "learning rate": "lr", "gradient norm": "gradient_norm"}  # tag: field of a record
+SERIES = {
+    "loss": "loss",
+    "learning rate": "lr",
+    "gradient norm": "gradient_norm",
+}  # tag: field of a record
 FILE = "events.out.tfevents.0.lockstep"  # one name, so that a run that is written again takes the place of the old one
 Entries = Iterator[tuple[int, Any]]  # a step, and a value of a Summary
 MODULES = {
@@ -41,7 +45,8 @@ MODULES = {
 
 
 def check_tensorboard() -> None:
-    """Raise ConfigError, before hours of training, if the package `tensorboard` is not installed."""
+    """Raise ConfigError, before hours of training, if the package `tensorboard` is not
+    installed."""
     _tensorboard()
 
 
@@ -53,20 +58,24 @@ def write_tensorboard(
     dataset: Dataset,
     sample: np.ndarray | None = None,
 ) -> None:
-    """Write `folder` for TensorBoard: one of its "runs" per run of a backend, and one per lens for what lies between.
+    """Write `folder` for TensorBoard: one of its "runs" per run of a backend, and one per lens for
+    what lies between.
 
-    `<lens>/torch`, `<lens>/flax` and `<lens>/torch-twin1`, ... hold loss (nats), learning rate and gradient norm of
-    each step, and after the last step the accuracy, of all test images and per class. `<lens>/gap` holds |torch - flax|
-    of the three series, and test images to which the two gave different classes. `overview` holds the verdict and
-    training images. Of more than 5,000 steps every second, third, ... is kept, and the last one, so the largest gap may
-    be left out; report.json has it. TensorBoard's numbers are float32, and it shows 1,000 of a series unless told
-    otherwise (`--samples_per_plugin scalars=5000`).
+    `<lens>/torch`, `<lens>/flax` and `<lens>/torch-twin1`, ... hold loss (nats), learning rate and
+    gradient norm of each step, and after the last step the accuracy, of all test images and per
+    class. `<lens>/gap` holds |torch - flax| of the three series, and test images to which the two
+    gave different classes. `overview` holds the verdict and training images. Of more than 5,000
+    steps every second, third, ... is kept, and the last one, so the largest gap may be left out;
+    report.json has it. TensorBoard's numbers are float32, and it shows 1,000 of a series unless
+    told otherwise (`--samples_per_plugin scalars=5000`).
 
     Args:
-        folder: files of an earlier run in it are replaced where they have the same names, and else left alone.
+        folder: files of an earlier run in it are replaced where they have the same names, and else
+            left alone.
         records: by lens, then by backend.
         twins: likewise; twins have no run of their own if this is empty.
-        sample: int64 (images,): training images, in the order in which the run sees them; the first ones if None.
+        sample: int64 (images,): training images, in the order in which the run sees them; the first
+            ones if None.
 
     Raises:
         ConfigError: if the package `tensorboard` is not installed.
@@ -75,7 +84,11 @@ def write_tensorboard(
     make = _tensorboard()
     _write(folder / "overview", make, _overview(make, report, dataset, sample))
     for dtype, by_backend in records.items():
-        family = [run for name in by_backend for run in (by_backend[name], *twins.get(dtype, {}).get(name, ()))]
+        family = [
+            run
+            for name in by_backend
+            for run in (by_backend[name], *twins.get(dtype, {}).get(name, ()))
+        ]
         for record in family:
             name = record.stem.replace(f"-{dtype}", "")
             _write(folder / dtype / name, make, _run(make, record, dataset))
@@ -84,9 +97,13 @@ def write_tensorboard(
             _write(folder / dtype / "gap", make, _gap(make, torch, flax, dataset))
 
 
-def _overview(make: Any, report: dict[str, Any], dataset: Dataset, sample: np.ndarray | None) -> Entries:
+def _overview(
+    make: Any, report: dict[str, Any], dataset: Dataset, sample: np.ndarray | None
+) -> Entries:
     text = make.SummaryMetadata(plugin_data=make.SummaryMetadata.PluginData(plugin_name="text"))
-    said = make.TensorProto(dtype=make.DataType.Value("DT_STRING"), string_val=[safe(sentence(report)).encode()])
+    said = make.TensorProto(
+        dtype=make.DataType.Value("DT_STRING"), string_val=[safe(sentence(report)).encode()]
+    )
     yield 0, make.Summary.Value(tag="verdict", metadata=text, tensor=said)
     chosen = np.arange(len(dataset.train_images)) if sample is None else sample
     for place, index in enumerate(chosen[:MAX_IMAGES]):
@@ -101,13 +118,18 @@ def _run(make: Any, record: Record, dataset: Dataset) -> Entries:
     yield record.steps, make.Summary.Value(tag="accuracy", simple_value=right)
     for label, accuracy in class_accuracy(record, dataset.test_labels, dataset.classes).items():
         if accuracy is not None:
-            yield record.steps, make.Summary.Value(tag=safe(f"accuracy per class/{label}"), simple_value=accuracy)
+            yield (
+                record.steps,
+                make.Summary.Value(tag=safe(f"accuracy per class/{label}"), simple_value=accuracy),
+            )
 
 
 def _gap(make: Any, torch: Record, flax: Record, dataset: Dataset) -> Entries:
     for tag, series in SERIES.items():
         with np.errstate(invalid="ignore"):  # infinite on both sides: the gap is unknown
-            yield from _series(make, f"gap/{tag}", np.abs(getattr(torch, series) - getattr(flax, series)))
+            yield from _series(
+                make, f"gap/{tag}", np.abs(getattr(torch, series) - getattr(flax, series))
+            )
     guesses = list(zip(dataset.test_labels, torch.predictions, flax.predictions, strict=False))
     differing = [index for index, (_, one, other) in enumerate(guesses) if one != other]
     for index in differing[:MAX_IMAGES]:
@@ -122,7 +144,8 @@ def _series(make: Any, tag: str, values: np.ndarray) -> Entries:
 
 
 def kept(steps: int) -> list[int]:
-    """At most MAX_POINTS of so many steps, as far apart as they need to be, with the first and the last."""
+    """At most MAX_POINTS of so many steps, as far apart as they need to be, with the first and the
+    last."""
     if steps <= MAX_POINTS:
         return list(range(steps))
     stride = -(-steps // (MAX_POINTS - 1))
@@ -136,7 +159,9 @@ def _image(make: Any, tag: str, pixels: np.ndarray) -> Any:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, format="png")
     height, width, channels = pixels.shape
-    image = make.Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content.getvalue())
+    image = make.Summary.Image(
+        height=height, width=width, colorspace=channels, encoded_image_string=content.getvalue()
+    )
     return make.Summary.Value(tag=safe(tag), image=image)
 
 
@@ -153,7 +178,9 @@ def _write(folder: Path, make: Any, entries: Entries) -> None:
 def _tensorboard() -> Any:
     """What is needed of the package `tensorboard`, by name."""
     try:
-        return SimpleNamespace(**{name: getattr(importlib.import_module(path), name) for name, path in MODULES.items()})
+        return SimpleNamespace(
+            **{name: getattr(importlib.import_module(path), name) for name, path in MODULES.items()}
+        )
     except ImportError as error:
         raise ConfigError(
             "--tensorboard needs a package that is not installed: pip install -e '.[tensorboard]'"

@@ -12,18 +12,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-from common.config import BACKENDS
-from common.parity import broken_off, tell_apart
-from common.protocol import STAGES
+from lockstep.common.config import BACKENDS
+from lockstep.common.protocol import STAGES
+from lockstep.common.verdict.compare import broken_off, tell_apart
 
 NAME_WIDTH = 16  # letters of a class name in a picture
 PAGE_WIDTH = 80  # columns of what goes to a file or a pipe
 MAX_CLASSES = 100  # more are not listed: report.json has them
-OPENING = ("data", "weights", "forward", "backward")  # stages that are looked into during the first steps only
+OPENING = (
+    "data",
+    "weights",
+    "forward",
+    "backward",
+)  # stages that are looked into during the first steps only
 
 
 def safe(text: object, encoding: str = "utf-8") -> str:
-    r"""`text` with everything that is not printable, or not in `encoding`, as an escape such as `\x1b`."""
+    r"""`text` with everything that is not printable, or not in `encoding`, as an escape such as
+    `\x1b`."""
     letters = (letter if letter.isprintable() else _escape(letter) for letter in str(text))
     return "".join(letters).encode(encoding, "backslashreplace").decode(encoding)
 
@@ -59,7 +65,8 @@ def percent(value: float | None) -> str:
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """The result in plain words. Of a run that was cut short: where, and what its finished lenses say."""
+    """The result in plain words. Of a run that was cut short: where, and what its finished lenses
+    say."""
     lenses = report["lenses"]
     if reason := report.get("cut_short"):
         return f"The run was cut short: {reason.rstrip('.')}. {_so_far(lenses)}"
@@ -75,14 +82,20 @@ def _so_far(lenses: list[dict[str, Any]]) -> str:
 def _outcome(lenses: list[dict[str, Any]], verdict: str) -> str:
     if verdict == "single":
         names = [name for name in BACKENDS if any(name in lens["accuracy"] for lens in lenses)]
-        ends = f"ended where its loss is not finite ({_broken_off(lenses)})" if _broken_off(lenses) else ""
+        ends = (
+            f"ended where its loss is not finite ({_broken_off(lenses)})"
+            if _broken_off(lenses)
+            else ""
+        )
         return f"Trained {' and '.join(names)} alone; {ends or 'nothing to compare it with'}."
     if verdict == "agree":
         return f"The two runs agree: {'; '.join(_agreement(lens) for lens in lenses)}."
     apart = [lens for lens in lenses if lens["verdict"] == "disagree"]
     agreeing = [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
     if all(broken_off(lens) is not None for lens in apart):
-        ends = f"Both runs end at the same step, where the loss is not finite ({_broken_off(apart)})"
+        ends = (
+            f"Both runs end at the same step, where the loss is not finite ({_broken_off(apart)})"
+        )
         return " ".join([f"{ends}: choose a smaller --lr.", *agreeing])
     return " ".join(["The two runs disagree.", *map(_parting, apart), *agreeing])
 
@@ -93,16 +106,21 @@ def _broken_off(lenses: list[dict[str, Any]]) -> str:
 
 
 class Terminal:
-    """Where a run speaks: results to standard output, the progress bar to standard error, and that only on a terminal.
+    """Where a run speaks: results to standard output, the progress bar to standard error, and that
+    only on a terminal.
 
-    Nothing is read as markup, and what could steer a terminal is escaped. Where the output is no terminal, it is plain
-    text of tables and paragraphs of at most 80 columns. With `quiet`, the verdict's first sentence is all that is
-    printed. With `aside`, standard output is left to something else, such as a report in JSON, and all of this goes to
-    standard error.
+    Nothing is read as markup, and what could steer a terminal is escaped. Where the output is no
+    terminal, it is plain text of tables and paragraphs of at most 80 columns. With `quiet`, the
+    verdict's first sentence is all that is printed. With `aside`, standard output is left to
+    something else, such as a report in JSON, and all of this goes to standard error.
     """
 
     def __init__(
-        self, quiet: bool = False, stdout: TextIO | None = None, stderr: TextIO | None = None, aside: bool = False
+        self,
+        quiet: bool = False,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+        aside: bool = False,
     ) -> None:
         self.quiet = quiet
         self._err = _console(sys.stderr if stderr is None else stderr)
@@ -118,11 +136,18 @@ class Terminal:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-        """Show a bar for `total` steps; call what it yields with the steps done since, and their mean loss, in nats."""
+        """Show a bar for `total` steps; call what it yields with the steps done since, and their
+        mean loss, in nats."""
         if self.quiet or not self._err.is_terminal or self._err.is_dumb_terminal:
             yield lambda steps, loss: None
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -172,7 +197,9 @@ class Terminal:
             return
         classes = report["data"]["classes"]
         for lens in report["lenses"]:
-            heading = {"agree": "the runs agree", "disagree": "the runs DISAGREE"}.get(lens["verdict"], "one run")
+            heading = {"agree": "the runs agree", "disagree": "the runs DISAGREE"}.get(
+                lens["verdict"], "one run"
+            )
             self._print("")
             self._paragraph(f"{lens['dtype']}, {counted(lens['steps'], 'step')}: {heading}", "bold")
             if lens["ladder"]:
@@ -215,7 +242,10 @@ class Terminal:
     def _sentence(self, report: dict[str, Any]) -> None:
         verdicts = {lens["verdict"] for lens in report["lenses"]}
         fine = verdicts == {"agree"} and not report.get("cut_short")
-        self._paragraph(sentence(report), "bold red" if "disagree" in verdicts else "bold green" if fine else "bold")
+        self._paragraph(
+            sentence(report),
+            "bold red" if "disagree" in verdicts else "bold green" if fine else "bold",
+        )
 
     def _ladder(self, rows: list[dict[str, Any]]) -> None:
         groups = itertools.groupby(condense(rows), key=lambda entry: entry[0])
@@ -233,7 +263,9 @@ class Terminal:
 
     def _stretches(self, rows: list[dict[str, Any]]) -> None:
         drifts = any(row["drift"] is not None for row in rows)
-        table = self._table("over the run", "steps>", "gap>", *["twins' drift>"] * drifts, "bound>", "ok")
+        table = self._table(
+            "over the run", "steps>", "gap>", *["twins' drift>"] * drifts, "bound>", "ok"
+        )
         for row in merge(rows):
             last = max(row["start"], row["stop"] - 1)
             steps = f"{row['start']:,}" + (f" to {last:,}" if last > row["start"] else "")
@@ -252,7 +284,8 @@ class Terminal:
 
     def _accuracy(self, lens: dict[str, Any], classes: list[str]) -> None:
         names = _backends(lens)
-        # Two networks that drifted apart differ class by class, too: how exactly, the interval says; why, the twins.
+        # Two networks that drifted apart differ class by class, too: how exactly, the interval
+        # says; why, the twins.
         differences = lens.get("class_differences", {})
         columns = ["difference, 99 % interval>"] if differences else []
         table = self._table("test images", *(f"{name}>" for name in names), *columns)
@@ -278,14 +311,22 @@ class Terminal:
             for name in names:
                 by_class = lens["per_class_accuracy"][name]
                 label = extreme(by_class, classes, weakest)
-                found.append(f"{name} none" if label is None else f"{name} {label} ({percent(by_class[label])})")
+                found.append(
+                    f"{name} none"
+                    if label is None
+                    else f"{name} {label} ({percent(by_class[label])})"
+                )
             self._paragraph(f"{title} class: {', '.join(found)}.")
         if lens["predictions_equal"] is not None:
-            text = f"Predictions equal: {lens['predictions_equal']:,} of {lens['predictions_total']:,}"
+            text = (
+                f"Predictions equal: {lens['predictions_equal']:,} of {lens['predictions_total']:,}"
+            )
             twins = []
             for name in BACKENDS:
                 if runs := lens.get("twins", {}).get(name):
-                    twins.append(f"{name} {', '.join(format(twin['predictions_equal'], ',') for twin in runs)}")
+                    twins.append(
+                        f"{name} {', '.join(format(twin['predictions_equal'], ',') for twin in runs)}"
+                    )
             self._paragraph(text + (f" (twins: {'; '.join(twins)})" if twins else "") + ".")
         speeds = (f"{name} {_rate(lens['steps_per_second'].get(name))}" for name in names)
         self._paragraph(f"Steps per second: {', '.join(speeds)}.")
@@ -298,7 +339,8 @@ class Terminal:
         return safe(text, self._out.encoding)
 
     def _table(self, *columns: str) -> Any:
-        """A table. Columns whose name ends in `>` hold numbers: aligned to the right, and never broken.
+        """A table. Columns whose name ends in `>` hold numbers: aligned to the right, and never
+        broken.
 
         Names in the others take a second line where the table would be wider than the page.
         """
@@ -355,10 +397,13 @@ class Terminal:
 
 
 def merge(stretches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbouring stretches of one quantity that read alike as one: a constant learning rate needs one row."""
+    """Neighbouring stretches of one quantity that read alike as one: a constant learning rate needs
+    one row."""
     merged: list[dict[str, Any]] = []
     for row in stretches:
-        alike = merged and all(merged[-1][key] == row[key] for key in ("quantity", "gap", "drift", "bound", "agrees"))
+        alike = merged and all(
+            merged[-1][key] == row[key] for key in ("quantity", "gap", "drift", "bound", "agrees")
+        )
         if alike and merged[-1]["stop"] == row["start"]:
             merged[-1] = merged[-1] | {"stop": row["stop"]}
         else:
@@ -367,7 +412,8 @@ def merge(stretches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def condense(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], bool]]:
-    """The worst row of each stage, once for the first steps and once for the whole run, and whether all agree.
+    """The worst row of each stage, once for the first steps and once for the whole run, and whether
+    all agree.
 
     Worst is what disagrees, then what is not finite, then the largest gap over its bound.
     """
@@ -386,7 +432,8 @@ def condense(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], bool
 
 
 def extreme(accuracy: dict[str, float | None], classes: list[str], weakest: bool) -> str | None:
-    """The class with the lowest or the highest accuracy, the first of equals; None if no class has any."""
+    """The class with the lowest or the highest accuracy, the first of equals; None if no class has
+    any."""
     known = [(value, label) for label in classes if (value := accuracy.get(label)) is not None]
     if not known:
         return None
@@ -420,7 +467,11 @@ def _agreement(lens: dict[str, Any]) -> str:
 
 def _parting(lens: dict[str, Any]) -> str:
     if first := lens["first_divergence"]:
-        alone = " in evaluation alone, the training trajectories agree" if first["stage"] == "evaluate" else ""
+        alone = (
+            " in evaluation alone, the training trajectories agree"
+            if first["stage"] == "evaluate"
+            else ""
+        )
         return f"{lens['dtype']}{alone}: {first['message'].rstrip('.')}."
     for row in lens["stretches"]:
         if not row["agrees"]:

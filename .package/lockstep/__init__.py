@@ -1,0 +1,1 @@
+../../common/api/__init__.py

@@ -1,0 +1,1 @@
+../../common/api/__main__.py

@@ -1,0 +1,104 @@
+"""What a fault is, and how one is put in and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
+
+Patch = Callable[
+    [object, str, Any], None
+]  # puts a value into an attribute, as pytest's `monkeypatch.setattr`
+Apply = Callable[[Patch, Config, Dataset], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake, and where its first difference lies: which the report should name, whether it
+    does or not."""
+
+    name: str  # lower case, with dashes
+    sentence: str  # what is wrong
+    stage: str  # one of `lockstep.common.protocol.STAGES`
+    tensor: (
+        str | None
+    )  # a name or a pattern such as `momentum of *`; None where no tensor of the stage is to blame
+    source: str  # where the mistake, or what it goes against, is documented
+    apply: Apply  # for a configuration that is resolved, and the data that the run is given
+    options: dict[str, Any]  # fields of Config without which it does not show
+    train_images: (
+        int | None
+    )  # shows at the end of an epoch, so that only the first so many images are trained on
+    needs_colour: bool  # on grey images there is no difference
+    changes_function: bool  # False where exact arithmetic would give the same numbers, and rounding alone is at fault
+    lens: str | None  # the only lens that has this fault; None where all have it
+
+
+@contextmanager
+def injected(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
+    """Within the context, the Flax side has this fault. Build, train and evaluate in it: programs
+    are traced late."""
+    with ExitStack() as stack:
+        fault.apply(
+            lambda target, name, value: stack.enter_context(mock.patch.object(target, name, value)),
+            config,
+            dataset,
+        )
+        yield
+
+
+collected: list[Fault] = []
+_places: list[dict[str, Any]] = []  # what is global in the files that faults are in
+
+
+def known(
+    stage: str,
+    tensor: str | None,
+    source: str,
+    *,
+    train_images: int | None = None,
+    needs_colour: bool = False,
+    changes_function: bool = True,
+    lens: str | None = None,
+    **options: Any,
+) -> Callable[[Apply], Apply]:
+    """Add a function to the catalogue: its name is the fault's name, its docstring the sentence,
+    `options` Config's."""
+
+    def collect(function: Apply) -> Apply:
+        def apply(patch: Patch, config: Config, dataset: Dataset) -> None:
+            _import_frameworks()
+            function(patch, config, dataset)
+
+        _places.append(function.__globals__)
+        collected.append(
+            Fault(
+                name=function.__name__.replace("_", "-"),
+                sentence=function.__doc__ or "",
+                stage=stage,
+                tensor=tensor,
+                source=source,
+                apply=apply,
+                options=options,
+                train_images=train_images,
+                needs_colour=needs_colour,
+                changes_function=changes_function,
+                lens=lens,
+            )
+        )
+        return function
+
+    return collect
+
+
+def _import_frameworks() -> None:
+    """Put what is in `frameworks` where the functions of the catalogue look it up."""
+    from lockstep.backends.faults import frameworks
+
+    for place in _places:
+        place.update((name, getattr(frameworks, name)) for name in frameworks.__all__)

@@ -1,0 +1,185 @@
+"""From a pair to a `flax.nnx.Module`. Reads beside backends/torch_backend/user_module.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from lockstep.backends.flax_backend import convert
+from lockstep.backends.flax_backend.layers import (
+    Conv,
+    Dropout,
+    LayerNorm,
+    Linear,
+    Mask,
+    convolution,
+    promote_bias,
+)
+from lockstep.common import protocol
+from lockstep.common.config import MODELS
+from lockstep.common.errors import ConfigError, few
+from lockstep.common.model import pair
+from lockstep.common.model.initial_weights import initial_weights
+
+IMAGES = (2, 32, 32, 3)  # what a user's network is tried on
+
+
+class Network(NamedTuple):
+    """A module taken apart, as `nnx.split` does: what is left to describe it, and its variables'
+    kinds."""
+
+    training: Any  # nnx.GraphDef, as `model.train()` leaves the module
+    evaluation: Any  # nnx.GraphDef, as `model.eval()` does
+    names: dict[
+        str, str
+    ]  # by Flax's own names of all parameters, statistics and masks of dropout, the canonical ones
+    parameters: Any  # canonical name: shape and dtype
+    statistics: Any  # likewise
+    masks: Any  # canonical name: array, by which dropout keeps everything
+    dropouts: dict[str, protocol.Dropout]  # by the canonical names of their masks
+    constants: Any  # nnx.State: what else the module holds
+
+
+def build(model: str, classes: int, device: str) -> Network:
+    """The network that `--model` names, without weights.
+
+    Raises:
+        ConfigError: if the user's cannot be built, or is not one that can be compared.
+    """
+    network = pair.network(model, "flax")
+    if model in MODELS:
+        module = nnx.eval_shape(
+            lambda: network(classes, device, rngs=nnx.Rngs(0))
+        )  # shapes only: no weight is drawn
+        return take_apart(module, {})
+    with pair.trying(model, "flax", "build"):
+        module = network(classes, rngs=nnx.Rngs(0))
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(
+            f"--model {model}: flax builds a {type(module).__name__}: let it build a flax.nnx.Module"
+        )
+    for _, layer in nnx.iter_modules(module):
+        if (
+            isinstance(layer, nnx.Conv)
+            and layer.conv_general_dilated is jax.lax.conv_general_dilated
+        ):
+            layer.conv_general_dilated = convolution(device)  # the same, but quicker on the CPU
+    return take_apart(module, {name: name for name in pair.load(model).names.values()})
+
+
+def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
+    for _, layer in nnx.iter_modules(module):
+        sum_exactly(layer)
+    module.eval()
+    evaluation = nnx.graphdef(module)
+    module.train()
+    training, parameters, statistics, _, constants = nnx.split(
+        module, nnx.Param, nnx.BatchStat, Mask, ...
+    )
+    masked = {
+        ".".join(map(str, (*path, "mask"))): m
+        for path, m in nnx.iter_modules(module)
+        if isinstance(m, Dropout)
+    }
+    own = [*convert.flatten(parameters), *convert.flatten(statistics), *masked]
+    names = convert.canonical_names(sorted(own, key=lambda name: place(module, name)), declared)
+
+    def shapes(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        leaves = convert.flatten(state, names)
+        ordered = [name for name in names.values() if name in leaves]
+        return {
+            name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in ordered
+        }
+
+    dropouts = {
+        names[own]: protocol.Dropout(layer.rate, layer.mask.shape[1:])
+        for own, layer in masked.items()
+    }
+    masks = {name: jnp.ones((1, *dropout.shape), bool) for name, dropout in dropouts.items()}
+    return Network(
+        training,
+        evaluation,
+        names,
+        shapes(parameters),
+        shapes(statistics),
+        masks,
+        dropouts,
+        constants,
+    )
+
+
+def sum_exactly(layer: Any) -> None:
+    """Make a layer of the library's, whose gradients JAX sums in bfloat16, one of `layers`; unless
+    it is told what to compute in."""
+    exact = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
+    usual = (
+        getattr(layer, "dtype", None) is None
+        and getattr(layer, "preferred_element_type", None) is None
+    )
+    if exact is None or not usual or layer.promote_dtype is not promote_dtype:
+        return
+    layer.__class__ = exact
+    if exact is not LayerNorm:
+        layer.promote_dtype = promote_bias
+
+
+def place(module: nnx.Module, name: str) -> list[int]:
+    """Where a variable stands among the definitions: `nnx` sorts by name."""
+    places, node = [], vars(module)
+    for part in name.split("."):
+        places.append(list(node).index(part) if part in node else 0)
+        node = getattr(node.get(part), "__dict__", {})
+    return places
+
+
+def examine(model: str, network: Network, classes: int) -> None:
+    """Raise ConfigError unless a user's network can be compared: it is tried twice, in training."""
+    images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
+    shapes = {name: leaf.shape for name, leaf in (network.parameters | network.statistics).items()}
+    tensors = {
+        name: jnp.asarray(array) for name, array in initial_weights(shapes, 0, "float32").items()
+    }
+    outputs = []
+    with pair.trying(model, "flax", f"take images {IMAGES}"):
+        for _ in range(2):
+            module = nnx.merge(
+                network.training,
+                convert.nest(tensors | network.masks, network.names),
+                network.constants,
+            )
+            before = nnx.clone(module)
+            outputs.append(module(images))
+    logits = outputs[0]
+    shape = tuple(logits.shape) if isinstance(logits, jax.Array) else type(logits).__name__
+    if shape != (2, classes):
+        raise ConfigError(
+            f"--model {model}: flax gives {shape} for 2 images: let it give logits, {(2, classes)}"
+        )
+    drawn = changes(before, module, nnx.RngState)
+    if drawn or not jnp.array_equal(outputs[0], outputs[1]):
+        where = f" ({few(drawn)})" if drawn else ""
+        raise ConfigError(
+            f"--model {model}: flax's module draws its own random numbers{where}: {pair.NO_DRAWS}"
+        )
+    if changed := changes(before, module, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat))):
+        raise ConfigError(
+            f"--model {model}: flax's forward pass changes {few(changed)}: {pair.NO_STATE}"
+        )
+
+
+def changes(before: nnx.Module, after: nnx.Module, kind: Any) -> list[str]:
+    """The variables of one kind that are not what they were."""
+    old, new = (convert.flatten(nnx.state(module, kind)) for module in (before, after))
+    return [
+        name
+        for name in new
+        if name not in old or not bool(jnp.array_equal(bits(old[name]), bits(new[name])))
+    ]
+
+
+def bits(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -1,0 +1,149 @@
+"""Weights from and for Flax elsewhere: an Orbax checkpoint. Reads beside
+backends/torch_backend/weight_files.py."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from tensorstore import KvStore, TensorStore
+
+from lockstep.backends.flax_backend import convert
+from lockstep.backends.flax_backend.user_module import build
+from lockstep.common.errors import DataError, RecordError, few
+from lockstep.common.model.weight_files import (
+    Claim,
+    Shapes,
+    check_claims,
+    check_numbers,
+    check_size,
+    damaged,
+    reading,
+    room_for,
+    size_of,
+)
+from lockstep.common.protocol import Arrays
+from lockstep.common.system.storage import flush_folder
+
+KIND = "Orbax checkpoint"
+MARK = "_METADATA"  # the file that makes a folder a checkpoint
+
+
+def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
+    """The network's parameters, canonical, from an Orbax checkpoint of an `nnx` state; any
+    floating-point dtype.
+
+    Args:
+        shapes: canonical, from `Backend.shapes`.
+        model: Config.model.
+
+    Raises:
+        DataError: if the folder is damaged, or does not hold exactly the network's parameters.
+    """
+    folder = find_checkpoint(path)
+    check_size(folder, size_of(folder), room_for(shapes))
+    with reading(path, KIND):
+        stores = open_arrays(folder)
+        if not stores:
+            raise damaged(path, KIND, "no arrays")
+        names = canonical_names(model)
+        stores = {names.get(own, own): store for own, store in stores.items()}
+        check_claims(path, read_claims(path, stores), shapes)
+        arrays = {name: np.array(store.read().result()) for name, store in stores.items()}
+    check_numbers(path, arrays)
+    return arrays
+
+
+def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
+    """Keep canonical parameters as an Orbax checkpoint, whole or not at all, for
+    `StandardCheckpointer.restore`.
+
+    Raises:
+        RecordError: if the folder cannot be written, or is there already: like Orbax, this replaces
+            none.
+    """
+    path = path.resolve()  # Orbax wants it so
+    try:
+        if path.exists():
+            raise RecordError(
+                f"{path} is there already: remove it, or choose another folder with --out"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(
+                    Path(aside) / path.name, convert.nest(arrays, canonical_names(model))
+                )
+            (Path(aside) / path.name).rename(path)
+        flush_folder(path.parent)
+    except (OSError, ValueError) as error:  # ValueError: tensorstore's
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RecordError(
+            f"cannot write {path} ({reason}): choose another folder with --out or free some space"
+        ) from error
+
+
+def canonical_names(model: str) -> dict[str, str]:
+    """By Flax's own names, which do not depend on the number of classes."""
+    return build(model, 1, "cpu").names
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of the checkpoint in `path`: itself, or the only one in it, as where a manager
+    keeps one step.
+
+    Raises:
+        DataError: if there is none, or more than one.
+    """
+    size_of(path)  # what can be looked at
+    path = path.resolve()
+    found = [path] if (path / MARK).exists() else sorted(mark.parent for mark in path.rglob(MARK))
+    if len(found) != 1:
+        names = few(str(folder.relative_to(path)) for folder in found) or "none in it"
+        raise DataError(f"{path} is no {KIND} ({names}): give the folder that has a file {MARK}")
+    return found[0]
+
+
+def read_claims(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, Claim]:
+    """What the checkpoint says of its arrays; their numbers are not read.
+
+    Raises:
+        DataError: if an array is kept in pieces that are larger than itself: a small file may then
+            take any memory.
+    """
+    claims = {}
+    for name, store in stores.items():
+        claims[name] = Claim(store.shape, store.dtype.name)
+        pieces = store.chunk_layout.read_chunk.shape or ()
+        if any(
+            (piece or 0) > max(1, size) for piece, size in zip(pieces, store.shape, strict=True)
+        ):
+            raise damaged(path, KIND, f"{name} is {store.shape}, in pieces of {pieces}")
+    return claims
+
+
+def open_arrays(folder: Path) -> dict[str, TensorStore]:
+    """The arrays of a checkpoint by dotted name; an `nnx.State` that was saved as it is has one
+    level more, `value`.
+
+    By TensorStore, which Orbax writes with, one after the other: where an array is damaged, Orbax's
+    reader leaves others behind that are still being read, and print what becomes of them.
+    """
+    store: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
+    if (folder / "manifest.ocdbt").exists():
+        store = {"driver": "ocdbt", "base": store}
+    keys = KvStore.open(store).result().list().result()
+    stores = {}
+    for name, _, file in (key.decode().rpartition("/") for key in keys):
+        driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(file)
+        if driver is not None:
+            found = tensorstore.open(
+                {"driver": driver, "kvstore": store, "path": f"{name}/"}, read=True
+            ).result()
+            stores[name.replace("/", ".").removesuffix(".value")] = found
+    return stores

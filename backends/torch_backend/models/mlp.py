@@ -1,0 +1,27 @@
+"""A multilayer perceptron, as a `torch.nn.Module`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Module):
+    """Images (n, 3, 32, 32) to logits (n, classes), by three dense layers."""
+
+    def __init__(self, classes: int, device: str = "cpu") -> None:
+        super().__init__()
+        del device  # it chooses a convolution, and here is none
+        self.fc1 = nn.Linear(3 * 32 * 32, 256)
+        self.fc2 = nn.Linear(256, 128)
+        self.fc3 = nn.Linear(128, classes)
+        self.flattened = {
+            "fc1": (3, 32, 32)
+        }  # what is flattened before fc1, (channels, height, width): see convert.py
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.flatten(x, start_dim=1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)

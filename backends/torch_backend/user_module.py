@@ -1,0 +1,117 @@
+"""From a pair to a `torch.nn.Module`. Reads beside backends/flax_backend/user_module.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from lockstep.backends.torch_backend import convert
+from lockstep.backends.torch_backend.layers import BatchNorm2d, LayerNorm
+from lockstep.common.config import MODELS
+from lockstep.common.errors import ConfigError, few
+from lockstep.common.model import pair as pairs
+
+IMAGES = (2, 3, 32, 32)  # what a user's network is tried on
+UNKNOWN = (
+    _ConvTransposeNd,
+    nn.RNNBase,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+)  # kinds of layers with other layouts
+UNUSED = "num_batches_tracked"  # counts for `momentum=None`, which Flax has not
+
+
+def build(model: str, classes: int, device: str) -> nn.Module:
+    """The network that `--model` names, on the CPU, with weights that nobody uses.
+
+    Raises:
+        ConfigError: if the user's cannot be built, or is not one that can be compared.
+    """
+    network = pairs.network(model, "torch")
+    if model in MODELS:
+        with torch.device("meta"):  # so that PyTorch draws no random weights
+            return network(classes, device)
+    pair = pairs.load(model)
+    with torch.random.fork_rng(devices=[]), pairs.trying(model, "torch", "build"):
+        module = network(classes)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"--model {model}: torch builds a {type(module).__name__}: let it build a torch.nn.Module"
+        )
+    for layer in module.modules():
+        sum_exactly(layer)
+    convert.declare(module, pair.names, pair.flattened)
+    return module
+
+
+def sum_exactly(layer: nn.Module) -> None:
+    """Make a norm of the library's, if it has all of its parts, one of `layers`, which does the
+    same."""
+    exact = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
+    parts = (
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "momentum",
+    )  # layer norm has the first two
+    if exact is not None and all(getattr(layer, part, 0) is not None for part in parts):
+        layer.__class__ = exact
+
+
+def examine(model: str, module: nn.Module, classes: int) -> None:
+    """Raise ConfigError unless a user's network can be compared: it is tried on a copy, in
+    training."""
+    convert.canonical_names(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, UNKNOWN):
+            raise ConfigError(
+                f"--model {model}: torch's {name} is a {type(layer).__name__}, whose layout is not known"
+            )
+    for name, shape in convert.flattened(module).items():
+        layer = dict(module.named_modules()).get(name)
+        if not isinstance(layer, nn.Linear) or layer.in_features != math.prod(shape):
+            raise ConfigError(
+                f"--model {model}: flattened says {name} follows a flatten of {shape}, which does not fit"
+            )
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=dtype).reshape(IMAGES)
+    outputs, copies = [], []
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        pairs.trying(model, "torch", f"take images {IMAGES}"),
+    ):
+        for _ in range(2):
+            copies.append(copy.deepcopy(module).train())
+            before = torch.get_rng_state()
+            outputs.append(copies[-1](images))
+            drawn = not torch.equal(before, torch.get_rng_state())
+    logits = outputs[0]
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (2, classes):
+        raise ConfigError(
+            f"--model {model}: torch gives {shape} for 2 images: let it give logits, {(2, classes)}"
+        )
+    if drawn or not torch.equal(outputs[0], outputs[1]):
+        names = [
+            name
+            for name, layer in module.named_modules()
+            if isinstance(layer, _DropoutNd) and layer.p
+        ]
+        where = f" ({few(names)})" if names else ""
+        raise ConfigError(
+            f"--model {model}: torch's module draws its own random numbers{where}: {pairs.NO_DRAWS}"
+        )
+    kept, after = convert.statistics(module), copies[0].state_dict()
+    for name, tensor in module.state_dict().items():
+        tracked = name in kept or name.endswith(UNUSED)
+        if not tracked and not torch.equal(tensor, after[name]):
+            raise ConfigError(
+                f"--model {model}: torch's forward pass changes {name}: {pairs.NO_STATE}"
+            )

@@ -1,0 +1,147 @@
+"""Weights from and for PyTorch elsewhere: a state dict. Reads beside
+backends/flax_backend/weight_files.py."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lockstep.backends.torch_backend import convert
+from lockstep.backends.torch_backend.user_module import build
+from lockstep.common.errors import DataError, few
+from lockstep.common.model.weight_files import (
+    Claim,
+    Shapes,
+    check_claims,
+    check_numbers,
+    check_size,
+    reading,
+    room_for,
+    size_of,
+)
+from lockstep.common.protocol import Arrays
+from lockstep.common.system.storage import write_whole
+
+KIND = "PyTorch state dict"
+
+
+def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
+    """The network's parameters, canonical, from a state dict as `torch.save` writes it; any
+    floating-point dtype.
+
+    Args:
+        shapes: canonical, from `Backend.shapes`.
+        model: Config.model.
+
+    Raises:
+        DataError: if the file is damaged, or does not hold exactly the network's parameters.
+    """
+    room = room_for(shapes)
+    check_size(path, size_of(path), room)
+    with reading(path, KIND):
+        check_claims(
+            path, without_others(read_claims(path, room), model), own_shapes(shapes, model)
+        )
+        arrays = from_own(torch.load(path, map_location="cpu", weights_only=True), model)
+    check_numbers(path, arrays)
+    return arrays
+
+
+def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
+    """Keep canonical parameters as a state dict, whole or not at all, for `torch.load(path,
+    weights_only=True)`.
+
+    Raises:
+        RecordError: if the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(to_own(arrays, model), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def read_claims(path: Path, room: int) -> dict[str, Claim]:
+    """What the file says of its tensors; its numbers are not read.
+
+    `weights_only` keeps a pickle from running code, but not from taking memory: it lets
+    `bytearray(10**11)` pass, and a few bytes of a zip archive may unpack to many.
+    """
+    remedy = "save it with torch.save(model.state_dict(), FILE)"
+    with zipfile.ZipFile(path) as archive:
+        check_size(path, sum(entry.file_size for entry in archive.infolist()), room)
+        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        operations = list(pickletools.genops(archive.read(pickled)))
+    made = {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"}
+    if others := few(name for name in sorted(made) if not belongs(name)):
+        raise DataError(f"{path} is no {KIND}, for it makes {others}: {remedy}")
+    loaded = torch.load(path, map_location="meta", weights_only=True)
+    entries = loaded if isinstance(loaded, dict) else {"the whole": loaded}
+    if others := few(
+        f"{name} is {type(t).__name__}" for name, t in entries.items() if not isinstance(t, Tensor)
+    ):
+        raise DataError(f"{path} is no {KIND}, for not all in it are tensors ({others}): {remedy}")
+    return {
+        str(name): Claim(tuple(t.shape), str(t.dtype).removeprefix("torch."))
+        for name, t in entries.items()
+    }
+
+
+def belongs(name: str) -> bool:
+    """Whether a state dict needs what pickle calls `name`, "<module> <name>": storages, dtypes,
+    what joins them."""
+    module, _, name = name.partition(" ")
+    if module in ("torch", "torch.storage"):
+        return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
+    return (module, name) == ("collections", "OrderedDict") or (
+        module == "torch._utils" and name.startswith(("_rebuild_tensor_v", "_rebuild_parameter"))
+    )
+
+
+def from_own(tensors: Mapping[str, Tensor], model: str = "net") -> Arrays:
+    """PyTorch's tensors by PyTorch's names as canonical arrays; what else a state dict has is left
+    out."""
+    return convert.to_canonical(empty_model(model), without_others(tensors, model))
+
+
+def to_own(arrays: Arrays, model: str = "net") -> dict[str, Tensor]:
+    """The inverse of `from_own`: contiguous tensors on the CPU, and all else that a state dict
+    has."""
+    empty = empty_model(model)
+    tensors = {
+        name: tensor.contiguous() for name, tensor in convert.from_canonical(empty, arrays).items()
+    }
+    return tensors | others_of(empty)
+
+
+def own_shapes(shapes: Shapes, model: str = "net") -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors by PyTorch's names: OIHW, and (out, in)."""
+    arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
+    tensors = convert.from_canonical(empty_model(model), arrays)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def without_others(entries: Mapping[str, Any], model: str) -> dict[str, Any]:
+    others = others_of(empty_model(model))
+    return {name: entry for name, entry in entries.items() if name not in others}
+
+
+def others_of(empty: nn.Module) -> dict[str, Tensor]:
+    """What a state dict has besides parameters and statistics: a user's constants, and a batch
+    norm's count of batches, which is 0 here, for nothing in these networks reads it."""
+    known = convert.canonical_names(empty)
+    others = {name: tensor for name, tensor in empty.state_dict().items() if name not in known}
+    return {
+        name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in others.items()
+    }
+
+
+def empty_model(model: str = "net") -> nn.Module:
+    """The network without weights; its layout does not depend on the number of classes."""
+    return build(model, 1, "cpu")

@@ -1,0 +1,176 @@
+"""Weights from elsewhere, for elsewhere: PyTorch's state dicts, safetensors, and Orbax checkpoints.
+
+What a file is, its ending says; a folder is an Orbax checkpoint. No framework is imported before a
+file needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lockstep import backends
+from lockstep.common.errors import BackendError, DataError
+from lockstep.common.model.weight_files import (
+    Claim,
+    Shapes,
+    check_claims,
+    check_numbers,
+    check_size,
+    damaged,
+    reading,
+    room_for,
+    size_of,
+)
+from lockstep.common.protocol import Arrays
+from lockstep.common.runs import checkpoint, record
+from lockstep.common.system.storage import read_tensors, write_whole
+
+ENDINGS = {
+    "torch": (".pt", ".pth", ".bin"),
+    "safetensors": (".safetensors",),
+    "orbax": (),
+}  # of files
+LOADING = {
+    "torch": "model.load_state_dict(torch.load({path!r}, weights_only=True))",
+    "safetensors": "safetensors.torch.load_model(model, {path!r})",
+    "orbax": "nnx.update(model, orbax.checkpoint.StandardCheckpointer().restore({path!r}))",
+}  # what to write elsewhere
+KIND = "safetensors file"
+MAX_HEADER = 2**22  # bytes of names and shapes; safetensors itself takes 100 MB
+OWN_ROOM = (
+    512  # times the network: in Lockstep's own files losses and activations lie beside the weights
+)
+
+
+class Own(NamedTuple):
+    """A kind of file of Lockstep's own."""
+
+    group: str  # what the names of the parameters begin with
+    what: str
+    schema: int
+
+
+OWN = (Own("final/", "record", record.SCHEMA), Own("parameters/", "checkpoint", checkpoint.SCHEMA))
+
+
+def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
+    """The network's parameters, canonical, of any floating-point dtype.
+
+    Args:
+        path: a state dict, a safetensors file in PyTorch's names and layout or in Flax's, an Orbax
+            checkpoint, or a record or checkpoint of Lockstep's own.
+        shapes: canonical, from `Backend.shapes`.
+        model: Config.model.
+
+    Raises:
+        DataError: if it is missing, damaged, or does not hold exactly the network's parameters.
+        RecordError: if it is Lockstep's own, and damaged, or of another version.
+        BackendError: if the framework that it is made for is not installed.
+    """
+    if os.path.isdir(path):  # unlike `path.is_dir()`, without an error where the name is too long
+        return _of("flax").read_weights(path, shapes, model)
+    if path.suffix.lower() in ENDINGS["torch"]:
+        return _of("torch").read_weights(path, shapes, model)
+    if path.suffix.lower() in ENDINGS["safetensors"]:
+        return _read_safetensors(path, shapes, model)
+    size_of(path)  # is it there?
+    endings = ", ".join(ending for names in ENDINGS.values() for ending in names)
+    raise DataError(
+        f"the name of {path} does not say what it is: let it end in {endings}, or give an Orbax folder"
+    )
+
+
+def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> None:
+    """Keep canonical parameters for use elsewhere, whole or not at all.
+
+    Args:
+        model: Config.model.
+        form: one of config.FORMATS; safetensors get PyTorch's names and layout, for
+            `safetensors.torch.load_model`.
+
+    Raises:
+        RecordError: if it cannot be written, or is an Orbax folder that is there already.
+        BackendError: if the framework that it is for is not installed.
+    """
+    if form == "safetensors":
+        tensors = _of("torch").to_own(arrays, model)
+
+        from safetensors.torch import save
+
+        write_whole(path, save(tensors, metadata={"format": "pt"}))
+    else:
+        _of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays, model)
+
+
+def _of(name: str) -> Any:
+    """The module `files` of one backend."""
+    backends.load(name)  # makes the settings that its framework reads when it is imported
+    try:
+        if name == "torch":
+            from lockstep.backends.torch_backend import weight_files
+        else:
+            from lockstep.backends.flax_backend import weight_files
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"this needs {error.name}, which is not installed: pip install -e ."
+        ) from error
+    return weight_files
+
+
+def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
+    """With names that end in `.weight` a file is PyTorch's, else its layout is canonical; shapes
+    decide nothing."""
+    from safetensors import safe_open
+
+    size = size_of(path)
+    check_size(path, size, room_for(shapes, OWN_ROOM))
+    with reading(path, KIND):
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise damaged(path, KIND, f"a header of {header:,} bytes")
+        with safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, file.keys()
+            slices = {name: file.get_slice(name) for name in names}
+            claims = {
+                name: Claim(tuple(s.get_shape()), _dtype(s.get_dtype()))
+                for name, s in slices.items()
+            }
+        if {"facts", "digest"} <= metadata.keys():
+            return _read_own(path, claims, shapes)
+        check_size(path, size, room_for(shapes))
+        if any(name.endswith(".weight") for name in claims):
+            torch = _of("torch")
+            check_claims(path, torch.without_others(claims, model), torch.own_shapes(shapes, model))
+            with safe_open(path, framework="pt") as file:
+                arrays = torch.from_own({name: file.get_tensor(name) for name in claims}, model)
+        else:
+            check_claims(path, claims, shapes)
+            with safe_open(path, framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in claims}
+    check_numbers(path, arrays)
+    return arrays
+
+
+def _read_own(path: Path, claims: Mapping[str, Claim], shapes: Shapes) -> Arrays:
+    """The parameters after the last step in a record or a checkpoint of Lockstep's."""
+    own = next((own for own in OWN if any(name.startswith(own.group) for name in claims)), OWN[0])
+    mine = {
+        name.removeprefix(own.group): claim
+        for name, claim in claims.items()
+        if name.startswith(own.group)
+    }
+    check_claims(path, mine, shapes)
+    _, arrays = read_tensors(path, own.schema, own.what, "give another file with --weights")
+    arrays = {name: arrays[own.group + name] for name in mine}
+    check_numbers(path, arrays)
+    return arrays
+
+
+def _dtype(name: str) -> str:
+    return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(
+        name, name
+    )

@@ -1,0 +1,48 @@
+"""Dropout: which units a training step leaves out, the same for both backends, for their twins, and
+after a resumption.
+
+What is left out is a pure function of the seed, the step and the layer's name: no state is carried
+along. A layer that draws by itself could not agree with the other framework's, whose random numbers
+are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lockstep.common.protocol import Arrays, Dropout
+
+DROPOUT_STREAM = int.from_bytes(
+    b"drop", "big"
+)  # keeps these random numbers apart from those of lockstep.common.data
+
+
+def masks(layers: Mapping[str, Dropout], seed: int, step: int, shape: Sequence[int]) -> Arrays:
+    """What is kept in step `step`, or in as many steps from there on as `shape` says.
+
+    Args:
+        layers: by the canonical names of their masks.
+        step: optimizer steps done before.
+        shape: (batch,), or (steps, batch): of the labels.
+
+    Returns:
+        By the same names, bool arrays (*shape, *shape of the layer): True is kept.
+    """
+    if not layers:
+        return {}
+    steps = range(step, step + (shape[0] if len(shape) > 1 else 1))
+    drawn = [_of_one_step(layers, seed, current, shape[-1]) for current in steps]
+    return {
+        name: np.stack([masks[name] for masks in drawn]).reshape(*shape, *layer.shape)
+        for name, layer in layers.items()
+    }
+
+
+def _of_one_step(layers: Mapping[str, Dropout], seed: int, step: int, batch: int) -> Arrays:
+    generator = np.random.default_rng(np.random.SeedSequence((seed, DROPOUT_STREAM, step)))
+    return {
+        name: generator.random((batch, *layers[name].shape), np.float32) >= layers[name].rate
+        for name in sorted(layers)
+    }

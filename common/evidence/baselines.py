@@ -1,0 +1,432 @@
+"""The rules by which others compare two runs or two implementations, each as its source has it.
+
+All take the values in float64 but where PyTorch compares in the tensors' own dtype. PyTorch's run
+is the expected side, Flax's the actual one, for most of these rules are not symmetric. Sources are
+named with the version that was read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.common.protocol import Arrays, Backend, Snapshot
+from lockstep.common.runs.record import Record
+
+Says = Callable[[Record, Record, Record | None], bool | None]
+
+# torch.testing.assert_close: (rtol, atol) by dtype
+TORCH_TOLERANCES = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "bfloat16": (1.6e-2, 1e-5)}
+TORCH_TOLERANCES["mixed_bfloat16"] = TORCH_TOLERANCES["bfloat16"]  # of what was computed in it
+NUMPY_TOLERANCES = (1e-5, 1e-8)
+TRANSFORMERS_BOUND = 1e-5
+REPROD_BOUND, REPROD_STEPS = 1e-6, 10
+KERAS_TOLERANCES = (
+    1e-7,
+    1e-3,
+)  # its atol, and the rtol that numpy.testing.assert_allclose has by default
+ALGOPERF_LAST, ALGOPERF_EACH, ALGOPERF_STEPS = (
+    1.0,
+    5e-3,
+    10,
+)  # rtol, rtol, steps; atol is numpy.allclose's
+MSPROBE_BOUND = 0.01
+DYNAMO_TOLERANCE, DYNAMO_LOOSE = 1e-4, 4e-2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to tell two runs apart.
+
+    `says(torch, flax, reference)` takes the two runs through one lens and, or None, a float64
+    record whose opening is that of PyTorch's run (see `reference`). It is True for "they differ",
+    False for no alarm, and None where the rule has nothing to look at.
+    """
+
+    name: str
+    what: str
+    source: str
+    says: Says
+
+
+def reference(run: Record, backend: Backend) -> Record:
+    """`run` with the opening step 0 computed anew in float64, from the weights and the batch that
+    `run` had.
+
+    TorchDynamo's float64 reference is made so: the rounded weights and inputs, cast to float64. A
+    float64 run of its own starts from weights that were not rounded first, which makes the
+    reference's error larger and the rule laxer.
+
+    Args:
+        run: with the weights and the opening; its dtype is any.
+        backend: built for float64 and for `run`'s configuration.
+    """
+
+    def wide(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array, np.float64)
+
+    snapshot = Snapshot.start({name: wide(array) for name, array in run.weights.items()})
+    images, labels = (
+        wide(run.opening["0/data/images"]),
+        np.ascontiguousarray(run.opening["0/data/labels"], np.int64),
+    )
+    state = backend.init(snapshot)
+    opening = backend.probe(state, images, labels)
+    state, _ = backend.train_step(state, images, labels)
+    opening |= {f"update/{name}": array for name, array in backend.export(state).parameters.items()}
+    kept: Arrays = {}
+    for name, array in opening.items():
+        like = run.opening.get(f"0/{name}")
+        if like is not None:  # activations are recorded for a batch's first images only
+            kept[f"0/{name}"] = array[: len(like)] if array.ndim else array
+    return dataclasses.replace(run, dtype="float64", opening=kept)
+
+
+# --- PyTorch's comparison of tensors
+
+
+def isclose(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> np.ndarray:
+    """|actual - expected| <= atol + rtol |expected|, as torch.isclose computes it: each step
+    rounded to the dtype.
+
+    Args:
+        actual, expected: of one shape and of one dtype, float64, float32 or bfloat16.
+
+    Returns:
+        bool, of that shape; equal infinities are close, NaN is close to nothing.
+    """
+    dtype = actual.dtype
+    wide = (
+        np.float64 if dtype == np.float64 else np.float32
+    )  # the type in which one operation on numbers is done
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return np.asarray(values).astype(dtype).astype(wide)
+
+    with np.errstate(all="ignore"):
+        one, other = actual.astype(wide), expected.astype(wide)
+        allowed = rounded(rounded(np.abs(other * wide(rtol))) + rounded(np.asarray(atol)))
+        gap = np.abs(rounded(one - other))
+        return (one == other) | (np.isfinite(gap) & (gap <= allowed))
+
+
+def same(
+    ref: np.ndarray,
+    res: np.ndarray,
+    fp64: np.ndarray,
+    tol: float = DYNAMO_TOLERANCE,
+    pointwise: bool = False,
+) -> bool:
+    """Whether `res` is as good as `ref`, by TorchDynamo's check of one floating-point tensor.
+
+    They are close by `tol`, absolute and relative; or
+
+        rmse(fp64, res) <= m rmse(fp64, ref) + tol / 10,
+
+    where m is 3 for half precision, for fewer than 1000 elements and for 1x1 kernels, else 2 (and 3
+    again where `tol` is 2 % or more). NaN in `ref` alone is put up with where `res` is within 4 %
+    of `fp64`.
+
+    Args:
+        ref, res: the reference's and the candidate's tensor.
+        fp64: the same computed in float64.
+        pointwise: whether it is the kernel of a 1x1 convolution.
+
+    Source: `same`, with its defaults, in torch/_dynamo/utils.py of PyTorch 2.15.
+    """
+    if ref.dtype != res.dtype or ref.shape != res.shape:
+        return False
+    if bool(np.all(isclose(ref, res, tol, tol))):
+        return True
+    with np.errstate(all="ignore"):
+        cast = fp64.astype(np.float32).astype(res.dtype) if res.dtype != np.float64 else fp64
+        broken = np.isnan(ref.astype(np.float64)).any()
+        whole = not np.isnan(fp64).any() and not np.isnan(res.astype(np.float64)).any()
+        if whole and broken and bool(np.all(isclose(cast, res, DYNAMO_LOOSE, DYNAMO_LOOSE))):
+            return True
+        ref_error, res_error = (_rmse(fp64, array) for array in (ref, res))
+    # Half precision has an itemsize of 2.
+    multiplier = (
+        3.0 if res.dtype.itemsize == 2 or fp64.size < 1000 or pointwise or tol >= 2e-2 else 2.0
+    )
+    return bool(res_error <= multiplier * ref_error + tol / 10)
+
+
+def _rmse(fp64: np.ndarray, array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(fp64 - array.astype(np.float64)))))
+
+
+# --- What each rule looks at
+
+
+def _differ(
+    torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray], close: Callable
+) -> bool | None:
+    """Whether names or shapes differ, or any pair is not `close(actual, expected)`; None if there
+    is no tensor."""
+    if not torch and not flax:
+        return None
+    if torch.keys() != flax.keys() or any(torch[name].shape != flax[name].shape for name in torch):
+        return True
+    with np.errstate(all="ignore"):
+        return not all(bool(np.all(close(flax[name], torch[name]))) for name in torch)
+
+
+def _allclose(
+    rtol: float, atol: float, equal_nan: bool = False
+) -> Callable[[np.ndarray, np.ndarray], bool]:
+    def close(actual: np.ndarray, expected: np.ndarray) -> bool:
+        wide = actual.astype(np.float64), expected.astype(np.float64)
+        return np.allclose(*wide, rtol=rtol, atol=atol, equal_nan=equal_nan)
+
+    return close
+
+
+def _torch_close(dtype: str) -> Callable[[np.ndarray, np.ndarray], bool]:
+    rtol, atol = TORCH_TOLERANCES[dtype]
+
+    def close(actual: np.ndarray, expected: np.ndarray) -> bool:
+        return actual.dtype == expected.dtype and bool(
+            np.all(isclose(actual, expected, rtol, atol))
+        )
+
+    return close
+
+
+def _losses(record: Record, steps: int | None = None) -> Arrays:
+    return {"loss": record.loss[:steps]}
+
+
+def _step(record: Record, *beginnings: str) -> Arrays:
+    """The first step's tensors "<stage>/<tensor>" that begin so; no layer's input, and no
+    momentum."""
+    wanted = tuple(f"0/{beginning}" for beginning in beginnings)
+    chosen = {key: array for key, array in record.opening.items() if key.startswith(wanted)}
+    return {
+        key: array
+        for key, array in chosen.items()
+        if "/momentum of " not in key and "/input of " not in key
+    }
+
+
+def _epoch_losses(record: Record) -> np.ndarray:
+    """The mean loss of each epoch, an epoch cut short included: float64 (epochs,). Batches weigh by
+    their images."""
+    whole, rest = divmod(record.data["sizes"]["train"], record.config["batch_size"])
+    sizes = [record.config["batch_size"]] * whole + [rest] * (
+        rest > 0 and not record.config["drop_last"]
+    )
+    weights, epochs = (
+        np.resize(sizes, record.steps).astype(np.float64),
+        np.arange(record.steps) // len(sizes),
+    )
+    with np.errstate(all="ignore"):
+        return np.bincount(epochs, weights * record.loss) / np.bincount(epochs, weights)
+
+
+# --- The rules
+
+
+def assert_close_losses(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    """The losses are float32 in the bfloat16 lens, too; the tolerance is the lens's, which is the
+    laxer one."""
+    dtype = np.float64 if torch.dtype == "float64" else np.float32
+    one, other = ({"loss": record.loss.astype(dtype)} for record in (torch, flax))
+    return _differ(one, other, _torch_close(torch.dtype))
+
+
+def assert_close_weights(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    return _differ(torch.final, flax.final, _torch_close(torch.dtype))
+
+
+def numpy_losses(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    return _differ(_losses(torch), _losses(flax), _allclose(*NUMPY_TOLERANCES))
+
+
+def numpy_weights(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    return _differ(torch.final, flax.final, _allclose(*NUMPY_TOLERANCES))
+
+
+def transformers(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    """Logits and the outputs of all layers, from equal weights. Where a side is NaN the source
+    compares nothing."""
+
+    def close(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        gap = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+        nan = np.isnan(actual.astype(np.float64)) | np.isnan(expected.astype(np.float64))
+        return nan | (gap <= TRANSFORMERS_BOUND)  # equal infinities leave NaN, which is not close
+
+    one, other = _step(torch, "forward/"), _step(flax, "forward/")
+    return None if "0/forward/logits" not in one | other else _differ(one, other, close)
+
+
+def reprod_losses(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    return _differ(_losses(torch), _losses(flax), _reprod_close)
+
+
+def reprod_steps(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    """Each of the first steps' losses, and the gradients of those that were recorded."""
+
+    def tensors(record: Record) -> Arrays:
+        losses = {f"{step}/loss": loss for step, loss in enumerate(record.loss[:REPROD_STEPS])}
+        return losses | {key: array for key, array in record.opening.items() if "/backward/" in key}
+
+    return _differ(tensors(torch), tensors(flax), _reprod_close)
+
+
+def _reprod_close(actual: np.ndarray, expected: np.ndarray) -> bool:
+    # `not >` for `<=`: the source lets a mean that is NaN pass
+    return (
+        not np.mean(np.abs(actual.astype(np.float64) - expected.astype(np.float64))) > REPROD_BOUND
+    )
+
+
+def keras(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    """NaN equals NaN, as in numpy.testing.assert_allclose."""
+
+    def tensors(record: Record) -> Arrays:
+        return record.final | {
+            "history": _epoch_losses(record),
+            "evaluate": np.array(record.test_loss),
+        }
+
+    if torch.steps != flax.steps:
+        return True
+    return _differ(tensors(torch), tensors(flax), _allclose(*KERAS_TOLERANCES, equal_nan=True))
+
+
+def algoperf_last(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    def tensors(record: Record) -> Arrays:
+        last = {"loss": record.loss[-1:], "gradient norm": record.gradient_norm[-1:]}
+        return last | {"evaluation": np.array(record.test_loss)}
+
+    if torch.steps != flax.steps:
+        return True
+    # The source gives JAX first, so that the tolerance is relative to PyTorch's value.
+    return _differ(tensors(torch), tensors(flax), _allclose(ALGOPERF_LAST, NUMPY_TOLERANCES[1]))
+
+
+def algoperf_each(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    def tensors(record: Record) -> Arrays:
+        return {
+            "loss": record.loss[:ALGOPERF_STEPS],
+            "gradient norm": record.gradient_norm[:ALGOPERF_STEPS],
+        }
+
+    return _differ(tensors(torch), tensors(flax), _allclose(ALGOPERF_EACH, NUMPY_TOLERANCES[1]))
+
+
+def msprobe(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    """At the first step, or on average over the run; or more losses that are no numbers than the
+    other has."""
+    if torch.steps != flax.steps or np.isfinite(torch.loss).sum() > np.isfinite(flax.loss).sum():
+        return True
+    with np.errstate(all="ignore"):
+        errors = np.abs(flax.loss - torch.loss) / np.abs(torch.loss)
+    errors = np.where(flax.loss == torch.loss, 0.0, errors)
+    known = errors[np.isfinite(torch.loss) & np.isfinite(flax.loss)]
+    first = errors[0] if len(errors) and not math.isnan(errors[0]) else 0.0
+    return bool(first > MSPROBE_BOUND or (len(known) > 0 and float(np.mean(known)) > MSPROBE_BOUND))
+
+
+def dynamo(torch: Record, flax: Record, reference: Record | None) -> bool | None:
+    one, other = (
+        _step(run, "forward/logits", "loss/", "backward/", "update/") for run in (torch, flax)
+    )
+    if reference is None or reference.dtype != "float64" or not one:
+        return None
+    exact = reference.opening
+    if any(name not in exact or exact[name].shape != one[name].shape for name in one):
+        return None
+    if one.keys() != other.keys():
+        return True
+    pointwise = {name: one[name].ndim == 4 and one[name].shape[:2] == (1, 1) for name in one}
+    return not all(
+        same(one[name], other[name], exact[name], pointwise=pointwise[name]) for name in one
+    )
+
+
+RULES = (
+    Rule(
+        "assert_close, losses",
+        "every loss within rtol 1.3e-6 and atol 1e-5 (float32), 1e-7 and 1e-7 (float64), 1.6e-2 and 1e-5 (bfloat16)",
+        "torch.testing.assert_close's defaults: torch/testing/_comparison.py, PyTorch 2.15",
+        assert_close_losses,
+    ),
+    Rule(
+        "assert_close, weights",
+        "every final parameter within the same tolerances",
+        "torch.testing.assert_close's defaults: torch/testing/_comparison.py, PyTorch 2.15",
+        assert_close_weights,
+    ),
+    Rule(
+        "allclose, losses",
+        "every loss within rtol 1e-5 and atol 1e-8",
+        "numpy.allclose's defaults: NumPy 2.4",
+        numpy_losses,
+    ),
+    Rule(
+        "allclose, weights",
+        "every final parameter within rtol 1e-5 and atol 1e-8",
+        "numpy.allclose's defaults: NumPy 2.4",
+        numpy_weights,
+    ),
+    Rule(
+        "transformers",
+        "logits and layer outputs of one forward pass within 1e-5; meant for float32",
+        "check_pt_flax_outputs in tests/test_modeling_common.py of huggingface/transformers (4.x); issue 16497",
+        transformers,
+    ),
+    Rule(
+        "reprod_log, losses",
+        "mean |difference| of the run's losses at most 1e-6; meant for float32",
+        "ReprodDiffHelper.report's defaults (mean, diff_threshold 1e-6): WenmuZhou/reprod_log, of PaddlePaddle",
+        reprod_losses,
+    ),
+    Rule(
+        "reprod_log, ten steps",
+        "each loss of the first 10 steps, and each gradient's mean |difference|, at most 1e-6; meant for float32",
+        "compare_loss_and_backward's defaults in reprod_log/compare.py: WenmuZhou/reprod_log, of PaddlePaddle",
+        reprod_steps,
+    ),
+    Rule(
+        "Keras numerical_test",
+        "mean loss of each epoch, final parameters and test loss within 1e-3 (rtol 1e-7); meant for float32",
+        "integration_tests/numerical_test.py of keras-team/keras (3.x): assert_allclose with atol 1e-3",
+        keras,
+    ),
+    Rule(
+        "AlgoPerf, last step",
+        "the last step's loss and gradient norm, and the evaluation's loss, within rtol 1",
+        "tests/test_traindiffs.py of mlcommons/algorithmic-efficiency",
+        algoperf_last,
+    ),
+    Rule(
+        "AlgoPerf, ten steps",
+        "loss and gradient norm of each of the first 10 steps within rtol 5e-3",
+        "tests/test_traindiffs.py of mlcommons/algorithmic-efficiency, another version (commit 04840e0)",
+        algoperf_each,
+    ),
+    Rule(
+        "msprobe",
+        "relative loss error at most 1 % at the first step and on average over the run, and no more NaN",
+        "Ascend/msprobe, docs/en/best_practices/train_debug_guide.md, section 1.3",
+        msprobe,
+    ),
+    Rule(
+        "TorchDynamo RMSE",
+        "logits, loss, gradients and updated parameters of one step: close by 1e-4, or RMSE against float64 at most "
+        "2 or 3 times the reference's, plus 1e-5",
+        "same() in torch/_dynamo/utils.py, PyTorch 2.15, on what collect_results() in torch/_dynamo/testing.py lists",
+        dynamo,
+    ),
+)
+
+
+def answers(torch: Record, flax: Record, reference: Record | None = None) -> dict[str, bool | None]:
+    """What each rule says, by its name."""
+    return {rule.name: rule.says(torch, flax, reference) for rule in RULES}

@@ -1,0 +1,139 @@
+"""Two networks that should be one: their tensors side by side, and what both compute of one
+batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lockstep.common import data
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
+from lockstep.common.model import pair
+from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.protocol import STAGES, Backend, Snapshot
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict import compare as parity
+from lockstep.common.verdict import locate
+from lockstep.common.verdict.statistics import PROOF_BOUND
+
+
+def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """One step of both from the same weights on the run's first batch, in float64, and one look as
+    in evaluation.
+
+    Args:
+        torch, flax: of the same tensors; see `pairs.check_same`.
+    """
+    shapes, sides = torch.shapes(), (torch, flax)
+    indices = next(data.batch_indices(config, len(dataset.train_images)))
+    images, labels = (
+        data.normalise(dataset.train_images[indices], np.float64),
+        dataset.train_labels[indices],
+    )
+    start = Snapshot.start(initial_weights(shapes, config.seed, "float64"))
+    records = [
+        locate.one_step(side, config, dataset, "float64", start, images, labels) for side in sides
+    ]
+    rungs = parity.opening_rungs(([records[0]], [records[1]]))
+    losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
+    own = {side.name: side.own_names() for side in sides}
+    gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
+    rungs.append(parity.Rung(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
+    apart = [rung for rung in rungs if not rung.agrees]
+    gradients = {rung.tensor: rung.gap for rung in rungs if rung.stage == "backward"}
+    return {
+        "tensors": [
+            {
+                "name": name,
+                "torch": own["torch"][name],
+                "flax": own["flax"][name],
+                "shape": list(shape),
+                "gradient_gap": gradients.get(name),
+            }
+            for name, shape in shapes.items()
+        ],
+        "parameters": sum(math.prod(shapes[name]) for name in gradients),
+        "gaps": {
+            stage: max((r.gap for r in rungs if r.stage == stage), default=0.0) for stage in STAGES
+        },
+        "bound": PROOF_BOUND,
+        "first_difference": described(apart[0], records, own) if apart else None,
+    }
+
+
+def described(
+    rung: parity.Rung, records: list[Record], own: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """Where the two part, and what usually causes it, or the line that is missing from the pair.
+
+    Args:
+        own: by side, what the module itself calls a tensor, by canonical name.
+    """
+    names = list(own)
+    one, other = held = locate.arrays(
+        dict(zip(names, records, strict=True)), 0, rung.stage, rung.tensor
+    )
+    found = locate.describe(
+        parity.divergence(rung, names), names, held, "one step of both from the same weights"
+    )
+    layer = rung.tensor.removeprefix(pair.INPUT)
+    if layer != rung.tensor and one is not None and other is not None:
+        shape, kernel = unrolled(one, other), own[names[0]].get(f"{layer}.kernel")
+        if shape is not None and kernel is not None:
+            line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
+            found["causes"] = [
+                f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"
+            ]
+    return found
+
+
+def unrolled(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None:
+    """The (channels, height, width) of what one side unrolled channels first, the other channels
+    last; None if none.
+
+    Args:
+        torch, flax: (n, features), what a dense layer was given.
+    """
+    if torch.ndim != 2 or torch.shape != flax.shape:
+        return None
+    n, features = torch.shape
+    for channels in (size for size in range(2, features) if features % size == 0):
+        pixels = features // channels
+        shape = (
+            channels,
+            *_squarest(pixels),
+        )  # how the pixels lie does not matter: both unroll them row by row
+        reordered = np.moveaxis(torch.reshape(n, *shape), 1, -1).reshape(n, features)
+        if np.abs(reordered - flax).max() <= PROOF_BOUND * np.abs(flax).max():
+            return shape
+    return None
+
+
+def _squarest(pixels: int) -> tuple[int, int]:
+    height = next(size for size in range(math.isqrt(pixels), 0, -1) if pixels % size == 0)
+    return height, pixels // height
+
+
+def table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Which tensor is which. Column names (`>` for numbers) and lines."""
+    lines = []
+    for row in report["tensors"]:
+        shape = " x ".join(map(str, row["shape"])) or "one number"
+        gap = "statistics" if row["gradient_gap"] is None else f"{row['gradient_gap']:.1e}"
+        lines.append((row["torch"], row["flax"], shape, gap))
+    return ("PyTorch", "Flax", "shape in Flax", "gradient's gap>"), lines
+
+
+def sentence(report: dict[str, Any]) -> str:
+    gaps, first = report["gaps"], report["first_difference"]
+    counted = f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors"
+    if first is None:
+        return (
+            f"The two networks are one: {counted}; of one batch in float64, activations within {gaps['forward']:.1e}, "
+            f"gradients within {gaps['backward']:.1e} (bound {report['bound']:g} of a tensor's largest)."
+        )
+    return f"The two networks differ: {counted}."

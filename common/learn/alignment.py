@@ -1,0 +1,188 @@
+"""Two definitions line by line: which lines say the same, which say it in other words, and which
+stand alone."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Sequence
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
+
+from lockstep.common.learn.outline import Definition, Line
+
+ALIKE = 0.5  # from this likeness on, two lines are taken for two ways to say one thing
+# What one framework calls so, and the other otherwise: counted as the same word where lines are
+# compared.
+SAME_WORDS = {
+    "Tensor": "Array",
+    "nn": "nnx",
+    "forward": "__call__",
+    "jnp": "jax",
+    "TorchBackend": "FlaxBackend",
+}
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+# Colours of Pygments' token classes, on light and on dark ground. WCAG AA asks for a contrast of
+# 4.5.
+HIGHLIGHT = {
+    "k": ("#8a1c5c", "#f28fc7"),  # keywords
+    "s": ("#0a5c2e", "#8fd6a3"),  # strings
+    "c": ("#57606a", "#a7b0b9"),  # comments
+    "m": ("#7a3e00", "#f0b37a"),  # numbers
+    "f": (
+        "#0b4f9e",
+        "#8ac4ff",
+    ),  # names of functions and classes where they are defined, decorators
+    "b": ("#5b3fb0", "#c3aefc"),  # built-in names, self
+}
+Token = tuple[str, str]  # a class of HIGHLIGHT or "", and the text
+
+
+class Row(NamedTuple):
+    """What stands beside each other; a side may be empty."""
+
+    kind: str  # "same", "alike", "torch", "flax" or "apart", where both sides are filled and have no partner
+    torch: Line | None
+    flax: Line | None
+
+
+def words(text: str) -> list[str]:
+    """A line's words and signs, in the words of one framework."""
+    found: list[str] = _WORD.findall(text)
+    return [SAME_WORDS.get(word, word) for word in found]
+
+
+def likeness(one: str, other: str) -> float:
+    """0 for nothing in common, 1 for the same words; a comment is never like code."""
+    ours, theirs = words(one), words(other)
+    if ours[:1] != theirs[:1] and "#" in (*ours[:1], *theirs[:1]):
+        return 0.0
+    target = (
+        0.15 if ours[:2] == theirs[:2] else 0.0
+    )  # both set the same name, or call the same function
+    return min(1.0, SequenceMatcher(None, ours, theirs, autojunk=False).ratio() + target)
+
+
+def align(
+    torch: Sequence[Line], flax: Sequence[Line], together: Collection[tuple[int, int]] = ()
+) -> list[Row]:
+    """Lines in order, so that the sum of the likeness of those beside each other is largest.
+
+    Args:
+        together: pairs of line numbers that belong to each other, however unlike they are.
+    """
+    n, m = len(torch), len(flax)
+    alike = [[_worth(a, b, together) for b in flax] for a in torch]
+    best = [[0.0] * (m + 1) for _ in range(n + 1)]  # of what is left from here on
+    for i in reversed(range(n)):
+        for j in reversed(range(m)):
+            here = alike[i][j] + best[i + 1][j + 1] if alike[i][j] else 0.0
+            best[i][j] = max(here, best[i + 1][j], best[i][j + 1])
+    rows, alone, i, j = [], ([], []), 0, 0
+    while i < n and j < m:
+        if alike[i][j] and best[i][j] == alike[i][j] + best[i + 1][j + 1]:
+            rows += _side_by_side(*alone)
+            rows.append(
+                Row("same" if torch[i].text == flax[j].text else "alike", torch[i], flax[j])
+            )
+            alone, i, j = ([], []), i + 1, j + 1
+        elif best[i][j] == best[i + 1][j]:
+            alone[0].append(torch[i])
+            i += 1
+        else:
+            alone[1].append(flax[j])
+            j += 1
+    return rows + _side_by_side([*alone[0], *torch[i:]], [*alone[1], *flax[j:]])
+
+
+def _worth(one: Line, other: Line, together: Collection[tuple[int, int]]) -> float:
+    if (one.number, other.number) in together:
+        return 3.0
+    worth = likeness(one.text, other.text)
+    return worth + 0.5 * (one.text == other.text) if worth >= ALIKE else 0.0
+
+
+def _side_by_side(torch: list[Line], flax: list[Line]) -> list[Row]:
+    """Lines without a partner, beside each other to save room."""
+    shared = min(len(torch), len(flax))
+    rows = [Row("apart", a, b) for a, b in zip(torch[:shared], flax[:shared], strict=True)]
+    return (
+        rows
+        + [Row("torch", a, None) for a in torch[shared:]]
+        + [Row("flax", None, b) for b in flax[shared:]]
+    )
+
+
+def highlight(definition: Definition) -> dict[int, list[Token]]:
+    """The tokens of each line, by line number; strings and comments word by word."""
+    from pygments.lexers import PythonLexer
+
+    text = "\n".join(line.text for line in definition.lines)
+    lines: list[list[Token]] = [[]]
+    for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
+        name = _class_of(kind)
+        first, *rest = ([(name, part) for part in _parts(name, text)] for text in value.split("\n"))
+        lines[-1] += first
+        lines += rest
+    return {line.number: lines[place] for place, line in enumerate(definition.lines)}
+
+
+def _parts(name: str, text: str) -> list[str]:
+    return re.findall(r"\s+|\w+|[^\w\s]+", text) if name in ("s", "c") else [text] if text else []
+
+
+def _class_of(kind: object) -> str:
+    from pygments.token import Comment, Keyword, Name, Number, Operator, String
+
+    families = {
+        "k": (Keyword, Operator.Word),
+        "s": (String,),
+        "c": (Comment,),
+        "m": (Number,),
+        "f": (Name.Function, Name.Class, Name.Decorator),
+        "b": (Name.Builtin,),
+    }
+    return next(
+        (name for name, kinds in families.items() if any(kind in family for family in kinds)), ""
+    )
+
+
+def differing(one: Sequence[Token], other: Sequence[Token]) -> tuple[set[int], set[int]]:
+    """Of two lines that are alike, the places of the tokens that are not."""
+    ours, theirs = ([text for _, text in tokens] for tokens in (one, other))
+    blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    same = {block.a + k for block in blocks for k in range(block.size)}
+    same_there = {block.b + k for block in blocks for k in range(block.size)}
+    return set(range(len(ours))) - same, set(range(len(theirs))) - same_there
+
+
+def markup(tokens: Sequence[Token], marked: Collection[int] = ()) -> Markup:
+    """One line of code as HTML; what stands at the `marked` places is underlined."""
+    places = [
+        (name, "x" if place in marked and text.strip() else "")
+        for place, (name, text) in enumerate(tokens)
+    ]
+    parts = []
+    for (name, mark), run in itertools.groupby(
+        zip(places, tokens, strict=True), key=lambda pair: pair[0]
+    ):
+        classes = " ".join(filter(None, [name and f"t-{name}", mark]))
+        text = "".join(token[1] for _, token in run)
+        parts.append(
+            Markup('<span class="{}">{}</span>').format(classes, text) if classes else escape(text)
+        )
+    return Markup("").join(parts)
+
+
+def stylesheet() -> Markup:
+    """The colours of `markup`, for light and dark."""
+    light, dark = (
+        " ".join(
+            f".code .t-{name} {{ color: {colours[theme]}; }}" for name, colours in HIGHLIGHT.items()
+        )
+        for theme in (0, 1)
+    )
+    return Markup(f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}")

@@ -1,0 +1,36 @@
+"""Twins: the same run with its weights and images moved by at most one unit in the last place
+(ulp)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lockstep.common.model.initial_weights import generator_for
+from lockstep.common.protocol import Arrays
+
+TWINS_STREAM, TWIN_IMAGES_STREAM = (
+    2,
+    3,
+)  # keep these random numbers apart from the others of the same seed
+
+
+def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
+    """`weights`, each moved by one ulp up, one ulp down, or not at all, at random; `twin` is 1, 2,
+    ..."""
+    return {
+        name: moved(array, generator_for(seed, TWINS_STREAM, name, twin))
+        for name, array in weights.items()
+    }
+
+
+def moved(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay."""
+    bits = array.view(f"i{array.itemsize}")  # the next integer is the next float of the same sign
+    with np.errstate(invalid="ignore"):  # NaN
+        direction = generator.integers(-1, 2, array.shape, np.int8) * (array != 0)
+    return (bits + direction).view(array.dtype)
+
+
+def twin_images(seed: int, twin: int) -> np.random.Generator:
+    """What a twin's images are `moved` by, batch after batch."""
+    return np.random.default_rng([seed, TWIN_IMAGES_STREAM, twin])

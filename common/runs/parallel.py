@@ -1,0 +1,367 @@
+"""Both backends at once: Flax trains in a process of its own, and each has half of the cores.
+
+That process starts with the command, and imports JAX while the data are read; in the end it draws
+the pictures, while this one draws the page. The quick recipe took 25.3 s with a process for
+training only, and takes 23.5 (means of five).
+
+What goes through the pipe is to hold plain values: one string of a class of PyTorch's had the other
+process import PyTorch, for 1.3 s. Reading CIFAR-10 while PyTorch is imported gained nothing: 3.3 s
+for the two either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+
+from lockstep.common.config import BACKENDS, Config
+from lockstep.common.errors import BackendError, LockstepError
+from lockstep.common.protocol import Backend, Dropout
+from lockstep.common.runs import checkpoint
+from lockstep.common.runs.record import Record
+from lockstep.common.runs.trainer import Interrupted, Trainer, how_to_go_on, runs_and_twins
+from lockstep.common.system import environment, interrupt
+
+# Training images from which on it pays: the other process takes some seconds to be there. Seconds
+# for the whole command on two cores, one after the other and at once: the quick recipe, 16,000
+# images, 48 and 32 (means of three runs, in turns); the tutorial's in float64 132 and 88 (1.6 and
+# 2.1 GB); 260 float32 steps of ResNet-20 with one twin a side 190 and 164, of ViT 122 and 101. With
+# threads in one process, each would wait for the other one's Python.
+LEAST_IMAGES = 8_000
+PATIENCE = 30.0  # seconds that the other process has to keep a checkpoint, before it is ended
+# Not by `multiprocessing`, which would run the caller's own script again, and waits for ever where
+# the process dies while it starts.
+PROGRAM = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv[1]); from lockstep.common.runs.parallel import serve; serve()"
+NAME = BACKENDS[-1]  # whom the other process trains
+Members = Mapping[str, Sequence[int | None]]  # by lens: the run itself (None) and its twins
+Build = Callable[[str, str], Backend]  # by name and dtype
+Tell = Callable[[str, Any], None]  # tells the process that waits: of what kind, and what
+
+
+class View(NamedTuple):
+    """What has to be known of a backend before it trains; by canonical name, as
+    `lockstep.common.protocol.Backend` has it."""
+
+    device: str
+    shapes: dict[str, tuple[int, ...]]
+    own_names: dict[str, str]
+    dropouts: dict[str, Dropout]
+
+
+def view(build: Build, name: str) -> View:
+    backend = build(name, "float32")
+    return View(backend.device, backend.shapes(), backend.own_names(), backend.dropouts())
+
+
+class Other:
+    """Another process: it gets ready while this one reads the data, and does what it is told to
+    until the context ends.
+
+    What cannot be done there is to be done here, so that nothing depends on it: there may be no
+    such process.
+
+    Args:
+        load: called there at once with the name of the backend that it is to train.
+    """
+
+    def __init__(self, wanted: bool, load: Callable[[str], object]) -> None:
+        self.wanted, self.load = wanted, load
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        if self.wanted:
+            command = [sys.executable, "-c", PROGRAM, repr(sys.path)]
+            with contextlib.suppress(OSError):  # the system has no room for it
+                # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped
+                # by this process.
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                )
+        self.tell("prepare", self.load)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """At once."""
+        if self.process is not None:
+            self.process.kill()
+            with contextlib.suppress(BrokenPipeError):  # what it was still to be told
+                self.process.communicate()
+            self.process = None
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        """Have it do what the method of `Work` does."""
+        if self.process is not None:
+            pipe: Any = self.process.stdin
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or is being ended
+                pickle.dump(
+                    (what, arguments), pipe, pickle.HIGHEST_PROTOCOL
+                )  # without a copy of the images
+                pipe.flush()
+
+    def view(self, build: Build, name: str) -> Callable[[], View]:
+        """Waits for what the function gives, which this begins."""
+        self.tell("look", build, name)
+        return lambda: self.told()[1] or view(build, name)
+
+    def told(self) -> tuple[str, Any]:
+        """What it tells: of what kind, and what. "ended", None where it has."""
+        process: Any = self.process  # which another thread may end
+        if process is None:
+            return "ended", None
+        try:
+            return pickle.load(process.stdout)
+        except (
+            EOFError,
+            OSError,
+            ValueError,
+            pickle.UnpicklingError,
+        ):  # it has ended, or is being ended
+            process.wait()
+            return "ended", None
+
+
+class Beside:
+    """Trains `name` through all lenses in another process, within the context, and every other
+    backend in this one.
+
+    Args:
+        name: None: every backend is trained in this process, and the other one is ended.
+        members: of each lens.
+    """
+
+    def __init__(self, trainer: Trainer, other: Other, name: str | None, members: Members) -> None:
+        self.trainer, self.other, self.members = trainer, other, members
+        self.name = name if other.process is not None else None
+        self._changed = threading.Condition()
+        self._finished: list[str] = []  # lenses
+        self._failure: LockstepError | Interrupted | None = None
+        self._over = False
+        self._stopped = False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.name is None:
+            self.other.end()
+            return self
+        environment.sharing = 2
+        try:
+            interrupt.pass_on(self._stop)
+            self._listener.start()
+        except BaseException as error:
+            self.__exit__(error)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.name is None:
+            return
+        if any(error):
+            self._stop()
+        try:
+            if self._listener.is_alive():
+                self._listener.join(PATIENCE)
+        finally:
+            if any(error) or self._listener.is_alive():
+                self.other.end()
+            if self._listener.is_alive():
+                self._listener.join()  # what it has finished is known then
+            interrupt.pass_on(None)
+            environment.sharing = 1
+        checkpoint.remove_folder(self.trainer.folder)
+
+    def _stop(self) -> None:
+        """Have it keep a checkpoint and end. Once: told again it ends at once."""
+        if not self._stopped and self.other.process is not None:
+            self._stopped = True
+            self.other.process.terminate()
+
+    def train(self, name: str, dtype: str) -> list[Record]:
+        """The records of one backend through one lens, as `Trainer.train`'s.
+
+        Raises:
+            KeyboardInterrupt: where it was stopped.
+            LockstepError: what went wrong in the other process.
+        """
+        if name != self.name:
+            return self.trainer.train(name, dtype, self.members[dtype])
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: dtype in self._finished or self._over)
+        except KeyboardInterrupt:
+            raise Interrupted(f"{name} {dtype} was interrupted") from None
+        if dtype not in self._finished:
+            if self._failure is None and interrupt.requested():
+                raise Interrupted(f"{name} {dtype} was interrupted")
+            raise self._failure or self._ended()
+        return self.trainer.written(name, dtype, self.members[dtype])
+
+    def finished(self, dtype: str) -> dict[str, list[Record]]:
+        """What the other process has trained through one lens; empty if it did not finish that."""
+        if self.name is None or dtype not in self._finished:
+            return {}
+        return {self.name: self.trainer.written(self.name, dtype, self.members[dtype])}
+
+    def _ended(self) -> BackendError:
+        code = self.other.process.returncode if self.other.process is not None else None
+        how = (
+            f"was ended by signal {-code}"
+            if code is not None and code < 0
+            else f"ended with status {code}"
+        )
+        remedy = f"free some memory, then {how_to_go_on(self.trainer.folder)}"
+        return BackendError(f"{self.name} cannot train here (its process {how}): {remedy}")
+
+    def _listen(self) -> None:
+        """Say what there is to train, and listen until all of it is."""
+        self.other.tell(
+            "train", dataclasses.replace(self.trainer, terminal=None), self.name, self.members
+        )
+        kind = ""
+        while kind not in ("trained", "failed", "ended"):
+            kind, told = self.other.told()
+            if kind == "line":
+                with contextlib.suppress(Exception):  # such as a full disk below it
+                    self.trainer.terminal.line(told)
+            elif kind == "failed":
+                self._failure = told
+            with self._changed:
+                self._finished += [told] if kind == "finished" else []
+                self._over = kind in ("trained", "failed", "ended")
+                self._changed.notify_all()
+
+
+def likely(config: Config, names: Sequence[str], device: str) -> bool:
+    """Whether `choose` may well say so of this configuration, which need not be resolved; `device`
+    may be "auto"."""
+    short = config.steps is not None and config.steps * config.batch_size < LEAST_IMAGES
+    return (
+        len(names) == len(BACKENDS) and device != "cuda" and environment.cores() >= 2 and not short
+    )
+
+
+def choose(trainer: Trainer, names: Sequence[str], device: str, there: Iterable[str]) -> str | None:
+    """The backend to train beside the other one; None where it does not pay, or there are not two
+    to train.
+
+    Args:
+        there: backends whose records need not be trained.
+    """
+    config = trainer.config
+    pays = config.total_steps * config.batch_size >= LEAST_IMAGES and environment.cores() >= 2
+    both = len({*names} - {*there}) == len(BACKENDS)
+    return NAME if pays and both and device == "cpu" else None
+
+
+class _Remote:
+    """A terminal elsewhere."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+
+    def line(self, text: str) -> None:
+        self._tell("line", text)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+        del title, total  # there is one bar, that of the process that started this one
+        yield lambda steps, loss: None
+
+
+def serve() -> None:
+    """The other process: do what standard input says, and tell standard output."""
+    environment.collect_seldom()
+    environment.sharing = 2
+    # Patient all the time: in the middle of an import, KeyboardInterrupt may end up where it is
+    # printed and forgotten.
+    with interrupt.listening(aloud=False), interrupt.patient(), os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # for what else may be printed
+        work, orders = Work(functools.partial(_tell, out)), queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+        try:
+            while True:
+                what, arguments = orders.get()
+                getattr(work, what)(*arguments)
+        except KeyboardInterrupt:
+            sys.stderr.flush()
+            os._exit(interrupt.status())  # at once: nothing is left to be done
+
+
+def _tell(out: BinaryIO, kind: str, what: Any) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more: this process ends, too
+        pickle.dump((kind, what), out)
+        out.flush()
+
+
+def _listen(orders: queue.SimpleQueue[Any]) -> None:
+    """Until who started this process has gone: the folder may be another run's from then on."""
+    try:
+        with open(0, "rb", closefd=False) as given:
+            while True:
+                orders.put(pickle.load(given))
+    finally:
+        os._exit(1)
+
+
+class Work:
+    """What the other process can be told to do; it answers by `tell`."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
+
+    def prepare(self, load: Callable[[str], object]) -> None:
+        with contextlib.suppress(Exception):  # whatever it is, it comes again
+            load(NAME)
+
+    def look(self, build: Build, name: str) -> None:
+        seen = None
+        with contextlib.suppress(
+            Exception
+        ):  # who asked then looks by itself, and says what is wrong
+            seen = view(build, name)
+        self.tell("seen", seen)
+
+    def train(self, trainer: Trainer, name: str, members: Members) -> None:
+        self.trainer, self.members = (
+            dataclasses.replace(trainer, terminal=_Remote(self.tell)),
+            members,
+        )
+        try:
+            for dtype in members:
+                self.trainer.train(name, dtype, members[dtype])
+                self.tell("finished", dtype)
+            self.tell("trained", None)
+        except (LockstepError, Interrupted) as error:
+            self.tell("failed", error)
+        importlib.import_module(
+            "matplotlib.figure"
+        )  # half a second, in which the other backend may be training
+
+    def draw(self, report: dict[str, Any], sample: np.ndarray) -> None:
+        """The pictures of what was trained."""
+        from lockstep.common.report import write_pictures
+
+        try:
+            found = {
+                dtype: {name: self.trainer.written(name, dtype, members) for name in BACKENDS}
+                for dtype, members in self.members.items()
+            }
+            runs, twins = runs_and_twins(found)
+            write_pictures(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)
+            self.tell("drawn", None)
+        except Exception:  # who asked then draws by itself, and says what is wrong
+            self.tell("not drawn", None)

@@ -1,0 +1,462 @@
+"""The one training loop: the same batches, in the same order, for whichever backend it is given."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from lockstep.common import data
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset, augment
+from lockstep.common.dtypes import compute_dtype, numpy_dtype
+from lockstep.common.errors import RecordError
+from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.model.perturb import moved, twin_images, twin_weights
+from lockstep.common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
+from lockstep.common.runs.checkpoint import REMEDY, Checkpoint, Keeper, check, is_finite
+from lockstep.common.runs.record import OPENING_STEPS, Record, stretches
+from lockstep.common.system import environment
+
+OPENING_IMAGES = 8  # of a batch, whose activations are recorded
+EVALUATED = (
+    1000  # test images at a time: in float64 25 MB, in place of 245 of CIFAR-10, and 0.4 s less
+)
+SNAPSHOT_SECONDS = (
+    1.0  # at most so much work is lost where training is interrupted in the middle of a call
+)
+CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
+CHUNK_BYTES = 8 * 2**20  # ... whose images take at most so much memory
+
+
+class Observer(Protocol):
+    """Who is told how a run is going on."""
+
+    def line(self, text: str) -> None: ...
+
+    def advance(self, steps: int, loss: float) -> None: ...
+
+
+def train(
+    backend: Backend,
+    config: Config,
+    dataset: Dataset,
+    dtype: str,
+    observer: Observer,
+    twin: int | None = None,
+    log_every: int = 2000,
+    *,
+    weights: Arrays | None = None,
+    start: Checkpoint | None = None,
+    keeper: Keeper | None = None,
+) -> Record:
+    """Train once and evaluate on the test images.
+
+    A loss that is not finite ends the training: the record then has the last good state, evaluated,
+    and NaN for the steps that were not taken.
+
+    Args:
+        config: the run, resolved for this data set.
+        twin: None for the run itself; 1, 2, ... for runs whose weights and images are moved by at
+            most one ulp.
+        log_every: steps between two log lines, counted within an epoch as the tutorial does; 0:
+            none.
+        weights: canonical, of any floating-point dtype; None: drawn from the seed.
+        start: what to go on from; None: the first step.
+        keeper: keeps checkpoints, between two calls of `train_steps`; where it stops the run, or
+            the run is interrupted, also one of the last state known.
+
+    Raises:
+        KeyboardInterrupt: if `keeper` stops the run.
+        RecordError: if `start` is of another run, or a checkpoint cannot be written.
+    """
+    if start is None:
+        start = _begin(backend, config, dataset, dtype, twin, weights)
+    else:
+        source = environment.source(start.backend)
+        check(start, config.to_json(), describe(config, dataset), backend.shapes(), source)
+    run = _Run(
+        backend,
+        config,
+        dataset,
+        dtype,
+        start,
+        _Log(config, len(dataset.train_images), log_every, observer),
+    )
+    try:
+        run.train(keeper)
+        evaluation = evaluate(backend, run.state, dataset, dtype)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # A terminal's Ctrl-C reaches a compiler's own processes, too: their end is no error then.
+        if not isinstance(error, KeyboardInterrupt) and not (
+            keeper is not None and keeper.stopping()
+        ):
+            raise
+        if keeper is not None and is_finite(run.latest.snapshot):
+            keeper.keep(run.latest)
+        raise KeyboardInterrupt from error
+    if run.broken is not None and keeper is not None:
+        keeper.keep(run.latest)
+    last, series = run.latest, run.series()
+    unknown = np.full(config.total_steps - len(series.loss), np.nan)
+    return Record(
+        backend=backend.name,
+        dtype=dtype,
+        twin=twin,
+        config=last.config,
+        data=last.data,
+        environment=backend.describe(),
+        source=last.source,
+        loss=np.concatenate([series.loss, unknown]),
+        gradient_norm=np.concatenate([series.gradient_norm, unknown]),
+        lr=np.concatenate([series.lr, unknown]),
+        predictions=np.asarray(evaluation.predictions, np.int64),
+        test_loss=float(evaluation.loss),
+        seconds=last.seconds,
+        steps_per_second=run.steps_per_second(),
+        weights=last.weights,
+        opening=last.opening,
+        layers=last.layers,
+        along=last.along,
+        final=last.snapshot.tensors,
+        legs=last.legs,
+        broken=run.broken,
+    )
+
+
+def _begin(
+    backend: Backend,
+    config: Config,
+    dataset: Dataset,
+    dtype: str,
+    twin: int | None,
+    weights: Arrays | None,
+) -> Checkpoint:
+    """The run before its first step."""
+    if weights is None:
+        weights = initial_weights(backend.shapes(), config.seed, dtype)
+    weights = {name: array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
+    if twin is not None:
+        weights = twin_weights(weights, config.seed, twin)
+    snapshot = backend.export(backend.init(Snapshot.start(weights)))
+    none = np.zeros(0)
+    return Checkpoint(
+        backend=backend.name,
+        dtype=dtype,
+        twin=twin,
+        config=config.to_json(),
+        data=describe(config, dataset),
+        source=environment.source(backend.name),
+        legs=[],
+        layers=[],
+        rounding=None if twin is None else dict(twin_images(config.seed, twin).bit_generator.state),
+        seconds=0.0,
+        loss=none,
+        gradient_norm=none,
+        lr=none,
+        weights=snapshot.tensors,
+        opening={},
+        along={},
+        snapshot=snapshot,
+    )
+
+
+class _Run:
+    """Training from one checkpoint to the next, and to the end."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: Config,
+        dataset: Dataset,
+        dtype: str,
+        start: Checkpoint,
+        log: _Log,
+    ) -> None:
+        self.backend, self.config, self.dataset, self.dtype, self.log = (
+            backend,
+            config,
+            dataset,
+            dtype,
+            log,
+        )
+        self.start = self.latest = start
+        self.history = [Metrics(start.loss, start.gradient_norm, start.lr)]
+        self.broken: int | None = None  # the step whose loss was not finite
+        self._restore(start)
+        self.uploaded: Any = None
+        if self.rounding is None and config.augment is None:
+            self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
+        self.log.resume(start.loss)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.state: Any = self.backend.init(checkpoint.snapshot)
+        self.step = checkpoint.step
+        self.opening, self.along = dict(checkpoint.opening), dict(checkpoint.along)
+        self.rounding: np.random.Generator | None = None
+        if checkpoint.twin is not None and checkpoint.rounding is not None:
+            self.rounding = twin_images(self.config.seed, checkpoint.twin)
+            self.rounding.bit_generator.state = checkpoint.rounding
+
+    def train(self, keeper: Keeper | None) -> None:
+        """Up to the last step, to a loss that is not finite, or until `keeper` stops it."""
+        edges = [
+            stop
+            for _, stop in stretches(self.config.total_steps)
+            if stop > max(OPENING_STEPS, self.step)
+        ]
+        self.began = taken = time.perf_counter()
+        self.first_chunk: tuple[int, float] | None = None  # steps done after it, and when
+        for indices in self._chunks(self.step):
+            before = self.step
+            metrics = self._steps(indices)
+            finite = np.isfinite(metrics.loss)
+            if not finite.all():
+                self._break_off(before, int(np.argmin(finite)), metrics)
+                return
+            self.history.append(metrics)
+            if edges and edges[0] <= self.step < self.config.total_steps:
+                self.along |= _named(self.step, self.backend.export(self.state).tensors)
+                edges = [edge for edge in edges if edge > self.step]
+            self.log.add(metrics.loss)
+            now = time.perf_counter()
+            if self.first_chunk is None and len(indices) > 1:
+                self.first_chunk = self.step, now
+            stopping = keeper is not None and keeper.stopping()
+            due = keeper is not None and keeper.due(before, self.step)
+            last = self.step == self.config.total_steps
+            if stopping or due or last or now - taken > SNAPSHOT_SECONDS:
+                checkpoint, taken = self._checkpoint(), time.perf_counter()
+                if last or is_finite(checkpoint.snapshot):  # else the next loss ends the run
+                    self.latest = checkpoint
+            if stopping:
+                raise KeyboardInterrupt
+            if due and not last and keeper is not None:
+                keeper.keep(self.latest)
+
+    def _chunks(self, start: int) -> Iterator[np.ndarray]:
+        """`chunks`, from step `start` on: each as in a run that was never stopped, so that the same
+        programs run."""
+        step = 0
+        for indices in chunks(
+            self.config,
+            len(self.dataset.train_images),
+            bytes_per_image=3072 * compute_dtype(self.dtype).itemsize,
+        ):
+            if step >= start:
+                yield indices
+            step += len(indices)
+            if step > start > step - len(indices):
+                raise RecordError(
+                    f"the checkpoint after step {start} lies between two calls of train_steps: {REMEDY}"
+                )
+
+    def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
+        if self.uploaded is not None:
+            return self.backend.gather(self.uploaded, indices)
+        images = augment.batches(
+            self.config, self.dataset.train_images, indices, self.step, compute_dtype(self.dtype)
+        )
+        if self.rounding is not None:
+            images = moved(images, self.rounding)
+        return images, self.dataset.train_labels[indices]
+
+    def _steps(self, indices: np.ndarray) -> Metrics:
+        """One call of `train_steps`; the first steps are recorded tensor by tensor."""
+        images, labels = self._batches(indices)
+        opens = self.step < OPENING_STEPS
+        if opens:
+            self.opening |= _named(
+                self.step, _cut(self.backend.probe(self.state, images[0], labels[0]))
+            )
+        self.state, metrics = self.backend.train_steps(self.state, images, labels)
+        if opens:
+            self.opening |= _named(self.step, updated(self.backend.export(self.state)))
+        self.step += len(indices)
+        return metrics
+
+    def series(self) -> Metrics:
+        """Of all steps so far."""
+        self.history = [Metrics(*map(np.concatenate, zip(*self.history, strict=True)))]
+        return self.history[0]
+
+    def _checkpoint(self) -> Checkpoint:
+        legs = list(self.start.legs)
+        if self.step > self.start.step:
+            if legs and legs[-1]["backend"] == self.backend.name:
+                legs.pop()
+            legs.append({"backend": self.backend.name, "stop": self.step})
+        series = self.series()
+        return replace(
+            self.start,
+            legs=legs,
+            layers=self.start.layers or layers_of(self.opening),
+            rounding=None if self.rounding is None else dict(self.rounding.bit_generator.state),
+            seconds=self.start.seconds + time.perf_counter() - self.began,
+            loss=series.loss[: self.step],
+            gradient_norm=series.gradient_norm[: self.step],
+            lr=series.lr[: self.step],
+            opening=dict(self.opening),
+            along=dict(self.along),
+            snapshot=self.backend.export(self.state),
+        )
+
+    def _break_off(self, before: int, number: int, metrics: Metrics) -> None:
+        """Go back to the state before the step whose loss is not finite, or, if that is not finite,
+        to an earlier one.
+
+        Args:
+            before: steps done before the call of `train_steps`.
+            number: of the step within it.
+        """
+        self.history.append(Metrics(*(series[: number + 1] for series in metrics)))
+        self.broken = before + number
+        opening, along = self.opening, self.along
+        for stop in (self.broken, self.broken - 1):
+            self._take_again(max(stop, self.latest.step))
+            checkpoint = self._checkpoint()
+            if is_finite(checkpoint.snapshot):
+                break
+        along = {
+            key: array for key, array in along.items() if int(key.partition("/")[0]) <= self.step
+        }
+        self.latest = replace(checkpoint, opening=opening, along=along)
+
+    def _take_again(self, stop: int) -> None:
+        """Go back to the last state that was kept in memory, and on from there to the one before
+        step `stop`."""
+        self._restore(self.latest)
+        for indices in self._chunks(self.step):
+            if self.step + len(indices) <= stop:
+                self._steps(indices)
+                continue
+            images, labels = self._batches(indices)
+            for number in range(stop - self.step):
+                self.state, _ = self.backend.train_step(self.state, images[number], labels[number])
+            self.step = stop
+            return
+
+    def steps_per_second(self) -> float:
+        """After the first chunk, which compiles; of all steps where there is no other."""
+        seconds = self.latest.seconds - self.start.seconds
+        steps, end = self.first_chunk or (self.step, 0.0)
+        if steps < self.step:
+            return (self.step - steps) / (self.began + seconds - end)
+        return (self.step - self.start.step) / seconds if seconds else math.nan
+
+
+def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
+    """The test images as `state` sees them."""
+    predictions, total, count = [], 0.0, len(dataset.test_images)
+    for start in range(0, count, EVALUATED):
+        part = slice(start, start + EVALUATED)
+        images = data.normalise(dataset.test_images[part], compute_dtype(dtype))
+        found = backend.evaluate(state, images, dataset.test_labels[part])
+        predictions.append(found.predictions)
+        total += found.loss * len(images)
+    return Evaluation(np.concatenate(predictions), total / count)
+
+
+def describe(config: Config, dataset: Dataset) -> dict:
+    """What a record says of its data; two records are comparable only if this is equal."""
+    return {
+        "name": dataset.name,
+        "digest": dataset.digest,
+        "order": data.order_digest(config, len(dataset.train_images)),
+        "sizes": {"train": len(dataset.train_images), "test": len(dataset.test_images)},
+        "classes": list(dataset.classes),
+    }
+
+
+def chunks(config: Config, images: int, bytes_per_image: int) -> Iterator[np.ndarray]:
+    """The batches of the run, several to a chunk: int64 (steps, batch size) image numbers.
+
+    Each length of a chunk is compiled anew, so there are two only: one, for the opening and for
+    what is left over, and the longest that the limits allow. No chunk crosses a smaller batch,
+    which ends an epoch.
+    """
+    limit = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (config.batch_size * bytes_per_image)))
+    alike = config.total_steps - OPENING_STEPS  # batches of one size in a row
+    if images % config.batch_size and not config.drop_last:
+        alike = min(alike, images // config.batch_size)
+    pieces = -(-alike // limit)
+    length = max(1, alike // max(1, pieces))
+    pending: list[np.ndarray] = []
+    for step, indices in enumerate(data.batch_indices(config, images)):
+        if pending and len(pending[0]) != len(indices):
+            yield from _singles(pending)
+            pending = []
+        pending.append(indices)
+        if step < OPENING_STEPS or len(pending) == length:
+            yield np.stack(pending)
+            pending = []
+    yield from _singles(pending)
+
+
+def _singles(batches: list[np.ndarray]) -> Iterator[np.ndarray]:
+    for indices in batches:
+        yield indices[np.newaxis]
+
+
+def _named(step: int, arrays: Arrays) -> Arrays:
+    return {f"{step}/{name}": array for name, array in arrays.items()}
+
+
+def layers_of(opening: Arrays) -> list[str]:
+    """The tensors of the forward pass, in the order in which they are computed."""
+    return [key.split("/", 2)[2] for key in opening if key.startswith("0/forward/")]
+
+
+def _cut(arrays: Arrays) -> Arrays:
+    """Activations of a batch's first images only: what is wrong in a layer is wrong in all of
+    them."""
+    return {
+        name: a[:OPENING_IMAGES] if name.startswith("forward/") else a for name, a in arrays.items()
+    }
+
+
+def updated(snapshot: Snapshot) -> Arrays:
+    """The tensors of the update stage."""
+    tensors = {f"update/{name}": array for name, array in snapshot.tensors.items()}
+    return tensors | {
+        f"update/momentum of {name}": array for name, array in snapshot.momentum.items()
+    }
+
+
+class _Log:
+    """The tutorial's line, `[epoch, step] loss: x.xxx`: the mean loss since the last one, or the
+    epoch's start."""
+
+    def __init__(self, config: Config, images: int, every: int, observer: Observer) -> None:
+        self.batches, self.every, self.observer = config.batches_per_epoch(images), every, observer
+        self.done, self.running, self.counted = 0, 0.0, 0
+
+    def add(self, losses: np.ndarray) -> None:
+        for line in self._lines(losses):
+            self.observer.line(line)
+        self.observer.advance(len(losses), float(losses[-1]))
+
+    def resume(self, losses: np.ndarray) -> None:
+        """After the steps that were taken before: the lines of theirs were said then."""
+        for _ in self._lines(losses):
+            pass
+        if len(losses):
+            self.observer.advance(len(losses), float(losses[-1]))
+
+    def _lines(self, losses: np.ndarray) -> Iterator[str]:
+        for loss in losses:
+            epoch, step = divmod(self.done, self.batches)
+            if step == 0:
+                self.running, self.counted = 0.0, 0
+            self.done, self.running, self.counted = (
+                self.done + 1,
+                self.running + float(loss),
+                self.counted + 1,
+            )
+            if self.every and (step + 1) % self.every == 0:
+                yield f"[{epoch + 1}, {step + 1:5d}] loss: {self.running / self.counted:.3f}"
+                self.running, self.counted = 0.0, 0

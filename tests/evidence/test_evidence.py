@@ -1,0 +1,373 @@
+"""False alarms and sensitivity: tiny measurements come out as they must, and the statistics are
+right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from scipy.stats import binom, binomtest
+
+from lockstep.backends import load
+from lockstep.common.config import MODELS, RECIPES, Config, Schedule
+from lockstep.common.data import Dataset
+from lockstep.common.evidence import baselines, false_alarms, family, judge, sensitivity
+from lockstep.common.evidence.false_alarms import (
+    CALIBRATION_SEEDS,
+    CELLS,
+    LOOKED_AT_SEEDS,
+    MEASUREMENT_SEEDS,
+    Cell,
+    clopper_pearson,
+)
+from lockstep.common.evidence.plots import draw_sensitivity
+from lockstep.common.protocol import Backend
+from lockstep.common.testing import same_run
+from lockstep.common.verdict import compare as parity
+
+WIDTH = 80
+TINY = Cell(
+    "digits", Config(batch_size=16, momentum=0.9, lr=0.01, steps=3)
+)  # of three steps each is a chunk of its own: one program
+
+
+def width(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> int:
+    """Of a table with a frame and one space on each side of a cell."""
+    widest = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+    return sum(widest) + 3 * len(columns) + 1
+
+
+@pytest.mark.parametrize("made", [1.0, 0.5, 0.0])
+def test_mixed_precision_sees_updates_that_bfloat16_could_not_hold(
+    made: float, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(batch_size=16, lr=1e-4, momentum=0.9, steps=3).resolve(len(digits.train_images))
+    apply = optax.apply_updates
+
+    def scaled(parameters: Any, updates: Any) -> Any:
+        return apply(parameters, jax.tree.map(lambda update: update * made, updates))
+
+    monkeypatch.setattr(optax, "apply_updates", scaled)
+    torch_side, flax_side = (
+        load(name)(config, 10, "mixed_bfloat16", "cpu") for name in ("torch", "flax")
+    )
+    found = same_run(torch_side, flax_side, digits, config, "mixed_bfloat16")
+    if made == 1:
+        assert found, found
+    else:
+        first = found.lens["first_divergence"]
+        assert (first["step"], first["stage"]) == (0, "update")
+
+
+# --- The cells and the seeds
+
+
+def test_the_cells_are_twenty_and_as_wide_as_they_claim() -> None:
+    configs = [cell.config for cell in CELLS]
+    assert len(CELLS) == len(set(CELLS)) == 20
+    assert {cell.data for cell in CELLS} == {"digits", "cifar10"}
+    assert (min(c.batch_size for c in configs), max(c.batch_size for c in configs)) == (4, 128)
+    assert (min(c.momentum for c in configs), max(c.momentum for c in configs)) == (0.0, 0.95)
+    assert {c.schedule.kind for c in configs} == {"constant", "cosine", "step", "exponential"}
+    assert all(
+        any(getattr(c, name) for c in configs) for name in ("weight_decay", "nesterov", "dampening")
+    )
+    assert all(cell.config.resolve(1437).total_steps == cell.config.steps for cell in CELLS)
+
+
+def test_each_other_network_has_cells_of_both_data_sets_with_what_its_recipe_has() -> None:
+    assert false_alarms.cells("net") == list(CELLS) and false_alarms.cells("none") == []
+    for model in set(MODELS) - {"net"}:
+        cells, recipe = false_alarms.cells(model), RECIPES[model].config
+        assert [cell.data for cell in cells] == ["digits", "cifar10"]
+        last = cells[1].config
+        for name in ("momentum", "weight_decay", "augment", "label_smoothing", "clip_norm"):
+            assert getattr(last, name) == getattr(recipe, name)
+        assert last.schedule.kind == recipe.schedule.kind
+
+
+def test_no_seed_is_used_both_to_set_levels_and_to_measure() -> None:
+    assert (CALIBRATION_SEEDS[0], MEASUREMENT_SEEDS[0]) == (5000, 13000)
+    assert not {*CALIBRATION_SEEDS, *LOOKED_AT_SEEDS} & set(MEASUREMENT_SEEDS)
+
+
+# --- The false-alarm rate
+
+
+@pytest.fixture(scope="module")
+def measured(
+    digits: Dataset, build: Callable
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Two clean pairs, and what was built for them."""
+    built = []
+
+    def counted(name: str, config: Config, dtype: str) -> Backend:
+        built.append((name, dtype))
+        return build(name, config, dtype)
+
+    return list(
+        false_alarms.measure(
+            TINY, (9000, 9001), {"digits": digits}, counted, ("float64", "float32"), 1
+        )
+    ), built
+
+
+def test_clean_pairs_are_measured_through_every_lens_and_each_backend_is_built_once(
+    measured: Any,
+) -> None:
+    rows, built = measured
+    assert sorted(built) == sorted(
+        (name, dtype) for name in ("torch", "flax") for dtype in ("float64", "float32")
+    )
+    assert [row["seed"] for row in rows] == [9000, 9001]
+    for row in rows:
+        assert row["cell"] is None, "it is none of the twenty"
+        assert list(row["lenses"]) == ["float64", "float32"]
+        for lens in row["lenses"].values():
+            assert (lens["verdict"], lens["first_divergence"]) == ("agree", None)
+            assert set(lens["alarms"]) <= {rule.name for rule in baselines.RULES}
+        assert [lens["twins"] for lens in row["lenses"].values()] == [0, 1]
+        assert row["lenses"]["float64"]["alarms"] == [], (
+            "two float64 runs of three steps differ for nobody"
+        )
+        assert row["lenses"]["float32"]["silent"] == [], "TorchDynamo's rule had its reference"
+
+
+def test_seeds_of_one_cell_are_different_pairs(measured: Any) -> None:
+    one, other = (row["lenses"]["float32"]["score"] for row in measured[0])
+    assert one is None or one != other
+
+
+def test_a_flax_side_with_a_wrong_rate_is_an_alarm_of_lockstep_and_of_others(
+    digits: Dataset, build: Callable
+) -> None:
+    def broken(name: str, config: Config, dtype: str) -> Backend:
+        return build(name, sensitivity.wrong(config, 0.5) if name == "flax" else config, dtype)
+
+    [row] = false_alarms.measure(TINY, [9000], {"digits": digits}, broken, ("float64",))
+    lens = row["lenses"]["float64"]
+    assert lens["verdict"] == "disagree"
+    assert lens["first_divergence"].startswith("update: step 0: ")
+    assert lens["twins"] == 0, "what shows in the first steps is no chaos"
+    assert {
+        "assert_close, losses",
+        "allclose, weights",
+        "reprod_log, losses",
+        "TorchDynamo RMSE",
+    } <= set(lens["alarms"])
+    # Equal weights; and three steps do not double a loss.
+    assert not {"transformers", "AlgoPerf, last step"} & {*lens["alarms"], *lens["silent"]}
+
+
+@pytest.mark.parametrize(("dtype", "first", "then"), [("float64", 0, [2, 6]), ("float32", 1, [6])])
+def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
+    digits: Dataset,
+    build: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    first: int,
+    then: list[int],
+) -> None:
+    config = dataclasses.replace(TINY.config, seed=1).resolve(len(digits.train_images))
+    backends = {name: build(name, config, dtype) for name in ("torch", "flax")}
+    families = {
+        name: family(backend, config, digits, dtype, first) for name, backend in backends.items()
+    }
+    asked = []
+
+    def late(lens: dict[str, Any]) -> int:
+        """As `twins_wanted` answers while a pair keeps parting late."""
+        parting = {"step": 2, "stage": "loss", "tensor": "loss"}
+        asked.append(twins_wanted(lens | {"first_divergence": parting}))
+        return asked[-1]
+
+    twins_wanted = parity.twins_wanted
+    assert judge(families, backends, config, digits)["verdict"] == "agree"
+    assert [len(members) for members in families.values()] == [1 + first, 1 + first]
+    monkeypatch.setattr(parity, "twins_wanted", late)
+    lens = judge(families, backends, config, digits)
+    assert lens["verdict"] == "agree" and asked == [*then, 0]
+    assert [[record.twin for record in members] for members in families.values()] == 2 * [
+        [None, *range(1, 7)]
+    ]
+
+
+def test_what_parts_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Callable) -> None:
+    right, wrong = (
+        dataclasses.replace(TINY.config, schedule=Schedule("step", period=period)).resolve(
+            len(digits.train_images)
+        )
+        for period in (2, 3)
+    )
+    backends = {"torch": build("torch", right, "float64"), "flax": build("flax", wrong, "float64")}
+    families = {
+        name: family(backend, right, digits, "float64", 2) for name, backend in backends.items()
+    }
+    lens = judge(families, backends, right, digits)
+    assert (lens["verdict"], lens["first_divergence"]["step"]) == ("disagree", 2)
+    assert [len(members) - 1 for members in families.values()] == [
+        parity.ENOUGH_TWINS,
+        parity.ENOUGH_TWINS,
+    ]
+
+
+def fake(lenses: dict[str, tuple[str, bool | None]]) -> dict[str, Any]:
+    """A row in which msprobe's rule says this, and no other says anything."""
+    silent = [rule.name for rule in baselines.RULES if rule.name != "msprobe"]
+    return {
+        "lenses": {
+            dtype: {
+                "verdict": verdict,
+                "alarms": ["msprobe"] if said else [],
+                "silent": silent + (["msprobe"] if said is None else []),
+            }
+            for dtype, (verdict, said) in lenses.items()
+        }
+    }
+
+
+def test_the_summary_counts_alarms_and_leaves_out_what_a_rule_says_nothing_of() -> None:
+    rows = [
+        fake({"float32": ("agree", True), "float64": ("agree", None)}),
+        fake({"float32": ("disagree", True), "float64": ("agree", None)}),
+        fake({"float32": ("agree", False), "float64": ("agree", None)}),
+    ]
+    found = {(line["lens"], line["rule"]): line for line in false_alarms.summary(rows)}
+    rules = ["Lockstep", *(rule.name for rule in baselines.RULES)]
+    assert list(found) == [(lens, rule) for lens in ("float64", "float32") for rule in rules]
+    found = {key: line for key, line in found.items() if line["pairs"] or key[1] == "msprobe"}
+    counts = {key: (line["alarms"], line["pairs"], line["rate"]) for key, line in found.items()}
+    assert counts == {
+        ("float64", "Lockstep"): (0, 3, 0.0),
+        ("float64", "msprobe"): (0, 0, None),
+        ("float32", "Lockstep"): (1, 3, 1 / 3),
+        ("float32", "msprobe"): (2, 3, 2 / 3),
+    }
+    assert found["float32", "msprobe"]["interval"] == list(clopper_pearson(2, 3))
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 200])
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_the_interval_is_scipys_exact_one(pairs: int, confidence: float) -> None:
+    for count in range(0, pairs + 1, max(1, pairs // 10)):
+        true = binomtest(count, pairs).proportion_ci(confidence, method="exact")
+        assert clopper_pearson(count, pairs, confidence) == pytest.approx(
+            (true.low, true.high), rel=1e-9
+        )
+
+
+def test_the_interval_covers_the_rate_as_often_as_it_says_and_no_pairs_say_nothing() -> None:
+    assert clopper_pearson(0, 0) == (0.0, 1.0)
+    intervals = [clopper_pearson(count, 40) for count in range(41)]
+    for rate in (0.01, 0.1, 0.5):
+        covered = [low <= rate <= high for low, high in intervals]
+        assert binom.pmf(range(41), 40, rate) @ covered >= 0.95
+
+
+def test_the_table_of_alarms_has_a_line_per_lens_and_rule_within_80_columns(measured: Any) -> None:
+    columns, lines = false_alarms.table([row for row in measured[0] for _ in range(300)])
+    assert len(lines) == 2 * (1 + len(baselines.RULES))
+    assert ("float64", "Lockstep", "600", "0", "0.0 %", "0.0 to 0.6 %") in lines
+    assert all(len(line) == len(columns) for line in lines)
+    assert width(columns, lines) <= WIDTH
+
+
+# --- Sensitivity
+
+
+@pytest.fixture(scope="module")
+def errors(digits: Dataset, build: Callable) -> list[dict[str, Any]]:
+    """An error that float64's losses see, and one below every bound."""
+    small = dataclasses.replace(
+        digits, test_images=digits.test_images[:50], test_labels=digits.test_labels[:50]
+    )
+    return [
+        *sensitivity.measure(small, build, 3, ("float64", "float32"), 1, [1e-6]),
+        *sensitivity.measure(small, build, 3, ("float64",), 1, [1e-14]),
+    ]
+
+
+def test_a_wrong_rate_is_seen_at_the_first_step_and_one_below_the_bound_is_not(
+    errors: list[dict[str, Any]],
+) -> None:
+    middle, small = (row["lenses"] for row in errors)
+    assert [row["error"] for row in errors] == [1e-6, 1e-14]
+    for lens in middle.values():  # float32, too: its learning rates are compared as closely
+        assert (lens["caught"], lens["step"], lens["stage"]) == (True, 0, "update")
+        assert lens["message"].startswith("update: step 0: ")
+    assert not small["float64"]["caught"]
+    nothing = {
+        name: small["float64"][name] for name in ("step", "stage", "tensor", "message", "loss_step")
+    }
+    assert nothing == dict.fromkeys(nothing)
+
+
+def test_the_loss_shows_an_error_of_the_rate_from_the_second_step_on(
+    errors: list[dict[str, Any]],
+) -> None:
+    assert [row["lenses"]["float64"]["loss_step"] for row in errors] == [1, None]
+    assert errors[0]["lenses"]["float32"]["loss_step"] is None, (
+        "a millionth is far below float32's drift"
+    )
+
+
+def test_the_losss_own_step_is_the_first_beyond_the_bound_of_its_stretch() -> None:
+    torch, flax = (
+        dataclasses.make_dataclass("Run", ["loss"])(np.array(loss))
+        for loss in ([0.0] * 6, [0, 1, 2, 3, 4, np.nan])
+    )
+    rows = [
+        ("lr", 0, 6, 0.0, False),
+        ("loss", 0, 2, 1.0, True),
+        ("loss", 2, 4, 2.5, False),
+        ("loss", 4, 6, 0.0, False),
+    ]
+    lens = {
+        "stretches": [
+            dict(zip(("quantity", "start", "stop", "bound", "agrees"), row, strict=True))
+            for row in rows
+        ]
+    }
+    assert sensitivity.loss_step(lens, torch, flax) == 3
+    lens["stretches"][2]["agrees"] = True
+    assert sensitivity.loss_step(lens, torch, flax) == 4
+    lens["stretches"][3]["bound"] = 9.0
+    assert sensitivity.loss_step(lens, torch, flax) == 5, "what is not finite is beyond any bound"
+    assert sensitivity.loss_step({"stretches": []}, torch, flax) is None
+
+
+def test_the_wrong_rate_is_wrong_by_the_error_and_nothing_else_is() -> None:
+    config = Config(steps=5, lr=0.01, schedule=Schedule("cosine")).resolve(100)
+    assert sensitivity.wrong(config, 1e-3).lr == 0.01 * 1.001
+    assert dataclasses.replace(sensitivity.wrong(config, 1e-3), lr=0.01) == config
+    assert (
+        len(sensitivity.ERRORS) == 14
+        and sensitivity.ERRORS[0] == 0.1
+        and sensitivity.ERRORS[-1] == 1e-14
+    )
+
+
+def test_the_table_of_errors_says_what_was_not_seen_within_80_columns(
+    errors: list[dict[str, Any]],
+) -> None:
+    columns, lines = sensitivity.table(errors)
+    assert ("1e-14", "float64", "-", "not seen", "-") in lines
+    assert len(lines) == 3 and all(len(line) == len(columns) for line in lines)
+    assert lines[0][:3] == ("1e-06", "float64", "0") and lines[0][3].startswith("update, ")
+    assert width(columns, lines) <= WIDTH
+
+
+def test_the_picture_is_a_png_and_the_same_bytes_each_time(
+    errors: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for name in ("a.png", "b.png"):
+        draw_sensitivity(errors, tmp_path / name)
+    content = (tmp_path / "a.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert content == (tmp_path / "b.png").read_bytes()

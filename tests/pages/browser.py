@@ -1,0 +1,139 @@
+"""What a browser finds wrong with a page: errors, requests, what is wider than the window, what
+some cannot read."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+WIDTHS = (390, 1440)  # pixels: a phone and a desktop
+HEIGHT = 900
+SCHEMES = ("light", "dark")
+LOCAL = ("file:", "data:", "blob:")
+SEVERE = ("serious", "critical")  # of what axe-core finds
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+REMEDY = "the pages are not opened: pip install -e '.[dev]', and install Chromium (playwright install chromium)"
+
+# Folded parts are unfolded, for they are read as well; then the first elements that reach beyond
+# the window.
+WIDER = """() => {
+    document.querySelectorAll("details").forEach(details => { details.open = true });
+    const width = document.documentElement.scrollWidth;
+    if (width <= innerWidth) return null;
+    const beyond = [...document.body.querySelectorAll("*")]
+        .filter(element => element.getBoundingClientRect().right > innerWidth + 0.5)
+        .map(element => element.outerHTML.slice(0, 80));
+    return `${width} > ${innerWidth}: ${beyond.slice(0, 3).join(" | ")}`;
+}"""
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong with a page."""
+
+    kind: str  # "error", "network", "width" or "access"
+    where: str  # the scheme, and the width of the window in pixels
+    what: str
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless Chromium; where there is none, or playwright or axe is missing, the test is
+    skipped."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {REMEDY}")
+    pytest.importorskip(
+        "axe_playwright_python.sync_playwright",
+        reason=f"axe-playwright-python is missing; {REMEDY}",
+    )
+    with sync_api.sync_playwright() as playwright:
+        found = executable(playwright.chromium.executable_path)
+        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def executable(own: str) -> str:
+    """The machine's Chromium, or else playwright's `own`; where neither is there, the test is
+    skipped."""
+    found = next(filter(None, map(shutil.which, NAMES)), own)
+    if not Path(found).exists():
+        pytest.skip(f"no Chromium is found; {REMEDY}")
+    return found
+
+
+def examine(browser: Any, path: Path) -> list[Fault]:
+    """Everything that is wrong with the page in `path`, in each colour scheme and at each width."""
+    return [fault for scheme in SCHEMES for fault in _examine(browser, path, scheme)]
+
+
+def _examine(browser: Any, path: Path, scheme: str) -> Iterator[Fault]:
+    seen: list[Fault] = []
+
+    def note(kind: str, what: str) -> None:
+        seen.append(Fault(kind, scheme, what))
+
+    with browser.new_context(
+        color_scheme=scheme, viewport={"width": WIDTHS[0], "height": HEIGHT}
+    ) as context:
+        context.route(lambda url: not url.startswith(LOCAL), lambda route: route.abort())
+        page = context.new_page()
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith(LOCAL) else note("network", request.url),
+        )
+        page.on(
+            "console",
+            lambda message: note("error", message.text) if message.type == "error" else None,
+        )
+        page.on("pageerror", lambda error: note("error", str(error)))
+        page.on(
+            "dialog", lambda dialog: (note("error", f"dialog: {dialog.message}"), dialog.dismiss())
+        )
+        page.goto(path.resolve().as_uri())
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": HEIGHT})
+            if wider := page.evaluate(WIDER):
+                yield Fault("width", f"{scheme}, {width}", wider)
+            for rules in _rules(scheme, width):
+                for finding in _inaccessible(page, rules):
+                    yield Fault("access", f"{scheme}, {width}", finding)
+    yield from seen
+
+
+def _rules(scheme: str, width: int) -> Iterator[dict[str, Any]]:
+    """Which of axe-core's rules are asked: contrast, which is slow, once in each scheme, all others
+    at each width."""
+    if SCHEMES.index(scheme) != WIDTHS.index(width):
+        yield {"runOnly": ["color-contrast"]}
+    if scheme == SCHEMES[0]:
+        yield {"rules": {"color-contrast": {"enabled": False}}}
+
+
+def _inaccessible(page: Any, rules: dict[str, Any]) -> Iterator[str]:
+    """What axe-core calls serious or critical: the rule, and the first elements that break it."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    for violation in (
+        Axe().run(page, options={"resultTypes": ["violations"], **rules}).response["violations"]
+    ):
+        if violation["impact"] in SEVERE:
+            nodes = [f"{node['html'][:100]} ({_reason(node)})" for node in violation["nodes"]]
+            yield f"{violation['id']}, {len(nodes)} times: {' | '.join(nodes[:3])}"
+
+
+def _reason(node: dict[str, Any]) -> str:
+    return "; ".join(check["message"] for check in (*node["any"], *node["all"], *node["none"]))

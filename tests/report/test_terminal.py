@@ -1,0 +1,260 @@
+"""The terminal: a run that was cut short, a standard output left to JSON, and tables that fit
+whatever they hold."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any
+
+import pytest
+
+from lockstep.common.report import Terminal, sentence
+from tests.report.test_report import HOSTILE, PLAIN, Tty, make, printed
+
+CUT = "flax float32 was interrupted at step 12 of 500"
+LONG = tuple(f"{k}-" + "abcdefghij" * 6 for k in range(10))
+COLUMNS = 80
+
+
+def large(*verdicts: str, classes: tuple[str, ...] = LONG) -> dict[str, Any]:
+    """A report whose every table holds the widest that a run can put there."""
+    report = make(*verdicts, classes=classes)
+    for lens in report["lenses"]:
+        row = {
+            "stage": "update",
+            "step": 37_499,
+            "tensor": "momentum of layer4.block2.conv1.kernel",
+            "bound": 1.2e-300,
+        }
+        lens["steps"] = 37_500
+        lens["ladder"] += [
+            row | {"gap": gap, "agrees": gap is not None} for gap in (2.5e-300, None)
+        ]
+        lens["ladder"].append(
+            row | {"stage": "evaluate", "tensor": f"accuracy of {classes[0]}", "gap": 0.1234} | GOOD
+        )
+        span = {
+            "start": 1_000_000,
+            "stop": 3_750_000,
+            "drift": 1.3e-300,
+            "bound": 2.4e-300,
+            "agrees": True,
+        }
+        lens["stretches"] += [
+            span | {"quantity": name, "gap": None} for name in ("gradient_norm", "mean loss")
+        ]
+        lens["twins"] = {name: [{"predictions_equal": 10_000}] * 6 for name in ("torch", "flax")}
+        wide = {"difference": -1.0, "low": -1.0, "high": 1.0}
+        lens["class_differences"] = dict.fromkeys(classes, wide)
+        lens["per_class_accuracy"] = {
+            name: dict.fromkeys(classes, 1.0) for name in ("torch", "flax")
+        }
+        lens["final_loss"] = {"torch": 1e300, "flax": None}
+    return report
+
+
+GOOD = {"agrees": True}
+
+
+def unfit(text: str) -> list[str]:
+    """The lines that do not fit the page, were cut to fit it, are filled with spaces, or hold what
+    is not printable."""
+    marks = ("...", "\N{HORIZONTAL ELLIPSIS}")
+    return [
+        line
+        for line in text.split("\n")
+        if len(line) > COLUMNS
+        or not line.isprintable()
+        or any(mark in line for mark in marks)
+        or line.endswith(" ")
+    ]
+
+
+def first_column(text: str) -> str:
+    """What stands at the beginning of the lines: a name that took several of them is whole
+    again."""
+    return "".join(line.split(" ")[0] for line in text.splitlines())
+
+
+def on_a_terminal(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a window of 80 columns and 24 lines shows, without its colours and what fills the
+    lines."""
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    out = Tty()
+    Terminal(stdout=out, stderr=Tty()).verdict(report)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    return "\n".join(line.rstrip() for line in plain.split("\n"))
+
+
+# --- A run that was cut short
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        ((), "Nothing was compared."),
+        (("single",), "Nothing was compared."),
+        (("agree",), "The two runs agree: float64 within 1.1e-15 over 40 steps (bound 1e-12)."),
+        (("disagree",), "The two runs disagree. float64: loss: step 17: torch=2.3019 flax=2.3044"),
+        (("agree", "single"), "float32 not compared, torch and flax alone."),
+    ],
+    ids=["nothing", "single", "agree", "disagree", "agree and single"],
+)
+def test_a_run_that_was_cut_short_says_so_first_and_then_what_is_known(
+    verdicts: tuple[str, ...], said: str
+) -> None:
+    report = make(*verdicts or ("agree",))
+    if not verdicts:
+        report["lenses"] = []
+    whole = None if not verdicts else sentence(report)
+    report |= {"cut_short": CUT, "verdict": "agree"}
+    assert sentence(report).startswith(f"The run was cut short: {CUT}. ") and said in sentence(
+        report
+    )
+    assert whole is None or "cut short" not in whole
+    text = printed(report)
+    assert " ".join(text.split()).startswith(sentence(report)) and not unfit(text)
+
+
+def test_a_run_that_was_cut_short_is_never_green(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def opening(**changes: str) -> str:
+        out = Tty()
+        Terminal(quiet=True, stdout=out, stderr=Tty()).verdict(make("agree") | changes)
+        return out.getvalue().partition("The ")[0]
+
+    assert (opening(), opening(cut_short=CUT)) == ("\x1b[1;32m", "\x1b[1m")
+
+
+# --- A standard output that is left to the report
+
+
+def everything(terminal: Terminal) -> None:
+    terminal.line("hello")
+    with terminal.progress("torch float64", 10) as advance:
+        advance(5, math.log(10))
+        terminal.line("half")
+    terminal.table(["name", "count>"], [["one", "1"]])
+    terminal.verdict(make("disagree", "agree"))
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Tty], ids=["pipe", "terminal"])
+def test_beside_a_report_in_json_all_that_is_said_goes_to_standard_error(
+    stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out, err = stream(), stream()
+    everything(Terminal(stdout=out, stderr=err, aside=True))
+    assert out.getvalue() == ""
+    seen = err.getvalue()
+    for said in (
+        "hello",
+        "half",
+        "count",
+        "The two runs disagree.",
+        "test images",
+        "Predictions equal",
+    ):
+        assert said in seen
+    out, err = stream(), stream()
+    everything(Terminal(stdout=out, stderr=err))
+    assert "hello" in out.getvalue() and "hello" not in err.getvalue()
+
+
+def test_a_quiet_terminal_beside_json_says_the_sentence_on_standard_error() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    Terminal(True, out, err, aside=True).verdict(make("agree"))
+    assert (out.getvalue(), err.getvalue()) == ("", sentence(make("agree")) + "\n")
+
+
+# --- Tables that fit
+
+
+@pytest.mark.parametrize("classes", [PLAIN, LONG, HOSTILE[:-1]], ids=["plain", "long", "hostile"])
+def test_a_pipe_gets_tables_of_eighty_columns_in_which_nothing_is_cut(
+    classes: tuple[str, ...],
+) -> None:
+    text = printed(large("agree", "disagree", classes=classes))
+    assert unfit(text) == []
+    assert (
+        "37,499" in text
+        and "1,000,000 to 3,749,999" in text
+        and "-100.0 (-100.0 to +100.0)" in text
+    )
+    equal = ", ".join(["10,000"] * 6)
+    assert f"(twins: torch {equal}; flax {equal})." in " ".join(text.split())
+
+
+@pytest.mark.parametrize("classes", [PLAIN, LONG], ids=["plain", "long"])
+def test_a_window_of_eighty_columns_gets_the_same_numbers(
+    classes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = large("agree", "disagree", classes=classes)
+    text = on_a_terminal(report, monkeypatch)
+    assert unfit(text) == []
+    numbers = re.compile(r"[-+\d.,e]*\d[-+\d.,e]*")
+    again = text.rindex("The two runs disagree")
+    assert numbers.findall(text[:again]) == numbers.findall(printed(report))
+
+
+def test_a_name_that_is_too_long_for_its_column_goes_on_below() -> None:
+    table = printed(large("agree")).partition("test images")[2].partition("Weakest class")[0]
+    assert all(name in first_column(table) and name not in table for name in LONG)
+    assert "plane" in printed(large("agree", classes=PLAIN)).partition("test images")[2]
+
+
+def test_what_does_not_fit_is_seen() -> None:
+    fine = "x" * 80
+    assert unfit(f"{fine}\nshort\n") == []
+    for wrong in (
+        "x" * 81,
+        "cut...",
+        "cut\N{HORIZONTAL ELLIPSIS}",
+        "\x1b[1mbold\x1b[0m",
+        "filled ",
+        "a\tb",
+    ):
+        assert unfit(f"{fine}\n{wrong}\n") == [wrong]
+
+
+def test_on_a_terminal_the_verdict_is_repeated_where_it_can_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = make("agree", "agree")
+    lines = on_a_terminal(report, monkeypatch).split()
+    said = sentence(report).split()
+    assert lines[: len(said)] == lines[-len(said) :] == said
+    assert " ".join(printed(report).split()).count("The two runs agree") == 1
+
+
+def test_the_drift_of_twins_has_a_column_only_where_there_are_twins() -> None:
+    report = make("agree")
+    assert "twins' drift" not in printed(report)
+    report["lenses"][0]["stretches"][0]["drift"] = 1e-15
+    assert "twins' drift" in printed(report)
+
+
+def test_the_first_steps_and_the_whole_run_have_each_their_rows() -> None:
+    report = make("agree")
+    row = {
+        "step": 39,
+        "stage": "update",
+        "tensor": "momentum of conv1.kernel",
+        "gap": 1e-17,
+        "bound": 1e-14,
+    }
+    report["lenses"][0]["ladder"].append(row | {"agrees": True})
+    lines = [" ".join(line.split()) for line in printed(report).splitlines()]
+    places = [
+        lines.index("first steps worst tensor step gap bound ok"),
+        next(k for k, line in enumerate(lines) if line.startswith("forward")),
+        lines.index("whole run"),
+        lines.index("update momentum of conv1.kernel 39 1e-17 1e-14 ok"),
+    ]
+    assert places == sorted(places)
+    assert "whole run" not in printed(make("agree"))

@@ -1,0 +1,302 @@
+"""Both backends at once, by a real `python compare.py`: the same runs, whoever stops or fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lockstep import backends
+from lockstep.common import data
+from lockstep.common.config import BACKENDS, Config
+from lockstep.common.data import Dataset
+from lockstep.common.report import write_pictures
+from lockstep.common.runs import checkpoint, parallel, record
+from lockstep.common.runs.trainer import Trainer
+from lockstep.common.system import environment
+from tests.robustness import kills
+from tests.system.test_interrupt import (
+    PLAIN,
+    PROGRAM,
+    REPOSITORY,
+    RUN,
+    SECONDS,
+    TRAINING,
+    Started,
+    complete,
+    sane,
+    started,
+)
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="looks for processes in /proc"
+)
+
+AT_ONCE = "import lockstep.common.runs.parallel, lockstep.common.system.environment; lockstep.common.runs.parallel.LEAST_IMAGES = 0; lockstep.common.system.environment.cores = lambda: 2"
+BOTH = f"{AT_ONCE}; {TRAINING.format('torch')}"  # both processes are there then
+READING = f"{AT_ONCE}; import lockstep.common.data; before(lockstep.common.data, 'load', 0, 0.5)"  # the other process gets ready
+STARTING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.Beside, 'train', 0)"  # the other process is told what to do
+WAITING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.Beside, 'train', 1)"  # for Flax, with PyTorch's run at its end
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it has started, and that are still there."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for each in lists for child in each]
+
+
+def trainer_of(pid: int) -> int:
+    """The one of them that trains."""
+    return next(
+        child
+        for child in children(pid)
+        if b"lockstep.common.runs.parallel" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+
+
+def there(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def gone(pid: int) -> bool:
+    """Soon."""
+    deadline = time.monotonic() + SECONDS
+    while there(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not there(pid)
+
+
+def said_in_one_line(run: Started) -> str:
+    assert "Traceback" not in run.said + run.output.read_text()
+    return run.said.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both runs, one after the other."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    complete(*RUN, "--out", str(folder))
+    return folder
+
+
+def same_bits(folder: Path, whole: Path) -> bool:
+    found, expected = kills.digests_in(folder), kills.digests_in(whole)
+    return set(found) == set(expected) and all(found[name] == expected[name] for name in found)
+
+
+def test_both_at_once_are_the_runs_of_one_after_the_other(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", PROGRAM, f"{PLAIN}; {AT_ONCE}", *RUN, "--out", str(folder)]
+    run = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert all(
+        run.stdout.count(f"Training {name} float64: 300 steps on cpu") == 1 for name in BACKENDS
+    )
+    assert "The two runs agree" in run.stdout
+    assert same_bits(folder, whole)
+    shutil.copy(folder / "torch-float64.safetensors", folder / "flax-float64.safetensors")
+    assert not same_bits(folder, whole), "the control"
+
+
+@pytest.mark.parametrize(
+    ("hook", "number"),
+    [(STARTING, signal.SIGINT), (BOTH, signal.SIGINT), (WAITING, signal.SIGTERM)],
+)
+def test_both_are_stopped_and_gone_on_with(
+    whole: Path, tmp_path: Path, hook: str, number: int
+) -> None:
+    folder = tmp_path / "run"
+    with started(hook, folder) as run:
+        trainer = trainer_of(run.process.pid)
+        run.send(number, group=number == signal.SIGINT)
+        assert run.ended() == 128 + number
+        assert not there(trainer)
+    last = said_in_one_line(run)
+    assert (
+        last.startswith("interrupted")
+        and f"go on with: python compare.py --resume {folder}" in last
+    )
+    sane(folder)
+    assert (folder / "torch-float64.safetensors").exists() == (hook == WAITING)
+    complete("--resume", str(folder))
+    assert same_bits(folder, whole)
+
+
+def test_what_stops_one_process_with_force_ends_the_other(whole: Path, tmp_path: Path) -> None:
+    with started(BOTH, tmp_path / "run") as run:
+        trainer = trainer_of(run.process.pid)
+        run.send(signal.SIGKILL)
+        assert run.ended() == -signal.SIGKILL
+        assert gone(trainer)
+    sane(tmp_path / "run")
+    complete("--resume", str(tmp_path / "run"))
+    assert same_bits(tmp_path / "run", whole)
+
+    with started(BOTH, tmp_path / "other") as run:
+        os.kill(trainer_of(run.process.pid), signal.SIGKILL)
+        assert run.ended() == 2
+    assert said_in_one_line(run).startswith(
+        "error: flax cannot train here (its process was ended by signal 9)"
+    )
+
+
+def test_an_error_in_the_other_process_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "flax-float64.safetensors" / "in the way").mkdir(parents=True)
+    with started(BOTH, tmp_path / "run") as run:
+        assert run.ended() == 2
+    assert said_in_one_line(run).startswith(
+        f"error: cannot write {tmp_path / 'run' / 'flax-float64.safetensors'}"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_has_nothing_to_train_yet_ends_with_its_parent(
+    tmp_path: Path, number: int
+) -> None:
+    with started(READING, tmp_path / "run") as run:
+        other = trainer_of(run.process.pid)
+        assert there(other)
+        run.send(number)
+        assert run.ended() == (130 if number == signal.SIGINT else -number)
+        assert gone(other)
+    assert run.said.split() in ([], ["interrupted"])
+
+
+def test_a_process_that_is_not_needed_is_ended_at_once(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(steps=1, batch_size=4).resolve(len(digits.train_images))
+    trainer = Trainer(
+        tmp_path, config, digits, functools.partial(backends.build, config, 10, "cpu", "auto"), None
+    )
+    with parallel.Other(True, backends.load) as other:
+        process = other.process
+        assert process is not None and there(process.pid)
+        with parallel.Beside(trainer, other, None, {}) as training:
+            assert process.poll() == -signal.SIGKILL and training.name is other.process is None
+    with (
+        parallel.Other(False, backends.load) as other,
+        parallel.Beside(trainer, other, "flax", {}) as training,
+    ):
+        assert other.process is training.name is None
+
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with parallel.Other(True, backends.load) as other:
+        assert other.process is None
+
+
+def test_what_another_process_sees_is_what_this_one_does(capfd: pytest.CaptureFixture[str]) -> None:
+    def build(classes: int = 7, device: str = "cpu") -> parallel.Build:
+        return functools.partial(backends.build, Config(model="vit"), classes, device, "off")
+
+    here = parallel.view(build(), "flax")
+    assert here.device == "cpu" and here != parallel.view(build(classes=8), "flax")
+    with parallel.Other(True, backends.load) as other:
+        assert other.view(build(), "flax")() == here
+        with pytest.raises(RuntimeError, match="absent"):  # here
+            other.view(build(device="absent"), "flax")()
+        assert other.view(build(), "flax")() == here
+        assert other.process is not None
+        other.process.kill()
+        assert other.view(build(), "flax")() == here
+    assert capfd.readouterr().err == ""
+
+
+# Whether the pictures are drawn in this process leaves a trace; and what the other one says of them
+# may be lost.
+HERE = "import lockstep.common.report as r; r.write_report_page = print; r.write_pictures = lambda f, *_: (f / 'here').touch()"
+LOST = "o = lockstep.common.runs.parallel.Other; told = o.told; o.told = lambda o: [(k.replace('drawn', ''), w) for k, w in [told(o)]][0]"
+
+
+@pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])
+def test_the_pictures_are_drawn_by_the_other_process_if_it_can(
+    tmp_path: Path, hook: str, here: bool
+) -> None:
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        f"{AT_ONCE}; {HERE}; {hook}",
+        *RUN,
+        "--out",
+        str(folder),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=300, check=True)
+    assert (folder / "here").exists() == here
+    if here:
+        return
+    report = json.loads((folder / "report.json").read_text())
+    runs = {
+        "float64": {name: record.read(folder / f"{name}-float64.safetensors") for name in BACKENDS}
+    }
+    digits = data.load("digits")
+    config = Config(steps=1, batch_size=32).resolve(len(digits.train_images))
+    sample = next(data.batch_indices(config, len(digits.train_images)))
+    twins = {"float64": {name: [] for name in BACKENDS}}
+    pictures = write_pictures(tmp_path / "again", report, runs, digits, twins, sample)
+    assert all(picture.read_bytes() == (folder / picture.name).read_bytes() for picture in pictures)
+    assert {picture.name for picture in pictures} >= {"samples.png", "losses.svg"}
+
+    told: list[tuple[str, object]] = []
+    work = parallel.Work(lambda *what: told.append(what))
+    build = functools.partial(backends.build, config, 10, "cpu", "auto")
+    work.trainer, work.members = Trainer(folder, config, digits, build, None), {"float64": [None]}
+    for path in (folder / "losses.png", folder / "flax-float64.safetensors"):
+        path.unlink()
+        work.draw(report, sample)
+    assert told == [("drawn", None), ("not drawn", None)]
+
+
+def test_short_runs_and_one_backend_are_trained_in_one_process(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(
+        steps: int = 10_000, names: tuple = BACKENDS, device: str = "cpu", there: tuple = ()
+    ) -> str | None:
+        config = Config(steps=steps, batch_size=4).resolve(len(digits.train_images))
+        build = functools.partial(backends.build, config, 10, device, "auto")
+        trainer = Trainer(tmp_path, config, digits, build, terminal=None)
+        return parallel.choose(trainer, names, device, there)
+
+    def likely(steps: int | None = 10_000, names: tuple = BACKENDS, device: str = "auto") -> bool:
+        return parallel.likely(Config(steps=steps, batch_size=4), names, device)
+
+    monkeypatch.setattr(environment, "cores", lambda: 2)
+    assert likely() and likely(steps=None) and likely(steps=2_000)
+    assert not any([likely(steps=1_000), likely(names=("torch",)), likely(device="cuda")])
+    assert chosen() == chosen(steps=2_000) == "flax"
+    assert (
+        chosen(steps=1_000)
+        is chosen(names=("torch",))
+        is chosen(device="cuda")
+        is chosen(there=("flax",))
+        is None
+    )
+    monkeypatch.setattr(environment, "cores", lambda: 1)
+    assert chosen() is None and not likely()
+
+
+def test_the_folder_of_checkpoints_stays_while_two_processes_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / checkpoint.FOLDER).mkdir()
+    monkeypatch.setattr(environment, "sharing", 2)
+    checkpoint.remove(tmp_path, "torch-float64")
+    assert (tmp_path / checkpoint.FOLDER).exists()
+    monkeypatch.setattr(environment, "sharing", 1)
+    checkpoint.remove_folder(tmp_path)
+    assert not (tmp_path / checkpoint.FOLDER).exists()

@@ -1,0 +1,692 @@
+"""Where two runs part: what the records show is read from them, and what they do not is found by
+replaying."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
+from lockstep.common.data import Dataset
+from lockstep.common.dtypes import numpy_dtype
+from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.protocol import STAGES, Snapshot
+from lockstep.common.runs import training
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict import compare as parity
+from lockstep.common.verdict import locate
+from lockstep.common.verdict.locate import OFFENDERS, TRAPS, Trap, one_step, pattern_of
+from tests.conftest import SilentObserver
+
+NAMES = ["torch", "flax"]
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# --- Patterns
+
+
+def test_a_tensor_in_another_order_is_seen() -> None:
+    kernel = numbers(5, 4)
+    assert pattern_of(kernel, kernel.T.copy(), NAMES) == "the same numbers in another order"
+    assert pattern_of(kernel, kernel[:, ::-1], NAMES) == "the same numbers in another order"
+    assert pattern_of(kernel, kernel, NAMES) is None
+    changed = kernel.T.copy()
+    changed[0, 1] += 1e-3  # the control
+    assert pattern_of(kernel, changed, NAMES) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [2.0, -1.0, 0.0625])
+def test_a_multiple_is_seen_with_its_factor(dtype: str, factor: float) -> None:
+    one = numbers(7).astype(numpy_dtype(dtype))
+    other = (factor * one.astype(np.float64)).astype(one.dtype)  # exact: a power of two
+    assert pattern_of(one, other, NAMES) == f"flax is {factor:g} times torch"
+    assert pattern_of(other, one, NAMES) == f"flax is {1 / factor:g} times torch"
+    other[2] = other[3]  # the control
+    assert pattern_of(one, other, NAMES) is None
+
+
+def test_a_factor_of_one_is_none() -> None:
+    one = numbers(7)
+    assert pattern_of(one, (1 + 1e-9) * one, NAMES) is None
+    assert pattern_of(one, 1.001 * one, NAMES) == "flax is 1.001 times torch"
+
+
+def test_whose_numbers_are_all_zero_is_said() -> None:
+    one, zeros = numbers(3, 2), np.zeros((3, 2))
+    assert pattern_of(one, zeros, NAMES) == "flax has nothing but zeros"
+    assert pattern_of(zeros, one, NAMES) == "torch has nothing but zeros"
+    assert pattern_of(zeros, zeros, NAMES) is None
+    assert (
+        pattern_of(1e-200 * one, zeros, NAMES) == "flax has nothing but zeros"
+    )  # whose squares vanish
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_pattern(value: float) -> None:
+    one = np.array([value, 1.0, 2.0])
+    assert pattern_of(one, one[::-1], NAMES) is None
+    assert pattern_of(np.array([0.0, 1.0, 2.0]), 2 * one, NAMES) is None
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_numbers_whose_squares_are_out_of_range_have_no_pattern_and_do_no_harm(
+    scale: float,
+) -> None:
+    one = scale * numbers(5)
+    assert pattern_of(one, 2 * one, NAMES) in (None, "flax is 2 times torch")
+    assert pattern_of(one, one + scale, NAMES) is None
+
+
+def test_one_number_alone_has_no_pattern() -> None:
+    assert pattern_of(np.array(2.0), np.array(4.0), NAMES) is None
+    assert pattern_of(np.zeros(0), np.zeros(0), NAMES) is None
+
+
+def test_other_numbers_have_no_pattern() -> None:
+    assert pattern_of(numbers(9), numbers(9, seed=1), NAMES) is None
+
+
+def test_another_numbering_of_the_classes_is_seen() -> None:
+    one = np.random.default_rng(0).integers(0, 4, 50)
+    renumbered = np.array([2, 0, 3, 1])[one]
+    assert "another numbering" in str(pattern_of(one, renumbered, NAMES, classes=True))
+    renumbered[7] = (renumbered[7] + 1) % 4  # the control
+    assert pattern_of(one, renumbered, NAMES, classes=True) is None
+    merged = np.array([2, 0, 3, 3])[one]  # two classes have become one
+    assert pattern_of(one, merged, NAMES, classes=True) is None
+
+
+@pytest.mark.parametrize(
+    "predictions", [[], [3, 3, 3], [0, 1, 2]], ids=["none", "one class", "several"]
+)
+def test_the_same_predictions_are_no_other_numbering(predictions: list[int]) -> None:
+    one = np.array(predictions, np.int64)
+    assert pattern_of(one, one.copy(), NAMES, classes=True) is None
+    assert (
+        len(one) == 0 or pattern_of(one, 0 * one + 5, NAMES, classes=True) is None
+    )  # one class says nothing
+
+
+# --- Traps
+
+SAMPLES = {  # by stage, the tensors that there are
+    "data": ["images", "labels"],
+    "weights": ["conv1.kernel", "fc1.bias"],
+    "forward": [
+        "input of conv1",
+        "conv1",
+        "input of fc1",
+        "fc1",
+        "bn1",
+        "input of attention.out",
+        "logits",
+    ],
+    "loss": ["loss"],
+    "backward": ["conv1.kernel", "gradient_norm"],
+    "update": ["lr", "momentum of fc1.bias", "fc1.bias", "bn1.mean", "bn1.var", "all parameters"],
+    "evaluate": ["test loss", "predictions", "accuracy of cat"],
+}
+SCALARS = ("loss", "lr", "gradient_norm", "test loss", "all parameters")
+
+
+def pairs(stage: str, tensor: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What two runs may hold of this tensor, one pair for each pattern."""
+    if stage == "evaluate":
+        predictions = np.arange(20) % 5
+        yield predictions, (predictions + 1) % 5
+        yield predictions, np.minimum(predictions, 3)
+        return
+    one = numbers(1) if tensor in SCALARS else numbers(6, 4)
+    yield one, one[::-1].copy()
+    yield one, 2 * one
+    yield one, 0 * one
+    yield one, numbers(*one.shape, seed=1)
+
+
+def described(stage: str, tensor: str, pair: list[Any]) -> dict[str, Any]:
+    first = {"step": 0, "stage": stage, "tensor": tensor, "gap": 1.0, "bound": 0.1, "message": "m"}
+    found = locate.describe(first, NAMES, pair, "as recorded")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
+
+
+def test_every_stage_has_a_trap_and_every_trap_a_stage() -> None:
+    assert {trap.stage for trap in TRAPS} == set(STAGES) == set(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "trap", TRAPS, ids=lambda trap: f"{trap.stage}-{trap.tensor}-{trap.pattern}"
+)
+def test_every_trap_is_said_of_some_tensor_and_pattern(trap: Trap) -> None:
+    assert re.compile(trap.tensor) and re.compile(trap.pattern) and trap.cause
+    said = [
+        (tensor, cause)
+        for tensor in SAMPLES[trap.stage]
+        for pair in pairs(trap.stage, tensor)
+        for cause in described(trap.stage, tensor, list(pair))["causes"]
+    ]
+    assert trap.cause in {cause for _, cause in said}
+    assert all(re.search(trap.tensor, tensor) for tensor, cause in said if cause == trap.cause)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_there_is_a_cause_for_whatever_a_tensor_looks_like_and_at_most_two(stage: str) -> None:
+    for tensor in SAMPLES[stage]:
+        for pair in [
+            *pairs(stage, tensor),
+            (None, None),
+            (None, numbers(3)),
+            (numbers(2), numbers(3)),
+        ]:
+            causes = described(stage, tensor, list(pair))["causes"]
+            assert 1 <= len(causes) <= 2
+            assert len(set(causes)) == len(causes)
+
+
+def test_a_flatten_is_named_where_the_order_of_the_features_differs_and_only_there() -> None:
+    one = numbers(2, 8)
+    flatten = "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`"
+    assert described("forward", "input of fc1", [one, one[:, ::-1].copy()])["causes"][0] == flatten
+    assert flatten not in described("forward", "input of fc1", [one, 2 * one])["causes"]
+    assert flatten not in described("forward", "conv1", [one, one[:, ::-1].copy()])["causes"]
+
+
+# --- Offenders
+
+
+def test_the_entries_that_differ_most_are_listed_with_their_place_and_both_values() -> None:
+    one = numbers(3, 4, 2)
+    other = one.copy()
+    for size, place in enumerate(
+        [(2, 3, 1), (0, 0, 0), (1, 2, 0), (1, 2, 1), (0, 3, 1), (2, 0, 0)], start=1
+    ):
+        other[place] += size * (-1) ** size
+    found = described("forward", "conv1", [one, other])
+    assert [entry["index"] for entry in found["offenders"]] == [
+        [2, 0, 0],
+        [0, 3, 1],
+        [1, 2, 1],
+        [1, 2, 0],
+        [0, 0, 0],
+    ]
+    assert len(found["offenders"]) == OFFENDERS
+    assert found["offenders"][0] == {
+        "index": [2, 0, 0],
+        "torch": one[2, 0, 0],
+        "flax": other[2, 0, 0],
+    }
+    assert found["pattern"] is None
+
+
+def test_entries_that_are_the_same_are_no_offenders() -> None:
+    one = numbers(6)
+    other = one.copy()
+    other[4] += 1
+    assert [entry["index"] for entry in described("forward", "fc1", [one, other])["offenders"]] == [
+        [4]
+    ]
+    assert described("forward", "fc1", [one, one])["offenders"] == []
+
+
+def test_entries_that_are_not_finite_come_first_and_as_null() -> None:
+    one = np.array([1.0, math.inf, 3.0, 4.0], ml_dtypes.bfloat16)
+    other = np.array([9.0, math.inf, math.nan, 4.0], ml_dtypes.bfloat16)
+    assert described("forward", "fc1", [one, other])["offenders"] == [
+        {"index": [1], "torch": None, "flax": None},
+        {"index": [2], "torch": 3.0, "flax": None},
+        {"index": [0], "torch": 1.0, "flax": 9.0},
+    ]
+
+
+@pytest.mark.parametrize("pair", [(None, numbers(3)), (numbers(3), None), (numbers(3), numbers(4))])
+def test_tensors_that_are_missing_or_of_another_shape_have_no_offenders_but_their_shapes(
+    pair: tuple,
+) -> None:
+    found = described("weights", "fc1.bias", list(pair))
+    shapes = None if pair[0] is None or pair[1] is None else "torch's shape is (3,), flax's (4,)"
+    assert found["offenders"] == [] and found["pattern"] == shapes
+
+
+# --- What the records show
+
+
+def made(backend: str, **changes: Any) -> Record:
+    steps = 40
+    record = Record(
+        backend=backend,
+        dtype="float64",
+        twin=None,
+        config={},
+        data={},
+        environment={},
+        source="",
+        loss=np.linspace(2.3, 1.1, steps),
+        gradient_norm=np.linspace(3.0, 1.0, steps),
+        lr=np.full(steps, 0.1),
+        predictions=np.arange(20) % 5,
+        test_loss=1.0,
+        seconds=1.0,
+        steps_per_second=1.0,
+        weights={"fc1.kernel": numbers(4, 3)},
+        opening={
+            f"{step}/{name}": numbers(4, 3, seed=step)
+            for step in (0, 1)
+            for name in ("forward/fc1", "update/fc1")
+        },
+    )
+    return replace(record, **changes)
+
+
+def forbidden(name: str) -> Any:
+    raise AssertionError(f"{name} was built, where the records show all there is")
+
+
+def located(step: int, stage: str, tensor: str, **changes: Any) -> dict[str, Any]:
+    """What is found of a divergence that Flax's record shows; nothing may be built."""
+    first = {
+        "step": step,
+        "stage": stage,
+        "tensor": tensor,
+        "gap": 1.0,
+        "bound": 0.1,
+        "message": "m",
+    }
+    runs = {"torch": made("torch"), "flax": made("flax", **changes)}
+    lens = {"dtype": "float64", "first_divergence": first}
+    nothing: Any = None
+    found = locate.locate(lens, runs, Config(steps=40).resolve(160), nothing, forbidden)
+    assert found is not None
+    assert {name: found[name] for name in first} == first
+    assert found["how"] == "as recorded"
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
+
+
+def test_what_parts_in_the_first_steps_is_read_from_the_records() -> None:
+    opening = made("flax").opening
+    found = located(
+        1, "forward", "fc1", opening=opening | {"1/forward/fc1": 2 * opening["1/forward/fc1"]}
+    )
+    assert found["pattern"] == "flax is 2 times torch"
+    worst = np.unravel_index(np.argmax(np.abs(opening["1/forward/fc1"])), (4, 3))
+    assert found["offenders"][0]["index"] == [int(part) for part in worst]
+
+
+def test_weights_are_read_from_the_weights() -> None:
+    found = located(
+        0,
+        "weights",
+        "fc1.kernel",
+        weights={"fc1.kernel": made("flax").weights["fc1.kernel"][::-1].copy()},
+    )
+    assert found["pattern"] == "the same numbers in another order"
+    assert found["causes"][0].startswith("a kernel is transposed")
+
+
+def test_what_parts_in_evaluation_is_read_from_the_predictions() -> None:
+    for tensor in ("predictions", "accuracy of cat"):
+        found = located(40, "evaluate", tensor, predictions=(np.arange(20) + 1) % 5)
+        assert "another numbering" in found["pattern"]
+    found = located(40, "evaluate", "test loss", test_loss=1.5)
+    assert found["pattern"] is None and found["offenders"] == []
+    assert found["causes"][0].startswith("batch means averaged")
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 39])
+def test_a_learning_rate_is_read_from_the_records_however_late(step: int) -> None:
+    lr = made("flax").lr.copy()
+    lr[step] = 0.05
+    found = located(step, "update", "lr", lr=lr)
+    assert found["offenders"] == [{"index": [0], "torch": 0.1, "flax": 0.05}]
+    assert found["causes"][0].startswith("the schedule")
+
+
+def test_a_loss_of_the_first_steps_is_read_from_the_series_where_the_opening_has_none() -> None:
+    loss = made("flax").loss.copy()
+    loss[1] = 9.0
+    assert located(1, "loss", "loss", loss=loss)["offenders"][0]["flax"] == 9.0
+
+
+def test_runs_that_agree_are_not_looked_into() -> None:
+    nothing: Any = None
+    runs = {name: made(name) for name in BACKENDS}
+    lens = {"dtype": "float64", "first_divergence": None}
+    assert locate.locate(lens, runs, Config(), nothing, forbidden) is None
+
+
+def test_a_late_loss_is_not_in_the_records_and_something_must_be_built() -> None:
+    """The control of all these tests."""
+    with pytest.raises(AssertionError, match="was built"):
+        located(2, "loss", "loss")
+
+
+# --- One step from the same state
+
+CONFIGS = {
+    "dampening": Config(
+        lr=0.05,
+        momentum=0.9,
+        dampening=0.1,
+        weight_decay=1e-3,
+        schedule=Schedule("step", period=3, gamma=0.5),
+    ),
+    "nesterov": Config(
+        lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3, schedule=Schedule("exponential")
+    ),
+}
+MIDDLE = 7  # steps before the one that is looked at
+
+
+class Step:
+    """A batch in the middle of a run, and what both backends make of it from PyTorch's state."""
+
+    def __init__(self, config: Config, digits: Dataset, build: Callable) -> None:
+        self.config = replace(config, steps=20, batch_size=8).resolve(len(digits.train_images))
+        self.digits = digits
+        self.sides = {name: build(name, self.config) for name in BACKENDS}
+        images = training.data.normalise(
+            digits.train_images[: 8 * (MIDDLE + 1)], numpy_dtype("float64")
+        )
+        self.images = images.reshape(MIDDLE + 1, 8, 32, 32, 3)
+        self.labels = digits.train_labels[: 8 * (MIDDLE + 1)].reshape(MIDDLE + 1, 8)
+        reference = self.sides["torch"]
+        self.state = reference.init(
+            Snapshot.start(initial_weights(reference.shapes(), 0, "float64"))
+        )
+        for batch, truth in zip(self.images[:MIDDLE], self.labels[:MIDDLE], strict=True):
+            self.state, _ = reference.train_step(self.state, batch, truth)
+        self.snapshot = reference.export(self.state)
+
+    def taken(self, name: str, snapshot: Snapshot | None = None, twin: int | None = None) -> Record:
+        snapshot = self.snapshot if snapshot is None else snapshot
+        batch = self.images[MIDDLE], self.labels[MIDDLE]
+        return one_step(
+            self.sides[name], self.config, self.digits, "float64", snapshot, *batch, twin=twin
+        )
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def middle(request: pytest.FixtureRequest, digits: Dataset, build: Callable) -> Step:
+    return Step(CONFIGS[request.param], digits, build)
+
+
+def failing(one: Record, other: Record) -> list[tuple[str, str]]:
+    return [
+        (rung.stage, rung.tensor)
+        for rung in parity.opening_rungs(([one], [other]))
+        if not rung.agrees
+    ]
+
+
+def test_both_backends_take_the_same_step_from_the_same_state_in_the_middle_of_a_run(
+    middle: Step,
+) -> None:
+    assert middle.snapshot.step == MIDDLE and middle.snapshot.momentum
+    one, other = (middle.taken(name) for name in BACKENDS)
+    assert failing(one, other) == []
+    assert one.opening.keys() == other.opening.keys() and one.layers == other.layers
+    assert {key.split("/")[1] for key in one.opening} == {
+        "data",
+        "forward",
+        "loss",
+        "backward",
+        "update",
+    }
+    assert one.lr == other.lr != middle.config.lr  # the schedule has gone on, too
+    shifted = middle.snapshot._replace(
+        momentum={n: (1 + 1e-9) * a for n, a in middle.snapshot.momentum.items()}
+    )
+    parted = failing(one, middle.taken("flax", shifted))  # the control
+    assert parted and {stage for stage, _ in parted} == {"update"}
+    assert parted[0][1].startswith("momentum of ")
+
+
+def test_a_step_from_the_start_is_another_one(middle: Step) -> None:
+    """The control: momentum and schedule of the state are used."""
+    start = Snapshot.start(middle.snapshot.parameters)
+    found = middle.taken("flax", start)
+    assert failing(middle.taken("torch", start), found) == []
+    assert {stage for stage, _ in failing(middle.taken("torch"), found)} == {"update"}
+    assert found.lr != middle.taken("torch").lr
+
+
+def test_the_step_that_is_taken_is_the_one_that_the_run_takes(middle: Step) -> None:
+    reference = middle.sides["torch"]
+    state = reference.init(middle.snapshot)
+    state, metrics = reference.train_step(state, middle.images[MIDDLE], middle.labels[MIDDLE])
+    after = reference.export(state)
+    found = middle.taken("torch")
+    for name, array in after.parameters.items():
+        assert np.array_equal(found.opening[f"0/update/{name}"], array)
+        assert np.array_equal(found.opening[f"0/update/momentum of {name}"], after.momentum[name])
+        assert np.array_equal(found.weights[name], middle.snapshot.parameters[name])
+    assert found.loss == [float(metrics.loss)]
+    # And it leaves the state as it was.
+    again = reference.export(middle.state)
+    assert all(
+        np.array_equal(again.parameters[name], array)
+        for name, array in middle.snapshot.parameters.items()
+    )
+
+
+def test_a_twin_of_a_step_has_weights_momentum_and_images_within_one_ulp(middle: Step) -> None:
+    def within(one: np.ndarray, other: np.ndarray) -> bool:
+        return bool(
+            np.all(
+                (other == one) | (other == np.nextafter(one, 9)) | (other == np.nextafter(one, -9))
+            )
+        )
+
+    run, first, second = (middle.taken("torch", twin=twin) for twin in (None, 1, 2))
+    for twin in (first, second):
+        assert all(within(run.weights[name], twin.weights[name]) for name in run.weights)
+        assert within(run.opening["0/data/images"], twin.opening["0/data/images"])
+        assert np.array_equal(run.opening["0/data/labels"], twin.opening["0/data/labels"])
+    differing = {
+        name
+        for name in run.weights
+        if not np.array_equal(first.weights[name], second.weights[name])
+    }
+    assert differing == set(run.weights)
+    assert not np.array_equal(first.opening["0/data/images"], second.opening["0/data/images"])
+    again = middle.taken("torch", twin=1)
+    assert all(np.array_equal(first.opening[key], again.opening[key]) for key in first.opening)
+    alike = [middle.taken(name, twin=1) for name in BACKENDS]
+    assert all(
+        np.array_equal(alike[0].weights[name], alike[1].weights[name]) for name in run.weights
+    )
+
+
+# --- Replaying
+
+LATE, LENGTH = 34, 38
+RUN = Config(steps=LENGTH, batch_size=4, lr=0.02, momentum=0.9)
+
+Update = Callable[[Any, Any, Any], Any]
+
+
+def from_step(step: int, before: Update | None = None, after: Update | None = None) -> Callable:
+    """An optimizer that from `step` on changes gradients before its update, or updates after it."""
+
+    def wrap(optimizer: Any) -> Any:
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            late = state["sgd"][1].count >= step
+            if before is not None:
+                updates = before(late, updates, params)
+            updates, state = optimizer.update(updates, state, params, **extra)
+            return (updates if after is None else after(late, updates, params)), state
+
+        return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+    return wrap
+
+
+def decayed(late: Any, gradients: Any, params: Any) -> Any:
+    """Weight decay that nobody asked for."""
+    return {name: gradient + late * 0.01 * params[name] for name, gradient in gradients.items()}
+
+
+def lengthened(late: Any, updates: Any, params: Any) -> Any:
+    """A learning rate that `lr` does not show."""
+    del params
+    return {name: update * (1 + 0.01 * late) for name, update in updates.items()}
+
+
+FAULTS = {
+    "weight decay": (from_step(LATE, before=decayed), "momentum of conv1.bias"),
+    "schedule": (from_step(LATE, after=lengthened), "conv1.bias"),
+}
+
+
+class Pair:
+    """Both backends in one dtype, Flax at fault if so asked, and what comes of their runs."""
+
+    def __init__(
+        self, build: Callable, digits: Dataset, dtype: str, fault: Callable | None, twins: int = 0
+    ) -> None:
+        self.config, self.digits = RUN.resolve(len(digits.train_images)), digits
+        self.sides = {name: build(name, self.config, dtype) for name in BACKENDS}
+        if fault is not None:
+            self.sides["flax"].optimizer = fault(self.sides["flax"].optimizer)
+        members = {
+            name: [
+                training.train(side, self.config, digits, dtype, SilentObserver(), twin)
+                for twin in (None, *range(1, twins + 1))
+            ]
+            for name, side in self.sides.items()
+        }
+        self.runs = {name: runs[0] for name, runs in members.items()}
+        self.twins = {name: runs[1:] for name, runs in members.items()}
+        self.lens = parity.compare(self.runs, {**self.twins}, digits.test_labels)
+        self.built: list[str] = []
+
+    def build(self, name: str) -> Any:
+        self.built.append(name)
+        return self.sides[name]
+
+    def locate(self, lens: dict[str, Any] | None = None, twins: int = 2) -> dict[str, Any] | None:
+        lens = self.lens if lens is None else lens
+        found = locate.locate(lens, self.runs, self.config, self.digits, self.build, twins)
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+        return found
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step to a call, so that one program is compiled for runs and replays."""
+    monkeypatch.setattr(training, "CHUNK_STEPS", 1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.usefixtures("short_chunks")
+def test_a_fault_that_starts_late_is_found_by_its_step_and_stage(
+    fault: str, digits: Dataset, build: Callable
+) -> None:
+    wrong, tensor = FAULTS[fault]
+    pair = Pair(build, digits, "float64", wrong)
+    first = pair.lens["first_divergence"]
+    # The runs part where the parameters of that step are first used, or kept.
+    assert first["step"] == LATE + 1
+    assert (first["stage"], first["tensor"]) == ("loss", "loss")
+    found = pair.locate()
+    assert found is not None
+    assert (found["step"], found["stage"], found["tensor"]) == (LATE, "update", tensor)
+    assert (
+        found["how"] == f"replayed: both took step {LATE} from the state that torch had before it"
+    )
+    assert found["message"].startswith(f"update: step {LATE}: {tensor}: torch=")
+    assert found["gap"] > found["bound"] and len(found["offenders"]) == OFFENDERS
+    assert found["causes"]
+    assert sorted(pair.built) == sorted(BACKENDS)
+    # Asked for a later step, the replay still names the first that goes wrong.
+    lens = pair.lens | {"first_divergence": first | {"step": LENGTH - 1}}
+    again = pair.locate(lens)
+    assert again is not None and again["step"] == LATE
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_without_a_fault_nothing_is_found_and_a_difference_that_grew_is_said_to_have_grown(
+    digits: Dataset, build: Callable
+) -> None:
+    """The control of the test above."""
+    pair = Pair(build, digits, "float64", None)
+    assert pair.lens["verdict"] == "agree"
+    assert pair.locate() is None and pair.built == []
+    first = {
+        "step": LATE,
+        "stage": "loss",
+        "tensor": "loss",
+        "gap": 1.0,
+        "bound": 0.1,
+        "message": "m",
+    }
+    found = pair.locate(pair.lens | {"first_divergence": first})
+    assert found is not None
+    assert {name: found[name] for name in first} == first
+    assert "built up over many steps" in found["how"]
+    assert sorted(pair.built) == sorted(BACKENDS)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_only_the_last_steps_before_the_parting_are_replayed(
+    digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong in every step would be found at the first that is replayed."""
+    pair = Pair(build, digits, "float64", from_step(0, after=lengthened))
+    assert pair.lens["first_divergence"]["step"] == 0
+    replayed: list[int] = []
+
+    def watched(
+        backend: Any, config: Any, dataset: Any, dtype: str, snapshot: Snapshot, *rest: Any
+    ) -> Record:
+        replayed.append(snapshot.step)
+        return one_step(backend, config, dataset, dtype, snapshot, *rest)
+
+    monkeypatch.setattr(locate, "one_step", watched)
+    first = {
+        "step": LATE,
+        "stage": "loss",
+        "tensor": "loss",
+        "gap": 1.0,
+        "bound": 0.1,
+        "message": "m",
+    }
+    found = pair.locate(pair.lens | {"first_divergence": first})
+    assert found is not None and found["step"] == LATE - locate.LOOK_BACK
+    assert set(replayed) == {LATE - locate.LOOK_BACK}
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_in_a_production_lens_a_step_is_judged_by_twins_of_its_own(
+    digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locate, "LOOK_BACK", 4)
+    pair = Pair(
+        build,
+        digits,
+        "float32",
+        from_step(LATE, after=lambda *given: lengthened(100.0 * given[0], *given[1:])),
+        1,
+    )
+    first = pair.lens["first_divergence"]
+    assert first["step"] >= LATE
+    found = pair.locate(pair.lens | {"first_divergence": first | {"step": LATE + 2}}, twins=1)
+    assert found is not None
+    assert (found["step"], found["stage"], found["tensor"]) == (LATE, "update", "conv1.bias")
+    clean = {name: build(name, pair.config, "float32") for name in BACKENDS}  # the control
+    pair.sides = clean
+    found = pair.locate(pair.lens | {"first_divergence": first | {"step": LATE + 2}}, twins=1)
+    assert found is not None and "built up over many steps" in found["how"]
