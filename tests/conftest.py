@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,11 @@ from lockstep.common import data
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 
+# Programs that tests start see this checkout, installed or not.
+_PACKAGE = Path(__file__).resolve().parents[1] / ".package"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")])
+)
 os.environ["LOCKSTEP_OFFLINE"] = "1"  # no test asks the network for CIFAR-10
 # Each program is compiled once in a session, however many backends are built: half of the tests'
 # time was compilation.
