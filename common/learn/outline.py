@@ -217,7 +217,11 @@ SECTIONS = (
             *modules("models/mlp.py", "MLP"),
             *modules("models/resnet20.py", "ResNet20", "Block"),
             *modules("models/convnext.py", "ConvNeXt", "Block", "Downsample"),
-            Pair("models/convnext.py:channels_last", None, "In Flax, the channels are last everywhere."),
+            Pair(
+                "models/convnext.py:channels_last",
+                None,
+                "In Flax, the channels are last everywhere.",
+            ),
             Pair("models/convnext.py:channels_first", None, "Likewise."),
             Pair("models/vit.py:" + SETTINGS, "models/vit.py:" + SETTINGS),
             *modules("models/vit.py", "ViT", "Block", "Attention"),
@@ -455,10 +459,14 @@ SECTIONS = (
         (
             *both("weight_files.py", SETTINGS, "read_weights", "write_weights", "read_claims"),
             Pair(
-                "weight_files.py:belongs", None, "A checkpoint has no pickle, which could make anything."
+                "weight_files.py:belongs",
+                None,
+                "A checkpoint has no pickle, which could make anything.",
             ),
             Pair(
-                None, "weight_files.py:find_checkpoint", "A state dict is one file, a checkpoint a folder."
+                None,
+                "weight_files.py:find_checkpoint",
+                "A state dict is one file, a checkpoint a folder.",
             ),
             Pair(
                 None,
@@ -480,7 +488,11 @@ SECTIONS = (
             Pair("weight_files.py:others_of", None, "Likewise."),
             Pair("weight_files.py:empty_model", "weight_files.py:canonical_names"),
         ),
-        shared=("model/weight_files.py:check_size", "model/weight_files.py:check_claims", "model/weight_files.py:check_numbers"),
+        shared=(
+            "model/weight_files.py:check_size",
+            "model/weight_files.py:check_claims",
+            "model/weight_files.py:check_numbers",
+        ),
     ),
 )
 

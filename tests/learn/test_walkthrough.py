@@ -300,7 +300,9 @@ def test_excerpts_are_lines_of_the_sources_and_one_that_is_gone_is_named(tmp_pat
     with pytest.raises(SourceError, match="'no such line' stands nowhere in"):
         excerpt(backends, broken)
     gone = {
-        side: [anchor._replace(definition="models/net.py:gone") for anchor in EXCERPTS["loss"][side]]
+        side: [
+            anchor._replace(definition="models/net.py:gone") for anchor in EXCERPTS["loss"][side]
+        ]
         for side in BACKENDS
     }
     with pytest.raises(
