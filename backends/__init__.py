@@ -66,8 +66,7 @@ def keep_compiled_programs() -> None:
         return  # without a place to keep them they are compiled each time
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(
-            2**30
-        )  # bytes; the least recently used go first
+        # bytes; the least recently used go first
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

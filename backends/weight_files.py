@@ -40,9 +40,8 @@ LOADING = {
 }  # what to write elsewhere
 KIND = "safetensors file"
 MAX_HEADER = 2**22  # bytes of names and shapes; safetensors itself takes 100 MB
-OWN_ROOM = (
-    512  # times the network: in Lockstep's own files losses and activations lie beside the weights
-)
+# times the network: in Lockstep's own files losses and activations lie beside the weights
+OWN_ROOM = 512
 
 
 class Own(NamedTuple):

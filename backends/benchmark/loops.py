@@ -183,9 +183,8 @@ class Training:
         self.chunks = training.chunks(
             config, len(images), bytes_per_image=3072 * compute_dtype(job.dtype).itemsize
         )
-        self.opening = (
-            OPENING_STEPS + 1
-        )  # chunks of one step; the next one is as long as all others will be
+        # chunks of one step; the next one is as long as all others will be
+        self.opening = OPENING_STEPS + 1
 
     def calls(self) -> Iterator[Done]:
         for indices in self.chunks:

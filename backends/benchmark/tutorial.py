@@ -92,9 +92,8 @@ class Tutorial:
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = optim.SGD(self.net.parameters(), lr=0.001, momentum=0.9)
         self.opening, self.processes = 1, workers
-        self.untimed = 1 + workers * (
-            self.trainloader.prefetch_factor or 0
-        )  # batches that lie ready at the start
+        # batches that lie ready at the start
+        self.untimed = 1 + workers * (self.trainloader.prefetch_factor or 0)
 
     def calls(self) -> Iterator[Done]:
         """A step each, from the beginning of an epoch on; the loader's processes live as long as

@@ -53,9 +53,8 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        self.seconds = (
-            time.perf_counter() - start
-        )  # until the object was made, the start of the process included
+        # until the object was made, the start of the process included
+        self.seconds = time.perf_counter() - start
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What the object's method answers.
@@ -112,14 +111,12 @@ def _serve(
 ) -> None:
     """The worker's side: answer (True, answer) or (False, what went wrong) until nobody asks any
     more."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; who asks ends the worker
+    # Ctrl-C reaches the whole group; who asks ends the worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     os.dup2(2, 1)  # standard output may be a report in JSON
-    multiprocessing.set_start_method(
-        None, force=True
-    )  # a loader's processes start as anywhere, not as this one did
+    # a loader's processes start as anywhere, not as this one did
+    multiprocessing.set_start_method(None, force=True)
     for name, value in settings.items():
         os.environ.pop(name, None)
         if value is not None:

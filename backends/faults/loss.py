@@ -77,9 +77,8 @@ def smoothed_over_the_others(patch: Patch, config: Config, dataset: Dataset) -> 
 
     def over_others(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
         classes = logits.shape[-1]
-        return right(
-            logits, labels, smoothing * classes / (classes - 1)
-        )  # of which the label itself gets one share
+        # of which the label itself gets one share
+        return right(logits, labels, smoothing * classes / (classes - 1))
 
     patch(flax_backend, "cross_entropy", over_others)
 

@@ -11,9 +11,8 @@ from unittest import mock
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
-Patch = Callable[
-    [object, str, Any], None
-]  # puts a value into an attribute, as pytest's `monkeypatch.setattr`
+# puts a value into an attribute, as pytest's `monkeypatch.setattr`
+Patch = Callable[[object, str, Any], None]
 Apply = Callable[[Patch, Config, Dataset], None]
 
 
@@ -25,15 +24,13 @@ class Fault:
     name: str  # lower case, with dashes
     sentence: str  # what is wrong
     stage: str  # one of `lockstep.common.protocol.STAGES`
-    tensor: (
-        str | None
-    )  # a name or a pattern such as `momentum of *`; None where no tensor of the stage is to blame
+    # a name or a pattern such as `momentum of *`; None where no tensor of the stage is to blame
+    tensor: str | None
     source: str  # where the mistake, or what it goes against, is documented
     apply: Apply  # for a configuration that is resolved, and the data that the run is given
     options: dict[str, Any]  # fields of Config without which it does not show
-    train_images: (
-        int | None
-    )  # shows at the end of an epoch, so that only the first so many images are trained on
+    # shows at the end of an epoch, so that only the first so many images are trained on
+    train_images: int | None
     needs_colour: bool  # on grey images there is no difference
     changes_function: bool  # False where exact arithmetic would give the same numbers, and rounding alone is at fault
     lens: str | None  # the only lens that has this fault; None where all have it

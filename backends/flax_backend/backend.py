@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
 # XLA reads these once, when JAX starts.
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # leave PyTorch its share of the card
+# leave PyTorch its share of the card
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
 import flax
@@ -40,9 +39,8 @@ from lockstep.common.errors import BackendError
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 from lockstep.common.system import environment
 
-EVALUATION_BATCH = (
-    50  # images per forward pass: the fewer, the less new memory each one asks the system for
-)
+# images per forward pass: the fewer, the less new memory each one asks the system for
+EVALUATION_BATCH = 50
 
 SMALL_BATCH = 16  # up to which one thread is quicker than two
 # On the CPU. XLA else copies each weight in every step of a loop, lest it change before it is read
@@ -105,9 +103,8 @@ class FlaxBackend:
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_probe = jax.jit(self._probe)
         self._compiled_gather = jax.jit(self._gather)
-        self._convolves: bool | None = (
-            None  # whether XLA's own convolution is part of a step; asked at the first
-        )
+        # whether XLA's own convolution is part of a step; asked at the first
+        self._convolves: bool | None = None
         self._normalised = jnp.asarray(
             normalise(np.arange(256, dtype=np.uint8), self._compute_dtype)
         )  # by pixel

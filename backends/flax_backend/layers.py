@@ -104,9 +104,8 @@ def blocks_times_matrix(
         return library()
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     height, width = height // 2, width // 2  # from here on, of the blocks
-    lines = images.reshape(
-        n, images.shape[1] // 2, 2, images.shape[2] // 2, 2 * channels
-    )  # pixels by twos
+    # pixels by twos
+    lines = images.reshape(n, images.shape[1] // 2, 2, images.shape[2] // 2, 2 * channels)
     lines = lines[:, :, 0], lines[:, :, 1]  # even and odd
     views = [
         lines[y % 2][:, y // 2 : y // 2 + height, x : x + width]
@@ -114,9 +113,8 @@ def blocks_times_matrix(
         for x in range((kernel_width + 1) // 2)
     ]
     rows = jnp.concatenate(views, axis=-1).reshape(n * height * width, -1)
-    kernel = kernel.transpose(
-        3, 0, 1, 2
-    )  # with features first, XLA takes 0.7 of the time for its gradient
+    # with features first, XLA takes 0.7 of the time for its gradient
+    kernel = kernel.transpose(3, 0, 1, 2)
     moved = [
         jnp.pad(kernel, ((0, 0), (y, 1 - y), (x, 1 - x), (0, 0))) for y in (0, 1) for x in (0, 1)
     ]
@@ -135,9 +133,8 @@ def max_pool(x: jax.Array) -> jax.Array:
     height, width = height // 2, width // 2
     x = x[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels).swapaxes(2, 3)
     pixels = jax.lax.split(x.reshape(n, height, width, 4, channels), (1, 1, 1, 1), axis=3)
-    a, b, c, d = (
-        pixel.squeeze(3) for pixel in pixels
-    )  # after the comparisons, a step takes 1.3 times as long
+    # after the comparisons, a step takes 1.3 times as long
+    a, b, c, d = (pixel.squeeze(3) for pixel in pixels)
     return first_of_larger(first_of_larger(a, b), first_of_larger(c, d))
 
 
@@ -174,10 +171,8 @@ class BatchNorm(nnx.BatchNorm):
         if not self.use_running_average:
             axes, pixels = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             old_mean, old_var, rate = mean, var, 1 - self.momentum
-            mean, var = (
-                x.mean(axes),
-                x.var(axes),
-            )  # not E[x^2] - E[x]^2, the faster way, which cancels
+            # not E[x^2] - E[x]^2, the faster way, which cancels
+            mean, var = x.mean(axes), x.var(axes)
             self.mean[...] = (rate * mean + self.momentum * old_mean).astype(self.mean.dtype)
             self.var[...] = (rate * var * pixels / (pixels - 1) + self.momentum * old_var).astype(
                 self.var.dtype

@@ -26,9 +26,8 @@ def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationEx
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_;
     `optax.sgd` knows the last three lines, less dampening.
     """
-    dampens = (
-        config.momentum != 0 and config.dampening != 0
-    )  # without a buffer, PyTorch ignores dampening
+    # without a buffer, PyTorch ignores dampening
+    dampens = config.momentum != 0 and config.dampening != 0
     return optax.named_chain(
         (
             "clip",

@@ -34,9 +34,8 @@ class Network(NamedTuple):
 
     training: Any  # nnx.GraphDef, as `model.train()` leaves the module
     evaluation: Any  # nnx.GraphDef, as `model.eval()` does
-    names: dict[
-        str, str
-    ]  # by Flax's own names of all parameters, statistics and masks of dropout, the canonical ones
+    # by Flax's own names of all parameters, statistics and masks of dropout, the canonical ones
+    names: dict[str, str]
     parameters: Any  # canonical name: shape and dtype
     statistics: Any  # likewise
     masks: Any  # canonical name: array, by which dropout keeps everything
@@ -52,9 +51,8 @@ def build(model: str, classes: int, device: str) -> Network:
     """
     network = pair.network(model, "flax")
     if model in MODELS:
-        module = nnx.eval_shape(
-            lambda: network(classes, device, rngs=nnx.Rngs(0))
-        )  # shapes only: no weight is drawn
+        # shapes only: no weight is drawn
+        module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))
         return take_apart(module, {})
     with pair.trying(model, "flax", "build"):
         module = network(classes, rngs=nnx.Rngs(0))

@@ -37,14 +37,12 @@ from lockstep.common.errors import BackendError
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 from lockstep.common.system import environment
 
-EVALUATION_BATCH = (
-    50  # images per forward pass: the fewer, the less new memory each one asks the system for
-)
+# images per forward pass: the fewer, the less new memory each one asks the system for
+EVALUATION_BATCH = 50
 ALL_THREADS = torch.get_num_threads()
 SMALL_BATCH = 16  # up to which one thread is quicker than two
-LONG_RUN = (
-    20_000  # steps from which on compiling, half a minute, pays: a step is a millisecond shorter
-)
+# steps from which on compiling, half a minute, pays: a step is a millisecond shorter
+LONG_RUN = 20_000
 # On the CPU. What reads up to four values, inductor else computes anew wherever it is used, and so
 # pools once for each of the views of a pooled image that the next convolution's rows hold. And its
 # loop calls its kernels from C++, not from Python; with torch 2.11 that does not compile.
@@ -62,9 +60,8 @@ COMPILED_BATCH = {"net": 128} if "cpp_wrapper" in INDUCTOR else {}  # of the oth
 # off by 6e-6, else by 4e-8); a user's network may ask for its own order with `view`.
 CHANNELS_LAST = ("net",)
 
-Carry = tuple[
-    dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]
-]  # parameters, buffers, momentum; own names
+# parameters, buffers, momentum; own names
+Carry = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 Batch = tuple[Tensor, Tensor, dict[str, Tensor], Tensor]  # images, labels, masks of dropout, and lr
 
 
@@ -110,17 +107,15 @@ class TorchBackend:
         most = COMPILED_BATCH.get(config.model, SMALL_BATCH)
         pays = (config.steps or 0) >= LONG_RUN and config.batch_size <= most
         wanted = compile == "on" or (compile == "auto" and pays)
-        self.compiled = (
-            wanted and config.schedule.kind != "plateau"
-        )  # whose next lr hangs on the losses
+        # whose next lr hangs on the losses
+        self.compiled = wanted and config.schedule.kind != "plateau"
         self._skeleton = build(config.model, classes, self.device).to(self.dtype)
         self._dropouts = convert.dropouts(self._skeleton)
         self._batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._skeleton)}
         if config.model not in MODELS:
             examine(config.model, self._skeleton, classes)
-        torch._dynamo.config.recompile_limit = (
-            1024  # all backends of a process share `_scan`'s programs
-        )
+        # all backends of a process share `_scan`'s programs
+        torch._dynamo.config.recompile_limit = 1024
         options = INDUCTOR if self.device == "cpu" else None
         self._compiled_scan = torch.compile(
             self._scan, fullgraph=True, dynamic=False, options=options
@@ -236,9 +231,8 @@ class TorchBackend:
         if self.compiled and len(labels) > 1:
             if state.step > 0:
                 return self._fused_steps(state, images, labels)
-            state, first = self.train_steps(
-                state, images[:1], labels[:1]
-            )  # it makes the momentum buffers
+            # it makes the momentum buffers
+            state, first = self.train_steps(state, images[:1], labels[:1])
             state, others = self.train_steps(state, images[1:], labels[1:])
             return state, Metrics(*map(np.concatenate, zip(first, others, strict=True)))
         history = []
@@ -257,9 +251,8 @@ class TorchBackend:
         kept, momentum = self._masks(step, labels.shape), export_momentum(model, optimizer)
         buffers = {name: buffer for name, buffer in model.named_buffers() if name not in kept}
         lr = scheduler.advance(len(labels))
-        with (
-            torch.no_grad()
-        ):  # `grad_and_value` takes the gradients; autograd has nothing to record
+        # `grad_and_value` takes the gradients; autograd has nothing to record
+        with torch.no_grad():
             rates = torch.from_numpy(lr).to(self.device)
             start = parameters, buffers, momentum
             carry, (loss, gradient_norm) = self._compiled_scan(start, (images, labels, kept, rates))
@@ -285,9 +278,8 @@ class TorchBackend:
         images, labels, kept, lr = batch
 
         def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            new_buffers = {
-                name: buffer.clone() for name, buffer in buffers.items()
-            }  # the forward pass writes into it
+            # the forward pass writes into it
+            new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             tensors = parameters | new_buffers
             logits = functional_call(
                 self._skeleton, (tensors | self._rounded(tensors), kept), (images,)
@@ -296,9 +288,8 @@ class TorchBackend:
 
         gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
         norm = global_norm(list(gradients.values()))
-        if (
-            self.config.clip_norm is not None
-        ):  # what `clip_grads_with_norm_` does to gradients that parameters hold
+        # what `clip_grads_with_norm_` does to gradients that parameters hold
+        if self.config.clip_norm is not None:
             factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {name: gradient * factor for name, gradient in gradients.items()}
         parameters = {name: parameter.clone() for name, parameter in parameters.items()}
@@ -328,9 +319,8 @@ class TorchBackend:
             truth = self._labels(labels[batch])
             logits = self._forward(state.model, self._images(images[batch]))
             predictions.append(logits.argmax(dim=-1).cpu().numpy())
-            total += cross_entropy(logits, truth).double().item() * len(
-                truth
-            )  # a smaller last batch weighs less
+            # a smaller last batch weighs less
+            total += cross_entropy(logits, truth).double().item() * len(truth)
         state.model.train()
         return Evaluation(np.concatenate(predictions), total / len(images))
 
@@ -468,12 +458,10 @@ def set_threads(batch_size: int) -> None:
 
 def make_comparable(device: str) -> None:
     """Full float32 and deterministic kernels: TF32 keeps three digits of a float32's seven."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # what cuBLAS needs to be deterministic
+    # what cuBLAS needs to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(
-        device == "cuda"
-    )  # on the CPU they are; inductor would be half as fast
+    # on the CPU they are; inductor would be half as fast
+    torch.use_deterministic_algorithms(device == "cuda")

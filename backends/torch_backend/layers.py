@@ -43,9 +43,8 @@ class BlockConv2d(nn.Conv2d):
         plain = (
             self.padding == (0, 0) and self.stride == self.dilation == (1, 1) and self.groups == 1
         )
-        odd = (
-            kernel_height % 2 == kernel_width % 2 == 1
-        )  # and with it an even number of pixels, from an even one
+        # and with it an even number of pixels, from an even one
+        odd = kernel_height % 2 == kernel_width % 2 == 1
         if not (quicker and plain and odd and height % 2 == width % 2 == 0):
             return super().forward(input)
         return blocks_times_matrix(input, self.weight, self.bias)
@@ -62,18 +61,16 @@ def blocks_times_matrix(images: Tensor, weight: Tensor, bias: Tensor | None) -> 
     images, kernel = images.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0)
     n, height, width, channels = images.shape
     kernel_height, kernel_width, _, features = kernel.shape
-    if (
-        channels <= FEW_CHANNELS
-    ):  # windows by `unfold` are copied more quickly, but their gradient would be slow
+    # windows by `unfold` are copied more quickly, but their gradient would be slow
+    if channels <= FEW_CHANNELS:
         lines = images.reshape(n, height, width * channels)
         windows = lines.unfold(1, kernel_height + 1, 2).unfold(
             2, (kernel_width + 1) * channels, 2 * channels
         )
         _, height, width, _, _ = windows.shape  # from here on, of the blocks
     else:
-        lines = images.reshape(n, height // 2, 2, width // 2, 2 * channels).unbind(
-            2
-        )  # even and odd; pixels by twos
+        # even and odd; pixels by twos
+        lines = images.reshape(n, height // 2, 2, width // 2, 2 * channels).unbind(2)
         height, width = (height - kernel_height + 1) // 2, (width - kernel_width + 1) // 2
         views = [
             lines[y % 2][:, y // 2 : y // 2 + height, x : x + width]

@@ -81,9 +81,8 @@ class Scheduler:
         self.window = config.schedule.window if config.schedule.kind == "plateau" else None
         self.warmup = config.schedule.warmup if config.schedule.kind == "warmup-cosine" else None
         self.count = 0  # steps of the window so far
-        self.mean: Tensor | float = (
-            0.0  # of their losses; left on the device until the window is full
-        )
+        # of their losses; left on the device until the window is full
+        self.mean: Tensor | float = 0.0
 
     @property
     def lr(self) -> float:

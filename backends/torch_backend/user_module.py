@@ -17,12 +17,8 @@ from lockstep.common.errors import ConfigError, few
 from lockstep.common.model import pair as pairs
 
 IMAGES = (2, 3, 32, 32)  # what a user's network is tried on
-UNKNOWN = (
-    _ConvTransposeNd,
-    nn.RNNBase,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-)  # kinds of layers with other layouts
+# kinds of layers with other layouts
+UNKNOWN = _ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention
 UNUSED = "num_batches_tracked"  # counts for `momentum=None`, which Flax has not
 
 
@@ -53,13 +49,8 @@ def sum_exactly(layer: nn.Module) -> None:
     """Make a norm of the library's, if it has all of its parts, one of `layers`, which does the
     same."""
     exact = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
-    parts = (
-        "weight",
-        "bias",
-        "running_mean",
-        "running_var",
-        "momentum",
-    )  # layer norm has the first two
+    # layer norm has the first two
+    parts = "weight", "bias", "running_mean", "running_var", "momentum"
     if exact is not None and all(getattr(layer, part, 0) is not None for part in parts):
         layer.__class__ = exact
 

@@ -25,15 +25,10 @@ TORCH_TOLERANCES["mixed_bfloat16"] = TORCH_TOLERANCES["bfloat16"]  # of what was
 NUMPY_TOLERANCES = (1e-5, 1e-8)
 TRANSFORMERS_BOUND = 1e-5
 REPROD_BOUND, REPROD_STEPS = 1e-6, 10
-KERAS_TOLERANCES = (
-    1e-7,
-    1e-3,
-)  # its atol, and the rtol that numpy.testing.assert_allclose has by default
-ALGOPERF_LAST, ALGOPERF_EACH, ALGOPERF_STEPS = (
-    1.0,
-    5e-3,
-    10,
-)  # rtol, rtol, steps; atol is numpy.allclose's
+# its atol, and the rtol that numpy.testing.assert_allclose has by default
+KERAS_TOLERANCES = 1e-7, 1e-3
+# rtol, rtol, steps; atol is numpy.allclose's
+ALGOPERF_LAST, ALGOPERF_EACH, ALGOPERF_STEPS = 1.0, 5e-3, 10
 MSPROBE_BOUND = 0.01
 DYNAMO_TOLERANCE, DYNAMO_LOOSE = 1e-4, 4e-2
 
@@ -100,9 +95,8 @@ def isclose(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: float) 
         bool, of that shape; equal infinities are close, NaN is close to nothing.
     """
     dtype = actual.dtype
-    wide = (
-        np.float64 if dtype == np.float64 else np.float32
-    )  # the type in which one operation on numbers is done
+    # the type in which one operation on numbers is done
+    wide = np.float64 if dtype == np.float64 else np.float32
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return np.asarray(values).astype(dtype).astype(wide)

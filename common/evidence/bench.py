@@ -147,9 +147,8 @@ class Plan:
     # "cold", with nothing compiled; "warm", with what earlier starts compiled; "kept", with
     # whatever this machine has.
     starts: tuple[str, ...]
-    growth_starts: tuple[
-        str, ...
-    ]  # likewise; UNCOUNTED ones are to compile what the next one finds
+    # likewise; UNCOUNTED ones are to compile what the next one finds
+    growth_starts: tuple[str, ...]
 
     @property
     def turns(self) -> int:
@@ -256,9 +255,8 @@ def _together(
             for name in starts[:-1]:
                 with start(path, size, images, cache) as worker:
                     found[name] = _started(worker)
-            workers.append(
-                stack.enter_context(start(path, size, images, cache))
-            )  # the last one goes on to train
+            # the last one goes on to train
+            workers.append(stack.enter_context(start(path, size, images, cache)))
             found[starts[-1]] = _started(workers[-1])
             found.pop(UNCOUNTED, None)
             rows.append({"path": path, "batch_size": size, "images": images, "starts": found})

@@ -20,13 +20,11 @@ from lockstep.common.runs.record import Record
 from lockstep.common.verdict import compare as parity
 from lockstep.common.verdict import locate
 
-BASE = Config(
-    steps=60, batch_size=32, lr=0.01, momentum=0.9
-)  # what a fault's own options are put into
+# what a fault's own options are put into
+BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)
 LENSES = ("float64", "float32")
-TEST_IMAGES = (
-    1000  # of the data: enough for the faults of evaluation, which is most of a short run's time
-)
+# of the data: enough for the faults of evaluation, which is most of a short run's time
+TEST_IMAGES = 1000
 FAULTY = "flax"  # whose runs have the fault
 Inject = Callable[[Any, Config, Dataset], AbstractContextManager[None]]
 

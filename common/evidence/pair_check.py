@@ -103,10 +103,8 @@ def unrolled(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None
     n, features = torch.shape
     for channels in (size for size in range(2, features) if features % size == 0):
         pixels = features // channels
-        shape = (
-            channels,
-            *_squarest(pixels),
-        )  # how the pixels lie does not matter: both unroll them row by row
+        # how the pixels lie does not matter: both unroll them row by row
+        shape = channels, *_squarest(pixels)
         reordered = np.moveaxis(torch.reshape(n, *shape), 1, -1).reshape(n, features)
         if np.abs(reordered - flax).max() <= PROOF_BOUND * np.abs(flax).max():
             return shape

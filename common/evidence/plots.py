@@ -171,9 +171,8 @@ def _steps(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots()
     unseen = steps * 2.2  # where the marks of what is not seen stand
     for place, dtype in enumerate(lenses):
-        shift = 10 ** (
-            0.24 * (place - (len(lenses) - 1) / 2)
-        )  # side by side, where both are at one step
+        # side by side, where both are at one step
+        shift = 10 ** (0.24 * (place - (len(lenses) - 1) / 2))
         points = [
             (row["error"] * shift, row["lenses"][dtype]) for row in rows if dtype in row["lenses"]
         ]
@@ -286,9 +285,8 @@ def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
 def _save(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:
     import matplotlib.style
 
-    with matplotlib.style.context(
-        "default"
-    ):  # neither a matplotlibrc nor a caller may change the picture
+    # neither a matplotlibrc nor a caller may change the picture
+    with matplotlib.style.context("default"):
         figure = new_figure(*size)
         paint(figure)
         content = to_png(figure)

@@ -14,9 +14,8 @@ from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, family, judge
 from lockstep.common.runs.record import Record
 
-ERRORS = tuple(
-    10.0**-power for power in range(1, 15)
-)  # relative; below 1e-16 float64 has no number for them
+# relative; below 1e-16 float64 has no number for them
+ERRORS = tuple(10.0**-power for power in range(1, 15))
 STEPS = 200
 LENSES = ("float64", "float32")
 

@@ -60,9 +60,8 @@ def likeness(one: str, other: str) -> float:
     ours, theirs = words(one), words(other)
     if ours[:1] != theirs[:1] and "#" in (*ours[:1], *theirs[:1]):
         return 0.0
-    target = (
-        0.15 if ours[:2] == theirs[:2] else 0.0
-    )  # both set the same name, or call the same function
+    # both set the same name, or call the same function
+    target = 0.15 if ours[:2] == theirs[:2] else 0.0
     return min(1.0, SequenceMatcher(None, ours, theirs, autojunk=False).ratio() + target)
 
 

@@ -139,9 +139,7 @@ NOTES = (
     Note(
         title="Which arrays are trained",
         torch=Anchor(_MAKE, "model.parameters(),"),
-        flax=Anchor(
-            "user_module.py:take_apart", "nnx.split(module, nnx.Param, nnx.BatchStat, Mask, ...)"
-        ),
+        flax=Anchor("user_module.py:take_apart", "module, nnx.Param, nnx.BatchStat, Mask, ..."),
         what=(
             "PyTorch's optimizer trains the tensors that it was given. On the Flax side, what is trained is what the "
             "loss is differentiated by: the `nnx.Param` part of the split."
@@ -373,7 +371,7 @@ NOTES = (
     Note(
         title="Momentum: the learning rate stays outside the buffer",
         torch=Anchor(_MAKE, "momentum=config.momentum,"),
-        flax=Anchor(_MAKE, '("sgd", optax.sgd('),
+        flax=Anchor(_MAKE, "optax.sgd("),
         what=(
             "In both, the buffer is momentum times itself plus the gradient, and the learning rate multiplies what "
             "comes out. optax keeps the buffer in the gradient's precision unless `accumulator_dtype` says otherwise."
@@ -609,7 +607,7 @@ NOTES = (
     Note(
         title="Two compilers",
         torch=Anchor(_INIT, "torch.compile("),
-        flax=Anchor(_INIT, "jax.jit(self._fused_steps"),
+        flax=Anchor(_INIT, "self._fused_steps, donate_argnums=0"),
         what=(
             "`jax.jit` traces the whole loop, and `donate_argnums` lets it reuse the state's memory. `torch.compile` "
             "is given a step written as a function, since `loss.backward()` and `optimizer.step()` would break its "

@@ -23,9 +23,8 @@ def read_report(path: Path) -> dict[str, Any]:
         RecordError: if it is missing, damaged, or of another version.
     """
     try:
-        if (
-            path.exists() and not path.is_file()
-        ):  # what is not a file, such as a pipe, may never end
+        # what is not a file, such as a pipe, may never end
+        if path.exists() and not path.is_file():
             raise ValueError("not a file")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError("too large")

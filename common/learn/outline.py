@@ -16,14 +16,10 @@ from typing import NamedTuple
 
 from lockstep.common.errors import LockstepError
 
-FOLDERS = {
-    "torch": "backends/torch_backend",
-    "flax": "backends/flax_backend",
-}  # below the repository's root
-CLASSES = {
-    "torch": "TorchBackend",
-    "flax": "FlaxBackend",
-}  # called `Backend` in the names of definitions
+# below the repository's root
+FOLDERS = {"torch": "backends/torch_backend", "flax": "backends/flax_backend"}
+# called `Backend` in the names of definitions
+CLASSES = {"torch": "TorchBackend", "flax": "FlaxBackend"}
 FILES = (
     "backend.py",
     "models/net.py",

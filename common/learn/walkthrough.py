@@ -30,20 +30,17 @@ from lockstep.common.protocol import Arrays, Backend, Evaluation, Snapshot
 from lockstep.common.report.template import write_page
 from lockstep.common.runs.record import Record
 
-SGD = Config(
-    batch_size=16, lr=0.01, steps=2
-)  # two steps: momentum and dampening first act in the second
+# two steps: momentum and dampening first act in the second
+SGD = Config(batch_size=16, lr=0.01, steps=2)
 RUN = Config(batch_size=16, lr=0.03, momentum=0.9, steps=120)  # long enough for float32 to part
 TWINS = 2  # per backend, in float32
 TEST_IMAGES = 200  # evaluated: more would take longer than the training
 SIZES = (4, 16, 64)  # batch sizes ...
 SEEN = 1280  # ... and the images that each of these runs sees
-NOISE_BATCHES = (
-    20  # whose gradients are held against their mean; of the largest size, all that are seen
-)
-BIAS = (
-    "fc3.bias"  # the parameter that is followed: its gradient is short enough to be checked by hand
-)
+# whose gradients are held against their mean; of the largest size, all that are seen
+NOISE_BATCHES = 20
+# the parameter that is followed: its gradient is short enough to be checked by hand
+BIAS = "fc3.bias"
 ENTRIES = 3  # shown of a tensor
 RECTIFIED = ("conv1", "conv2", "fc1", "fc2")  # layers whose outputs go through a rectifier
 MILESTONES = (1, 3, 10, 30, 100)  # steps at which the gap is told, beside the last
@@ -548,9 +545,8 @@ def _in_words(precision: Mapping[str, Any]) -> str:
 def batch_sizes(lab: Lab) -> dict[str, Any]:
     """Runs that see the same number of images in batches of different sizes, in float64."""
     rows = [_size(lab, size) for size in SIZES]
-    reference = float(
-        np.linalg.norm(gradients(lab, SIZES[-1]).mean(axis=0))
-    )  # that of all the images
+    # that of all the images
+    reference = float(np.linalg.norm(gradients(lab, SIZES[-1]).mean(axis=0)))
     for row in rows:
         row["noise"] = spread(gradients(lab, row["size"])) / reference
         row["scaled_noise"] = row["noise"] * math.sqrt(row["size"])
@@ -681,11 +677,11 @@ EXCERPTS: dict[str, dict[str, list[Anchor]]] = {
     },
     "lr": {
         "torch": [Anchor(_MAKE, "lr=config.lr,")],
-        "flax": [Anchor(_MAKE, '("sgd", optax.sgd(')],
+        "flax": [Anchor(_MAKE, "optax.sgd(")],
     },
     "momentum option": {
         "torch": [Anchor(_MAKE, "momentum=config.momentum,")],
-        "flax": [Anchor(_MAKE, '("sgd", optax.sgd(')],
+        "flax": [Anchor(_MAKE, "optax.sgd(")],
     },
     "dampening": {
         "torch": [Anchor(_MAKE, "dampening=config.dampening,")],
@@ -693,11 +689,11 @@ EXCERPTS: dict[str, dict[str, list[Anchor]]] = {
     },
     "weight_decay": {
         "torch": [Anchor(_MAKE, "weight_decay=config.weight_decay,")],
-        "flax": [Anchor(_MAKE, '("weight_decay", ')],
+        "flax": [Anchor(_MAKE, '"weight_decay",')],
     },
     "nesterov": {
         "torch": [Anchor(_MAKE, "nesterov=config.nesterov,")],
-        "flax": [Anchor(_MAKE, '("sgd", optax.sgd(')],
+        "flax": [Anchor(_MAKE, "optax.sgd(")],
     },
 }
 

@@ -384,11 +384,8 @@ def _cells(
     axes.imshow(colours, interpolation="none")
     if count <= MAX_WRITTEN:
         for row, column in np.argwhere(written).tolist():
-            place = {
-                "ha": "center",
-                "va": "center_baseline",
-                "in_layout": False,
-            }  # what lies within needs no room
+            # what lies within needs no room
+            place = {"ha": "center", "va": "center_baseline", "in_layout": False}
             axes.text(column, row, texts[row][column], fontsize=7.5, **place)
     drawn = [label(name) for name in names]
     size = {"fontsize": 8.5 if count <= 20 else 5}

@@ -27,11 +27,8 @@ from lockstep.common.verdict.statistics import correct
 
 MAX_POINTS = 5_000  # of a series
 MAX_IMAGES = 32  # of a kind
-SERIES = {
-    "loss": "loss",
-    "learning rate": "lr",
-    "gradient norm": "gradient_norm",
-}  # tag: field of a record
+# tag: field of a record
+SERIES = {"loss": "loss", "learning rate": "lr", "gradient norm": "gradient_norm"}
 FILE = "events.out.tfevents.0.lockstep"  # one name, so that a run that is written again takes the place of the old one
 Entries = Iterator[tuple[int, Any]]  # a step, and a value of a Summary
 MODULES = {

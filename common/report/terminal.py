@@ -19,12 +19,8 @@ from lockstep.common.verdict.compare import broken_off, tell_apart
 NAME_WIDTH = 16  # letters of a class name in a picture
 PAGE_WIDTH = 80  # columns of what goes to a file or a pipe
 MAX_CLASSES = 100  # more are not listed: report.json has them
-OPENING = (
-    "data",
-    "weights",
-    "forward",
-    "backward",
-)  # stages that are looked into during the first steps only
+# stages that are looked into during the first steps only
+OPENING = "data", "weights", "forward", "backward"
 
 
 def safe(text: object, encoding: str = "utf-8") -> str:

@@ -66,9 +66,8 @@ class Rung:
     gap: float  # between the closest runs of the two sides (see `Separation`); infinite where nothing is finite
     bound: float
     drift: float | None = None  # between the most distant runs of one side
-    values: tuple[float, float] | None = (
-        None  # both runs, where their difference is largest or first too large
-    )
+    # both runs, where their difference is largest or first too large
+    values: tuple[float, float] | None = None
     start: int | None = None  # for a stretch of steps: its first ...
     stop: int | None = None  # ... and one past its last
 
@@ -356,9 +355,8 @@ def _trajectory(sides: Sides) -> list[Rung]:
                 [float(differences[: span.stop].max()) for differences in within],
             )
             allowed = drift
-            if (
-                first.dtype != "float64" and within
-            ):  # in float64 it grows at the same pace in all runs
+            # in float64 it grows at the same pace in all runs
+            if first.dtype != "float64" and within:
                 allowed = max(float(differences[: following.stop].max()) for differences in within)
             scale = max(magnitude(series[0][0][span]), magnitude(series[1][0][span]))
             if quantity == "lr":  # no network's rounding is in it, but plateau's decisions are
@@ -602,9 +600,8 @@ def divergence(rung: Rung, names: list[str]) -> dict[str, Any]:
     """The rung where two runs part, as plain JSON, with a message of one line."""
     values: tuple[float | None, float | None] = rung.values or (None, None)
     at_step = rung.start is not None and rung.tensor != "mean loss" and rung.values is not None
-    gap = (
-        scalar_gap(*rung.values) if at_step and rung.values else rung.gap
-    )  # that step's; the rung's is its stretch's
+    # that step's; the rung's is its stretch's
+    gap = scalar_gap(*rung.values) if at_step and rung.values else rung.gap
     message = f"{rung.stage}: step {rung.step}: "
     if rung.tensor != rung.stage:
         message += f"{rung.tensor}: "
@@ -708,9 +705,8 @@ def _travel(record: Record) -> Callable[[str], tuple[int, int, int, str]]:
 
 
 def _unnamed(data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in data.items() if name != "name"
-    }  # the same data may lie elsewhere
+    # the same data may lie elsewhere
+    return {name: value for name, value in data.items() if name != "name"}
 
 
 def _first_difference(

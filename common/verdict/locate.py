@@ -30,9 +30,8 @@ from lockstep.common.system import environment
 from lockstep.common.verdict import compare as parity
 from lockstep.common.verdict.statistics import gaps
 
-REPLAY_STREAM = (
-    4  # keeps these random numbers apart from those of lockstep.common.model.initial_weights
-)
+# keeps these random numbers apart from those of lockstep.common.model.initial_weights
+REPLAY_STREAM = 4
 LOOK_BACK = 30  # steps before the one at which the runs were seen to part
 OFFENDERS = 5
 ALIKE = 1e-6  # relative residual under which one tensor is called a multiple of the other

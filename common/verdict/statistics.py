@@ -99,9 +99,8 @@ class Separation(NamedTuple):
     """Two clusters of runs, in some distance."""
 
     gap: float  # between the two sides; infinite where the runs themselves have nothing finite to compare
-    drift: (
-        float | None
-    )  # within a side; None without twins, infinite where no twin has anything finite to compare
+    # within a side; None without twins, infinite where no twin has anything finite to compare
+    drift: float | None
 
 
 def separation(

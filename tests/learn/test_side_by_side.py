@@ -96,7 +96,9 @@ def test_a_function_that_loses_its_partner_is_named(side: str, house: Path) -> N
 def test_a_new_function_on_one_side_is_named(side: str, house: Path) -> None:
     with (house / sections.FOLDERS[side] / "models/net.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef unheard_of() -> None: ...\n")
-    with pytest.raises(SourceError, match=rf"^model\.py:unheard_of of {side} is in no section"):
+    with pytest.raises(
+        SourceError, match=rf"^models/net\.py:unheard_of of {side} is in no section"
+    ):
         sections.check(sections.read_backends(house))
 
 
@@ -131,15 +133,15 @@ def test_a_source_that_is_missing_or_damaged_is_one_line(house: Path) -> None:
     file.write_text("def f(:\n", encoding="utf-8")
     with pytest.raises(
         SourceError,
-        match=r"^the source backends/flax_backend/model\.py cannot be parsed \(line 1\)",
+        match=r"^the source backends/flax_backend/models/net\.py cannot be parsed \(line 1\)",
     ):
         sections.read_backends(house)
     file.unlink()
     with pytest.raises(
-        SourceError, match=r"^the source backends/flax_backend/model\.py cannot be read"
+        SourceError, match=r"^the source backends/flax_backend/models/net\.py cannot be read"
     ):
         sections.read_backends(house)
-    replace(house / "common/data.py", "def normalise(", "def standardise(")
+    replace(house / "common/data/sources.py", "def normalise(", "def standardise(")
     with pytest.raises(SourceError, match=r"^common has no data\.py:normalise any more"):
         sections.read_shared(house)
 

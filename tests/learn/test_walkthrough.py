@@ -306,7 +306,7 @@ def test_excerpts_are_lines_of_the_sources_and_one_that_is_gone_is_named(tmp_pat
         for side in BACKENDS
     }
     with pytest.raises(
-        SourceError, match=r"^model\.py:gone, which the walk-through shows, is gone"
+        SourceError, match=r"^models/net\.py:gone, which the walk-through shows, is gone"
     ):
         excerpt(backends, gone)
     with pytest.raises(SourceError, match="cannot be read"):

@@ -58,9 +58,8 @@ class Block(nnx.Module):
         self.fc1 = nnx.Linear(channels, 4 * channels, rngs=rngs)
         self.fc2 = nnx.Linear(4 * channels, channels, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((channels,), 1e-6))  # layer scale
-        self.dropout = Dropout(
-            depth_rate, (1, 1, 1)
-        )  # of all of an image's branch: stochastic depth
+        # of all of an image's branch: stochastic depth
+        self.dropout = Dropout(depth_rate, (1, 1, 1))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv(x)

@@ -58,7 +58,6 @@ class Block(nnx.Module):
         y = nnx.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         shortcut = x[:, :: self.stride, :: self.stride]
-        shortcut = jnp.pad(
-            shortcut, ((0, 0), (0, 0), (0, 0), (0, y.shape[3] - x.shape[3]))
-        )  # zeros: new channels
+        # zeros: new channels
+        shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, y.shape[3] - x.shape[3])))
         return nnx.relu(y + shortcut)

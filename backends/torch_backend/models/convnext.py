@@ -56,9 +56,8 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))  # layer scale
-        self.dropout = Dropout(
-            depth_rate, (1, 1, 1)
-        )  # of all of an image's branch: stochastic depth
+        # of all of an image's branch: stochastic depth
+        self.dropout = Dropout(depth_rate, (1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)

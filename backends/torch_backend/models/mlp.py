@@ -16,9 +16,8 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(3 * 32 * 32, 256)
         self.fc2 = nn.Linear(256, 128)
         self.fc3 = nn.Linear(128, classes)
-        self.flattened = {
-            "fc1": (3, 32, 32)
-        }  # what is flattened before fc1, (channels, height, width): see convert.py
+        # what is flattened before fc1, (channels, height, width): see convert.py
+        self.flattened = {"fc1": (3, 32, 32)}
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.flatten(x, start_dim=1)

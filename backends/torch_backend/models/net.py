@@ -21,9 +21,8 @@ class Net(nn.Module):
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)
-        self.flattened = {
-            "fc1": (16, 5, 5)
-        }  # what is flattened before fc1, (channels, height, width): see convert.py
+        # what is flattened before fc1, (channels, height, width): see convert.py
+        self.flattened = {"fc1": (16, 5, 5)}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.conv1(x)))

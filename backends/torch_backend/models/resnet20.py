@@ -53,7 +53,6 @@ class Block(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         shortcut = x[:, :, :: self.stride, :: self.stride]
-        shortcut = F.pad(
-            shortcut, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])
-        )  # zeros for the new channels
+        # zeros for the new channels
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
         return F.relu(y + shortcut)
