@@ -142,7 +142,7 @@ def test_a_source_that_is_missing_or_damaged_is_one_line(house: Path) -> None:
     ):
         sections.read_backends(house)
     replace(house / "common/data/sources.py", "def normalise(", "def standardise(")
-    with pytest.raises(SourceError, match=r"^common has no data\.py:normalise any more"):
+    with pytest.raises(SourceError, match=r"^common has no data/sources\.py:normalise any more"):
         sections.read_shared(house)
 
 
