@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lockstep.common.errors import ConfigError
+from lockstep.common.errors import ConfigError, did_you_mean, nearest
 
 BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
@@ -75,7 +75,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ConfigError(
-                f"unknown schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}"
+                f"unknown schedule {self.kind!r}: {did_you_mean(self.kind, SCHEDULES)}"
             )
         for field, value in self.options().items():
             if value is not None and field not in SCHEDULES[self.kind]:
@@ -169,9 +169,13 @@ class Schedule:
             if not equals or name not in {field.name for field in dataclasses.fields(cls)} - {
                 "kind"
             }:
-                known = ", ".join(SCHEDULES.get(kind, ())) or "none"
+                if kind not in SCHEDULES:
+                    return cls(kind)  # which says so
+                known, proposal = SCHEDULES[kind], nearest(name, SCHEDULES[kind])
+                hint = f"did you mean {proposal}? " if proposal else ""
                 raise ConfigError(
-                    f"schedule option {item!r} is not NAME=VALUE; the names for {kind!r}: {known}"
+                    f"schedule option {item!r} is not NAME=VALUE; {hint}"
+                    f"the names for {kind!r}: {', '.join(known) or 'none'}"
                 )
             try:
                 if name == "milestones":
@@ -231,7 +235,7 @@ class Config:
         known = self.pair is not None or self.model in MODELS
         _require(
             known,
-            f"unknown model {self.model!r}: choose one of {', '.join(MODELS)}, or a pair of your own",
+            f"unknown model {self.model!r}: {did_you_mean(self.model, MODELS)}, or a pair of your own",
         )
         _require(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
         _require(

@@ -34,6 +34,21 @@ def printable(text: object) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The word that was probably meant; None if none is near."""
+    import difflib  # only after an error
+
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A proposal for a misspelt word, and all words there are."""
+    known = list(known)
+    proposal = nearest(word, known)
+    there_are = f"choose one of {', '.join(known)}"
+    return f"did you mean {proposal}? Or {there_are}" if proposal else there_are
+
+
 def few(names: Iterable[str], between: str = ", ") -> str:
     """Some names in one line, none of them longer than half of it, and none that commands the
     terminal."""

@@ -325,7 +325,10 @@ def test_a_schedule_is_read_from_its_kind_and_options(text: str, schedule: Sched
         ("linear", "unknown schedule 'linear'"),
         ("linear:gamma=0.1", "unknown schedule 'linear'"),
         ("Step", "unknown schedule 'Step'"),
-        ("step:gama=0.1", "'gama=0.1' is not NAME=VALUE; the names for 'step': period, gamma"),
+        (
+            "step:gama=0.1",
+            "'gama=0.1' is not NAME=VALUE; did you mean gamma? the names for 'step': period, gamma",
+        ),
         ("step:kind=cosine", "'kind=cosine' is not NAME=VALUE"),
         ("step:gamma", "'gamma' is not NAME=VALUE"),
         ("step:gamma=", "'' is not a number"),

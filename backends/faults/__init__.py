@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from lockstep.backends.faults.registry import Fault, collected, injected
-from lockstep.common.errors import ConfigError
+from lockstep.common.errors import ConfigError, did_you_mean
 from lockstep.common.protocol import STAGES
 
 __all__ = ["FAULTS", "QUICK", "Fault", "injected", "named"]
@@ -47,5 +47,5 @@ def named(name: str) -> Fault:
         if fault.name == name:
             return fault
     raise ConfigError(
-        f"unknown fault {name!r}: choose one of {', '.join(fault.name for fault in FAULTS)}"
+        f"unknown fault {name!r}: {did_you_mean(name, [fault.name for fault in FAULTS])}"
     )

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lockstep.backends import load as load_backend
+    from lockstep.cli import compare
     from lockstep.common.config import RECIPES, Config, Schedule
     from lockstep.common.data import load as load_data
     from lockstep.common.errors import LockstepError
     from lockstep.common.model.pair import Pair
     from lockstep.common.protocol import Backend
     from lockstep.common.runs.record import read as read_record
+    from lockstep.common.session import Result
     from lockstep.common.testing import same_run
 
 __version__ = "0.2.0"
@@ -26,7 +28,9 @@ _SOURCES = {
     "LockstepError": ("common.errors", "LockstepError"),
     "Pair": ("common.model.pair", "Pair"),
     "RECIPES": ("common.config", "RECIPES"),
+    "Result": ("common.session", "Result"),
     "Schedule": ("common.config", "Schedule"),
+    "compare": ("cli", "compare"),
     "load_backend": ("backends", "load"),
     "load_data": ("common.data", "load"),
     "read_record": ("common.runs.record", "read"),
@@ -39,8 +43,10 @@ __all__ = [
     "Config",
     "LockstepError",
     "Pair",
+    "Result",
     "Schedule",
     "__version__",
+    "compare",
     "load_backend",
     "load_data",
     "read_record",

@@ -1,7 +1,7 @@
 """How good the verdict is, measured: known faults, false alarms, sensitivity, and the rules that
 others use.
 
-Each module makes one report from many short pairs of runs; `compare.py` has a command for each.
+Each module makes one report from many short pairs of runs; `lockstep` has a command for each.
 """
 
 from __future__ import annotations

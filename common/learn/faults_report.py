@@ -13,7 +13,7 @@ from lockstep.common.errors import RecordError
 
 SCHEMA = 1
 MAX_BYTES = 2**24  # the whole catalogue's report takes 2**18
-REMEDY = "make it with: python compare.py faults --data cifar10"
+REMEDY = "make it with: python compare.py faults --data cifar10 --out results/faults"
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
-from lockstep.common.errors import ConfigError, few
+from lockstep.common.errors import ConfigError, did_you_mean, few
 
 if TYPE_CHECKING:  # which imports NumPy, too slowly for `compare.py --help`
     from lockstep.common.protocol import Dropout
@@ -138,7 +138,7 @@ def source(model: str) -> str | None:
         return None
     place, colon, name = model.rpartition(":")
     if not colon or not place or not name.isidentifier():
-        raise ConfigError(f"unknown model {model!r}: choose one of {', '.join(MODELS)}, or {FORM}")
+        raise ConfigError(f"unknown model {model!r}: {did_you_mean(model, MODELS)}, or {FORM}")
     if is_path(place):
         path = place
     else:

@@ -22,7 +22,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 ROOM = 16  # a file may take so many times what the network takes in float64: names, padding, other layouts
 LEAST_ROOM = 2**20  # bytes; for small networks, whose files are mostly names
 MAX_FILES = 1000  # of a checkpoint; it has a few for each array
-LAYOUT = "name and shape them as `python compare.py export` does"
+LAYOUT = "name and shape them as `lockstep export` does"
 
 
 class Claim(NamedTuple):

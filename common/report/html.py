@@ -46,6 +46,11 @@ class Tile(NamedTuple):
     lines: Sequence[tuple[str, str]]
 
 
+def typed_command(command: list[str]) -> list[str]:
+    """The command line of a report; older ones leave out "python"."""
+    return ["python", *command] if command[:1] == ["compare.py"] else command
+
+
 def write_report_page(
     folder: Path,
     report: dict[str, Any],
@@ -88,7 +93,7 @@ def write_report_page(
             for index in first_images(dataset, sample)
         ],
         "tested": _tested(lenses[0], records[lenses[0]["dtype"]], dataset),
-        "command": shlex.join(["python", *report["command"]]),
+        "command": shlex.join(typed_command(report["command"])),
         "facts": tables.facts(report),
     }
     return write_page(Path(folder, "report.html"), "report.html.jinja", **_readable(values))

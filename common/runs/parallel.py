@@ -43,7 +43,7 @@ LEAST_IMAGES = 8_000
 PATIENCE = 30.0  # seconds that the other process has to keep a checkpoint, before it is ended
 # Not by `multiprocessing`, which would run the caller's own script again, and waits for ever where
 # the process dies while it starts.
-PROGRAM = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv[1]); from lockstep.common.runs.parallel import serve; serve()"
+PROGRAM = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv.pop(1)); sys.argv = sys.argv[1:]; from lockstep.common.runs.parallel import serve; serve()"
 NAME = BACKENDS[-1]  # whom the other process trains
 Members = Mapping[str, Sequence[int | None]]  # by lens: the run itself (None) and its twins
 Build = Callable[[str, str], Backend]  # by name and dtype
@@ -82,7 +82,7 @@ class Other:
 
     def __enter__(self) -> Self:
         if self.wanted:
-            command = [sys.executable, "-c", PROGRAM, repr(sys.path)]
+            command = [sys.executable, "-c", PROGRAM, repr(sys.path), sys.argv[0]]  # for hints
             with contextlib.suppress(OSError):  # the system has no room for it
                 # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped
                 # by this process.

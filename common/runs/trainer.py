@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import math
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from lockstep.common.runs import checkpoint, record, training
 from lockstep.common.runs.checkpoint import Checkpoint
 from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import Record
-from lockstep.common.system import environment, interrupt
+from lockstep.common.system import environment, interrupt, program
 
 Family = dict[str, list[Record]]  # by backend: a run and its twins
 
@@ -319,4 +318,4 @@ def matching_record(path: Path, name: str, config: Config, dataset: Dataset) -> 
 
 def how_to_go_on(folder: Path) -> str:
     """For whoever stopped the run in `folder`."""
-    return f"go on with: python compare.py --resume {shlex.quote(str(folder))}"
+    return f"resume with: {program.command('--resume', folder)}"

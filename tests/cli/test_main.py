@@ -19,6 +19,8 @@ from PIL import Image
 from lockstep import cli as compare
 from lockstep.backends import faults
 from lockstep.common import data
+from lockstep.common.cli import learn, parser, run
+from lockstep.common.cli.parser import COMMANDS
 from lockstep.common.data import Dataset, sources
 from lockstep.common.runs import record, training
 
@@ -54,8 +56,8 @@ def broken(
     monkeypatch: pytest.MonkeyPatch, fault: str, dataset: Dataset, *options: str | Path
 ) -> None:
     """Put a known fault into the Flax side, for the run of these options and this data."""
-    recipe = compare.recipe_of(compare.parse([str(option) for option in options]))
-    config = recipe.config.resolve(len(dataset.train_images))
+    wanted = run.new_request(parser.parse([str(option) for option in options]))
+    config = wanted.config.resolve(len(dataset.train_images))
     faults.named(fault).apply(monkeypatch.setattr, config, dataset)
 
 
@@ -169,7 +171,7 @@ def test_a_run_that_is_interrupted_before_anything_is_finished_leaves_no_report(
     assert lockstep(*SHORT, "--out", tmp_path) == 130
     said = capsys.readouterr().err
     assert said.startswith("interrupted: torch float64 was interrupted at step 0 of 24; ")
-    assert said.endswith(f"go on with: python compare.py --resume {tmp_path}\n")
+    assert said.endswith(f"resume with: lockstep --resume {tmp_path}\n")
     assert not (tmp_path / "report.json").exists()
 
 
@@ -542,10 +544,16 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ),
         pytest.param(["--schedule", "exponential:gamma=nan"], "gamma", id="gamma-nan"),
         pytest.param(["--frob\nnicate\x1b[31m"], "--help", id="option-with-control-characters"),
-        pytest.param(["grid"], "--batch-size", id="grid-with-options-it-does-not-use"),
-        pytest.param(["faults"], "--steps", id="faults-with-options-it-does-not-use"),
         pytest.param(
-            ["sensitivity"], "--batch-size", id="sensitivity-with-options-it-does-not-use"
+            ["grid"], "grid takes no --batch-size", id="grid-with-options-it-does-not-use"
+        ),
+        pytest.param(
+            ["faults"], "faults takes no --steps", id="faults-with-options-it-does-not-use"
+        ),
+        pytest.param(
+            ["sensitivity"],
+            "sensitivity takes no --batch-size",
+            id="sensitivity-with-options-it-does-not-use",
         ),
         pytest.param(["--twins", "0", "--dtype", "float32"], "--twins", id="no-twins"),
         pytest.param(
@@ -560,7 +568,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         pytest.param(
             ["--tensorboard", "/proc/nothing"], "--tensorboard", id="unwritable-tensorboard"
         ),
-        pytest.param(["read"], "--steps", id="read-with-options-it-does-not-use"),
+        pytest.param(["learn"], "learn takes no --steps", id="learn-with-options-it-does-not-use"),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(
@@ -572,7 +580,8 @@ def test_wrong_options_give_one_line_and_status_2(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("jax.devices", only_cpu)
-    assert lockstep(*SHORT, "--out", tmp_path, *options) == 2
+    command = options if options[0] in COMMANDS else []  # a command comes first
+    assert lockstep(*command, *SHORT, "--out", tmp_path, *(options if not command else [])) == 2
     assert_one_line(capsys, word)
     assert list(tmp_path.iterdir()) == []
 
@@ -587,7 +596,7 @@ def test_pages_to_learn_from_are_made_where_they_were_asked_for(
     monkeypatch.setattr(
         "lockstep.common.learn.write_walk_page", lambda path, walk: path.write_text(walk)
     )
-    assert lockstep("read", "--out", tmp_path, "--quiet") == 0
+    assert lockstep("learn", "--out", tmp_path, "--quiet") == 0
     assert "The two backends side by side" in (tmp_path / "read.html").read_text()
     assert (tmp_path / "walk.html").read_text() == "walked"
     [(_, dataset, sources, _)] = walked
@@ -603,11 +612,12 @@ def test_pages_to_learn_from_without_the_faults_report_give_one_line_and_status_
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compare, "__file__", str(tmp_path / "compare.py"))
+    monkeypatch.setattr(learn, "ROOT", tmp_path)
+    (tmp_path / "compare.py").touch()
     (tmp_path / "results" / "faults").mkdir(parents=True)
     if content is not None:
         (tmp_path / "results" / "faults" / "report.json").write_text(content)
-    assert lockstep("read", "--out", tmp_path / "pages") == 2
+    assert lockstep("learn", "--out", tmp_path / "pages") == 2
     assert_one_line(capsys, "python compare.py faults")
     assert list((tmp_path / "pages").iterdir()) == []
 
@@ -728,7 +738,7 @@ def test_the_grid_holds_every_legal_combination() -> None:
 # Python takes apart what is in a module when it ends.
 ENDING = """
 import atexit, sys
-from common import machine
+from lockstep.common.system import environment
 class Part:
     def __del__(self): print("taken apart", file=sys.stderr)
 part = Part()
@@ -738,7 +748,9 @@ print("said")
 """
 
 
-@pytest.mark.parametrize(("end", "left"), [("machine.leave", ""), ("sys.exit", "taken apart\n")])
+@pytest.mark.parametrize(
+    ("end", "left"), [("environment.leave", ""), ("sys.exit", "taken apart\n")]
+)
 def test_a_command_that_ends_says_all_but_takes_nothing_apart(end: str, left: str) -> None:
     command = [sys.executable, "-c", ENDING.format(end=end)]
     environment = os.environ | {"PYTHONUNBUFFERED": ""}

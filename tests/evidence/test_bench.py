@@ -549,11 +549,11 @@ def test_threads_wait_a_little_unless_the_user_has_said_how(
         for name, value in os.environ.items()
         if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }
-    program = "import os, backends; print(os.environ.get('GOMP_SPINCOUNT'))"
+    program = "import os, lockstep.backends; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=theirs | users,
-        cwd=Path(compare.__file__).parent,
+        cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
         check=True,

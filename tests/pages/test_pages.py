@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockstep.cli import make_report
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.report import write_report_page
 from lockstep.common.report.template import write_page
 from lockstep.common.runs.record import Record
+from lockstep.common.session import make_report
 from lockstep.common.verdict.compare import compare
 from tests.pages.browser import Fault, chromium, examine, executable
 from tests.report.test_report import found

@@ -694,7 +694,7 @@ def stop_at(cell: Cell, expected: dict[str, str], place: Path, stop: Stop) -> di
         run.problems.append(f"it took {run.took:.1f} s")
     if "Traceback" in said:
         run.problems.append("a traceback")
-    if run.begun and not stop.twice and f"python compare.py --resume {run.folder}" not in said:
+    if run.begun and not stop.twice and f"lockstep --resume {run.folder}" not in said:
         run.problems.append("it does not say how to go on")
     found = run.found()
     run.start()

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from lockstep import cli as compare
-from lockstep.common import data
+from lockstep.common import data, session
 from lockstep.common.data import sources
 from lockstep.common.errors import DataError, RecordError
 from lockstep.common.learn import read_report
@@ -399,7 +399,8 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     np.savez(
         "made.npz", allow_pickle=False, y_train=made.train_labels, y_test=made.test_labels, **images
     )
-    monkeypatch.setattr(compare, "train_and_compare", lambda *given: 0)
+    made_up = session.Result({"verdict": "agree", "cut_short": None}, tmp_path / "begun")
+    monkeypatch.setattr(session, "train_and_compare", lambda *given: made_up)
     assert (
         compare.main(
             ["--data", "made.npz", "--steps", "3", "--batch-size", "4", "--out", "begun", "--quiet"]

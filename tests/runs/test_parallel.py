@@ -124,7 +124,7 @@ def test_both_are_stopped_and_gone_on_with(
     last = said_in_one_line(run)
     assert (
         last.startswith("interrupted")
-        and f"go on with: python compare.py --resume {folder}" in last
+        and f"resume with: python compare.py --resume {folder}" in last
     )
     sane(folder)
     assert (folder / "torch-float64.safetensors").exists() == (hook == WAITING)

@@ -102,7 +102,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(
         assert lockstep(*RUN, "--dtype", "float64", "--out", tmp_path) == 128 + number
     said = capsys.readouterr().err
     assert (
-        f"torch float64 was interrupted at step 68 of 200; go on with: python compare.py --resume {tmp_path}"
+        f"torch float64 was interrupted at step 68 of 200; resume with: lockstep --resume {tmp_path}"
         in said
     )
     kept = checkpoint.found(tmp_path, "torch-float64")

@@ -185,7 +185,7 @@ def test_a_signal_stops_a_run_that_can_be_gone_on_with(
     last = run.said.strip().splitlines()[-1]
     assert (
         last.startswith("interrupted")
-        and f"go on with: python compare.py --resume {folder}" in last
+        and f"resume with: python compare.py --resume {folder}" in last
     )
     assert "Traceback" not in run.said + run.output.read_text()
     sane(folder)
@@ -218,7 +218,7 @@ def test_a_compiler_that_takes_longer_is_stopped(tmp_path: Path) -> None:
         )  # as a terminal does: the compiler's own processes get it, too
         assert run.ended() == 130, run.said
     assert "Traceback" not in run.said
-    assert f"go on with: python compare.py --resume {folder}" in run.said.strip().splitlines()[-1]
+    assert f"resume with: python compare.py --resume {folder}" in run.said.strip().splitlines()[-1]
     sane(folder)
     assert checkpoint.read(checkpoint.found(folder, "torch-float64")[0]).step <= 2
 

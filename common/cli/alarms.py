@@ -1,0 +1,93 @@
+"""`alarms`: pairs of correct runs: how often does Lockstep say that they differ?"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.evidence import EvidenceCommand
+from lockstep.common.cli.parser import Parser
+from lockstep.common.config import DTYPES, MODELS
+from lockstep.common.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from lockstep.common.evidence.false_alarms import Cell
+
+MAX_WORKERS = 8  # processes; each holds two gigabytes
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--pairs", type=int, metavar="N", help="pairs of runs (default: 300)")
+    options_of.add_model(parser)
+    options_of.add_seed(parser)
+    options_of.add_dtype(parser, "in one precision only")
+    options_of.add_twins(parser)
+    options_of.add_shared(parser, "alarms")
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    if options.pairs is not None and options.pairs < 1:
+        raise ConfigError("--pairs must be 1 or more")
+    model = options.model or "net"
+    if model not in MODELS:
+        raise ConfigError(f"alarms has no configurations of {model}: {did_you_mean(model, MODELS)}")
+
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    from lockstep.common.evidence import false_alarms as clean
+    from lockstep.common.evidence import plots
+    from lockstep.common.report.terminal import counted
+    from lockstep.common.runs.trainer import explained
+
+    pairs = clean.PAIRS if options.pairs is None else options.pairs
+    cells = every = clean.cells(model)
+    folder = "alarms" if model == "net" else f"alarms-{model}"
+    study = EvidenceCommand(options, arguments, backends, folder)
+    for name in dict.fromkeys(cell.data for cell in every):
+        try:
+            study.load(name)
+        except DataError as error:
+            cells = [cell for cell in cells if cell.data != name]
+            if not cells:
+                raise
+            study.terminal.line(
+                f"Left out, for want of {name}: {len(every) - len(cells)} configurations ({error})"
+            )
+    first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
+    shares = list(clean.shares(cells, pairs, first))
+    worker = 1 if options.device == "cuda" else min(len(shares), os.cpu_count() or 1, MAX_WORKERS)
+    pool = ProcessPoolExecutor(worker, multiprocessing.get_context("spawn"))
+    measure = functools.partial(clean_pairs, options, backends)
+    rows = []
+    with explained("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
+        for found in pool.map(measure, *zip(*shares, strict=True)):
+            rows += found
+            advance(len(found), math.nan)
+    summary = clean.summary(rows)
+    draw = functools.partial(plots.draw_alarms, summary)
+    study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw)
+    false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
+    clean_pairs_seen = f"{counted(len(rows), 'clean pair')}, over all lenses"
+    study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
+    return 0
+
+
+def clean_pairs(
+    options: argparse.Namespace, backends: BackendPackage, cell: Cell, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The rows of one configuration; runs in another process."""
+    from lockstep.common.evidence import false_alarms as clean
+
+    study = EvidenceCommand(options, [], backends, folder="alarms", quiet=True)
+    lenses = DTYPES if options.dtype is None else (options.dtype,)
+    twins = 2 if options.twins is None else options.twins
+    return list(
+        clean.measure(cell, seeds, {cell.data: study.load(cell.data)}, study.build, lenses, twins)
+    )

@@ -1,0 +1,93 @@
+"""What the commands that make evidence share: data, device, backends, and a report of rows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli.output import print_json
+from lockstep.common.config import BACKENDS, Config
+from lockstep.common.session import RUNS, choose_device
+from lockstep.common.system import environment, program
+
+if TYPE_CHECKING:
+    from lockstep.common.data import Dataset
+    from lockstep.common.protocol import Backend
+
+Table = tuple[Sequence[str], Iterable[Sequence[str]]]  # columns and rows
+
+
+class EvidenceCommand:
+    """One command that makes evidence.
+
+    Args:
+        folder: in results/runs, unless `--out` names another one.
+        quiet: even without `--quiet`.
+
+    Raises:
+        RecordError: if the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        arguments: Sequence[str],
+        backends: BackendPackage,
+        folder: str,
+        quiet: bool = False,
+    ) -> None:
+        from lockstep.common.report import Terminal
+        from lockstep.common.system.storage import check_writable
+
+        self.options, self.arguments, self.backends = options, arguments, backends
+        self.folder: Path = options.out or RUNS / folder
+        self.terminal = Terminal(quiet=quiet or options.quiet, aside=options.json)
+        self.datasets: list[Dataset] = []
+        self.device: str | None = None
+        check_writable(self.folder)
+
+    def load(self, name: str) -> Dataset:
+        from lockstep.common import data
+
+        terminal = self.terminal
+        self.datasets.append(
+            data.load(name, self.options.data_dir, terminal.line, progress=not terminal.quiet)
+        )
+        return self.datasets[-1]
+
+    def build(self, name: str, config: Config, dtype: str) -> Backend:
+        dataset, compile = self.datasets[-1], self.options.compile
+        if self.device is None:
+            self.device = choose_device(
+                self.backends, config, dataset, BACKENDS, self.terminal, self.options.device
+            )
+        return self.backends.build(config, len(dataset.classes), self.device, compile, name, dtype)
+
+    def report(
+        self,
+        facts: dict[str, Any],
+        rows: Sequence[Any],
+        table: Table,
+        draw: Callable[[Path], object] | None = None,
+    ) -> None:
+        """Write report.json and the picture, and print the table."""
+        from lockstep.common.report import write_json
+
+        report = {
+            "schema": 1,
+            "command": program.typed(self.arguments),
+            "data": [{"name": dataset.name, "digest": dataset.digest} for dataset in self.datasets],
+            "environment": environment.describe(),
+            **facts,
+            "rows": rows,
+        }
+        write_json(report, self.folder)
+        if draw is not None:
+            draw(self.folder / f"{self.options.command}.png")
+        self.terminal.table(*table)
+        self.terminal.line(f"Report: {self.folder}")
+        if self.options.json:
+            print_json(report)

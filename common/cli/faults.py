@@ -1,0 +1,76 @@
+"""`faults`: every known mistake, or those asked for, put into the Flax side: is it found, and
+where?"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.evidence import EvidenceCommand
+from lockstep.common.cli.parser import Parser
+from lockstep.common.errors import ConfigError
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--list", action="store_true", help="print the names of all faults")
+    parser.add_argument("--only", nargs="+", metavar="FAULT", help="these faults only")
+    parser.add_argument("--quick", action="store_true", help="one fault of each stage")
+    options_of.add_dtype(parser, "in one precision only")
+    options_of.add_twins(parser)
+    options_of.add_shared(parser, "faults")
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    catalogue = backends.module("faults")
+    if options.list:
+        for fault in catalogue.FAULTS:
+            print(f"{fault.name:<36} {fault.stage}")
+        return 0
+    chosen = [catalogue.named(name) for name in options.only or ()] or list(catalogue.FAULTS)
+    if options.quick:
+        chosen = [fault for fault in chosen if fault.name in catalogue.QUICK]
+
+    from lockstep.common.evidence import faults as matrix
+    from lockstep.common.evidence import plots, shortened
+
+    study = EvidenceCommand(options, arguments, backends, folder="faults")
+    dataset = shortened(study.load(options.data), matrix.TEST_IMAGES)
+    if (dataset.train_images == dataset.train_images[..., :1]).all():
+        left_out = [fault.name for fault in chosen if fault.needs_colour]
+        chosen = [fault for fault in chosen if not fault.needs_colour]
+        if left_out:
+            study.terminal.line(f"Left out, for {dataset.name} is grey: {', '.join(left_out)}")
+        if not chosen:
+            raise ConfigError(
+                "there is no fault left to run: choose other ones, or data in colour "
+                "(--data cifar10)"
+            )
+    lenses = matrix.LENSES if options.dtype is None else (options.dtype,)
+    twins = 2 if options.twins is None else options.twins
+    cache: dict[Any, Any] = {}
+    rows = []
+    with study.terminal.progress("faults", len(chosen)) as advance:
+        for fault in chosen:
+            rows.append(
+                matrix.measure(
+                    fault, dataset, study.build, catalogue.injected, cache, lenses, twins
+                )
+            )
+            advance(1, math.nan)
+    summary = matrix.summary(rows)
+    study.report(
+        {"summary": summary},
+        rows,
+        matrix.table(rows),
+        draw=functools.partial(plots.draw_faults, rows),
+    )
+    if options.only:
+        for line in (line for row in rows for line in matrix.described(row)):
+            study.terminal.line(line)
+    study.terminal.line(matrix.sentence(summary))
+    return 0 if not summary["missed"] else 1

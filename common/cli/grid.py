@@ -1,0 +1,38 @@
+"""`grid`: both backends through every legal combination of the optimizer's options."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.evidence import EvidenceCommand
+from lockstep.common.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    options_of.add_steps(parser, "steps of each run (default: 200)")
+    options_of.add_shared(parser, "grid")
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    from lockstep.common.evidence import optimizer_grid
+
+    steps = optimizer_grid.STEPS if options.steps is None else options.steps
+    configs = list(optimizer_grid.combinations(steps))
+    study = EvidenceCommand(options, arguments, backends, folder="grid")
+    dataset = study.load(options.data)
+    configs = [config.resolve(len(dataset.train_images)) for config in configs]
+    build = functools.partial(study.build, dtype="float64")
+    rows = []
+    with study.terminal.progress("combinations", len(configs)) as advance:
+        for config in configs:
+            rows.append(optimizer_grid.measure(config, dataset, build))
+            advance(1, rows[-1]["last_loss"])
+    facts = {"steps": configs[0].steps, "bound": optimizer_grid.GRID_BOUND}
+    agree = all(row["agrees"] for row in rows)
+    study.report(facts, rows, optimizer_grid.table(rows))
+    study.terminal.line(f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}.")
+    return 0 if agree else 1

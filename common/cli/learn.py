@@ -1,0 +1,43 @@
+"""`learn`: two pages to learn from: the two backends next to each other, and one step in numbers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.evidence import EvidenceCommand
+from lockstep.common.cli.parser import Parser
+from lockstep.common.errors import ConfigError
+from lockstep.common.system import program
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+
+
+def add_arguments(parser: Parser) -> None:
+    options_of.add_shared(parser, "learn")
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    if not (ROOT / "results").is_dir() or not (ROOT / "compare.py").exists():
+        raise ConfigError(
+            "learn shows the source files and the measured results of a checkout: clone the "
+            f"repository and run {program.CHECKOUT[0]} {program.CHECKOUT[1]} learn there"
+        )
+
+    from lockstep.common.learn import read_report, walk_through, write_read_page, write_walk_page
+
+    catalogue = backends.module("faults")
+    study = EvidenceCommand(options, arguments, backends, folder="learn")
+    # What goes wrong where a difference is missed.
+    report = read_report(ROOT / "results" / "faults" / "report.json")
+    dataset = study.load("digits" if options.data == "auto" else options.data)
+    write_read_page(
+        study.folder / "read.html", ROOT, report, [fault.name for fault in catalogue.FAULTS]
+    )
+    walked = walk_through(study.build, dataset, ROOT, study.terminal.line)
+    write_walk_page(study.folder / "walk.html", walked)
+    study.terminal.line(f"Pages: {study.folder}")
+    return 0

@@ -1,0 +1,37 @@
+"""The command line: finds the command, carries it out, and turns errors into one line.
+
+Exit status: 0 the runs agree, or one run finished and there is nothing to compare it with; 1 they
+disagree; 2 the request cannot be carried out; 130 or 143 stopped, by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser
+from lockstep.common.errors import LockstepError, printable
+from lockstep.common.system import interrupt
+
+
+def main(backends: BackendPackage, argv: list[str] | None = None) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: without the program's name; None: `sys.argv`'s.
+
+    Returns:
+        The exit status.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    with interrupt.listening():
+        try:
+            options = parser.parse(arguments)
+            return parser.command_module(options.command).execute(options, arguments, backends)
+        except LockstepError as error:
+            print(f"error: {printable(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interruption:
+            text = f"interrupted: {interruption}" if str(interruption) else "interrupted"
+            print(text, file=sys.stderr)
+            return interrupt.status()

@@ -1,0 +1,61 @@
+"""`pair`: whether two networks are one: names, shapes, and what both compute of one batch, in
+float64."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.output import print_json
+from lockstep.common.cli.parser import Parser
+from lockstep.common.config import BACKENDS, Config
+from lockstep.common.errors import ConfigError
+from lockstep.common.model import pair as pairs
+from lockstep.common.session import choose_device
+from lockstep.common.system import program
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "pair", nargs="?", metavar="FILE.py:PAIR", help="your two networks, or PACKAGE.MODULE:NAME"
+    )
+    options_of.add_model(parser)
+    options_of.add_seed(parser)
+    options_of.add_batch_size(parser)
+    options_of.add_data(parser)
+    options_of.add_device(parser)
+    options_of.add_output(parser, "folder of a report.json (default: none is written)")
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    model = options.pair or options.model
+    if model is None:
+        raise ConfigError(f"pair needs a pair of networks: {program.name()} pair {pairs.FORM}")
+    size = 8 if options.batch_size is None else options.batch_size
+    config = Config(model=model, pair=pairs.source(model), batch_size=size, seed=options.seed or 0)
+
+    from lockstep.common import data
+    from lockstep.common.evidence import pair_check
+    from lockstep.common.report import Terminal, write_json
+
+    terminal = Terminal(quiet=options.quiet, aside=options.json)
+    dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
+    config = config.resolve(len(dataset.train_images))
+    device = choose_device(backends, config, dataset, BACKENDS, terminal, options.device)
+    torch, flax = (
+        backends.build(config, len(dataset.classes), device, "off", name, "float64")
+        for name in BACKENDS
+    )
+    report = pair_check.measure(torch, flax, config, dataset)
+    report = {"schema": 1, "command": program.typed(arguments), "model": model, **report}
+    terminal.table(*pair_check.table(report))
+    if options.out is not None:
+        write_json(report, options.out)
+    if report["first_difference"] is not None:
+        terminal.located(report["first_difference"])
+    terminal.conclusion(pair_check.sentence(report))
+    if options.json:
+        print_json(report)
+    return 0 if report["first_difference"] is None else 1

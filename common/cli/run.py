@@ -1,0 +1,238 @@
+"""`run`: train in both frameworks and compare the two runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lockstep.common import session
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.output import print_json
+from lockstep.common.cli.parser import Parser
+from lockstep.common.config import AUGMENTATIONS, BACKENDS, RECIPES, SCHEDULES, Config, Schedule
+from lockstep.common.errors import ConfigError, DataError
+from lockstep.common.model import pair as pairs
+from lockstep.common.session import Request
+from lockstep.common.system import interrupt
+
+# What a run that is resumed may be given anew.
+CHANGEABLE = (
+    "resume", "run", "backend", "data", "data_dir", "device", "compile", "log_every",
+    "tensorboard", "checkpoint_every", "quiet", "verbose", "json", "command",
+)  # fmt: skip
+
+
+def add_arguments(parser: Parser) -> None:
+    add_run_options(parser)
+    group = parser.add_argument_group("resume")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="resume the run in this folder; with the other --backend, from where the first one "
+        "stopped",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="steps between checkpoints; 0: only where a run is stopped (default: 1000 in runs of "
+        "5000 or more)",
+    )
+
+
+def add_run_options(parser: Parser) -> None:
+    """What `run` and `locate` take."""
+    options_of.add_backend(parser, "which to train (default: both)")
+    recipes = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
+    parser.add_argument(
+        "--recipe",
+        type=options_of.one_of(RECIPES),
+        metavar="NAME",
+        help=f"{recipes} (default: --model's, or quick)",
+    )
+    options_of.add_data(parser)
+
+    group = parser.add_argument_group("the run (each option overrides the recipe)")
+    options_of.add_model(group)
+    group.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
+    options_of.add_steps(group, "stop after N optimizer steps")
+    options_of.add_batch_size(group)
+    options_of.add_switch(group, "--drop-last", "leave out an epoch's last batch if it is smaller")
+    group.add_argument("--lr", type=float, metavar="X", help="learning rate")
+    group.add_argument("--momentum", type=float, metavar="X", help="factor of the momentum buffer")
+    group.add_argument(
+        "--dampening", type=float, metavar="X", help="share of the gradient kept out of the buffer"
+    )
+    group.add_argument("--weight-decay", type=float, metavar="X", help="L2 penalty")
+    options_of.add_switch(group, "--nesterov", "Nesterov momentum")
+    options_of.add_switch(group, "--maximize", "climb instead of descending")
+    group.add_argument(
+        "--clip-norm", type=float, metavar="X", help="largest norm of all gradients together"
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=float,
+        metavar="X",
+        help="share of each label that is spread over all classes",
+    )
+    group.add_argument(
+        "--schedule",
+        metavar="KIND[:OPTION=VALUE,...]",
+        help="; ".join(
+            f"{kind} ({', '.join(names)})" if names else kind for kind, names in SCHEDULES.items()
+        ),
+    )
+    options_of.add_choice(
+        group,
+        "--augment",
+        AUGMENTATIONS,
+        "training images: padded by 4 black pixels, cropped and flipped at random",
+    )
+    options_of.add_seed(group)
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="start from these: a PyTorch state dict (.pt, .pth), safetensors, or the folder of "
+        "an Orbax checkpoint",
+    )
+
+    group = parser.add_argument_group("the comparison")
+    options_of.add_dtype(group, "one precision only (default: the recipe's)")
+    options_of.add_twins(group)
+
+    options_of.add_device(parser)
+    options_of.add_output(
+        parser, "folder of the run (default: results/runs/<recipe>-<fingerprint>)"
+    )
+    group = parser.add_argument_group("log")
+    group.add_argument(
+        "--log-every", type=int, default=2000, metavar="N", help="steps between log lines; 0: none"
+    )
+    group.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="DIR",
+        help="write losses, gaps and images for TensorBoard, too",
+    )
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    if options.resume is not None:
+        return carry_out(resume_request(options, options.resume, arguments), options, backends)
+    return carry_out(new_request(options, arguments), options, backends)
+
+
+def carry_out(wanted: Request, options: argparse.Namespace, backends: BackendPackage) -> int:
+    """Compare, print what `--json` asks for, and return the exit status."""
+    from lockstep.common.report import Terminal
+    from lockstep.common.runs.trainer import how_to_go_on
+
+    terminal = Terminal(quiet=options.quiet, aside=options.json)
+    result = session.compare(wanted, backends, terminal)
+    if options.json:
+        print_json(result.report)
+    if result.interrupted_at is not None:
+        print(f"interrupted: {how_to_go_on(result.folder)}", file=sys.stderr)
+        return interrupt.status()
+    return 1 if result.verdict == "disagree" else 0
+
+
+def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> Request:
+    """The recipe, with what the options override.
+
+    Raises:
+        ConfigError: if the options describe no run.
+    """
+    name = options.recipe or (options.model if options.model in RECIPES else "quick")
+    recipe = RECIPES[name]
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Config)
+        if getattr(options, field.name, None) is not None and field.name != "weights"
+    }  # the weights are not read yet
+    if options.model is not None:
+        given["pair"] = pairs.source(options.model)
+    if options.schedule is not None:
+        given["schedule"] = Schedule.parse(options.schedule)
+    if options.epochs is not None and options.steps is not None:
+        raise ConfigError("--epochs and --steps both say how long the run is: give one of them")
+    if options.epochs is not None:
+        given["steps"] = None  # --epochs alone overrides a recipe's number of steps
+    return Request(
+        config=dataclasses.replace(recipe.config, **given),
+        dtypes=recipe.dtypes if options.dtype is None else (options.dtype,),
+        twins=recipe.twins if options.twins is None else options.twins,
+        backends=chosen_backends(options.backend),
+        recipe=name,
+        data=options.data,
+        data_dir=options.data_dir,
+        device=options.device,
+        compile=options.compile,
+        weights=options.weights,
+        out=options.out,
+        log_every=options.log_every,
+        checkpoint_every=getattr(options, "checkpoint_every", None),
+        tensorboard=options.tensorboard,
+        command=tuple(arguments),
+    )
+
+
+def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> Request:
+    """The request that the run in `folder` was started with.
+
+    Raises:
+        ConfigError: for an option that a run cannot change on its way.
+        RecordError: if there is no such run.
+        DataError: if the user's pair of networks has changed since.
+    """
+    from lockstep.common.runs import request as plans
+
+    default = vars(options_of.command_parser(options.command).parse_args([]))
+    given = [
+        name
+        for name, value in vars(options).items()
+        if name != "command" and value != default[name]
+    ]
+    for name in given:
+        if name not in CHANGEABLE:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} cannot change when a run is resumed: it continues as "
+                "it was started, in its own folder"
+            )
+    plan = plans.read(folder)
+    kept = {
+        name: getattr(options if name in given else plan, name)
+        for name in ("backend", "data", "device", "compile", "checkpoint_every")
+        if hasattr(options, name)
+    }
+    recipe = plan.restored()
+    model = plan.config["model"]
+    if plan.config.get("pair") != pairs.source(model):
+        raise DataError(
+            f"{model} has changed since {folder} was begun: restore it, or start the run again"
+        )
+    return Request(
+        config=recipe.config,
+        dtypes=recipe.dtypes,
+        twins=recipe.twins,
+        backends=chosen_backends(kept.pop("backend")),
+        recipe=plan.recipe,
+        data_dir=options.data_dir,
+        weights=None if plan.weights is None else Path(plan.weights),
+        resume=folder,
+        plan=plan,
+        log_every=options.log_every,
+        tensorboard=options.tensorboard,
+        command=tuple(arguments),
+        **kept,
+    )
+
+
+def chosen_backends(option: str | None) -> tuple[str, ...]:
+    return BACKENDS if option in (None, "both") else (str(option),)

@@ -1,0 +1,41 @@
+"""`sensitivity`: a learning rate that is wrong by a tenth, a hundredth, ...: when is it seen?"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Sequence
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.evidence import EvidenceCommand
+from lockstep.common.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    options_of.add_steps(parser, "steps of each run")
+    options_of.add_twins(parser)
+    options_of.add_shared(parser, "sensitivity")
+
+
+def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+    from lockstep.common.evidence import plots
+    from lockstep.common.evidence import sensitivity as curve
+
+    study = EvidenceCommand(options, arguments, backends, folder="sensitivity")
+    dataset = study.load(options.data)
+    steps = curve.STEPS if options.steps is None else options.steps
+    twins = 2 if options.twins is None else options.twins
+    rows = []
+    with study.terminal.progress("errors", len(curve.ERRORS)) as advance:
+        for row in curve.measure(dataset, study.build, steps, twins=twins):
+            rows.append(row)
+            advance(1, math.nan)
+    study.report(
+        {"steps": steps},
+        rows,
+        curve.table(rows),
+        draw=functools.partial(plots.draw_sensitivity, rows),
+    )
+    return 0
