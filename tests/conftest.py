@@ -21,12 +21,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")])
 )
 os.environ["LOCKSTEP_OFFLINE"] = "1"  # no test asks the network for CIFAR-10
-# Each program is compiled once in a session, however many backends are built: half of the tests'
-# time was compilation.
-_cache = tempfile.TemporaryDirectory(prefix="lockstep-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each worker
+else:
+    # Each program is compiled once in a session, however many backends and workers are built: half
+    # of the tests' time was compilation. JAX locks the folder only if its size is limited.
+    _cache = tempfile.TemporaryDirectory(prefix="lockstep-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 class SilentObserver:

@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import sys, backends
+from lockstep import backends
 backends.load("flax")
 import jax
 jax.jit(lambda x: x + 1)(1.0).block_until_ready()

@@ -234,7 +234,7 @@ for path in sys.argv[1:]:
         model.load_state_dict(torch.load(path, weights_only=True), strict=True)
     with torch.no_grad():
         np.save(path + ".npy", model(images).numpy())
-assert not {"backends", "common", "compare", "jax"} & set(sys.modules)
+assert not {"lockstep", "backends", "common", "compare", "jax"} & set(sys.modules)
 """
 
 PLAIN_FLAX = """
@@ -268,7 +268,7 @@ for path in sys.argv[1:]:
     logits = [np.asarray(model(images)) for model in (updated, nnx.merge(graph, restored))]
     assert np.array_equal(*logits)
     np.save(path + ".npy", logits[0])
-assert not {"backends", "common", "compare", "torch"} & set(sys.modules)
+assert not {"lockstep", "backends", "common", "compare", "torch"} & set(sys.modules)
 """
 
 

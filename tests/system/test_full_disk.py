@@ -338,7 +338,8 @@ def test_a_folder_that_becomes_read_only_is_one_line(
 
 PROGRAM = """
 import json, os, pathlib, subprocess, sys
-from common import checkpoint, report
+from lockstep.common import report
+from lockstep.common.runs import checkpoint
 from lockstep import cli as compare
 from tests.robustness import kills
 from tests.system import test_full_disk as tests

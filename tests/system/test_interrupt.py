@@ -73,10 +73,9 @@ class Finder(importlib.abc.MetaPathFinder):
             reached(0.5)
 sys.meta_path.insert(0, Finder())
 """
-COMPILING = (
-    "import backends; before(backends.load({0!r}), 'train_steps', 2)"  # two calls are the opening's
-)
-TRAINING = "import backends; before(backends.load({0!r}), 'train_steps', 4, 0.5)"
+# The first two calls are those of the first steps.
+COMPILING = "from lockstep import backends; before(backends.load({0!r}), 'train_steps', 2)"
+TRAINING = "from lockstep import backends; before(backends.load({0!r}), 'train_steps', 4, 0.5)"
 EVALUATING = "import lockstep.common.runs.training; before(lockstep.common.runs.training, 'evaluate', 0, 0.2)"
 SAVING = """
 def replace(aside, path, complete=os.replace):
