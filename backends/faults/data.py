@@ -17,15 +17,15 @@ from lockstep.common.data import Dataset, augment
 from lockstep.common.runs import training
 
 if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import FlaxBackend, convert
+    from lockstep.backends.faults.frameworks import FlaxBackend, Inputs, convert
 
 
 def _images(patch: Patch, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change images, (..., n, 32, 32, 3) and normalised, on their way into JAX."""
-    images_of = FlaxBackend._images
+    images_of = Inputs.images
     patch(
-        FlaxBackend,
-        "_images",
+        Inputs,
+        "images",
         lambda self, images: images_of(self, np.ascontiguousarray(change(np.asarray(images)))),
     )
 
@@ -102,7 +102,7 @@ def images_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
 )
 def x64_left_off(patch: Patch, config: Config, dataset: Dataset) -> None:
     """JAX was not told to enable float64, so everything is float32 without a word."""
-    init, images_of, to_array = FlaxBackend.__init__, FlaxBackend._images, convert.to_array
+    init, images_of, to_array = FlaxBackend.__init__, Inputs.images, convert.to_array
 
     def built(
         self: Any, config: Config, classes: int, dtype: str, *more: Any, **named: Any
@@ -110,7 +110,7 @@ def x64_left_off(patch: Patch, config: Config, dataset: Dataset) -> None:
         init(self, config, classes, "float32", *more, **named)
 
     patch(FlaxBackend, "__init__", built)
-    patch(FlaxBackend, "_images", lambda self, images: images_of(self, images.astype(np.float32)))
+    patch(Inputs, "images", lambda self, images: images_of(self, images.astype(np.float32)))
     patch(convert, "to_array", lambda array: to_array(array.astype(np.float32)))
 
 
@@ -221,8 +221,8 @@ def last_batch_dropped(patch: Patch, config: Config, dataset: Dataset) -> None:
 )
 def labels_from_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Labels count from one, modulo the number of classes."""
-    labels_of, classes = FlaxBackend._labels, len(dataset.classes)
-    patch(FlaxBackend, "_labels", lambda self, labels: labels_of(self, (labels + 1) % classes))
+    labels_of, classes = Inputs.labels, len(dataset.classes)
+    patch(Inputs, "labels", lambda self, labels: labels_of(self, (labels + 1) % classes))
 
 
 @known(

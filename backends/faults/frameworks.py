@@ -11,12 +11,14 @@ from lockstep.backends.flax_backend import convert
 from lockstep.backends.flax_backend import layers as flax_layers
 from lockstep.backends.flax_backend import optimizer as flax_optimizer
 from lockstep.backends.flax_backend.backend import FlaxBackend
+from lockstep.backends.flax_backend.inputs import Inputs
 from lockstep.backends.flax_backend.models import net as flax_model
 from lockstep.backends.flax_backend.models import resnet20 as flax_resnet20
 from lockstep.backends.flax_backend.models import vit as flax_vit
 
 __all__ = [
     "FlaxBackend",
+    "Inputs",
     "convert",
     "flax_backend",
     "flax_layers",

@@ -364,10 +364,10 @@ def dropout_of_whole_features(patch: Patch, config: Config, dataset: Dataset) ->
 )
 def dropout_of_the_next_step(patch: Patch, config: Config, dataset: Dataset) -> None:
     """Each step leaves out what the next one should."""
-    drawn = flax_backend.masks
+    drawn = flax_backend.draw_masks
     patch(
         flax_backend,
-        "masks",
+        "draw_masks",
         lambda layers, seed, step, shape: drawn(layers, seed, step + 1, shape),
     )
 

@@ -7,7 +7,7 @@ are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -41,6 +41,20 @@ def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict
         ConfigError: if two tensors get one name, or `declared` names what is not there.
     """
     return pair.canonical_names({own: own.rpartition(".")[2] for own in tensors}, declared, "Flax")
+
+
+def cast_to_compute(
+    tensors: Mapping[str, jax.Array], dtype: Any, keep: Collection[str]
+) -> dict[str, jax.Array]:
+    """Tensors in the precision to compute in; gradients flow through.
+
+    Args:
+        keep: layers whose tensors stay as they are: batch norms, as in PyTorch's FSDP.
+    """
+    return {
+        name: tensor if name.rpartition(".")[0] in keep else tensor.astype(dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def activations_to_canonical(

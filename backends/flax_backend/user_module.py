@@ -110,6 +110,15 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
     )
 
 
+def cast_constants(network: Network, dtype: Any) -> Network:
+    """Floating-point constants in this dtype, as `torch.nn.Module.to` makes buffers."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return network._replace(constants=jax.tree.map(cast, network.constants))
+
+
 def sum_exactly(layer: Any) -> None:
     """Make a layer of the library's, whose gradients JAX sums in bfloat16, one of `layers`; unless
     it is told what to compute in."""

@@ -7,7 +7,7 @@ three.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -125,6 +125,21 @@ def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Let them keep what `masks`, from `masks_from_canonical`, says."""
     for own, mask in masks.items():
         model.get_submodule(own.removesuffix(".mask")).mask = mask
+
+
+def cast_to_compute(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, keep: Collection[str]
+) -> dict[str, Tensor]:
+    """Floating-point tensors in the precision to compute in; gradients flow through.
+
+    Args:
+        keep: layers whose tensors stay as they are: batch norms, as in PyTorch's FSDP.
+    """
+    return {
+        name: tensor.to(dtype)
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in keep
+    }
 
 
 def kernel_to_canonical(model: nn.Module, layer: str, weight: np.ndarray) -> np.ndarray:

@@ -45,6 +45,17 @@ def build(model: str, classes: int, device: str) -> nn.Module:
     return module
 
 
+def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
+    """The network on the device, for weights to be loaded into."""
+    copied = copy.deepcopy(template)
+    if model not in MODELS:  # it may have constants of its own
+        return copied.to(device)
+    copied.to_empty(device=device)
+    for buffer in copied.buffers():
+        buffer.zero_()
+    return copied
+
+
 def sum_exactly(layer: nn.Module) -> None:
     """Make a norm of the library's, if it has all of its parts, one of `layers`, which does the
     same."""

@@ -14,6 +14,7 @@ import torch
 
 from lockstep import backends
 from lockstep.backends.flax_backend import backend as flax_module
+from lockstep.backends.flax_backend import tuning as flax_tuning
 from lockstep.backends.torch_backend import backend as torch_module
 from lockstep.common import data
 from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
@@ -247,7 +248,12 @@ def test_on_the_cpu_a_network_that_xla_convolves_takes_one_step_after_the_other(
         side = backend("flax", Config(model=model, lr=0.05, momentum=0.9), "float32")
         one_by_one, history = train(side, side.init(start(side, "float32")), images, labels)
         at_once, metrics = side.train_steps(side.init(start(side, "float32")), images, labels)
-        assert side._loops(at_once, (side._images(images), side._labels(labels), {})) is loops
+        assert (
+            side._many_steps.scan_is_faster(
+                at_once, (side._inputs.images(images), side._inputs.labels(labels), {})
+            )
+            is loops
+        )
         assert np.abs(history - np.array(metrics)).max() <= (1e-5 if loops else 0)
         assert loops or same_snapshot(side.export(one_by_one), side.export(at_once))
 
@@ -257,11 +263,13 @@ def test_a_loop_that_copies_no_weights_is_the_same_to_the_bit(
 ) -> None:
     images, labels = batches("float32")
     ends, copies = [], []
-    for options in (flax_module.XLA, {}, {"xla_cpu_no_such_option": True}):
-        monkeypatch.setattr(flax_module, "XLA", options)
+    for options in (flax_tuning.XLA, {}, {"xla_cpu_no_such_option": True}):
+        monkeypatch.setattr(flax_tuning, "XLA", options)
         side = build("flax", RICH, "float32")
         loop = (
-            side._compiled_steps.lower(side.init(start(side, "float32")), images, labels, {})
+            side._many_steps._compiled_scan.lower(
+                side.init(start(side, "float32")), images, labels, {}
+            )
             .compile()
             .as_text()
         )
@@ -518,7 +526,7 @@ def test_labels_are_smoothed_by_pytorchs_formula(name: str, smoothing: float) ->
             (1 - spread) * logarithms[np.arange(7), labels] + spread * logarithms.mean(axis=1)
         )
 
-    MODULES[name].make_comparable("cpu")
+    MODULES[name].configure_determinism("cpu")
     given = (
         (torch.tensor(logits), torch.tensor(labels))
         if name == "torch"
@@ -617,7 +625,7 @@ def test_evaluation_is_a_mean_over_images_not_over_batches(
     side, (images, labels) = backend(name), exam
     state = trained(side)
     whole = side.evaluate(state, images, labels)
-    monkeypatch.setattr(MODULES[name], "EVALUATION_BATCH", 7)
+    monkeypatch.setattr(MODULES[name].tuning, "EVALUATION_BATCH", 7)
     parts = side.evaluate(state, images, labels)
     assert whole.predictions.dtype == parts.predictions.dtype == np.int64
     assert whole.predictions.shape == (20,) and np.array_equal(whole.predictions, parts.predictions)

@@ -17,7 +17,7 @@ from torch import nn as torch_nn
 
 from lockstep.backends.flax_backend import convert as flax_convert
 from lockstep.backends.flax_backend import optimizer as flax_optimizer
-from lockstep.backends.flax_backend.backend import FlaxBackend, make_comparable
+from lockstep.backends.flax_backend.backend import FlaxBackend, configure_determinism
 from lockstep.backends.torch_backend import convert as torch_convert
 from lockstep.backends.torch_backend import optimizer as torch_optimizer
 from lockstep.backends.torch_backend.backend import TorchBackend
@@ -55,7 +55,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(scope="module", autouse=True)
 def float64_in_jax() -> None:
-    make_comparable("cpu")
+    configure_determinism("cpu")
 
 
 class Square(torch_nn.Module):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lockstep.backends.flax_backend import optimizer as flax_side
-from lockstep.backends.flax_backend.backend import make_comparable
+from lockstep.backends.flax_backend.backend import configure_determinism
 from lockstep.backends.torch_backend import optimizer as torch_side
 from lockstep.common.config import SCHEDULES, Config, Schedule
 from lockstep.common.model.initial_weights import initial_weights
@@ -33,7 +33,7 @@ SIZES = {"conv1.kernel": (2, 2, 1, 2), "fc1.bias": (3,)}
 
 @pytest.fixture(scope="module", autouse=True)
 def float64_in_jax() -> None:
-    make_comparable("cpu")
+    configure_determinism("cpu")
 
 
 class Path(NamedTuple):

@@ -291,11 +291,11 @@ def test_a_learning_rate_is_not_rounded_to_bfloat16_before_it_is_used() -> None:
     import jax.numpy as jnp
     import optax
 
-    from lockstep.backends.flax_backend.backend import make_comparable
+    from lockstep.backends.flax_backend.backend import configure_determinism
     from lockstep.backends.flax_backend.optimizer import make_optimizer
     from lockstep.common.config import Config
 
-    make_comparable("cpu")
+    configure_determinism("cpu")
 
     def update_of(optimizer: Any) -> float:
         given = {"a": jnp.ones((), jnp.bfloat16)}

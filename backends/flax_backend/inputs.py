@@ -1,0 +1,47 @@
+"""Images and labels on the device, in JAX's layout. Reads next to
+backends/torch_backend/inputs.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lockstep.common.data import normalise
+
+
+class Data(NamedTuple):
+    """A data set on the device."""
+
+    images: jax.Array  # uint8 (n, height, width, channels)
+    labels: jax.Array  # int32 (n,)
+
+
+class Inputs:
+    """From NumPy's arrays, images with the channels last, to JAX's; the layout stays.
+
+    Args:
+        dtype: of normalised images.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self._pixel_table = jnp.asarray(normalise(np.arange(256, dtype=np.uint8), dtype))
+        self._compiled_gather = jax.jit(self._gather)
+
+    def images(self, images: np.ndarray | jax.Array) -> jax.Array:
+        return jnp.asarray(images, self.dtype)
+
+    def labels(self, labels: np.ndarray | jax.Array) -> jax.Array:
+        return jnp.asarray(labels, jnp.int32)
+
+    def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
+        return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
+
+    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return self._compiled_gather(uploaded, indices)
+
+    def _gather(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self._pixel_table[uploaded.images[indices]], uploaded.labels[indices]

@@ -1,0 +1,57 @@
+"""How JAX runs quickly, decided in one place. None of it changes what is computed.
+
+The measurements behind each number are in results/bench/LOG.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from lockstep.common.system import environment
+
+EVALUATION_BATCH = 50  # images per forward pass; fewer need less memory
+SMALL_BATCH = 16  # up to this batch size, one thread is faster than two
+# Without this option, XLA copies each weight in every step of a loop on the CPU.
+XLA = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+
+def has_library_convolution(step: Any) -> bool:
+    """Whether a traced step uses XLA's own convolution, which is slow inside a loop on the CPU."""
+    return jax.lax.conv_general_dilated_p.name in str(step.jaxpr)
+
+
+def compiler_options(device: str) -> dict[str, Any] | None:
+    """What `jax.jit` is told for a loop of steps; None: its defaults."""
+    return XLA if device == "cpu" and all(map(xla_has_option, XLA)) else None
+
+
+@contextmanager
+def limit_threads(batch_size: int) -> Iterator[None]:
+    """Limit XLA to one thread for small batches, and otherwise to this process's share of the
+    cores. Works only if JAX is initialised inside the block, by the first backend of a process."""
+    given = os.environ.get("NPROC")  # read by XLA when JAX starts
+    if given is None and batch_size <= SMALL_BATCH:
+        os.environ["NPROC"] = "1"
+    elif given is None and environment.sharing > 1:
+        os.environ["NPROC"] = str(max(1, environment.cores() // environment.sharing))
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop("NPROC", None)
+
+
+@functools.cache
+def xla_has_option(name: str) -> bool:
+    """Whether this version of XLA knows the option."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: True}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

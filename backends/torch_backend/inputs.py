@@ -1,0 +1,71 @@
+"""Images and labels on the device, in PyTorch's layout. Reads next to
+backends/flax_backend/inputs.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.common.data import normalise
+
+
+class Data(NamedTuple):
+    """A data set on the device."""
+
+    images: Tensor  # uint8 (n, channels, height, width), or with the channels last
+    labels: Tensor  # int64 (n,)
+
+
+class Inputs:
+    """From NumPy's arrays, images with the channels last, to tensors with the channels first.
+
+    Args:
+        dtype: of normalised images.
+        device: "cpu" or "cuda".
+        channels_last: leave the images in NumPy's order in memory.
+    """
+
+    def __init__(self, dtype: np.dtype, device: str, channels_last: bool) -> None:
+        self.dtype, self.device, self.channels_last = dtype, device, channels_last
+        table = normalise(np.arange(256, dtype=np.uint8), dtype)
+        self._pixel_table = as_tensor(table).to(device)
+
+    def images(self, images: np.ndarray | Tensor) -> Tensor:
+        """(..., height, width, channels) to (..., channels, height, width); a tensor as it is."""
+        if isinstance(images, Tensor):
+            return images
+        images = as_tensor(images).to(self.device).movedim(-1, -3)
+        return images if self.channels_last else images.contiguous()
+
+    def labels(self, labels: np.ndarray | Tensor) -> Tensor:
+        if isinstance(labels, Tensor):
+            return labels
+        return torch.from_numpy(labels).to(self.device, torch.int64)
+
+    def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
+        pixels = torch.from_numpy(images).to(self.device)
+        pixels = pixels if self.channels_last else pixels.movedim(-1, -3).contiguous()
+        return Data(pixels, self.labels(labels))
+
+    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        chosen = torch.from_numpy(indices).to(self.device)
+        if self.device == "cpu":
+            # In NumPy's memory, which glibc reuses from chunk to chunk; PyTorch's own it does not.
+            images = as_tensor(normalise(uploaded.images.numpy()[indices], self.dtype))
+            images = images.movedim(-1, -3) if self.channels_last else images
+            return images, uploaded.labels[chosen]
+        pixels = uploaded.images[chosen]
+        images = self._pixel_table.index_select(0, pixels.flatten().int()).view(pixels.shape)
+        return images, uploaded.labels[chosen]
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same memory as a tensor; bfloat16 is `ml_dtypes`' in NumPy, which PyTorch does not
+    know."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,19 @@
+"""What training in PyTorch changes. Reads next to backends/flax_backend/state.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.optim import SGD
+
+from lockstep.backends.torch_backend.optimizer import Scheduler
+
+
+class State(NamedTuple):
+    """What training changes; PyTorch changes it in place."""
+
+    model: nn.Module
+    optimizer: SGD
+    scheduler: Scheduler
+    step: int
