@@ -191,6 +191,38 @@ def compare(wanted: Request, backends: BackendPackage, terminal: Terminal | None
         return prepare_and_train(wanted, backends, terminal, other)
 
 
+def announcement(wanted: Request) -> str:
+    """What will be trained, on what, for how long: the first line of a run."""
+    config = wanted.config
+    names = " and ".join({"torch": "PyTorch", "flax": "Flax"}[name] for name in wanted.backends)
+    if config.steps is not None:
+        length = f"{config.steps:,} step{'' if config.steps == 1 else 's'}"
+    else:
+        length = f"{config.epochs:,} epoch{'' if config.epochs == 1 else 's'}"
+    twins = (
+        f", each with {wanted.twins} twin{'' if wanted.twins == 1 else 's'}"
+        if wanted.dtypes != ("float64",)
+        else ""
+    )
+    data = {"auto": "CIFAR-10 or the digits", "cifar10": "CIFAR-10", "digits": "the digits"}
+    verb = "Resuming" if wanted.plan is not None else "Training"
+    return (
+        f"{verb} {config.model} in {names} on {data.get(wanted.data, wanted.data)}: {length} of "
+        f"batch {config.batch_size}, in {' and '.join(wanted.dtypes)}{twins}"
+        f"{time_needed(wanted, config)}"
+    )
+
+
+def time_needed(wanted: Request, config: Config) -> str:
+    """ ", about so long", where that can be said."""
+    from lockstep.common.runs import estimate
+
+    needed = estimate.seconds(config, wanted.dtypes, wanted.twins, len(wanted.backends))
+    if needed is None or wanted.device == "cuda" or wanted.plan is not None:
+        return ""
+    return f", about {estimate.duration(needed)} on two cores"
+
+
 def check_weights(path: Path) -> None:
     """Raise DataError if the file of weights is not there, before anything slow."""
     from lockstep.common.model.weight_files import size_of
@@ -212,12 +244,15 @@ def prepare_and_train(
     from lockstep.common.system import storage
 
     plan, names = wanted.plan, wanted.backends
+    terminal.line(announcement(wanted))
     dataset = data.load(wanted.data, wanted.data_dir, terminal.line, progress=not terminal.quiet)
     if plan is not None and plan.digest != dataset.digest:
         raise DataError(
             f"{dataset.name} is not the data that {wanted.resume} was begun on: name it with --data"
         )
     config = wanted.config.resolve(len(dataset.train_images))
+    if wanted.config.steps is None:
+        terminal.line(f"{config.total_steps:,} steps{time_needed(wanted, config)}")
     device = choose_device(
         backends, config, dataset, names, terminal, device=wanted.device, other=other
     )
@@ -367,8 +402,7 @@ def write_reports(
         reports.write_pictures(folder, report, runs, dataset, twins, sample)
     if wanted.tensorboard is not None:
         reports.write_tensorboard(wanted.tensorboard, report, runs, twins, dataset, sample)
-    terminal.verdict(report)
-    terminal.line(f"Report, pictures and records: {folder}")
+    terminal.verdict(report, folder / "report.html")
 
 
 def in_order(family: Family) -> Family:

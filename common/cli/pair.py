@@ -40,7 +40,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     from lockstep.common.evidence import pair_check
     from lockstep.common.report import Terminal, write_json
 
-    terminal = Terminal(quiet=options.quiet, aside=options.json)
+    terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     config = config.resolve(len(dataset.train_images))
     device = choose_device(backends, config, dataset, BACKENDS, terminal, options.device)

@@ -227,7 +227,7 @@ def add_output(parser: Parser, out: str) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR", help=out)
     group.add_argument("--quiet", action="store_true", help="print the verdict only")
-    group.add_argument("--verbose", action="store_true", help="print all tables")
+    group.add_argument("--verbose", action="store_true", help="print every table")
     group.add_argument(
         "--json",
         action="store_true",

@@ -133,7 +133,7 @@ def carry_out(wanted: Request, options: argparse.Namespace, backends: BackendPac
     from lockstep.common.report import Terminal
     from lockstep.common.runs.trainer import how_to_go_on
 
-    terminal = Terminal(quiet=options.quiet, aside=options.json)
+    terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
     result = session.compare(wanted, backends, terminal)
     if options.json:
         print_json(result.report)

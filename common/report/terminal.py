@@ -96,6 +96,17 @@ def _outcome(lenses: list[dict[str, Any]], verdict: str) -> str:
     return " ".join(["The two runs disagree.", *map(_parting, apart), *agreeing])
 
 
+def _in_short(lens: dict[str, Any]) -> str:
+    """One precision in one line: its verdict, the accuracy, and how many predictions are equal."""
+    heading = {"agree": "agree", "disagree": "DISAGREE"}.get(lens["verdict"], "one run")
+    accuracy = ", ".join(f"{name} {percent(lens['accuracy'][name])}" for name in _backends(lens))
+    text = f"{lens['dtype']}: {heading} over {counted(lens['steps'], 'step')}; accuracy {accuracy}"
+    if lens["predictions_equal"] is not None:
+        equal, total = lens["predictions_equal"], lens["predictions_total"]
+        text += f"; predictions equal: {equal:,} of {total:,}"
+    return f"{text}."
+
+
 def _broken_off(lenses: list[dict[str, Any]]) -> str:
     steps = {lens["dtype"]: broken_off(lens) for lens in lenses}
     return ", ".join(f"{dtype}: step {step:,}" for dtype, step in steps.items() if step is not None)
@@ -107,7 +118,7 @@ class Terminal:
 
     Nothing is read as markup, and what could steer a terminal is escaped. Where the output is no
     terminal, it is plain text of tables and paragraphs of at most 80 columns. With `quiet`, the
-    verdict's first sentence is all that is printed. With `aside`, standard output is left to
+    verdict's first sentence is all that is printed; with `verbose`, all tables are. With `aside`, standard output is left to
     something else, such as a report in JSON, and all of this goes to standard error.
     """
 
@@ -117,8 +128,9 @@ class Terminal:
         stdout: TextIO | None = None,
         stderr: TextIO | None = None,
         aside: bool = False,
+        verbose: bool = False,
     ) -> None:
-        self.quiet = quiet
+        self.quiet, self.verbose = quiet, verbose
         self._err = _console(sys.stderr if stderr is None else stderr)
         self._out = self._err if aside else _console(sys.stdout if stdout is None else stdout)
         self._fancy = self._out.is_terminal and self._out.encoding.lower().startswith("utf")
@@ -186,54 +198,79 @@ class Terminal:
         """Print what is said even with `quiet`."""
         self._paragraph(text, "bold")
 
-    def verdict(self, report: dict[str, Any]) -> None:
-        """Print the result: one sentence, then the evidence of each lens."""
-        self._sentence(report)
+    def verdict(self, report: dict[str, Any], path: object = None) -> None:
+        """Print the result. The last lines say the verdict, the place, the likely cause, and where
+        the report is; with `verbose`, all tables stand before them.
+
+        Args:
+            path: of the report, for the last line.
+        """
         if self.quiet:
-            return
-        classes = report["data"]["classes"]
-        for lens in report["lenses"]:
-            heading = {"agree": "the runs agree", "disagree": "the runs DISAGREE"}.get(
-                lens["verdict"], "one run"
-            )
-            self._print("")
-            self._paragraph(f"{lens['dtype']}, {counted(lens['steps'], 'step')}: {heading}", "bold")
-            if lens["ladder"]:
-                self._ladder(lens["ladder"])
-            if lens["stretches"]:
-                self._stretches(lens["stretches"])
-            if (rule := lens["bound"].get("rule")) and (lens["ladder"] or lens["stretches"]):
-                self._print("")
-                self._paragraph(f"Bounds: {rule.rstrip('.')}.")
-            if lens.get("located"):
-                self._print("")
-                self.located(lens["located"])
-            self._accuracy(lens, classes)
-            self._print("")
-            self._closing(lens, classes)
-        if self._out.is_terminal and report["lenses"]:  # the first one has scrolled away
-            self._print("")
             self._sentence(report)
+            return
+        for lens in report["lenses"]:
+            if self.verbose:
+                self._details(lens, report["data"]["classes"])
+            else:
+                self._paragraph(_in_short(lens))
+        if self.verbose and report["lenses"]:
+            self._print("")
+        self._sentence(report)
+        for lens in report["lenses"]:
+            if lens.get("located"):
+                self._place(lens["located"])
+        if path is not None:
+            self.line(f"Report: {path}")
+
+    def _details(self, lens: dict[str, Any], classes: list[str]) -> None:
+        """All tables of one precision."""
+        heading = {"agree": "the runs agree", "disagree": "the runs DISAGREE"}.get(
+            lens["verdict"], "one run"
+        )
+        self._print("")
+        self._paragraph(f"{lens['dtype']}, {counted(lens['steps'], 'step')}: {heading}", "bold")
+        if lens["ladder"]:
+            self._ladder(lens["ladder"])
+        if lens["stretches"]:
+            self._stretches(lens["stretches"])
+        if (rule := lens["bound"].get("rule")) and (lens["ladder"] or lens["stretches"]):
+            self._print("")
+            self._paragraph(f"Bounds: {rule.rstrip('.')}.")
+        if lens.get("located"):
+            self._offenders(lens["located"])
+        self._accuracy(lens, classes)
+        self._print("")
+        self._closing(lens, classes)
 
     def located(self, found: dict[str, Any]) -> None:
-        """Where two runs part, what the tensor there looks like, and what usually causes it."""
-        self._paragraph(f"Where they part: {found['message']} ({found['how']}).", "bold")
+        """Where two runs differ first, the largest differences there, and what usually causes
+        such."""
+        self._place(found)
+        self._offenders(found)
+
+    def _place(self, found: dict[str, Any]) -> None:
+        self._paragraph(f"Where they differ first: {found['message']} ({found['how']}).", "bold")
         if found["pattern"]:
             self._paragraph(f"In {found['tensor']}: {found['pattern']}.")
         for trap in found["causes"]:
             self._paragraph(f"A likely cause: {trap}.")
-        if found["offenders"]:
-            names = [name for name in BACKENDS if name in found["offenders"][0]]
-            tensor = cut(self._safe(found["tensor"]), 22, self._ellipsis)
-            table = self._table(f"largest differences in {tensor}", *(f"{name}>" for name in names))
-            for entry in found["offenders"]:
-                place = ", ".join(map(str, entry["index"]))
-                values = [entry[name] for name in names]
-                shown = ["not finite" if value is None else f"{value:.9g}" for value in values]
-                if None not in values and shown[0] == shown[1]:
-                    shown = list(tell_apart(*values))
-                self._row(table, f"[{place}]", *shown)
-            self._show(table)
+
+    def _offenders(self, found: dict[str, Any]) -> None:
+        """The largest differences in the tensor that differs first."""
+        if not found["offenders"]:
+            return
+        self._print("")
+        names = [name for name in BACKENDS if name in found["offenders"][0]]
+        tensor = cut(self._safe(found["tensor"]), 22, self._ellipsis)
+        table = self._table(f"largest differences in {tensor}", *(f"{name}>" for name in names))
+        for entry in found["offenders"]:
+            place = ", ".join(map(str, entry["index"]))
+            values = [entry[name] for name in names]
+            shown = ["not finite" if value is None else f"{value:.9g}" for value in values]
+            if None not in values and shown[0] == shown[1]:
+                shown = list(tell_apart(*values))
+            self._row(table, f"[{place}]", *shown)
+        self._show(table)
 
     def _sentence(self, report: dict[str, Any]) -> None:
         verdicts = {lens["verdict"] for lens in report["lenses"]}

@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 GRACE = 5.0  # seconds that training has to reach the end of a call; a compiler may need longer, and is stopped then
 
@@ -34,7 +35,8 @@ def listening(aloud: bool = True) -> Iterator[None]:
         return
     before = {number: signal.signal(number, _came) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with warnings.catch_warnings():  # undoes what `_interrupt` sets
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
@@ -92,7 +94,7 @@ def _came(number: int, frame: Any) -> None:
     if _further is not None:
         _further()
     if not _patient:
-        raise KeyboardInterrupt
+        _interrupt()
     if _aloud:  # not `print`: this may come in the middle of one
         os.write(2, b"\nstopping, and keeping a checkpoint; once more stops at once\n")
     signal.signal(signal.SIGALRM, _late)
@@ -103,4 +105,14 @@ def _late(number: int, frame: Any) -> None:
     if _saving:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
     else:
-        raise KeyboardInterrupt
+        _interrupt()
+
+
+def _interrupt() -> NoReturn:
+    """Raise KeyboardInterrupt; what it makes a library warn of is not printed.
+
+    PyTorch traces a backward pass in its anomaly mode when it compiles, and would print a "Traceback
+    of forward call that caused the error".
+    """
+    warnings.simplefilter("ignore")
+    raise KeyboardInterrupt

@@ -422,7 +422,7 @@ def test_locate_says_from_the_records_where_two_runs_part(
     assert lockstep("locate", *(option for option in options if option != "--quiet")) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "Training" not in said
-    assert "Where they part: forward: step 0: input of fc1" in said
+    assert "Where they differ first: forward: step 0: input of fc1" in said
     assert "In input of fc1: the same numbers in another order." in said
     assert (
         "A likely cause: flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`."

@@ -279,7 +279,7 @@ def test_the_pair_in_the_readme_is_one_and_without_its_lines_is_not(
     assert compare.main(["pair", f"{path.with_name('biased.py')}:PAIR", "--data", "digits"]) == 1
     shown = capsys.readouterr().out
     assert (
-        "Where they part: update: step 0: norms.0.var" in shown
+        "Where they differ first: update: step 0: norms.0.var" in shown
         and "nnx.BatchNorm the biased" in shown
     )
 
@@ -530,7 +530,10 @@ def test_the_pair_that_the_refused_ones_are_made_of_is_one(
         == 1
     )
     shown = capsys.readouterr().out
-    assert "Where they part: forward: step 0: norm" in shown and "A likely cause: epsilon" in shown
+    assert (
+        "Where they differ first: forward: step 0: norm" in shown
+        and "A likely cause: epsilon" in shown
+    )
 
 
 @pytest.mark.parametrize(

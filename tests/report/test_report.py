@@ -166,9 +166,9 @@ def pictures(
     return write_pictures(folder, report, records, dataset(classes), twins, np.arange(10)[::-1])
 
 
-def printed(report: dict[str, Any], quiet: bool = False) -> str:
+def printed(report: dict[str, Any], quiet: bool = False, verbose: bool = True) -> str:
     out = io.StringIO()
-    Terminal(quiet, out, io.StringIO()).verdict(report)
+    Terminal(quiet, out, io.StringIO(), verbose=verbose).verdict(report)
     return out.getvalue()
 
 
@@ -244,7 +244,7 @@ def test_where_runs_part_is_shown_with_what_is_likely_and_the_entries_that_diffe
     text = located(found(pattern="flax is 3 times torch"))
     flat = " ".join(text.split())
     assert (
-        "Where they part: forward: step 17: conv1: torch=1 flax=3, gap 2.0e+00 > 1.0e-07 (replayed: both"
+        "Where they differ first: forward: step 17: conv1: torch=1 flax=3, gap 2.0e+00 > 1.0e-07 (replayed: both"
         in flat
     )
     assert "In conv1: flax is 3 times torch." in flat
@@ -262,7 +262,7 @@ def test_where_runs_part_is_shown_with_what_is_likely_and_the_entries_that_diffe
 def test_where_runs_part_is_said_without_what_is_not_known() -> None:
     text = located(found(pattern=None, offenders=[], causes=[]))
     assert (
-        text.startswith("Where they part: ")
+        text.startswith("Where they differ first: ")
         and "likely" not in text
         and "largest" not in text
         and "In " not in text
@@ -273,10 +273,10 @@ def test_a_report_of_runs_that_disagree_shows_where_they_part_and_one_of_runs_th
     None
 ):
     report = make("disagree", "agree")
-    assert "Where they part" not in printed(report)
+    assert "Where they differ first" not in printed(report)
     report["lenses"][0]["located"] = found()
-    assert printed(report).count("Where they part") == 1
-    assert "Where they part" not in printed(report, quiet=True)
+    assert printed(report).count("Where they differ first") == 1
+    assert "Where they differ first" not in printed(report, quiet=True)
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "w" * 70])
@@ -351,10 +351,10 @@ def test_hostile_names_are_shown_escaped_and_not_obeyed() -> None:
 
 def test_a_pipe_that_knows_only_ascii_gets_escapes_instead_of_a_traceback() -> None:
     out = Ascii()
-    terminal = Terminal(stdout=out, stderr=io.StringIO())
+    terminal = Terminal(stdout=out, stderr=io.StringIO(), verbose=True)
     terminal.line("caf\u00e9 [bold] \x07")
     terminal.verdict(make("agree", classes=HOSTILE))
-    assert out.text().startswith(r"caf\xe9 [bold] \x07" + "\nThe two runs agree")
+    assert out.text().startswith(r"caf\xe9 [bold] \x07" + "\n\nfloat64, 40 steps")
     assert r"\u732b\n" in out.text()
 
 
@@ -402,7 +402,7 @@ def test_colour_is_for_terminals_and_never_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Tty()
-    Terminal(stdout=out, stderr=Tty()).verdict(make("disagree"))
+    Terminal(stdout=out, stderr=Tty(), verbose=True).verdict(make("disagree"))
     assert "\x1b[" in out.getvalue() and "NO" in out.getvalue()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lockstep.common.report import Terminal, sentence
-from tests.report.test_report import HOSTILE, PLAIN, Tty, make, printed
+from tests.report.test_report import HOSTILE, PLAIN, Tty, found, make, printed
 
 CUT = "flax float32 was interrupted at step 12 of 500"
 LONG = tuple(f"{k}-" + "abcdefghij" * 6 for k in range(10))
@@ -84,7 +84,7 @@ def on_a_terminal(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> st
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
     out = Tty()
-    Terminal(stdout=out, stderr=Tty()).verdict(report)
+    Terminal(stdout=out, stderr=Tty(), verbose=True).verdict(report)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
     return "\n".join(line.rstrip() for line in plain.split("\n"))
 
@@ -103,7 +103,7 @@ def on_a_terminal(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> st
     ],
     ids=["nothing", "single", "agree", "disagree", "agree and single"],
 )
-def test_a_run_that_was_cut_short_says_so_first_and_then_what_is_known(
+def test_a_run_that_was_cut_short_says_so_and_then_what_is_known(
     verdicts: tuple[str, ...], said: str
 ) -> None:
     report = make(*verdicts or ("agree",))
@@ -115,8 +115,8 @@ def test_a_run_that_was_cut_short_says_so_first_and_then_what_is_known(
         report
     )
     assert whole is None or "cut short" not in whole
-    text = printed(report)
-    assert " ".join(text.split()).startswith(sentence(report)) and not unfit(text)
+    text = printed(report, verbose=False)
+    assert " ".join(text.split()).endswith(sentence(report)) and not unfit(text)
 
 
 def test_a_run_that_was_cut_short_is_never_green(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_beside_a_report_in_json_all_that_is_said_goes_to_standard_error(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out, err = stream(), stream()
-    everything(Terminal(stdout=out, stderr=err, aside=True))
+    everything(Terminal(stdout=out, stderr=err, aside=True, verbose=True))
     assert out.getvalue() == ""
     seen = err.getvalue()
     for said in (
@@ -198,8 +198,7 @@ def test_a_window_of_eighty_columns_gets_the_same_numbers(
     text = on_a_terminal(report, monkeypatch)
     assert unfit(text) == []
     numbers = re.compile(r"[-+\d.,e]*\d[-+\d.,e]*")
-    again = text.rindex("The two runs disagree")
-    assert numbers.findall(text[:again]) == numbers.findall(printed(report))
+    assert numbers.findall(text) == numbers.findall(printed(report))
 
 
 def test_a_name_that_is_too_long_for_its_column_goes_on_below() -> None:
@@ -222,14 +221,27 @@ def test_what_does_not_fit_is_seen() -> None:
         assert unfit(f"{fine}\n{wrong}\n") == [wrong]
 
 
-def test_on_a_terminal_the_verdict_is_repeated_where_it_can_be_seen(
+def test_the_last_lines_are_verdict_place_cause_and_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    report = make("disagree", "agree")
+    report["lenses"][0]["located"] = found()
+    for verbose in (False, True):
+        out = io.StringIO()
+        Terminal(stdout=out, stderr=Tty(), verbose=verbose).verdict(report, "runs/x/report.html")
+        words = " ".join(out.getvalue().split())
+        marks = ["The two runs disagree.", "Where they differ first: ", "A likely cause: "]
+        places = [words.index(mark) for mark in [*marks, "Report: runs/x/report.html"]]
+        assert places == sorted(places) and words.endswith("Report: runs/x/report.html")
+        assert all(words.count(mark) == 1 for mark in marks[:2])
+
+
+def test_tables_are_printed_only_where_they_are_asked_for() -> None:
     report = make("agree", "agree")
-    lines = on_a_terminal(report, monkeypatch).split()
-    said = sentence(report).split()
-    assert lines[: len(said)] == lines[-len(said) :] == said
-    assert " ".join(printed(report).split()).count("The two runs agree") == 1
+    short, long = printed(report, verbose=False), printed(report)
+    assert len(short.splitlines()) <= 8 and "worst tensor" not in short
+    assert "worst tensor" in long and "test images" in long
+    assert "accuracy torch 60.0 %, flax 60.0 %" in " ".join(short.split())
 
 
 def test_the_drift_of_twins_has_a_column_only_where_there_are_twins() -> None:

@@ -222,6 +222,41 @@ def test_a_compiler_that_takes_longer_is_stopped(tmp_path: Path) -> None:
     assert checkpoint.read(checkpoint.found(folder, "torch-float64")[0]).step <= 2
 
 
+# A signal in a backward pass that PyTorch traces in its anomaly mode, as its compiler does.
+TRACING = """
+import contextlib, os, signal, torch
+from lockstep.common.system import interrupt
+
+class Interrupted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+    @staticmethod
+    def backward(ctx, gradient):
+        os.kill(os.getpid(), signal.SIGINT)
+        return gradient * 2
+
+with contextlib.suppress(KeyboardInterrupt), {context}:
+    with torch.autograd.detect_anomaly(check_nan=False):
+        Interrupted.apply(torch.ones(1, requires_grad=True)).sum().backward()
+"""
+
+
+@pytest.mark.parametrize(
+    ("context", "traceback"),
+    [("interrupt.listening()", False), ("contextlib.nullcontext()", True)],
+    ids=["handled", "the control"],
+)
+def test_a_signal_while_the_compiler_traces_prints_no_traceback(
+    context: str, traceback: bool
+) -> None:
+    command = [sys.executable, "-W", "ignore:Anomaly", "-c", TRACING.format(context=context)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0
+    assert ("Traceback of forward call that caused the error" in run.stderr) == traceback
+    assert traceback or run.stderr == ""
+
+
 def test_a_second_signal_stops_at_once_and_damages_nothing(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(SAVING.format(30), folder, "--backend", "torch", SOON) as run:
