@@ -486,7 +486,7 @@ def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_br
     compared = []
     names["same_run"] = lambda *arguments: compared.append(same_run(*arguments)) or compared[-1]
     fault = catalogue.named("momentum-089")
-    with catalogue.injected(fault, Config(), data.load("digits")), pytest.raises(AssertionError):
+    with catalogue.inject(fault, Config(), data.load("digits")), pytest.raises(AssertionError):
         example()
     assert repr(compared[0]).startswith(
         "the float64 runs part: update: step 1: momentum of conv1.bias: torch="

@@ -4,7 +4,7 @@ training code.
 The catalogue is in the order in which a difference travels: data, weights, forward, loss, backward,
 update, evaluate. Faults of `Net` and of what all networks share are in a file for each stage, those
 of the other networks in `networks.py`. A fault is applied round all that the Flax side does:
-`injected` puts it in and takes it out again. PyTorch's side stays as it is. No framework is
+`inject` puts it in and takes it out again. PyTorch's side stays as it is. No framework is
 imported before a fault is applied.
 """
 
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from lockstep.backends.faults.registry import Fault, collected, injected
+from lockstep.backends.faults.registry import REGISTRY, Fault, inject
 from lockstep.common.errors import ConfigError, did_you_mean
 from lockstep.common.protocol import STAGES
 
-__all__ = ["FAULTS", "QUICK", "Fault", "injected", "named"]
+__all__ = ["FAULTS", "QUICK", "Fault", "inject", "named"]
 
 for _file in ("data", "weights", "forward", "loss", "backward", "update", "evaluate", "networks"):
-    import_module(f"lockstep.backends.faults.{_file}")  # fills `collected`
+    import_module(f"lockstep.backends.faults.{_file}")  # fills `REGISTRY`
 
 # Those of the other networks come last in their stage.
 FAULTS = tuple(
-    sorted(collected, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options))
+    sorted(REGISTRY, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options))
 )
 # One of each stage, all of which show on grey images and in the fewest steps.
 QUICK = (

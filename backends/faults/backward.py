@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
-if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import convert, jax, jnp
 
-
-def _gradients(patch: Patch, change: Callable[[Any], Any]) -> None:
+def _gradients(patch: SetAttr, change: Callable[[Any], Any]) -> None:
     """Change all gradients, a dictionary by name, as they come out of JAX."""
+    from lockstep.backends.faults.frameworks import jax
+
     value_and_grad = jax.value_and_grad
 
     def changed(function: Any, **options: Any) -> Any:
@@ -29,8 +28,10 @@ def _gradients(patch: Patch, change: Callable[[Any], Any]) -> None:
     patch(jax, "value_and_grad", changed)
 
 
-def _stopped(patch: Patch, prefix: str) -> None:
+def _stopped(patch: SetAttr, prefix: str) -> None:
     """Let no gradient through to the parameters whose names begin with `prefix`."""
+    from lockstep.backends.faults.frameworks import convert, jax
+
     nest = convert.nest
 
     def stopped(parameters: Any, *names: Any) -> Any:
@@ -43,31 +44,35 @@ def _stopped(patch: Patch, prefix: str) -> None:
     patch(convert, "nest", stopped)
 
 
-@known("backward", "fc3.bias", "jax docs, lax.stop_gradient")
-def stopped_gradient(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("backward", "fc3.bias", "jax docs, lax.stop_gradient")
+def stopped_gradient(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The last bias never gets a gradient."""
     _stopped(patch, "fc3.bias")
 
 
-@known("backward", "conv1.*", "PyTorch docs, requires_grad; optax docs, set_to_zero")
-def frozen_layer(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("backward", "conv1.*", "PyTorch docs, requires_grad; optax docs, set_to_zero")
+def frozen_layer(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The first layer is frozen, as it was for fine-tuning."""
     _stopped(patch, "conv1.")
 
 
-@known(
+@fault(
     "backward",
     None,
     "jax docs, lax.psum and lax.pmean; PyTorch docs, DistributedDataParallel: averages",
 )
-def sum_over_devices(patch: Patch, config: Config, dataset: Dataset) -> None:
+def sum_over_devices(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are summed over two devices, where their mean should be taken."""
+    from lockstep.backends.faults.frameworks import jax
+
     _gradients(patch, lambda gradients: jax.tree.map(lambda g: 2 * g, gradients))
 
 
-@known("backward", None, "PyTorch docs, ddp_comm_hooks: bf16_compress_hook", changes_function=False)
-def gradients_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("backward", None, "PyTorch docs, ddp_comm_hooks: bf16_compress_hook", changes_function=False)
+def gradients_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are sent between devices in bfloat16."""
+    from lockstep.backends.faults.frameworks import jax, jnp
+
     _gradients(
         patch,
         lambda gradients: jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), gradients),

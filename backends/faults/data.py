@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.runs import training
 
-if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import FlaxBackend, Inputs, convert
 
-
-def _images(patch: Patch, change: Callable[[np.ndarray], np.ndarray]) -> None:
+def _images(patch: SetAttr, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change images, (..., n, 32, 32, 3) and normalised, on their way into JAX."""
+    from lockstep.backends.faults.frameworks import Inputs
+
     images_of = Inputs.images
     patch(
         Inputs,
@@ -30,7 +29,7 @@ def _images(patch: Patch, change: Callable[[np.ndarray], np.ndarray]) -> None:
     )
 
 
-def _batches(patch: Patch, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
+def _batches(patch: SetAttr, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
     """Train on other batches. What a record says of its order stays as it is."""
     chunks = training.chunks
 
@@ -48,60 +47,65 @@ def imagenet(images: np.ndarray) -> np.ndarray:
     return ((images * 0.5 + 0.5 - mean) / deviation).astype(images.dtype)
 
 
-@known(
-    "data", "images", "OpenCV docs, imread: channels are stored in B G R order", needs_colour=True
+@fault(
+    "data",
+    "images",
+    "OpenCV docs, imread: channels are stored in B G R order",
+    needs_color_images=True,
 )
-def bgr(patch: Patch, config: Config, dataset: Dataset) -> None:
+def bgr(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images are read with their channels the other way round, blue first."""
     _images(patch, lambda images: images[..., ::-1])
 
 
-@known(
+@fault(
     "data",
     "images",
     "CIFAR-10's page: each row holds the red plane, then the green, then the blue one",
 )
-def planes_as_pixels(patch: Patch, config: Config, dataset: Dataset) -> None:
+def planes_as_pixels(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """CIFAR-10's planes are reshaped to (32, 32, 3) without being transposed."""
     _images(patch, lambda images: np.moveaxis(images, -1, -3).reshape(images.shape))
 
 
-@known(
+@fault(
     "data",
     "images",
     "torchvision's ImageNet weights: mean 0.485, 0.456, 0.406, deviation 0.229, 0.224, 0.225",
 )
-def other_normalisation(patch: Patch, config: Config, dataset: Dataset) -> None:
+def other_normalisation(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images are normalised by ImageNet's mean and deviation, not by 0.5 and 0.5."""
     _images(patch, imagenet)
 
 
-@known("data", "images", "torchvision docs, ToTensor: scales 0..255 to 0..1, by 255")
-def divided_by_256(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("data", "images", "torchvision docs, ToTensor: scales 0..255 to 0..1, by 255")
+def divided_by_256(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Pixels are divided by 256 in place of 255."""
     _images(patch, lambda images: (((images + 1) * (255 / 256)) - 1).astype(images.dtype))
 
 
-@known(
+@fault(
     "data",
     "images",
     "algorithmic-efficiency: preprocessing in bfloat16 on TPUs",
     changes_function=False,
 )
-def images_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
+def images_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images pass through bfloat16 on their way to the device."""
     _images(patch, lambda images: images.astype(ml_dtypes.bfloat16).astype(images.dtype))
 
 
-@known(
+@fault(
     "data",
     "images",
     "jax docs, Common Gotchas: Double (64bit) precision",
     changes_function=False,
     lens="float64",
 )
-def x64_left_off(patch: Patch, config: Config, dataset: Dataset) -> None:
+def x64_left_off(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """JAX was not told to enable float64, so everything is float32 without a word."""
+    from lockstep.backends.faults.frameworks import FlaxBackend, Inputs, convert
+
     init, images_of, to_array = FlaxBackend.__init__, Inputs.images, convert.to_array
 
     def built(
@@ -114,8 +118,8 @@ def x64_left_off(patch: Patch, config: Config, dataset: Dataset) -> None:
     patch(convert, "to_array", lambda array: to_array(array.astype(np.float32)))
 
 
-@known("data", "images", "torchvision docs, RandomHorizontalFlip")
-def augmentation_left_on(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("data", "images", "torchvision docs, RandomHorizontalFlip")
+def augmentation_left_on(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The first image of each batch is mirrored."""
 
     def mirrored(images: np.ndarray) -> np.ndarray:
@@ -126,13 +130,13 @@ def augmentation_left_on(patch: Patch, config: Config, dataset: Dataset) -> None
     _images(patch, mirrored)
 
 
-@known(
+@fault(
     "data",
     "images",
     "torchvision docs, RandomCrop and RandomHorizontalFlip: in which order",
     augment="crop-flip",
 )
-def flipped_before_cropping(patch: Patch, config: Config, dataset: Dataset) -> None:
+def flipped_before_cropping(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images are flipped and then cropped, by the same draws, so that what was cropped on the left
     is on the right."""
     right = augment.crop_flip
@@ -144,13 +148,13 @@ def flipped_before_cropping(patch: Patch, config: Config, dataset: Dataset) -> N
     patch(augment, "crop_flip", flipped_first)
 
 
-@known(
+@fault(
     "data",
     "images",
     "torchvision docs, RandomCrop: fill is 0, of what it is given",
     augment="crop-flip",
 )
-def padded_after_normalising(patch: Patch, config: Config, dataset: Dataset) -> None:
+def padded_after_normalising(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images are padded when they are normalised already, by zeros, which are grey then and not
     black."""
 
@@ -163,12 +167,12 @@ def padded_after_normalising(patch: Patch, config: Config, dataset: Dataset) -> 
     patch(augment, "batches", late)
 
 
-@known(
+@fault(
     "data",
     "images",
     "PyTorch docs, Reproducibility: each library has a random generator of its own",
 )
-def other_shuffle(patch: Patch, config: Config, dataset: Dataset) -> None:
+def other_shuffle(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The port shuffles for itself."""
     _batches(
         patch,
@@ -176,8 +180,8 @@ def other_shuffle(patch: Patch, config: Config, dataset: Dataset) -> None:
     )
 
 
-@known("data", "images", "PyTorch docs, DataLoader: shuffle defaults to False")
-def not_shuffled(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("data", "images", "PyTorch docs, DataLoader: shuffle defaults to False")
+def not_shuffled(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images come in the order in which they are stored."""
 
     def in_order(config: Config, images: int) -> Iterator[np.ndarray]:
@@ -187,13 +191,13 @@ def not_shuffled(patch: Patch, config: Config, dataset: Dataset) -> None:
     _batches(patch, in_order)
 
 
-@known(
+@fault(
     "data",
     "images",
     "PyTorch docs, DistributedSampler: without set_epoch the order never changes",
     train_images=1024,
 )
-def same_order_every_epoch(patch: Patch, config: Config, dataset: Dataset) -> None:
+def same_order_every_epoch(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Every epoch has the order of the first."""
 
     def repeated(config: Config, images: int) -> Iterator[np.ndarray]:
@@ -203,36 +207,40 @@ def same_order_every_epoch(patch: Patch, config: Config, dataset: Dataset) -> No
     _batches(patch, repeated)
 
 
-@known(
+@fault(
     "data",
     "images",
     "PyTorch docs, DataLoader: drop_last; tf.data, batch: drop_remainder",
     train_images=1000,
 )
-def last_batch_dropped(patch: Patch, config: Config, dataset: Dataset) -> None:
+def last_batch_dropped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The smaller last batch of each epoch is left out."""
     _batches(
         patch, lambda config, n: data.batch_indices(dataclasses.replace(config, drop_last=True), n)
     )
 
 
-@known(
+@fault(
     "data", "labels", "MATLAB counts from 1, as do the labels of its .mat files (SVHN's 10 is a 0)"
 )
-def labels_from_one(patch: Patch, config: Config, dataset: Dataset) -> None:
+def labels_from_one(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Labels count from one, modulo the number of classes."""
+    from lockstep.backends.faults.frameworks import Inputs
+
     labels_of, classes = Inputs.labels, len(dataset.classes)
     patch(Inputs, "labels", lambda self, labels: labels_of(self, (labels + 1) % classes))
 
 
-@known(
+@fault(
     "data",
     "labels",
     "Northcutt et al. 2021, Pervasive Label Errors in Test Sets",
     train_images=1000,
 )
-def one_label_in_a_thousand(patch: Patch, config: Config, dataset: Dataset) -> None:
+def one_label_in_a_thousand(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """One training label in a thousand is wrong."""
+    from lockstep.backends.faults.frameworks import FlaxBackend
+
     wrong = {image.tobytes() for image in dataset.train_images[::1000]}
 
     def relabelled(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

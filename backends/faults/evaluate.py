@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lockstep.backends.faults.data import imagenet
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.protocol import Evaluation
 
-if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import FlaxBackend, jax, jnp
 
-
-def _evaluation(patch: Patch, change: Callable[..., Evaluation]) -> None:
+def _evaluation(patch: SetAttr, change: Callable[..., Evaluation]) -> None:
     """Evaluate by `change(evaluate, state, images, labels)`, where `evaluate` is the right way."""
+    from lockstep.backends.faults.frameworks import FlaxBackend
+
     evaluate = FlaxBackend.evaluate
 
     def changed(self: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
@@ -28,8 +27,8 @@ def _evaluation(patch: Patch, change: Callable[..., Evaluation]) -> None:
     patch(FlaxBackend, "evaluate", changed)
 
 
-@known("evaluate", None, "PyTorch docs, DataLoader: drop_last")
-def last_batch_not_evaluated(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("evaluate", None, "PyTorch docs, DataLoader: drop_last")
+def last_batch_not_evaluated(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Evaluation leaves out the last batch of 64, which is smaller."""
 
     def whole_batches(
@@ -41,8 +40,8 @@ def last_batch_not_evaluated(patch: Patch, config: Config, dataset: Dataset) -> 
     _evaluation(patch, whole_batches)
 
 
-@known("evaluate", "test loss", "algorithmic-efficiency#318, #227: averaged per batch")
-def mean_of_batch_means(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("evaluate", "test loss", "algorithmic-efficiency#318, #227: averaged per batch")
+def mean_of_batch_means(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The test loss is a mean of batch means, in which the smaller last batch weighs too much."""
 
     def by_batch(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
@@ -59,12 +58,12 @@ def mean_of_batch_means(patch: Patch, config: Config, dataset: Dataset) -> None:
     _evaluation(patch, by_batch)
 
 
-@known(
+@fault(
     "evaluate",
     "test loss",
     "torchvision docs: training and evaluation have transforms of their own",
 )
-def other_test_normalisation(patch: Patch, config: Config, dataset: Dataset) -> None:
+def other_test_normalisation(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Test images are normalised by ImageNet's mean and deviation, training images by 0.5 and
     0.5."""
     _evaluation(
@@ -72,8 +71,8 @@ def other_test_normalisation(patch: Patch, config: Config, dataset: Dataset) -> 
     )
 
 
-@known("evaluate", "test loss", "torchvision docs, CIFAR10: train defaults to True")
-def training_images_evaluated(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("evaluate", "test loss", "torchvision docs, CIFAR10: train defaults to True")
+def training_images_evaluated(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Evaluation reads the training images."""
 
     def on_training(
@@ -85,13 +84,13 @@ def training_images_evaluated(patch: Patch, config: Config, dataset: Dataset) ->
     _evaluation(patch, on_training)
 
 
-@known(
+@fault(
     "evaluate",
     "test loss",
     "optax docs, Getting started: apply_updates returns new parameters",
     momentum=0.9,
 )
-def weights_of_the_step_before(patch: Patch, config: Config, dataset: Dataset) -> None:
+def weights_of_the_step_before(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Evaluation uses the weights before the last step."""
 
     def one_step_back(
@@ -104,9 +103,11 @@ def weights_of_the_step_before(patch: Patch, config: Config, dataset: Dataset) -
     _evaluation(patch, one_step_back)
 
 
-@known("evaluate", "test loss", "PyTorch docs, Module.eval; flax docs, nnx.Dropout: deterministic")
-def dropout_left_on(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("evaluate", "test loss", "PyTorch docs, Module.eval; flax docs, nnx.Dropout: deterministic")
+def dropout_left_on(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Half of the units before the last layer are dropped in evaluation, others each time."""
+    from lockstep.backends.faults.frameworks import jnp
+
     generator = np.random.default_rng(0)
 
     def dropped(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
@@ -121,14 +122,15 @@ def dropout_left_on(patch: Patch, config: Config, dataset: Dataset) -> None:
     _evaluation(patch, dropped)
 
 
-@known(
+@fault(
     "evaluate",
     "test loss",
     "PyTorch docs, Module.bfloat16 and half: for inference",
     changes_function=False,
 )
-def evaluated_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
+def evaluated_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Weights are rounded to bfloat16 for evaluation."""
+    from lockstep.backends.faults.frameworks import jax, jnp
 
     def rounded(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         parameters = jax.tree.map(
@@ -139,8 +141,8 @@ def evaluated_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> Non
     _evaluation(patch, rounded)
 
 
-@known("evaluate", "predictions", "torchvision docs, ImageFolder: classes are sorted by name")
-def classes_moved(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("evaluate", "predictions", "torchvision docs, ImageFolder: classes are sorted by name")
+def classes_moved(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Predicted classes count from one, modulo their number."""
 
     def moved(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:

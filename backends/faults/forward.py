@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import convert, flax_model, jax, jnp, nnx
+    from lockstep.backends.faults.frameworks import jax
 
 
 def _network(
-    patch: Patch,
+    patch: SetAttr,
     relu: Callable[[Any], Any] | None = None,
     last_relu: Callable[[Any], Any] | None = None,
     pool: Callable[[Any], Any] | None = None,
     flatten: Callable[[Any], Any] | None = None,
 ) -> None:
     """`Net` with one part replaced."""
+    from lockstep.backends.faults.frameworks import flax_model, nnx
+
     relu = relu or nnx.relu
 
     def call(self: Any, x: jax.Array) -> jax.Array:
@@ -34,13 +36,17 @@ def _network(
     patch(flax_model.Net, "__call__", call)
 
 
-def _convolution(patch: Patch, convolve: Callable[..., Any]) -> None:
+def _convolution(patch: SetAttr, convolve: Callable[..., Any]) -> None:
     """Convolve by `convolve(images, kernel, strides, padding, **options)`."""
+    from lockstep.backends.faults.frameworks import flax_model
+
     patch(flax_model, "convolution", lambda device: convolve)
 
 
-def _layers(patch: Patch, **attributes: Any) -> None:
+def _layers(patch: SetAttr, **attributes: Any) -> None:
     """Set attributes of every layer of `Net`."""
+    from lockstep.backends.faults.frameworks import flax_model
+
     init = flax_model.Net.__init__
 
     def built(self: Any, *arguments: Any, **options: Any) -> None:
@@ -52,9 +58,11 @@ def _layers(patch: Patch, **attributes: Any) -> None:
     patch(flax_model.Net, "__init__", built)
 
 
-def _rounded_products(patch: Patch, mantissa_bits: int) -> None:
+def _rounded_products(patch: SetAttr, mantissa_bits: int) -> None:
     """Round the factors of every float32 product, as an accelerator's matrix unit does."""
     from flax.nnx.nn.dtypes import promote_dtype
+
+    from lockstep.backends.faults.frameworks import jax, jnp
 
     def promoted(arrays: Any, **options: Any) -> Any:
         inputs, kernel, bias = promote_dtype(arrays, **options)
@@ -67,21 +75,22 @@ def _rounded_products(patch: Patch, mantissa_bits: int) -> None:
     _layers(patch, promote_dtype=promoted)
 
 
-@known(
+@fault(
     "forward",
     "input of fc1",
     "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers",
 )
-def flatten_order(patch: Patch, config: Config, dataset: Dataset) -> None:
+def flatten_order(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The flatten unrolls channels, height and width, and the weights are those of height, width
     and channels."""
     _network(patch, flatten=lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
 
 
-@known("forward", "conv1", "flax docs, nnx.Conv: padding defaults to SAME")
-def same_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("forward", "conv1", "flax docs, nnx.Conv: padding defaults to SAME")
+def same_padding(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Convolutions pad, as Flax's do by default, and are cut back to the size that the next layer
     needs."""
+    from lockstep.backends.faults.frameworks import jax
 
     def same(
         images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
@@ -91,11 +100,13 @@ def same_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
     _convolution(patch, same)
 
 
-@known(
+@fault(
     "forward", "conv1", "jax docs, lax.conv and scipy.signal.convolve: correlation, and convolution"
 )
-def flipped_kernels(patch: Patch, config: Config, dataset: Dataset) -> None:
+def flipped_kernels(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Layers convolve, with flipped kernels, where both libraries correlate."""
+    from lockstep.backends.faults.frameworks import flax_model
+
     correlate = flax_model.convolution("cpu")
     _convolution(
         patch,
@@ -105,9 +116,11 @@ def flipped_kernels(patch: Patch, config: Config, dataset: Dataset) -> None:
     )
 
 
-@known("forward", "conv2", "flax docs, nnx.Conv: use_bias")
-def missing_bias(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("forward", "conv2", "flax docs, nnx.Conv: use_bias")
+def missing_bias(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """One convolution has no bias."""
+    from lockstep.backends.faults.frameworks import convert, jnp
+
     nest = convert.nest
 
     def without(parameters: Any, *names: Any) -> Any:
@@ -118,49 +131,57 @@ def missing_bias(patch: Patch, config: Config, dataset: Dataset) -> None:
     patch(convert, "nest", without)
 
 
-@known("forward", "input of conv2", "flax docs, nnx.avg_pool and nnx.max_pool")
-def average_pooling(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("forward", "input of conv2", "flax docs, nnx.avg_pool and nnx.max_pool")
+def average_pooling(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Windows are averaged, where their maximum should be taken."""
+    from lockstep.backends.faults.frameworks import nnx
+
     _network(patch, pool=lambda x: nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2)))
 
 
-@known(
+@fault(
     "forward",
     "input of conv2",
     "jax docs, nn.leaky_relu: negative_slope is 0.01; Keras' LeakyReLU: 0.3",
 )
-def leaky_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
+def leaky_rectifier(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The rectifier leaks one hundredth of what is negative."""
+    from lockstep.backends.faults.frameworks import nnx
+
     _network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
 
 
-@known(
+@fault(
     "forward",
     "input of *",
     "PyTorch docs, ReLU6: min(max(0, x), 6); MobileNet uses it",
     lr=0.05,
     steps=90,
 )
-def relu6(patch: Patch, config: Config, dataset: Dataset) -> None:
+def relu6(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The rectifier stops at six, which activations reach after a while."""
+    from lockstep.backends.faults.frameworks import nnx
+
     _network(patch, relu=nnx.relu6)
 
 
-@known("forward", "input of fc3", "Keras docs, Dense: activation defaults to None")
-def missing_rectifier(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("forward", "input of fc3", "Keras docs, Dense: activation defaults to None")
+def missing_rectifier(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """There is no rectifier between the last two layers."""
     _network(patch, last_relu=lambda x: x)
 
 
-@known(
+@fault(
     "forward",
     "logits",
     "jax docs, Common Gotchas: Double (64bit) precision",
     changes_function=False,
     lens="float64",
 )
-def float32_inside(patch: Patch, config: Config, dataset: Dataset) -> None:
+def float32_inside(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The logits pass through float32."""
+    from lockstep.backends.faults.frameworks import flax_model, jnp
+
     call = flax_model.Net.__call__
     patch(
         flax_model.Net,
@@ -169,36 +190,38 @@ def float32_inside(patch: Patch, config: Config, dataset: Dataset) -> None:
     )
 
 
-@known(
+@fault(
     "forward",
     "conv1",
     "flax docs, nnx.Linear: dtype, the dtype of the computation",
     changes_function=False,
 )
-def bfloat16_layers(patch: Patch, config: Config, dataset: Dataset) -> None:
+def bfloat16_layers(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Mixed precision is left on: layers compute in bfloat16."""
+    from lockstep.backends.faults.frameworks import jnp
+
     _layers(patch, dtype=jnp.bfloat16)
 
 
-@known(
+@fault(
     "forward",
     "conv1",
     "jax docs, Matmul precision: TF32 on recent GPUs",
     changes_function=False,
     lens="float32",
 )
-def tf32_products(patch: Patch, config: Config, dataset: Dataset) -> None:
+def tf32_products(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Products are taken in TF32, with 10 bits of mantissa, as JAX does on a GPU by default."""
     _rounded_products(patch, 10)
 
 
-@known(
+@fault(
     "forward",
     "conv1",
     "jax docs, Matmul precision: bfloat16 on TPU",
     changes_function=False,
     lens="float32",
 )
-def bfloat16_products(patch: Patch, config: Config, dataset: Dataset) -> None:
+def bfloat16_products(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Products are taken in bfloat16, with 7 bits of mantissa, as JAX does on a TPU by default."""
     _rounded_products(patch, 7)

@@ -1,5 +1,5 @@
-"""What faults are made of: the frameworks, and the Flax side. Imported when the first fault is
-applied."""
+"""What faults change: the frameworks, and the Flax side. A fault imports from here when it is
+applied, so that the catalogue can be listed without a framework."""
 
 import jax
 import jax.numpy as jnp

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import flax_backend, jax, jnp, optax
+    from lockstep.backends.faults.frameworks import jax
 
 
-def _loss(patch: Patch, loss: Callable[[Any, Any], Any]) -> None:
+def _loss(patch: SetAttr, loss: Callable[[Any, Any], Any]) -> None:
     """Replace the mean cross entropy by `loss(logits, labels)`."""
+    from lockstep.backends.faults.frameworks import flax_backend
+
     patch(flax_backend, "cross_entropy", lambda logits, labels, smoothing=0.0: loss(logits, labels))
 
 
-@known(
+@fault(
     "loss",
     "loss",
     "PyTorch docs, CrossEntropyLoss: reduction is mean; optax returns one loss per example",
 )
-def sum_for_mean(patch: Patch, config: Config, dataset: Dataset) -> None:
+def sum_for_mean(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The loss is summed over the batch."""
+    from lockstep.backends.faults.frameworks import optax
+
     _loss(
         patch,
         lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(
@@ -33,11 +37,12 @@ def sum_for_mean(patch: Patch, config: Config, dataset: Dataset) -> None:
     )
 
 
-@known(
+@fault(
     "loss", "loss", "PyTorch docs, CrossEntropyLoss: the mean is over examples, not over classes"
 )
-def mean_over_classes(patch: Patch, config: Config, dataset: Dataset) -> None:
+def mean_over_classes(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The mean is over examples and classes, since labels are one-hot vectors."""
+    from lockstep.backends.faults.frameworks import jax, jnp
 
     def over_all(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return -jnp.mean(
@@ -48,13 +53,14 @@ def mean_over_classes(patch: Patch, config: Config, dataset: Dataset) -> None:
     _loss(patch, over_all)
 
 
-@known(
+@fault(
     "loss",
     "loss",
     "optax docs, smooth_labels; PyTorch docs, CrossEntropyLoss: label_smoothing is 0",
 )
-def label_smoothing(patch: Patch, config: Config, dataset: Dataset) -> None:
+def label_smoothing(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Labels are smoothed by one hundredth."""
+    from lockstep.backends.faults.frameworks import jax, optax
 
     def smoothed(logits: jax.Array, labels: jax.Array) -> jax.Array:
         targets = optax.smooth_labels(
@@ -65,14 +71,16 @@ def label_smoothing(patch: Patch, config: Config, dataset: Dataset) -> None:
     _loss(patch, smoothed)
 
 
-@known(
+@fault(
     "loss",
     "loss",
     "The Annotated Transformer, LabelSmoothing: smoothing / (size - 2)",
     label_smoothing=0.1,
 )
-def smoothed_over_the_others(patch: Patch, config: Config, dataset: Dataset) -> None:
+def smoothed_over_the_others(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Label smoothing is spread over the other classes only, PyTorch's and optax's over all."""
+    from lockstep.backends.faults.frameworks import flax_backend
+
     right = flax_backend.cross_entropy
 
     def over_others(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -83,16 +91,19 @@ def smoothed_over_the_others(patch: Patch, config: Config, dataset: Dataset) -> 
     patch(flax_backend, "cross_entropy", over_others)
 
 
-@known("loss", "loss", "tflearn#562, lightning-bolts#654: softmax applied twice")
-def softmax_twice(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("loss", "loss", "tflearn#562, lightning-bolts#654: softmax applied twice")
+def softmax_twice(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The loss takes a softmax of what is a softmax already."""
+    from lockstep.backends.faults.frameworks import flax_backend, jax
+
     right = flax_backend.cross_entropy
     _loss(patch, lambda logits, labels: right(jax.nn.softmax(logits), labels))
 
 
-@known("loss", "loss", "Keras docs, config.epsilon: 1e-7")
-def epsilon_in_the_logarithm(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("loss", "loss", "Keras docs, config.epsilon: 1e-7")
+def epsilon_in_the_logarithm(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The logarithm is taken of the probability plus 1e-7."""
+    from lockstep.backends.faults.frameworks import jax, jnp
 
     def guarded(logits: jax.Array, labels: jax.Array) -> jax.Array:
         probabilities = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=-1)
@@ -101,14 +112,15 @@ def epsilon_in_the_logarithm(patch: Patch, config: Config, dataset: Dataset) -> 
     _loss(patch, guarded)
 
 
-@known(
+@fault(
     "loss",
     "loss",
     "algorithmic-efficiency#318: a smaller last batch, and what a mean divides by",
     train_images=1000,
 )
-def mean_over_padding(patch: Patch, config: Config, dataset: Dataset) -> None:
+def mean_over_padding(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The last batch is padded to full size, and the loss of its images divided by that size."""
+    from lockstep.backends.faults.frameworks import optax
 
     def padded(logits: jax.Array, labels: jax.Array) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -12,8 +12,8 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
 # puts a value into an attribute, as pytest's `monkeypatch.setattr`
-Patch = Callable[[object, str, Any], None]
-Apply = Callable[[Patch, Config, Dataset], None]
+SetAttr = Callable[[object, str, Any], None]
+Apply = Callable[[SetAttr, Config, Dataset], None]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Fault:
     does or not."""
 
     name: str  # lower case, with dashes
-    sentence: str  # what is wrong
+    description: str  # what is wrong
     stage: str  # one of `lockstep.common.protocol.STAGES`
     # a name or a pattern such as `momentum of *`; None where no tensor of the stage is to blame
     tensor: str | None
@@ -31,13 +31,13 @@ class Fault:
     options: dict[str, Any]  # fields of Config without which it does not show
     # shows at the end of an epoch, so that only the first so many images are trained on
     train_images: int | None
-    needs_colour: bool  # on grey images there is no difference
+    needs_color_images: bool  # on grey images there is no difference
     changes_function: bool  # False where exact arithmetic would give the same numbers, and rounding alone is at fault
     lens: str | None  # the only lens that has this fault; None where all have it
 
 
 @contextmanager
-def injected(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
+def inject(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
     """Within the context, the Flax side has this fault. Build, train and evaluate in it: programs
     are traced late."""
     with ExitStack() as stack:
@@ -49,41 +49,35 @@ def injected(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
         yield
 
 
-collected: list[Fault] = []
-_places: list[dict[str, Any]] = []  # what is global in the files that faults are in
+REGISTRY: list[Fault] = []
 
 
-def known(
+def fault(
     stage: str,
     tensor: str | None,
     source: str,
     *,
     train_images: int | None = None,
-    needs_colour: bool = False,
+    needs_color_images: bool = False,
     changes_function: bool = True,
     lens: str | None = None,
     **options: Any,
 ) -> Callable[[Apply], Apply]:
-    """Add a function to the catalogue: its name is the fault's name, its docstring the sentence,
+    """Add a function to the catalogue: its name is the fault's name, its docstring the description,
     `options` Config's."""
 
     def collect(function: Apply) -> Apply:
-        def apply(patch: Patch, config: Config, dataset: Dataset) -> None:
-            _import_frameworks()
-            function(patch, config, dataset)
-
-        _places.append(function.__globals__)
-        collected.append(
+        REGISTRY.append(
             Fault(
                 name=function.__name__.replace("_", "-"),
-                sentence=function.__doc__ or "",
+                description=" ".join((function.__doc__ or "").split()),
                 stage=stage,
                 tensor=tensor,
                 source=source,
-                apply=apply,
+                apply=function,
                 options=options,
                 train_images=train_images,
-                needs_colour=needs_colour,
+                needs_color_images=needs_color_images,
                 changes_function=changes_function,
                 lens=lens,
             )
@@ -91,11 +85,3 @@ def known(
         return function
 
     return collect
-
-
-def _import_frameworks() -> None:
-    """Put what is in `frameworks` where the functions of the catalogue look it up."""
-    from lockstep.backends.faults import frameworks
-
-    for place in _places:
-        place.update((name, getattr(frameworks, name)) for name in frameworks.__all__)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config, Schedule
 from lockstep.common.data import Dataset
 
-if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import flax_backend, flax_optimizer, jax, jnp, optax
 
-
-def _optimizer(patch: Patch, **changes: Any) -> None:
+def _optimizer(patch: SetAttr, **changes: Any) -> None:
     """An optimizer made from another configuration; the schedule and what is reported stay."""
+    from lockstep.backends.faults.frameworks import flax_backend, flax_optimizer
+
     make = flax_optimizer.make_optimizer
     patch(
         flax_backend,
@@ -24,15 +23,19 @@ def _optimizer(patch: Patch, **changes: Any) -> None:
     )
 
 
-def _before_the_rest(patch: Patch, transformation: Callable[[], Any]) -> None:
+def _before_the_rest(patch: SetAttr, transformation: Callable[[], Any]) -> None:
     """Put a transformation of the gradients in front of weight decay and momentum."""
+    from lockstep.backends.faults.frameworks import flax_optimizer, optax
+
     in_float32 = flax_optimizer.in_float32
     patch(flax_optimizer, "in_float32", lambda: optax.chain(in_float32(), transformation()))
 
 
-def _sgd(patch: Patch, step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]) -> None:
+def _sgd(patch: SetAttr, step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]) -> None:
     """`optax.sgd` with `step(buffer, gradient, momentum, lr, count)`, which gives the buffer and
     what is subtracted."""
+    from lockstep.backends.faults.frameworks import jnp, optax
+
     sgd = optax.sgd
 
     def own(
@@ -59,8 +62,10 @@ def _sgd(patch: Patch, step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]
     patch(optax, "sgd", own)
 
 
-def _after_momentum(patch: Patch, change: Callable[[Config, str, Any, Any], Any]) -> None:
+def _after_momentum(patch: SetAttr, change: Callable[[Config, str, Any, Any], Any]) -> None:
     """Change each update by `change(config, name, update, parameter)` after all else."""
+    from lockstep.backends.faults.frameworks import flax_backend, optax
+
     make = flax_backend.make_optimizer
 
     def changed(config: Config, dtype: Any) -> Any:
@@ -77,25 +82,27 @@ def _after_momentum(patch: Patch, change: Callable[[Config, str, Any, Any], Any]
     patch(flax_backend, "make_optimizer", changed)
 
 
-def _rate(patch: Patch, change: Callable[[Config, Callable[[Any], Any]], Any]) -> None:
+def _rate(patch: SetAttr, change: Callable[[Config, Callable[[Any], Any]], Any]) -> None:
     """Replace a schedule, a function of the steps done, by `change(config, schedule)`."""
+    from lockstep.backends.faults.frameworks import flax_optimizer
+
     make = flax_optimizer.make_schedule
     patch(flax_optimizer, "make_schedule", lambda config: change(config, make(config)))
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "a slip of the pen; the field: PyTorch docs, SGD: momentum",
     momentum=0.9,
 )
-def momentum_089(patch: Patch, config: Config, dataset: Dataset) -> None:
+def momentum_089(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Momentum is 0.89 in place of 0.9."""
     _optimizer(patch, momentum=0.89)
 
 
-@known("update", "momentum of *", "optax docs, trace and ema: often confused", momentum=0.9)
-def running_mean_for_momentum(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "momentum of *", "optax docs, trace and ema: often confused", momentum=0.9)
+def running_mean_for_momentum(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The buffer is a running mean: it starts from zero, and gradients enter it times one minus
     momentum."""
     _sgd(
@@ -107,26 +114,28 @@ def running_mean_for_momentum(patch: Patch, config: Config, dataset: Dataset) ->
     )
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "optax docs, Getting started: opt_state must be passed on",
     momentum=0.9,
 )
-def optimizer_state_lost(patch: Patch, config: Config, dataset: Dataset) -> None:
+def optimizer_state_lost(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The optimizer's new state is not kept, so that every step is a first one."""
     _sgd(patch, lambda buffer, g, momentum, lr, count: (buffer, lr * (momentum * buffer + g)))
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "lightning docs: optimizers made anew by each fit",
     train_images=1024,
     momentum=0.9,
 )
-def momentum_reset_every_epoch(patch: Patch, config: Config, dataset: Dataset) -> None:
+def momentum_reset_every_epoch(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The optimizer is made anew for every epoch, with empty buffers."""
+    from lockstep.backends.faults.frameworks import jnp
+
     batches = config.batches_per_epoch(len(dataset.train_images))
 
     def step(buffer: Any, g: Any, momentum: Any, lr: Any, count: Any) -> tuple[Any, Any]:
@@ -136,15 +145,17 @@ def momentum_reset_every_epoch(patch: Patch, config: Config, dataset: Dataset) -
     _sgd(patch, step)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "optax docs, sgd: accumulator_dtype",
     changes_function=False,
     momentum=0.9,
 )
-def buffer_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
+def buffer_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Momentum is kept in bfloat16."""
+    from lockstep.backends.faults.frameworks import jnp, optax
+
     sgd = optax.sgd
     patch(
         optax,
@@ -155,73 +166,77 @@ def buffer_in_bfloat16(patch: Patch, config: Config, dataset: Dataset) -> None:
     )
 
 
-@known("update", None, "PyTorch docs, SGD: nesterov", momentum=0.9, nesterov=True)
-def nesterov_missing(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", None, "PyTorch docs, SGD: nesterov", momentum=0.9, nesterov=True)
+def nesterov_missing(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Nesterov momentum is asked for and left out."""
     _optimizer(patch, nesterov=False)
 
 
-@known("update", None, "optax docs, sgd: nesterov", momentum=0.9)
-def nesterov_unasked(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", None, "optax docs, sgd: nesterov", momentum=0.9)
+def nesterov_unasked(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Nesterov momentum is used where it was not asked for."""
     _optimizer(patch, nesterov=True)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "optax's sgd has no dampening (optax, _src/alias.py)",
     momentum=0.9,
     dampening=0.5,
 )
-def dampening_ignored(patch: Patch, config: Config, dataset: Dataset) -> None:
+def dampening_ignored(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Dampening is ignored."""
     _optimizer(patch, dampening=0.0)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "mlx#473: the first buffer is the gradient itself",
     momentum=0.9,
     dampening=0.5,
 )
-def dampening_on_the_first_step(patch: Patch, config: Config, dataset: Dataset) -> None:
+def dampening_on_the_first_step(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Every gradient is dampened, the first one too."""
+    from lockstep.backends.faults.frameworks import flax_optimizer, optax
+
     patch(flax_optimizer, "dampen", lambda dampening: optax.scale(1.0 - dampening))
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "mlx#440: weight decay without effect; optax's sgd has none",
     weight_decay=0.01,
 )
-def weight_decay_missing(patch: Patch, config: Config, dataset: Dataset) -> None:
+def weight_decay_missing(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """There is no weight decay."""
     _optimizer(patch, weight_decay=0.0)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "optax docs, losses: l2_loss has the factor one half",
     weight_decay=0.01,
 )
-def weight_decay_doubled(patch: Patch, config: Config, dataset: Dataset) -> None:
+def weight_decay_doubled(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The penalty is the weights' square without one half of it, so that its gradient is twice as
     large."""
     _optimizer(patch, weight_decay=2 * config.weight_decay)
 
 
-@known(
+@fault(
     "update",
     "momentum of *.bias",
     "Keras docs, exclude_from_weight_decay; timm: bias left out",
     weight_decay=0.01,
 )
-def biases_not_decayed(patch: Patch, config: Config, dataset: Dataset) -> None:
+def biases_not_decayed(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Biases are left out of weight decay."""
+    from lockstep.backends.faults.frameworks import optax
+
     decayed, kernels = (
         optax.add_decayed_weights,
         lambda params: {name: name.endswith("kernel") for name in params},
@@ -229,18 +244,18 @@ def biases_not_decayed(patch: Patch, config: Config, dataset: Dataset) -> None:
     patch(optax, "add_decayed_weights", lambda weight_decay: decayed(weight_decay, mask=kernels))
 
 
-@known("update", "momentum of *", "pytorch#13801: PyTorch's own C++ SGD did so", weight_decay=0.01)
-def weight_decay_after_momentum(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "momentum of *", "pytorch#13801: PyTorch's own C++ SGD did so", weight_decay=0.01)
+def weight_decay_after_momentum(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Weight decay is added to the momentum buffer's output, not to the gradient."""
     decay = config.lr * config.weight_decay
     _optimizer(patch, weight_decay=0.0)
     _after_momentum(patch, lambda config, name, update, parameter: update - decay * parameter)
 
 
-@known(
+@fault(
     "update", "momentum of *", "Loshchilov and Hutter 2019, SGDW; pytorch#22466", weight_decay=0.01
 )
-def decoupled_weight_decay(patch: Patch, config: Config, dataset: Dataset) -> None:
+def decoupled_weight_decay(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Weights shrink by weight decay itself, beside the gradient's step and without the learning
     rate."""
     decay = config.weight_decay
@@ -248,49 +263,56 @@ def decoupled_weight_decay(patch: Patch, config: Config, dataset: Dataset) -> No
     _after_momentum(patch, lambda config, name, update, parameter: update - decay * parameter)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "PyTorch docs, SGD: the sign turns first",
     maximize=True,
     weight_decay=0.01,
 )
-def maximize_after_weight_decay(patch: Patch, config: Config, dataset: Dataset) -> None:
+def maximize_after_weight_decay(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """With `maximize`, weight decay's sign is turned together with the gradient's."""
+    from lockstep.backends.faults.frameworks import optax
+
     decayed = optax.add_decayed_weights
     patch(optax, "add_decayed_weights", lambda weight_decay: decayed(-weight_decay))
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "PyTorch docs, clip_grad_norm_; optax docs, clip_by_global_norm",
     lr=0.05,
 )
-def clipped_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
+def clipped_gradients(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are clipped to a norm of one."""
+    from lockstep.backends.faults.frameworks import optax
+
     _before_the_rest(patch, lambda: optax.clip_by_global_norm(1.0))
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "PyTorch docs, clip_grads_with_norm_; optax docs: no epsilon",
     clip_norm=0.1,
 )
-def clipped_without_epsilon(patch: Patch, config: Config, dataset: Dataset) -> None:
+def clipped_without_epsilon(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are clipped by the norm itself, as optax does, and not by the norm plus 1e-6."""
+    from lockstep.backends.faults.frameworks import flax_optimizer, optax
+
     patch(flax_optimizer, "clip_gradients", optax.clip_by_global_norm)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "Keras docs, optimizers: clipnorm, beside global_clipnorm",
     clip_norm=0.1,
 )
-def clipped_per_tensor(patch: Patch, config: Config, dataset: Dataset) -> None:
+def clipped_per_tensor(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Each tensor's gradient is clipped by its own norm, not by that of all together."""
+    from lockstep.backends.faults.frameworks import flax_optimizer, optax
 
     together = flax_optimizer.clip_gradients
 
@@ -306,9 +328,10 @@ def clipped_per_tensor(patch: Patch, config: Config, dataset: Dataset) -> None:
     patch(flax_optimizer, "clip_gradients", apart)
 
 
-@known("update", "momentum of *", "Zhang et al. 2016, Staleness-aware Async-SGD")
-def stale_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "momentum of *", "Zhang et al. 2016, Staleness-aware Async-SGD")
+def stale_gradients(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The optimizer is given the gradients of the step before, and zeros in the first."""
+    from lockstep.backends.faults.frameworks import optax
 
     def late() -> Any:
         return optax.GradientTransformation(
@@ -319,13 +342,14 @@ def stale_gradients(patch: Patch, config: Config, dataset: Dataset) -> None:
     _before_the_rest(patch, late)
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "PyTorch docs, Optimizer.zero_grad; its recipe on zeroing out gradients",
 )
-def gradients_not_zeroed(patch: Patch, config: Config, dataset: Dataset) -> None:
+def gradients_not_zeroed(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are added to those of all steps before."""
+    from lockstep.backends.faults.frameworks import jax, jnp, optax
 
     def summed() -> Any:
         def update(updates: Any, state: Any, params: Any = None) -> Any:
@@ -337,13 +361,14 @@ def gradients_not_zeroed(patch: Patch, config: Config, dataset: Dataset) -> None
     _before_the_rest(patch, summed)
 
 
-@known(
+@fault(
     "update",
     "momentum of fc1.*",
     "PyTorch docs, ModuleList: layers in a plain list are not registered",
 )
-def layer_not_in_the_optimizer(patch: Patch, config: Config, dataset: Dataset) -> None:
+def layer_not_in_the_optimizer(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """One layer's parameters were not given to the optimizer."""
+    from lockstep.backends.faults.frameworks import optax
 
     def left_out(updates: Any, params: Any) -> Any:
         return {
@@ -354,73 +379,77 @@ def layer_not_in_the_optimizer(patch: Patch, config: Config, dataset: Dataset) -
     _before_the_rest(patch, lambda: optax.stateless(left_out))
 
 
-@known("update", "*.bias", "Caffe's LeNet example: lr_mult is 2 for biases")
-def biases_twice_as_fast(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "*.bias", "Caffe's LeNet example: lr_mult is 2 for biases")
+def biases_twice_as_fast(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Biases have twice the learning rate."""
     _after_momentum(
         patch, lambda config, name, u, parameter: 2 * u if name.endswith(".bias") else u
     )
 
 
-@known(
+@fault(
     "update",
     "momentum of *",
     "Keras, optimizers/sgd.py; pytorch#1099",
     momentum=0.9,
     schedule=Schedule("cosine"),
 )
-def lr_in_the_buffer(patch: Patch, config: Config, dataset: Dataset) -> None:
+def lr_in_the_buffer(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients enter the momentum buffer times the learning rate, so that an old rate acts on
     after it has changed."""
     _sgd(patch, lambda buffer, g, momentum, lr, count: ((b := momentum * buffer + lr * g), b))
 
 
-@known("update", "lr", "a wrong digit")
-def lr_off_by_one_percent(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "lr", "a wrong digit")
+def lr_off_by_one_percent(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The learning rate is one percent too large."""
     _rate(patch, lambda config, schedule: lambda count: 1.01 * schedule(count))
 
 
-@known("update", "lr", "a wrong digit")
-def lr_off_by_one_in_a_thousand(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "lr", "a wrong digit")
+def lr_off_by_one_in_a_thousand(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The learning rate is one part in a thousand too large."""
     _rate(patch, lambda config, schedule: lambda count: 1.001 * schedule(count))
 
 
-@known("update", "lr", "a wrong digit")
-def lr_off_by_one_in_a_million(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("update", "lr", "a wrong digit")
+def lr_off_by_one_in_a_million(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The learning rate is one part in a million too large."""
     _rate(patch, lambda config, schedule: lambda count: (1 + 1e-6) * schedule(count))
 
 
-@known(
+@fault(
     "update", "lr", "jax docs, Type promotion: int32 / int32 is float32", changes_function=False,
     schedule=Schedule("exponential"),
 )  # fmt: skip
-def lr_in_float32(patch: Patch, config: Config, dataset: Dataset) -> None:
+def lr_in_float32(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The learning rate is computed in float32."""
+    from lockstep.backends.faults.frameworks import jnp
+
     _rate(patch, lambda config, schedule: lambda count: schedule(count).astype(jnp.float32))
 
 
-@known(
+@fault(
     "update",
     "lr",
     "pytorch#20124: the order of scheduler and optimizer",
     schedule=Schedule("exponential"),
 )
-def schedule_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
+def schedule_off_by_one(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The learning rate is that of the step after."""
     _rate(patch, lambda config, schedule: lambda count: schedule(count + 1))
 
 
-@known(
+@fault(
     "update",
     "lr",
     "NVIDIA/apex#609, pytorch/torchtitan#1261: counted from one",
     schedule=Schedule("warmup-cosine", warmup=10, start=0.1),
 )
-def warm_up_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
+def warm_up_off_by_one(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The warm-up counts its steps from one, so that it ends one step early."""
+    from lockstep.backends.faults.frameworks import jnp
+
     warmup = config.schedule.warmup
     _rate(
         patch,
@@ -430,15 +459,16 @@ def warm_up_off_by_one(patch: Patch, config: Config, dataset: Dataset) -> None:
     )
 
 
-@known(
+@fault(
     "update",
     "lr",
     "optax docs, exponential_decay: staircase",
     schedule=Schedule("step", period=49, gamma=0.1),
 )
-def staircase_one_step_late(patch: Patch, config: Config, dataset: Dataset) -> None:
+def staircase_one_step_late(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The step schedule is optax's staircase, which XLA computes by a reciprocal: it decays one
     step late."""
+    from lockstep.backends.faults.frameworks import jnp, optax
 
     def staircase(config: Config, schedule: Any) -> Any:
         period, gamma = config.schedule.period, config.schedule.gamma
@@ -455,15 +485,17 @@ def staircase_one_step_late(patch: Patch, config: Config, dataset: Dataset) -> N
 _PLATEAU = Schedule("plateau", window=5, patience=2, gamma=0.5, threshold=0.9)
 
 
-@known(
+@fault(
     "update",
     "lr",
     "PyTorch docs, ReduceLROnPlateau; optax docs, reduce_on_plateau: patience",
     schedule=_PLATEAU,
 )
-def plateau_one_window_early(patch: Patch, config: Config, dataset: Dataset) -> None:
+def plateau_one_window_early(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """`patience` windows without improvement reduce the learning rate, where PyTorch puts up with
     so many."""
+    from lockstep.backends.faults.frameworks import flax_optimizer
+
     reduce = flax_optimizer.reduce_on_plateau
     patience = (config.schedule.patience or 0) - 1
     sooner = dataclasses.replace(
@@ -472,14 +504,16 @@ def plateau_one_window_early(patch: Patch, config: Config, dataset: Dataset) -> 
     patch(flax_optimizer, "reduce_on_plateau", lambda config: reduce(sooner))
 
 
-@known(
+@fault(
     "update",
     None,
     "optax docs, reduce_on_plateau: the scale applies to the update at hand",
     schedule=_PLATEAU,
 )
-def plateau_acts_at_once(patch: Patch, config: Config, dataset: Dataset) -> None:
+def plateau_acts_at_once(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """A plateau reduces the very update whose loss ended the window, PyTorch the one after."""
+    from lockstep.backends.faults.frameworks import flax_optimizer, jax, optax
+
     reduce = flax_optimizer.reduce_on_plateau
 
     def at_once(config: Config) -> Any:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lockstep.backends.faults.registry import Patch, known
+from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
-if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import convert, jax, nnx
 
-
-def change_weights(patch: Patch, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
+def change_weights(patch: SetAttr, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
     """Change canonical weights on their way into JAX."""
+    from lockstep.backends.faults.frameworks import convert
+
     from_canonical = convert.from_canonical
 
     def changed(arrays: dict[str, np.ndarray]) -> Any:
@@ -27,9 +26,11 @@ def change_weights(patch: Patch, change: Callable[[str, np.ndarray], np.ndarray]
     patch(convert, "from_canonical", changed)
 
 
-@known("weights", "fc2.kernel", "flax docs, nnx.Linear: kernel_init is lecun_normal")
-def own_weights(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("weights", "fc2.kernel", "flax docs, nnx.Linear: kernel_init is lecun_normal")
+def own_weights(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """One layer keeps the weights that Flax drew for it."""
+    from lockstep.backends.faults.frameworks import jax, nnx
+
     draw = nnx.initializers.lecun_normal()
 
     def own(name: str, array: np.ndarray) -> np.ndarray:
@@ -42,40 +43,40 @@ def own_weights(patch: Patch, config: Config, dataset: Dataset) -> None:
     change_weights(patch, own)
 
 
-@known("weights", "*.bias", "flax docs, nnx.Conv: bias_init is zeros")
-def zero_biases(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("weights", "*.bias", "flax docs, nnx.Conv: bias_init is zeros")
+def zero_biases(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Biases start from zero, as Flax's do."""
     change_weights(patch, lambda name, array: array * 0 if name.endswith(".bias") else array)
 
 
-@known(
+@fault(
     "weights",
     "conv*.kernel",
     "flax docs, Convert PyTorch models to Flax: kernels from OIHW to HWIO",
 )
-def kernels_h_and_w_swapped(patch: Patch, config: Config, dataset: Dataset) -> None:
+def kernels_h_and_w_swapped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Convolution kernels are transposed from OIHW to WHIO."""
     change_weights(patch, lambda name, array: array.swapaxes(0, 1) if array.ndim == 4 else array)
 
 
-@known(
+@fault(
     "weights",
     "fc*.kernel",
     "flax docs, Convert PyTorch models to Flax: dense kernels must be transposed",
 )
-def dense_kernels_reshaped(patch: Patch, config: Config, dataset: Dataset) -> None:
+def dense_kernels_reshaped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Dense kernels are reshaped to Flax's shape where they should be transposed."""
     change_weights(
         patch, lambda name, array: array.T.reshape(array.shape) if array.ndim == 2 else array
     )
 
 
-@known(
+@fault(
     "weights",
     "fc1.kernel",
     "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers",
 )
-def flatten_rows(patch: Patch, config: Config, dataset: Dataset) -> None:
+def flatten_rows(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The rows of the dense kernel after the flatten stay in PyTorch's order of channels, height
     and width."""
 
@@ -87,7 +88,7 @@ def flatten_rows(patch: Patch, config: Config, dataset: Dataset) -> None:
     change_weights(patch, by_channel)
 
 
-@known("weights", None, "transformers docs, from_pretrained: torch_dtype", changes_function=False)
-def weights_in_half(patch: Patch, config: Config, dataset: Dataset) -> None:
+@fault("weights", None, "transformers docs, from_pretrained: torch_dtype", changes_function=False)
+def weights_in_half(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The weights came from a file in half precision."""
     change_weights(patch, lambda name, array: array.astype(np.float16).astype(array.dtype))

@@ -41,8 +41,8 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     study = EvidenceCommand(options, arguments, backends, folder="faults")
     dataset = shortened(study.load(options.data), matrix.TEST_IMAGES)
     if (dataset.train_images == dataset.train_images[..., :1]).all():
-        left_out = [fault.name for fault in chosen if fault.needs_colour]
-        chosen = [fault for fault in chosen if not fault.needs_colour]
+        left_out = [fault.name for fault in chosen if fault.needs_color_images]
+        chosen = [fault for fault in chosen if not fault.needs_color_images]
         if left_out:
             study.terminal.line(f"Left out, for {dataset.name} is grey: {', '.join(left_out)}")
         if not chosen:
@@ -57,9 +57,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     with study.terminal.progress("faults", len(chosen)) as advance:
         for fault in chosen:
             rows.append(
-                matrix.measure(
-                    fault, dataset, study.build, catalogue.injected, cache, lenses, twins
-                )
+                matrix.measure(fault, dataset, study.build, catalogue.inject, cache, lenses, twins)
             )
             advance(1, math.nan)
     summary = matrix.summary(rows)

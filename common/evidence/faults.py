@@ -57,7 +57,7 @@ def measure(
     config = config_of(fault, len(dataset.train_images))
     return {
         "name": fault.name,
-        "sentence": fault.sentence,
+        "sentence": fault.description,
         "source": fault.source,
         "stage": fault.stage,
         "tensor": fault.tensor,

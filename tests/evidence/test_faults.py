@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lockstep.backends import faults
-from lockstep.backends.faults import FAULTS, QUICK, Fault, injected
+from lockstep.backends.faults import FAULTS, QUICK, Fault, inject
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
@@ -107,15 +108,15 @@ def test_there_are_many_faults_and_at_least_one_of_every_stage() -> None:
     assert ranks == sorted(ranks)
 
 
-def test_no_two_faults_have_the_same_name_or_sentence() -> None:
-    assert len(set(NAMES)) == len({fault.sentence for fault in FAULTS}) == len(FAULTS)
+def test_no_two_faults_have_the_same_name_or_description() -> None:
+    assert len(set(NAMES)) == len({fault.description for fault in FAULTS}) == len(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
 def test_every_fault_says_what_it_is_and_where_it_is_documented(fault: Fault) -> None:
     assert fault.name == fault.name.lower().replace("_", "-").replace(" ", "-")
     assert len(fault.name) <= 27  # so that the table has 80 columns
-    assert fault.sentence.endswith(".") and "\n" not in fault.sentence
+    assert fault.description.endswith(".") and "\n" not in fault.description
     assert fault.source
     assert fault.lens in (None, *matrix.LENSES)
 
@@ -176,18 +177,20 @@ def attributes() -> dict[tuple[str, str], Any]:
     ]
     modules += [
         f"lockstep.backends.flax_backend.{name}"
-        for name in ("backend", "convert", "layers", "model", "optimizer")
+        for name in ("backend", "convert", "inputs", "layers", "optimizer")
     ]
     modules += [
-        f"lockstep.backends.flax_backend.{name}" for name in ("resnet20", "convnext", "vit")
+        f"lockstep.backends.flax_backend.models.{name}"
+        for name in ("net", "resnet20", "convnext", "vit")
     ]
     found: dict[str, Any] = {module: importlib.import_module(module) for module in modules}
     classes = {
         "backend": "FlaxBackend",
         "layers": "Dropout",
-        "model": "Net",
-        "resnet20": "Block",
-        "vit": "Attention",
+        "inputs": "Inputs",
+        "models.net": "Net",
+        "models.resnet20": "Block",
+        "models.vit": "Attention",
     }
     for module, name in classes.items():
         found[f"{module}.{name}"] = getattr(found[f"lockstep.backends.flax_backend.{module}"], name)
@@ -202,7 +205,7 @@ def attributes() -> dict[tuple[str, str], Any]:
 def test_a_fault_is_put_in_and_taken_out_whole(fault: Fault, digits: Dataset) -> None:
     before = attributes()
     labels, images = digits.train_labels.copy(), digits.train_images.copy()
-    with injected(fault, matrix.config_of(fault, len(digits.train_images)), digits):
+    with inject(fault, matrix.config_of(fault, len(digits.train_images)), digits):
         within = attributes()
     assert any(within.get(key) is not value for key, value in before.items())
     after = attributes()
@@ -215,7 +218,7 @@ def test_a_fault_is_put_in_and_taken_out_whole(fault: Fault, digits: Dataset) ->
 def test_a_fault_is_taken_out_when_what_it_was_put_in_for_fails(digits: Dataset) -> None:
     before = attributes()
     fault = faults.named("x64-left-off")  # of three patches
-    with pytest.raises(ZeroDivisionError), injected(fault, matrix.config_of(fault, 1437), digits):
+    with pytest.raises(ZeroDivisionError), inject(fault, matrix.config_of(fault, 1437), digits):
         raise ZeroDivisionError
     assert all(attributes()[key] is value for key, value in before.items())
 
@@ -227,7 +230,7 @@ def test_a_fault_is_taken_out_when_what_it_was_put_in_for_fails(digits: Dataset)
 def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
     name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:
-    row = matrix.measure(short(faults.named(name)), few, build, injected, cache)
+    row = matrix.measure(short(faults.named(name)), few, build, inject, cache)
     assert row["lenses"].keys() == {"float64", "float32"}
     for finding in row["lenses"].values():
         assert finding["caught"] and finding["stage_right"] and finding["tensor_right"]
@@ -242,9 +245,7 @@ def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
 def test_a_fault_of_another_network_is_caught_and_named(
     name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:
-    row = matrix.measure(
-        short(faults.named(name)), few, build, injected, cache, lenses=("float64",)
-    )
+    row = matrix.measure(short(faults.named(name)), few, build, inject, cache, lenses=("float64",))
     finding = row["lenses"]["float64"]
     assert finding["caught"] and finding["stage_right"] and finding["tensor_right"]
     assert finding["trajectory_agrees"] == (row["stage"] != "forward")
@@ -255,7 +256,7 @@ def test_without_a_fault_nothing_is_caught_in_another_network(
     model: str, few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:
     fault = dataclasses.replace(nothing, options={"model": model})
-    finding = matrix.measure(short(fault), few, build, injected, cache, lenses=("float64",))[
+    finding = matrix.measure(short(fault), few, build, inject, cache, lenses=("float64",))[
         "lenses"
     ]["float64"]
     assert not finding["caught"] and finding["trajectory_agrees"]
@@ -264,7 +265,7 @@ def test_without_a_fault_nothing_is_caught_in_another_network(
 def test_without_a_fault_nothing_is_caught(
     few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:
-    row = matrix.measure(short(nothing), few, build, injected, cache)
+    row = matrix.measure(short(nothing), few, build, inject, cache)
     for finding in row["lenses"].values():
         assert not finding["caught"] and finding["trajectory_agrees"]
         assert finding["stage"] is finding["gap_over_bound"] is None
@@ -273,7 +274,7 @@ def test_without_a_fault_nothing_is_caught(
 def test_a_fault_of_one_lens_is_not_seen_in_the_other(
     few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:
-    row = matrix.measure(short(faults.named("float32-inside")), few, build, injected, cache)
+    row = matrix.measure(short(faults.named("float32-inside")), few, build, inject, cache)
     assert row["lenses"]["float64"]["caught"]
     assert not row["lenses"]["float32"]["caught"]
 
@@ -289,9 +290,7 @@ def test_the_right_side_is_trained_once_for_all_faults_of_one_run(
 
     cache: dict[Any, Any] = {}
     for name in ("zero-biases", "stopped-gradient"):
-        matrix.measure(
-            short(faults.named(name)), few, counted, injected, cache, lenses=("float64",)
-        )
+        matrix.measure(short(faults.named(name)), few, counted, inject, cache, lenses=("float64",))
     assert built == ["torch", "flax", "flax"]
 
 
@@ -301,7 +300,7 @@ def test_a_fault_at_the_end_of_an_epoch_is_given_a_short_epoch(
     fault = dataclasses.replace(
         faults.named("mean-over-padding"), train_images=60
     )  # batches of 8, and one of 4
-    row = matrix.measure(short(fault, steps=12), few, build, injected, {}, lenses=("float64",))
+    row = matrix.measure(short(fault, steps=12), few, build, inject, {}, lenses=("float64",))
     finding = row["lenses"]["float64"]
     assert (finding["step"], finding["stage"], finding["tensor"]) == (7, "loss", "loss")
 
@@ -339,3 +338,23 @@ def test_the_table_marks_what_was_missed_and_what_was_found_elsewhere(
     assert lines[0] == ("a", "update", "1", "2e3", "missed", "")
     assert lines[1] == ("b", "update", "1 loss", "inf", "1", "2e3")
     assert lines[2] == ("c", "update", "none", "", "missed", "")
+
+
+def framework_names(module: ModuleType) -> set[str]:
+    """Names of `backends/faults/frameworks.py` that a module holds."""
+    frameworks = importlib.import_module("lockstep.backends.faults.frameworks")
+    return set(vars(module)) & set(frameworks.__all__)
+
+
+def test_a_fault_writes_no_names_into_the_files_of_the_catalogue(digits: Dataset) -> None:
+    for name in QUICK:
+        fault = faults.named(name)
+        with inject(fault, matrix.config_of(fault, len(digits.train_images)), digits):
+            assert not framework_names(sys.modules[fault.apply.__module__]), name
+
+
+def test_names_of_frameworks_in_a_module_are_seen() -> None:
+    module = ModuleType("made")
+    assert not framework_names(module)
+    module.__dict__["jnp"] = None
+    assert framework_names(module) == {"jnp"}
