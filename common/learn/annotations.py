@@ -47,8 +47,8 @@ NOTES = (
     # --- Data
     Note(
         title="Channels first, channels last",
-        torch=Anchor("backend.py:Backend._images", "movedim(-1, -3)"),
-        flax=Anchor("backend.py:Backend._images", "jnp.asarray(images, self._compute_dtype)"),
+        torch=Anchor("inputs.py:Inputs.images", "movedim(-1, -3)"),
+        flax=Anchor("inputs.py:Inputs.images", "jnp.asarray(images, self.dtype)"),
         what=(
             "PyTorch's convolutions take (n, channels, height, width), Flax's (n, height, width, channels). The data "
             "set is kept channels last, so that only the PyTorch side moves an axis."
@@ -62,8 +62,8 @@ NOTES = (
     ),
     Note(
         title="Labels are class numbers on both sides",
-        torch=Anchor("backend.py:Backend._labels", "torch.int64"),
-        flax=Anchor("backend.py:Backend._labels", "jnp.int32"),
+        torch=Anchor("inputs.py:Inputs.labels", "torch.int64"),
+        flax=Anchor("inputs.py:Inputs.labels", "jnp.int32"),
         what=(
             "PyTorch's cross entropy wants int64 class numbers; optax takes integers of any kind, and JAX prefers 32 "
             "bits."
@@ -79,7 +79,7 @@ NOTES = (
     Note(
         title="float64 is off in JAX",
         torch=Anchor(_INIT, "self.dtype = getattr(torch,"),
-        flax=Anchor("backend.py:make_comparable", "jax_enable_x64"),
+        flax=Anchor("device.py:configure_determinism", "jax_enable_x64"),
         what="In PyTorch a float64 tensor is float64. JAX makes it float32, unless `jax_enable_x64` is set before.",
         why=(
             "Accelerators are slow in float64, and NumPy makes float64 by default. JAX chose to be quick without "
@@ -93,8 +93,8 @@ NOTES = (
     ),
     Note(
         title="Products in less than float32",
-        torch=Anchor("backend.py:make_comparable", "matmul.allow_tf32"),
-        flax=Anchor("backend.py:make_comparable", "jax_default_matmul_precision"),
+        torch=Anchor("device.py:configure_determinism", "matmul.allow_tf32"),
+        flax=Anchor("device.py:configure_determinism", "jax_default_matmul_precision"),
         what=(
             "On a GPU, JAX multiplies float32 matrices in TF32 where it can; on a TPU, in bfloat16. PyTorch does so "
             "in cuDNN's convolutions only. Both are told not to."
@@ -105,8 +105,8 @@ NOTES = (
     ),
     Note(
         title="A state that changes, a state that is replaced",
-        torch=Anchor("backend.py:State", "PyTorch changes it in place"),
-        flax=Anchor("backend.py:State", "JAX returns a new one"),
+        torch=Anchor("state.py:State", "PyTorch changes it in place"),
+        flax=Anchor("state.py:State", "JAX returns a new one"),
         what=(
             "`optimizer.step()` overwrites the parameters. A JAX function cannot: it returns new arrays, and the old "
             "ones are what they were, or, once donated, are gone."
@@ -312,8 +312,8 @@ NOTES = (
     # --- Loss
     Note(
         title="A mean, and one loss per image",
-        torch=Anchor("backend.py:cross_entropy", "F.cross_entropy"),
-        flax=Anchor("backend.py:cross_entropy", ".mean()"),
+        torch=Anchor("losses.py:cross_entropy", "F.cross_entropy"),
+        flax=Anchor("losses.py:cross_entropy", ".mean()"),
         what=(
             "`F.cross_entropy` returns the mean over the batch. optax's function returns one loss per image, and "
             "leaves it to the caller what to do with them. Both take logits, not probabilities."
@@ -489,8 +489,8 @@ NOTES = (
     ),
     Note(
         title="Weights in float32, work in bfloat16",
-        torch=Anchor("backend.py:Backend._rounded", "tensor.to(dtype)"),
-        flax=Anchor("backend.py:Backend._rounded", "parameter.astype(self._compute_dtype)"),
+        torch=Anchor("convert.py:cast_to_compute", "tensor.to(dtype)"),
+        flax=Anchor("convert.py:cast_to_compute", "tensor.astype(dtype)"),
         what=(
             "In mixed precision, both round a copy of the weights for each step and differentiate through it, so that "
             "gradients come out in float32. Batch norms keep theirs."
@@ -606,8 +606,8 @@ NOTES = (
     # --- Many steps
     Note(
         title="Two compilers",
-        torch=Anchor(_INIT, "torch.compile("),
-        flax=Anchor(_INIT, "self._fused_steps, donate_argnums=0"),
+        torch=Anchor("compiled.py:ManySteps.__init__", "torch.compile("),
+        flax=Anchor("compiled.py:ManySteps.__init__", "self._scan, donate_argnums=0"),
         what=(
             "`jax.jit` traces the whole loop, and `donate_argnums` lets it reuse the state's memory. `torch.compile` "
             "is given a step written as a function, since `loss.backward()` and `optimizer.step()` would break its "
@@ -623,8 +623,8 @@ NOTES = (
     # --- Evaluation
     Note(
         title="A mean over images, not over batches",
-        torch=Anchor("backend.py:Backend.evaluate", "* len(truth)"),
-        flax=Anchor("backend.py:Backend.evaluate", "* len(truth)"),
+        torch=Anchor("backend.py:Backend.evaluate", "* len(batch_labels)"),
+        flax=Anchor("backend.py:Backend.evaluate", "* len(batch_labels)"),
         what=(
             "The mean loss of each piece is multiplied by its number of images before it is added up. PyTorch reads "
             "the number with `.item()`, JAX with `float()`; both wait for the device there."

@@ -22,6 +22,12 @@ FOLDERS = {"torch": "backends/torch_backend", "flax": "backends/flax_backend"}
 CLASSES = {"torch": "TorchBackend", "flax": "FlaxBackend"}
 FILES = (
     "backend.py",
+    "state.py",
+    "inputs.py",
+    "losses.py",
+    "device.py",
+    "tuning.py",
+    "compiled.py",
     "models/net.py",
     "models/mlp.py",
     "models/resnet20.py",
@@ -114,20 +120,15 @@ SECTIONS = (
         "Neither framework loads, normalises or shuffles anything. Both are given the same bytes, made once in NumPy "
         "by the functions below; each then only carries them to its device, in its own layout.",
         (
-            *both(
-                "backend.py",
-                "Backend._images",
-                "Backend._labels",
-                "Data",
-                "Backend.upload",
-                "Backend.gather",
-            ),
+            *both("inputs.py", "Data", "Inputs", "Inputs.__init__"),
+            *both("inputs.py", "Inputs.images", "Inputs.labels", "Inputs.upload", "Inputs.gather"),
             Pair(
                 None,
-                "backend.py:Backend._gather",
+                "inputs.py:Inputs._gather",
                 "PyTorch does not compile this: it is two calls.",
             ),
-            Pair("backend.py:Backend._tensor", None, "JAX's bfloat16 is that of `ml_dtypes`."),
+            Pair("inputs.py:as_tensor", None, "JAX's bfloat16 is that of `ml_dtypes`."),
+            *both("backend.py", "Backend.upload", "Backend.gather"),
         ),
         shared=(
             "data/sources.py:normalise",
@@ -143,9 +144,11 @@ SECTIONS = (
         "Defaults differ more than programs do. Precision, determinism and memory are set here, once, before anything "
         "is computed.",
         (
-            *both("backend.py", SETTINGS, "State", "Backend", "Backend.__init__"),
+            *both("state.py", "State"),
+            Pair(None, "state.py:settings", "PyTorch trains a module and not a tree of arrays."),
+            *both("backend.py", "Backend", "Backend.__init__"),
             Pair(
-                "backend.py:Backend._empty_model",
+                "user_module.py:empty_copy",
                 None,
                 "In Flax, `_model` does this, at the start of each step.",
             ),
@@ -167,9 +170,14 @@ SECTIONS = (
                 "user_module.py:bits",
                 "PyTorch's random numbers have one state, outside of all modules.",
             ),
-            *both("backend.py", "choose_device", "make_comparable", "Backend.describe"),
-            Pair("backend.py:set_threads", "backend.py:threads_for"),
-            Pair(None, "backend.py:has_option", "PyTorch's are chosen by its version."),
+            Pair(None, "device.py:settings", "PyTorch takes memory on a card as it needs it."),
+            *both("device.py", "choose_device", "configure_determinism"),
+            *both("backend.py", "Backend.describe"),
+            *both("tuning.py", SETTINGS, "compiler_options", "limit_threads"),
+            Pair("tuning.py:compiles", None, "JAX always compiles."),
+            Pair("tuning.py:channels_last", None, "In Flax, the channels are last everywhere."),
+            Pair(None, "tuning.py:xla_has_option", "PyTorch's are chosen by its version."),
+            Pair(None, "tuning.py:has_library_convolution", "PyTorch's loop has no such trouble."),
         ),
     ),
     Section(
@@ -238,7 +246,7 @@ SECTIONS = (
             Pair(None, "layers.py:Conv", "Likewise."),
             Pair(None, "layers.py:Conv.__call__", "Likewise."),
             Pair(None, "layers.py:promote_bias", "Likewise."),
-            Pair(None, "backend.py:in_precision", "In PyTorch, `Module.to`."),
+            Pair(None, "user_module.py:cast_constants", "In PyTorch, `Module.to`."),
         ),
         shared=("data/dropout.py:masks",),
     ),
@@ -246,7 +254,7 @@ SECTIONS = (
         "loss",
         "Loss and gradient norm",
         "Both are one library call, but the two calls do not give the same thing back.",
-        both("backend.py", "cross_entropy", "global_norm", "upcast"),
+        both("losses.py", "cross_entropy", "global_norm", "upcast"),
     ),
     Section(
         "optimizer",
@@ -299,7 +307,8 @@ SECTIONS = (
         "one: nothing is changed, so nothing may be forgotten on the way out.",
         (
             *both("backend.py", "Backend._step"),
-            *both("backend.py", "Backend._forward", "Backend._rounded"),
+            *both("backend.py", "Backend._forward"),
+            *both("convert.py", "cast_to_compute"),
             Pair(
                 None,
                 "backend.py:Backend._model",
@@ -314,30 +323,26 @@ SECTIONS = (
         "JAX compiles the loop over the steps into one program, with `lax.scan`. Where `torch.compile` is on, PyTorch "
         "does so, too, with a `scan` of its own; where it is off, it runs a Python loop.",
         (
-            *both("backend.py", "Backend.train_steps", "Backend._fused_steps"),
+            *both("backend.py", "Backend.train_steps"),
+            *both("compiled.py", SETTINGS, "ManySteps", "ManySteps.__init__", "ManySteps.__call__"),
+            *both("compiled.py", "ManySteps._one_by_one", "ManySteps._scan"),
             Pair(
-                "backend.py:Backend._scan",
+                "compiled.py:ManySteps._as_one_program",
                 None,
-                "The Flax side's `_fused_steps` is this line: its state is a value, which needs no taking out.",
+                "In Flax the state is a value, which needs no taking out.",
             ),
             Pair(
-                "backend.py:Backend._functional_step",
+                "compiled.py:ManySteps._functional_step",
                 None,
-                "`_step` of the Flax side is written this way already: a function from arrays to arrays.",
-            ),
-            Pair(
-                None,
-                "backend.py:Backend._loops",
-                "PyTorch's convolutions are as quick in its loop as out of it.",
+                "`_step` of the Flax side is written this way already: from arrays to arrays.",
             ),
             Pair(
                 None,
-                "backend.py:batch_of",
-                "A loop over tensors takes them batch by batch; `masks` are laid in.",
+                "compiled.py:ManySteps.scan_is_faster",
+                "PyTorch's convolutions are as fast inside its loop as outside.",
             ),
-            Pair(
-                "backend.py:to_array", None, "`train_steps` of the Flax side does this in one line."
-            ),
+            Pair(None, "compiled.py:take_batch", "PyTorch indexes each tensor."),
+            Pair("compiled.py:to_array", None, "The Flax side does this in one line."),
             Pair(
                 "optimizer.py:Scheduler.advance",
                 None,

@@ -644,12 +644,12 @@ _STEP = "backend.py:Backend._step"
 _MAKE = "optimizer.py:make_optimizer"
 EXCERPTS: dict[str, dict[str, list[Anchor]]] = {
     "images": {
-        "torch": [Anchor("backend.py:Backend._images", "movedim(-1, -3)")],
-        "flax": [Anchor("backend.py:Backend._images", "jnp.asarray(images")],
+        "torch": [Anchor("inputs.py:Inputs.images", "movedim(-1, -3)")],
+        "flax": [Anchor("inputs.py:Inputs.images", "jnp.asarray(images")],
     },
     "labels": {
-        "torch": [Anchor("backend.py:Backend._labels", "torch.int64")],
-        "flax": [Anchor("backend.py:Backend._labels", "jnp.int32")],
+        "torch": [Anchor("inputs.py:Inputs.labels", "torch.int64")],
+        "flax": [Anchor("inputs.py:Inputs.labels", "jnp.int32")],
     },
     "conv1": {
         "torch": [Anchor("models/net.py:Net.forward", "self.conv1(x)")],
@@ -660,8 +660,8 @@ EXCERPTS: dict[str, dict[str, list[Anchor]]] = {
         "flax": [Anchor("models/net.py:Net.__call__", "return self.fc3(x)")],
     },
     "loss": {
-        "torch": [Anchor("backend.py:cross_entropy", "F.cross_entropy")],
-        "flax": [Anchor("backend.py:cross_entropy", ".mean()")],
+        "torch": [Anchor("losses.py:cross_entropy", "F.cross_entropy")],
+        "flax": [Anchor("losses.py:cross_entropy", ".mean()")],
     },
     "gradient": {
         "torch": [Anchor(_STEP, "optimizer.zero_grad()"), Anchor(_STEP, "loss.backward()")],

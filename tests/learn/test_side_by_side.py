@@ -83,11 +83,11 @@ def test_every_definition_of_both_backends_stands_in_one_section() -> None:
 
 @pytest.mark.parametrize("side", BACKENDS)
 def test_a_function_that_loses_its_partner_is_named(side: str, house: Path) -> None:
-    file = house / sections.FOLDERS[side] / "backend.py"
+    file = house / sections.FOLDERS[side] / "losses.py"
     file.write_text(without(file.read_text(encoding="utf-8"), "global_norm"), encoding="utf-8")
     other = next(name for name in BACKENDS if name != side)
     with pytest.raises(
-        SourceError, match=rf"^backend\.py:global_norm is in {other} only: give it a partner"
+        SourceError, match=rf"^losses\.py:global_norm is in {other} only: give it a partner"
     ):
         sections.check(sections.read_backends(house))
 
