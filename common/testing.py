@@ -8,7 +8,7 @@ from typing import Any
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import RecordError
-from lockstep.common.evidence import family, judge
+from lockstep.common.evidence import judge, train_ensemble
 from lockstep.common.protocol import Backend
 from lockstep.common.verdict import locate
 
@@ -57,7 +57,8 @@ def same_run(
         raise RecordError(f"both backends are called {one.name!r}: give one of them another `name`")
     backends = {backend.name: backend for backend in (one, other)}
     families = {
-        name: family(backend, config, dataset, dtype, twins) for name, backend in backends.items()
+        name: train_ensemble(backend, config, dataset, dtype, twins)
+        for name, backend in backends.items()
     }
     lens = judge(families, backends, config, dataset)
     if lens["verdict"] == "disagree":

@@ -17,7 +17,7 @@ from lockstep.common.config import DTYPES, MODELS
 from lockstep.common.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from lockstep.common.evidence.false_alarms import Cell
+    from lockstep.common.evidence.false_alarms import Setting
 
 MAX_WORKERS = 8  # processes; each holds two gigabytes
 
@@ -47,27 +47,29 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     from lockstep.common.runs.trainer import explained
 
     pairs = clean.PAIRS if options.pairs is None else options.pairs
-    cells = every = clean.cells(model)
+    settings = every = clean.settings(model)
     folder = "alarms" if model == "net" else f"alarms-{model}"
     study = EvidenceCommand(options, arguments, backends, folder)
-    for name in dict.fromkeys(cell.data for cell in every):
+    for name in dict.fromkeys(setting.data for setting in every):
         try:
             study.load(name)
         except DataError as error:
-            cells = [cell for cell in cells if cell.data != name]
-            if not cells:
+            settings = [setting for setting in settings if setting.data != name]
+            if not settings:
                 raise
             study.terminal.line(
-                f"Left out, for want of {name}: {len(every) - len(cells)} configurations ({error})"
+                f"Left out, for want of {name}: {len(every) - len(settings)} configurations ({error})"
             )
     first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
-    shares = list(clean.shares(cells, pairs, first))
-    worker = 1 if options.device == "cuda" else min(len(shares), os.cpu_count() or 1, MAX_WORKERS)
+    work_items = list(clean.work_items(settings, pairs, first))
+    worker = (
+        1 if options.device == "cuda" else min(len(work_items), os.cpu_count() or 1, MAX_WORKERS)
+    )
     pool = ProcessPoolExecutor(worker, multiprocessing.get_context("spawn"))
     measure = functools.partial(clean_pairs, options, backends)
     rows = []
     with explained("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
-        for found in pool.map(measure, *zip(*shares, strict=True)):
+        for found in pool.map(measure, *zip(*work_items, strict=True)):
             rows += found
             advance(len(found), math.nan)
     summary = clean.summary(rows)
@@ -80,7 +82,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
 
 
 def clean_pairs(
-    options: argparse.Namespace, backends: BackendPackage, cell: Cell, seeds: Sequence[int]
+    options: argparse.Namespace, backends: BackendPackage, setting: Setting, seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The rows of one configuration; runs in another process."""
     from lockstep.common.evidence import false_alarms as clean
@@ -89,5 +91,7 @@ def clean_pairs(
     lenses = DTYPES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
     return list(
-        clean.measure(cell, seeds, {cell.data: study.load(cell.data)}, study.build, lenses, twins)
+        clean.measure(
+            setting, seeds, {setting.data: study.load(setting.data)}, study.build, lenses, twins
+        )
     )

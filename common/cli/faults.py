@@ -36,10 +36,10 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
         chosen = [fault for fault in chosen if fault.name in catalogue.QUICK]
 
     from lockstep.common.evidence import faults as matrix
-    from lockstep.common.evidence import plots, shortened
+    from lockstep.common.evidence import plots, take_test_images
 
     study = EvidenceCommand(options, arguments, backends, folder="faults")
-    dataset = shortened(study.load(options.data), matrix.TEST_IMAGES)
+    dataset = take_test_images(study.load(options.data), matrix.TEST_IMAGES)
     if (dataset.train_images == dataset.train_images[..., :1]).all():
         left_out = [fault.name for fault in chosen if fault.needs_color_images]
         chosen = [fault for fault in chosen if not fault.needs_color_images]
@@ -68,7 +68,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
         draw=functools.partial(plots.draw_faults, rows),
     )
     if options.only:
-        for line in (line for row in rows for line in matrix.described(row)):
+        for line in (line for row in rows for line in matrix.summary_lines(row)):
             study.terminal.line(line)
     study.terminal.line(matrix.sentence(summary))
     return 0 if not summary["missed"] else 1

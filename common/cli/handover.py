@@ -23,17 +23,17 @@ def add_arguments(parser: Parser) -> None:
 
 
 def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
-    from lockstep.common.evidence import optimizer_grid, shortened
+    from lockstep.common.evidence import handover, take_test_images
 
-    steps = optimizer_grid.HANDOVER_STEPS if options.steps is None else options.steps
-    if steps < optimizer_grid.HANDOVER_LEAST:
+    steps = handover.STEPS if options.steps is None else options.steps
+    if steps < handover.MIN_STEPS:
         raise ConfigError(
-            f"--steps must be {optimizer_grid.HANDOVER_LEAST} or more: shorter runs are one call "
+            f"--steps must be {handover.MIN_STEPS} or more: shorter runs are one call "
             "of the program"
         )
-    configs = list(optimizer_grid.handover_configs(steps))
+    configs = list(handover.configurations(steps))
     study = EvidenceCommand(options, arguments, backends, folder="handover")
-    dataset = shortened(study.load(options.data), optimizer_grid.HANDOVER_TEST_IMAGES)
+    dataset = take_test_images(study.load(options.data), handover.TEST_IMAGES)
     configs = [config.resolve(len(dataset.train_images)) for config in configs]
     build = functools.partial(study.build, dtype="float64")
     every = max(1, steps // 4)
@@ -43,7 +43,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
         tempfile.TemporaryDirectory() as folder,
     ):
         for config in configs:
-            rows.append(optimizer_grid.hand_over(config, dataset, build, Path(folder), every=every))
+            rows.append(handover.measure(config, dataset, build, Path(folder), every=every))
             advance(1, math.nan)
     handovers = 2 * sum(len(row["places"]) for row in rows)
     worst = max(row[key] for row in rows for key in ("torch to flax", "flax to torch"))
@@ -52,12 +52,11 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
         "steps": steps,
         "handovers": handovers,
         "largest_gap": worst,
-        "bound": optimizer_grid.GRID_BOUND,
+        "bound": handover.GRID_BOUND,
     }
-    study.report(facts, rows, optimizer_grid.handover_table(rows))
+    study.report(facts, rows, handover.table(rows))
     equal = (
-        f"equal those that were not interrupted, within {worst:.1e} "
-        f"(bound {optimizer_grid.GRID_BOUND:g})"
+        f"equal those that were not interrupted, within {worst:.1e} (bound {handover.GRID_BOUND:g})"
     )
     study.terminal.line(
         f"{handovers} runs that changed hands {equal if agree else 'do NOT all ' + equal}."

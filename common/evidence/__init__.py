@@ -1,7 +1,7 @@
-"""How good the verdict is, measured: known faults, false alarms, sensitivity, and the rules that
+"""Measures how good the verdict is: known faults, false alarms, sensitivity, and the rules that
 others use.
 
-Each module makes one report from many short pairs of runs; `lockstep` has a command for each.
+Each module makes one report from many short pairs of runs. `lockstep` has a command for each.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from lockstep.common.verdict import compare as parity
 Build = Callable[[str, Config, str], Backend]  # backend's name, resolved config, dtype
 
 
-class Silent:
-    """An observer for runs that nobody watches."""
+class NullProgress:
+    """Ignores the progress of a run."""
 
     def line(self, text: str) -> None: ...
 
     def advance(self, steps: int, loss: float) -> None: ...
 
 
-def family(
+def train_ensemble(
     backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int
 ) -> list[Record]:
-    """The record of one run, followed by those of its twins (none in float64)."""
-    return trained(
+    """Train one run and its twins (no twins in float64). The run's record comes first."""
+    return train_runs(
         backend, config, dataset, dtype, [None, *range(1, (0 if dtype == "float64" else twins) + 1)]
     )
 
 
-def trained(
+def train_runs(
     backend: Backend, config: Config, dataset: Dataset, dtype: str, members: Iterable[int | None]
 ) -> list[Record]:
-    """The records of these members of a family: None is the run itself, 1, 2, ... are its twins."""
+    """Train a run (None) or its twins (1, 2, ...) and return their records in the given order."""
     return [
-        training.train(backend, config, dataset, dtype, Silent(), twin, log_every=0)
+        training.train(backend, config, dataset, dtype, NullProgress(), twin, log_every=0)
         for twin in members
     ]
 
 
-def begun(
+def train_first_steps(
     backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: Iterable[int]
 ) -> list[Record]:
-    """Of these twins, the first steps."""
-    return [first_steps(backend, config, dataset, dtype, Silent(), twin) for twin in twins]
+    """Train only the first steps of these twins."""
+    return [first_steps(backend, config, dataset, dtype, NullProgress(), twin) for twin in twins]
 
 
 def judge(
@@ -61,20 +61,19 @@ def judge(
     config: Config,
     dataset: Dataset,
 ) -> dict[str, Any]:
-    """The lens as `compare.py` has it: `parity.judge`, with twins by `backends`."""
+    """Judge as the command line does; `backends` train the twins that the verdict asks for."""
 
     def more(name: str, twins: range) -> list[Record]:
-        return trained(backends[name], config, dataset, families[name][0].dtype, twins)
+        return train_runs(backends[name], config, dataset, families[name][0].dtype, twins)
 
     def begin(name: str, twins: range) -> list[Record]:
-        return begun(backends[name], config, dataset, families[name][0].dtype, twins)
+        return train_first_steps(backends[name], config, dataset, families[name][0].dtype, twins)
 
     return parity.judge(families, more, dataset.test_labels, begin)
 
 
-def shortened(dataset: Dataset, test_images: int) -> Dataset:
-    """The same data with its first `test_images` test images only: evaluation is most of a short
-    run's time."""
+def take_test_images(dataset: Dataset, test_images: int) -> Dataset:
+    """Keep only the first `test_images` test images, since evaluation dominates a short run."""
     return dataclasses.replace(
         dataset,
         test_images=dataset.test_images[:test_images],

@@ -17,7 +17,7 @@ import numpy as np
 from lockstep.common.protocol import Arrays, Backend, Snapshot
 from lockstep.common.runs.record import Record
 
-Says = Callable[[Record, Record, Record | None], bool | None]
+Differs = Callable[[Record, Record, Record | None], bool | None]
 
 # torch.testing.assert_close: (rtol, atol) by dtype
 TORCH_TOLERANCES = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "bfloat16": (1.6e-2, 1e-5)}
@@ -37,7 +37,7 @@ DYNAMO_TOLERANCE, DYNAMO_LOOSE = 1e-4, 4e-2
 class Rule:
     """One way to tell two runs apart.
 
-    `says(torch, flax, reference)` takes the two runs through one lens and, or None, a float64
+    `differs(torch, flax, reference)` takes the two runs through one lens and, or None, a float64
     record whose opening is that of PyTorch's run (see `reference`). It is True for "they differ",
     False for no alarm, and None where the rule has nothing to look at.
     """
@@ -45,7 +45,7 @@ class Rule:
     name: str
     what: str
     source: str
-    says: Says
+    differs: Differs
 
 
 def reference(run: Record, backend: Backend) -> Record:
@@ -421,6 +421,8 @@ RULES = (
 )
 
 
-def answers(torch: Record, flax: Record, reference: Record | None = None) -> dict[str, bool | None]:
+def verdicts(
+    torch: Record, flax: Record, reference: Record | None = None
+) -> dict[str, bool | None]:
     """What each rule says, by its name."""
-    return {rule.name: rule.says(torch, flax, reference) for rule in RULES}
+    return {rule.name: rule.differs(torch, flax, reference) for rule in RULES}

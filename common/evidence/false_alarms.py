@@ -1,8 +1,8 @@
-"""The false-alarm rate: how often are two correct runs said to differ, by Lockstep and by the rules
-that others use?
+"""The false-alarm rate: how often do Lockstep and the rules of others report that two correct runs
+differ?
 
-Each pair is one configuration and one seed, trained by both backends as they are; every alarm is a
-false one.
+Both backends, unchanged, train each pair: one configuration with one seed. Every alarm is therefore
+false.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 
 from lockstep.common.config import BACKENDS, DTYPES, MODELS, RECIPES, Config, Schedule
 from lockstep.common.data import Dataset
-from lockstep.common.evidence import Build, baselines, family, judge, shortened
+from lockstep.common.evidence import Build, baselines, judge, take_test_images, train_ensemble
 
-# Levels are set on pairs of the first seeds and measured on pairs of the last, so that none is used
-# for both. Those between were the first to be measured: three false alarms among them taught
-# `parity.judge` to ask for more twins.
-PAIRS = 300  # per lens
+# Three disjoint ranges of seeds: one to set the bounds, one to measure the rate, and one that was
+# measured first. Three false alarms in that one led `judge` to ask for more twins, so it cannot be
+# used to measure the rate again.
+PAIRS = 300  # per precision
 MAX_SEEDS = 4000
 CALIBRATION_SEEDS = range(5000, 5000 + MAX_SEEDS)
-LOOKED_AT_SEEDS = range(9000, 9000 + MAX_SEEDS)
+DEVELOPMENT_SEEDS = range(9000, 9000 + MAX_SEEDS)
 MEASUREMENT_SEEDS = range(13000, 13000 + MAX_SEEDS)
 TEST_IMAGES = 500
 CONFIDENCE = 0.95
 LOCKSTEP = "Lockstep"
 
 
-class Cell(NamedTuple):
-    """One configuration to take pairs from; its seed does not count."""
+class Setting(NamedTuple):
+    """One configuration of which pairs are trained, each with a seed of its own."""
 
     data: str  # the data set's name
     config: Config
@@ -37,44 +37,44 @@ class Cell(NamedTuple):
 
 # From gentle to nearly unstable: at digits' lr 0.05 with momentum 0.9 float64 amplifies its own
 # rounding past 1e-12.
-CELLS = (
-    Cell("digits", Config(batch_size=4, momentum=0.9, lr=0.001, steps=150)),
-    Cell("digits", Config(batch_size=4, lr=0.01, steps=150)),
-    Cell("digits", Config(batch_size=4, momentum=0.95, lr=0.002, steps=150)),
-    Cell("digits", Config(batch_size=8, momentum=0.9, lr=0.01, nesterov=True, steps=120)),
-    Cell(
+SETTINGS = (
+    Setting("digits", Config(batch_size=4, momentum=0.9, lr=0.001, steps=150)),
+    Setting("digits", Config(batch_size=4, lr=0.01, steps=150)),
+    Setting("digits", Config(batch_size=4, momentum=0.95, lr=0.002, steps=150)),
+    Setting("digits", Config(batch_size=8, momentum=0.9, lr=0.01, nesterov=True, steps=120)),
+    Setting(
         "digits",
         Config(batch_size=8, momentum=0.5, lr=0.05, schedule=Schedule("cosine"), steps=120),
     ),
-    Cell("digits", Config(batch_size=16, momentum=0.9, lr=0.02, weight_decay=5e-4, steps=100)),
-    Cell("digits", Config(batch_size=16, lr=0.1, steps=100)),
-    Cell("digits", Config(batch_size=32, momentum=0.9, lr=0.01, steps=80)),
-    Cell("digits", Config(batch_size=32, momentum=0.9, lr=0.05, steps=80)),
-    Cell("digits", Config(batch_size=64, momentum=0.95, dampening=0.5, lr=0.01, steps=50)),
-    Cell(
+    Setting("digits", Config(batch_size=16, momentum=0.9, lr=0.02, weight_decay=5e-4, steps=100)),
+    Setting("digits", Config(batch_size=16, lr=0.1, steps=100)),
+    Setting("digits", Config(batch_size=32, momentum=0.9, lr=0.01, steps=80)),
+    Setting("digits", Config(batch_size=32, momentum=0.9, lr=0.05, steps=80)),
+    Setting("digits", Config(batch_size=64, momentum=0.95, dampening=0.5, lr=0.01, steps=50)),
+    Setting(
         "digits", Config(batch_size=128, momentum=0.9, lr=0.05, schedule=Schedule("step"), steps=40)
     ),
-    Cell("cifar10", Config(batch_size=4, momentum=0.9, lr=0.001, steps=150)),
-    Cell("cifar10", Config(batch_size=4, lr=0.01, steps=150)),
-    Cell("cifar10", Config(batch_size=4, momentum=0.95, lr=0.001, steps=150)),
-    Cell(
+    Setting("cifar10", Config(batch_size=4, momentum=0.9, lr=0.001, steps=150)),
+    Setting("cifar10", Config(batch_size=4, lr=0.01, steps=150)),
+    Setting("cifar10", Config(batch_size=4, momentum=0.95, lr=0.001, steps=150)),
+    Setting(
         "cifar10",
         Config(batch_size=8, momentum=0.9, lr=0.004, schedule=Schedule("exponential"), steps=120),
     ),
-    Cell("cifar10", Config(batch_size=16, momentum=0.5, lr=0.03, steps=100)),
-    Cell(
+    Setting("cifar10", Config(batch_size=16, momentum=0.5, lr=0.03, steps=100)),
+    Setting(
         "cifar10",
         Config(batch_size=16, momentum=0.9, lr=0.01, weight_decay=5e-4, nesterov=True, steps=100),
     ),
-    Cell("cifar10", Config(batch_size=32, momentum=0.9, lr=0.01, steps=80)),
-    Cell("cifar10", Config(batch_size=64, momentum=0.95, lr=0.005, steps=50)),
-    Cell("cifar10", Config(batch_size=128, lr=0.1, steps=40)),
+    Setting("cifar10", Config(batch_size=32, momentum=0.9, lr=0.01, steps=80)),
+    Setting("cifar10", Config(batch_size=64, momentum=0.95, lr=0.005, steps=50)),
+    Setting("cifar10", Config(batch_size=128, lr=0.1, steps=40)),
 )
 
 
-def _shorter(recipe: Config) -> Config:
-    """A recipe with a quarter of the batch at a quarter of the rate, for as many steps as show all
-    of its schedule."""
+def shortened(recipe: Config) -> Config:
+    """A recipe with small batches and a quarter of its learning rate; 20 steps show all of its
+    schedule."""
     schedule = (
         recipe.schedule
         if recipe.schedule.warmup is None
@@ -84,75 +84,80 @@ def _shorter(recipe: Config) -> Config:
 
 
 # The other networks: plainly, with a large step; and as their recipes train them.
-NETWORK_CELLS = tuple(
-    cell
+NETWORK_SETTINGS = tuple(
+    setting
     for model in MODELS
     if model in RECIPES
-    for cell in (
-        Cell("digits", Config(model=model, batch_size=16, lr=0.05, momentum=0.9, steps=20)),
-        Cell("cifar10", _shorter(RECIPES[model].config)),
+    for setting in (
+        Setting("digits", Config(model=model, batch_size=16, lr=0.05, momentum=0.9, steps=20)),
+        Setting("cifar10", shortened(RECIPES[model].config)),
     )
 )
 
 
-def cells(model: str) -> list[Cell]:
-    """Those of one network."""
-    return [cell for cell in (*CELLS, *NETWORK_CELLS) if cell.config.model == model]
+def settings(model: str) -> list[Setting]:
+    """The settings of one network."""
+    return [setting for setting in (*SETTINGS, *NETWORK_SETTINGS) if setting.config.model == model]
 
 
-def shares(
-    cells: Sequence[Cell], pairs: int, first: int = MEASUREMENT_SEEDS[0]
-) -> Iterator[tuple[Cell, range]]:
-    """Each of the cells with its share of so many pairs: seeds from `first` on, the same for
-    all."""
-    for index, cell in enumerate(cells[:pairs]):
-        yield cell, range(first, first + pairs // len(cells) + (index < pairs % len(cells)))
+def work_items(
+    settings: Sequence[Setting], pairs: int, first: int = MEASUREMENT_SEEDS[0]
+) -> Iterator[tuple[Setting, range]]:
+    """Split `pairs` evenly over the settings: each setting with its seeds, which start at
+    `first`."""
+    for index, setting in enumerate(settings[:pairs]):
+        yield (
+            setting,
+            range(first, first + pairs // len(settings) + (index < pairs % len(settings))),
+        )
 
 
 def measure(
-    cell: Cell,
+    setting: Setting,
     seeds: Iterable[int],
     datasets: Mapping[str, Dataset],
     build: Build,
     lenses: Sequence[str] = DTYPES,
     twins: int = 2,
 ) -> Iterator[dict[str, Any]]:
-    """One row per seed: what Lockstep and every peer rule say of a clean pair, through each lens.
+    """One row per seed: the verdicts of Lockstep and of every other rule on a correct pair, in each
+    precision.
 
-    Each backend is built, and so compiled, once per lens; of a seed's configuration only the
-    weights and the order of the batches depend on it.
+    Each backend is built, and so compiled, once per precision: the seed changes only the weights
+    and the order of the batches.
 
     Args:
-        datasets: by name; `cell.data` is looked up.
-        twins: per backend, in the production lenses.
+        datasets: by name; `setting.data` is looked up.
+        twins: per backend, in every precision but float64.
 
     Returns:
-        cell (its place in `cells`; None if it is not one of them), seed, and by dtype in lenses:
+        cell (its place in `settings`; None if it is not one of them), seed, and by dtype in lenses:
         verdict, score, first_divergence (its message), twins (per side; more than given where the
-        verdict asked for them), and the peers that took the pair for broken (alarms) or had nothing
-        to look at (silent).
+        verdict asked for them), and the other rules that report a difference (alarms) or do not
+        apply (silent).
     """
-    dataset = shortened(datasets[cell.data], TEST_IMAGES)
-    config = cell.config.resolve(len(dataset.train_images))
+    dataset = take_test_images(datasets[setting.data], TEST_IMAGES)
+    config = setting.config.resolve(len(dataset.train_images))
     backends = {dtype: {name: build(name, config, dtype) for name in BACKENDS} for dtype in lenses}
     exact = (
         backends["float64"]["torch"] if "float64" in backends else build("torch", config, "float64")
     )
     for seed in seeds:
         run = dataclasses.replace(config, seed=seed)
-        known = cells(config.model)
+        known = settings(config.model)
         row: dict[str, Any] = {
-            "cell": known.index(cell) if cell in known else None,
+            "cell": known.index(setting) if setting in known else None,
             "seed": seed,
             "lenses": {},
         }
         for dtype, sides in backends.items():
             families = {
-                name: family(side, run, dataset, dtype, twins) for name, side in sides.items()
+                name: train_ensemble(side, run, dataset, dtype, twins)
+                for name, side in sides.items()
             }
             lens = judge(families, sides, run, dataset)
             torch, flax = (families[name][0] for name in BACKENDS)
-            said = baselines.answers(torch, flax, baselines.reference(torch, exact))
+            said = baselines.verdicts(torch, flax, baselines.reference(torch, exact))
             row["lenses"][dtype] = {
                 "verdict": lens["verdict"],
                 "score": lens.get("score"),
@@ -166,9 +171,9 @@ def measure(
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per lens and rule, Lockstep's first: lens, rule, pairs, alarms, rate, and its 95 % interval.
+    """Per precision and rule, Lockstep first: lens, rule, pairs, alarms, rate, 95 % interval.
 
-    Pairs of which a rule says nothing are not its pairs; without pairs the rate is None.
+    Pairs to which a rule does not apply are not counted for it; without pairs the rate is None.
     """
     said: dict[tuple[str, str], list[bool]] = {}
     for row in rows:
@@ -230,4 +235,4 @@ def table(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tupl
                 f"{low} to {high} %",
             )
         )
-    return ("lens", "rule", "pairs>", "alarms>", "rate>", "95 % interval>"), lines
+    return ("dtype", "rule", "pairs>", "alarms>", "rate>", "95 % interval>"), lines

@@ -1,8 +1,7 @@
-"""The detection matrix: each known fault, whether the verdict finds it, and where it says that it
-lies.
+"""The detection matrix: for each known fault, whether the verdict finds it and where it places it.
 
-A fault is an object with the attributes of `lockstep.backends.faults.Fault`; what puts it into the
-Flax side is handed over.
+A fault has the attributes of `lockstep.backends.faults.Fault`. The caller passes the function that
+injects it into the Flax side.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from typing import Any
 
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
-from lockstep.common.evidence import Build, baselines, begun, trained
+from lockstep.common.evidence import Build, baselines, train_first_steps, train_runs
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import compare as parity
 from lockstep.common.verdict import locate
 
-# what a fault's own options are put into
+# The run that a fault's options change.
 BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)
 LENSES = ("float64", "float32")
-# of the data: enough for the faults of evaluation, which is most of a short run's time
+# Few, since evaluation dominates a short run, and enough to show the faults of evaluation.
 TEST_IMAGES = 1000
-FAULTY = "flax"  # whose runs have the fault
+FAULTY_BACKEND = "flax"  # whose runs have the fault
 Inject = Callable[[Any, Config, Dataset], AbstractContextManager[None]]
 
 
@@ -43,11 +42,11 @@ def measure(
     lenses: Sequence[str] = LENSES,
     twins: int = 2,
 ) -> dict[str, Any]:
-    """One row: a fault, and what each lens says of a run that has it.
+    """One row: a fault, and the result in each precision of a run that has it.
 
     Args:
         inject: within `inject(fault, config, dataset)` the Flax side has the fault.
-        cache: empty at first; keeps what faults share, which is the right side's runs.
+        cache: empty at first; keeps the runs of the correct side, which faults share.
         twins: per backend, in float32; more, and float64's, are trained where the verdict asks for
             them.
     """
@@ -66,7 +65,7 @@ def measure(
         "config": config.to_json(),
         "train_images": len(dataset.train_images),
         "lenses": {
-            dtype: _through(
+            dtype: measure_precision(
                 dtype,
                 fault,
                 config,
@@ -81,7 +80,7 @@ def measure(
     }
 
 
-def _through(
+def measure_precision(
     dtype: str,
     fault: Any,
     config: Config,
@@ -91,9 +90,9 @@ def _through(
     cache: dict[Any, Any],
     twins: int,
 ) -> dict[str, Any]:
-    """What one lens says of a fault, by the way that a user's runs go: judge, ask more twins if
-    need be, locate."""
-    right = next(name for name in BACKENDS if name != FAULTY)
+    """The result in one precision, found as for a user's runs: judge, train more twins if needed,
+    locate."""
+    right = next(name for name in BACKENDS if name != FAULTY_BACKEND)
     key = (config, dataset.digest, dtype)
     if key not in cache:
         cache[key] = build(right, config, dtype), []
@@ -101,7 +100,7 @@ def _through(
 
     def of_right(numbers: range) -> list[Record]:
         members.extend(
-            trained(
+            train_runs(
                 backend,
                 config,
                 dataset,
@@ -113,37 +112,47 @@ def _through(
 
     def of_faulty(numbers: range) -> list[Record]:
         with inject(fault, config, dataset):
-            return trained(faulty, config, dataset, dtype, [n or None for n in numbers])
+            return train_runs(faulty, config, dataset, dtype, [n or None for n in numbers])
 
     with inject(fault, config, dataset):
-        faulty = build(FAULTY, config, dtype)
-    sides = {right: of_right, FAULTY: of_faulty}
+        faulty = build(FAULTY_BACKEND, config, dtype)
+    sides = {right: of_right, FAULTY_BACKEND: of_faulty}
     families = {name: more(range(1 + twins)) for name, more in sides.items()}
 
     def begin(name: str, numbers: range) -> list[Record]:
         if name == right:
-            return begun(backend, config, dataset, dtype, numbers)
+            return train_first_steps(backend, config, dataset, dtype, numbers)
         with inject(fault, config, dataset):
-            return begun(faulty, config, dataset, dtype, numbers)
+            return train_first_steps(faulty, config, dataset, dtype, numbers)
 
     lens = parity.judge(
         families, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin
     )
     runs = {name: members[0] for name, members in families.items()}
-    with inject(fault, config, dataset):  # what parts late is looked for again
+    with inject(fault, config, dataset):  # locating a late divergence trains again
         located = locate.locate(
-            lens, runs, config, dataset, {right: backend, FAULTY: faulty}.__getitem__, twins or 2
+            lens,
+            runs,
+            config,
+            dataset,
+            {right: backend, FAULTY_BACKEND: faulty}.__getitem__,
+            twins or 2,
         )
-    if (exact := ("exact", config, dataset.digest)) not in cache:  # what peers hold float32 against
+    if (
+        exact := ("exact", config, dataset.digest)
+    ) not in cache:  # the reference of rules that need float64
         cache[exact] = backend if dtype == "float64" else build(right, config, "float64")
-    answers = baselines.answers(
-        runs[right], runs[FAULTY], baselines.reference(runs[right], cache[exact])
+    verdicts = baselines.verdicts(
+        runs[right], runs[FAULTY_BACKEND], baselines.reference(runs[right], cache[exact])
     )
-    return _finding(fault, lens, located) | {"twins": len(families[FAULTY]) - 1, "peers": answers}
+    return _finding(fault, lens, located) | {
+        "twins": len(families[FAULTY_BACKEND]) - 1,
+        "peers": verdicts,
+    }
 
 
 def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -> dict[str, Any]:
-    """What one lens says of a fault. Gaps and shares of bounds are None where they are not
+    """The result in one precision. A gap, or its ratio to the bound, is None if it is not
     finite."""
     first: dict[str, Any] = located or {}
     place = {key: first.get(key) for key in ("step", "stage", "tensor", "gap", "bound")}
@@ -172,8 +181,8 @@ def _first_images(dataset: Dataset, count: int) -> Dataset:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over the faults that a measured lens has; stage and tensor are those of the first lens
-    that caught one."""
+    """Counts over the faults that can show in a measured precision. Stage and tensor are taken from
+    the first precision that caught the fault."""
     rows = [row for row in rows if row["lens"] is None or row["lens"] in row["lenses"]]
     firsts = [next((f for f in row["lenses"].values() if f["caught"]), None) for row in rows]
     caught = [finding for finding in firsts if finding is not None]
@@ -193,7 +202,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_lens(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
-    """What one lens can be expected to see, and what it saw."""
+    """In one precision: how many faults can show, and how many were caught."""
     has = [row for row in rows if dtype in row["lenses"] and row["lens"] in (None, dtype)]
     changing = [row["lenses"][dtype]["caught"] for row in has if row["changes_function"]]
     alarms = [
@@ -207,11 +216,11 @@ def _of_lens(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
     }
 
 
-def described(row: dict[str, Any]) -> list[str]:
-    """Lines that show a fault as a user would meet it."""
+def summary_lines(row: dict[str, Any]) -> list[str]:
+    """A fault as a user would see it reported, in a few lines."""
     lines = [f"{row['name']}: {row['sentence']} ({row['source']})"]
     for dtype, finding in row["lenses"].items():
-        said = "seen by nothing" if not finding["caught"] else finding["message"]
+        said = "not detected" if not finding["caught"] else finding["message"]
         said += "".join(
             f"; {text}" for text in [finding["pattern"], *(finding["causes"] or ())] if text
         )
@@ -219,9 +228,9 @@ def described(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _share(answers: Any) -> dict[str, int]:
-    answers = list(answers)
-    return {"yes": sum(map(bool, answers)), "of": len(answers)}
+def _share(verdicts: Any) -> dict[str, int]:
+    verdicts = list(verdicts)
+    return {"yes": sum(map(bool, verdicts)), "of": len(verdicts)}
 
 
 def _of(share: dict[str, int]) -> str:
@@ -239,11 +248,11 @@ def sentence(summary: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names (`>` for numbers) and lines: for each lens the step, and the gap as a multiple
+    """Column names (`>` for numbers) and lines: per precision the step, and the gap as a multiple
     of its bound.
 
-    A stage beside the step is the one that was named where the fault lies in another; `none` is
-    where it has no fault.
+    A stage after the step means that the report named that stage, while the fault lies in another.
+    `none` means that this precision has no such fault.
     """
     lenses = list({dtype: None for row in rows for dtype in row["lenses"]})
     columns = ("fault", "lies in", *(name for dtype in lenses for name in (dtype, "over>")))

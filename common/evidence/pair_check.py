@@ -61,11 +61,11 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
             stage: max((r.gap for r in rungs if r.stage == stage), default=0.0) for stage in STAGES
         },
         "bound": PROOF_BOUND,
-        "first_difference": described(apart[0], records, own) if apart else None,
+        "first_difference": describe_difference(apart[0], records, own) if apart else None,
     }
 
 
-def described(
+def describe_difference(
     rung: parity.Rung, records: list[Record], own: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
     """Where the two part, and what usually causes it, or the line that is missing from the pair.
@@ -82,7 +82,7 @@ def described(
     )
     layer = rung.tensor.removeprefix(pair.INPUT)
     if layer != rung.tensor and one is not None and other is not None:
-        shape, kernel = unrolled(one, other), own[names[0]].get(f"{layer}.kernel")
+        shape, kernel = flatten_shape(one, other), own[names[0]].get(f"{layer}.kernel")
         if shape is not None and kernel is not None:
             line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
             found["causes"] = [
@@ -91,7 +91,7 @@ def described(
     return found
 
 
-def unrolled(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None:
+def flatten_shape(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None:
     """The (channels, height, width) of what one side unrolled channels first, the other channels
     last; None if none.
 
@@ -104,14 +104,14 @@ def unrolled(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None
     for channels in (size for size in range(2, features) if features % size == 0):
         pixels = features // channels
         # how the pixels lie does not matter: both unroll them row by row
-        shape = channels, *_squarest(pixels)
+        shape = channels, *_nearly_square(pixels)
         reordered = np.moveaxis(torch.reshape(n, *shape), 1, -1).reshape(n, features)
         if np.abs(reordered - flax).max() <= PROOF_BOUND * np.abs(flax).max():
             return shape
     return None
 
 
-def _squarest(pixels: int) -> tuple[int, int]:
+def _nearly_square(pixels: int) -> tuple[int, int]:
     height = next(size for size in range(math.isqrt(pixels), 0, -1) if pixels % size == 0)
     return height, pixels // height
 

@@ -1,5 +1,5 @@
-"""How small an error is seen, and when: a learning rate that is wrong by a tenth, a hundredth, ...
-down to 1e-14."""
+"""How small an error Lockstep detects, and at which step: a learning rate that is wrong by a tenth,
+a hundredth, ..., down to 1e-14."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lockstep.common.config import BACKENDS, RECIPES, Config
 from lockstep.common.data import Dataset
-from lockstep.common.evidence import Build, family, judge
+from lockstep.common.evidence import Build, judge, train_ensemble
 from lockstep.common.runs.record import Record
 
 # relative; below 1e-16 float64 has no number for them
@@ -28,30 +28,30 @@ def measure(
     twins: int = 2,
     errors: Iterable[float] = ERRORS,
 ) -> Iterator[dict[str, Any]]:
-    """One row per error: the quick recipe, with a Flax side whose learning rate is lr (1 + error).
+    """One row per error: the quick recipe, with Flax's learning rate at lr (1 + error).
 
-    Only its backend is built with the wrong rate; its record, and its twins', claim the right
-    configuration. What such a run computes, the series of learning rates included, is wrong; what
-    it says of itself is not.
+    Only the Flax backend is built with the wrong rate. The records of its runs name the right
+    configuration, as those of a faulty program would; their numbers, the series of learning rates
+    included, are wrong.
 
     Returns:
         error (relative), steps, and lenses: by dtype caught (bool) and, of the first divergence,
-        step, stage, tensor and message (None where nothing was seen), loss_step (the first step
-        whose loss is past its bound, whatever was seen before it; None: not within the run), and
+        step, stage, tensor and message (None if nothing was detected), loss_step (the first step
+        whose loss is past its bound; None if there is none), and
         twins (per side; more than given where the verdict asked for them).
     """
     config = dataclasses.replace(RECIPES["quick"].config, steps=steps).resolve(
         len(dataset.train_images)
     )
     torch = {dtype: build("torch", config, dtype) for dtype in lenses}
-    right = {dtype: family(torch[dtype], config, dataset, dtype, twins) for dtype in lenses}
+    right = {dtype: train_ensemble(torch[dtype], config, dataset, dtype, twins) for dtype in lenses}
     for error in errors:
         row: dict[str, Any] = {"error": error, "steps": steps, "lenses": {}}
         for dtype in lenses:
-            flax = build("flax", wrong(config, error), dtype)
+            flax = build("flax", with_lr_error(config, error), dtype)
             families = {
                 "torch": list(right[dtype]),
-                "flax": family(flax, config, dataset, dtype, twins),
+                "flax": train_ensemble(flax, config, dataset, dtype, twins),
             }
             lens = judge(families, {"torch": torch[dtype], "flax": flax}, config, dataset)
             first = lens["first_divergence"] or {}
@@ -64,17 +64,17 @@ def measure(
         yield row
 
 
-def wrong(config: Config, error: float) -> Config:
-    """`config` with its learning rate wrong by `error` of it."""
+def with_lr_error(config: Config, error: float) -> Config:
+    """`config` with the learning rate lr (1 + error)."""
     return dataclasses.replace(config, lr=config.lr * (1 + error))
 
 
 def loss_step(lens: Mapping[str, Any], torch: Record, flax: Record) -> int | None:
-    """The first step at which the two losses are further apart than their stretch allows; None if
+    """The first step at which the losses differ by more than the bound of their step range; None if
     there is none.
 
     Args:
-        lens: what `parity.compare` says of these two runs.
+        lens: the comparison of these two runs.
     """
     for row in lens["stretches"]:
         if row["quantity"] != "loss" or row["agrees"]:
@@ -89,7 +89,7 @@ def loss_step(lens: Mapping[str, Any], torch: Record, flax: Record) -> int | Non
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Per error and lens: where it is first seen and the loss's own step. Column names (`>` for
+    """Per error and precision: where it is first detected, and in which step the loss shows it. Column names (`>` for
     numbers) and lines."""
     lines = []
     for row in rows:
@@ -99,7 +99,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tupl
                 where = seen["stage"]
             cells = [_number(seen["step"]), where, _number(seen["loss_step"])]
             lines.append((f"{row['error']:.0e}", dtype, *cells))
-    return ("error>", "lens", "step>", "first seen in", "loss's step>"), lines
+    return ("error>", "dtype", "step>", "first seen in", "loss's step>"), lines
 
 
 def _number(step: int | None) -> str:

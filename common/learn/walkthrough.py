@@ -22,7 +22,7 @@ from lockstep.common import data
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
-from lockstep.common.evidence import Build, family, judge, shortened
+from lockstep.common.evidence import Build, judge, take_test_images, train_ensemble
 from lockstep.common.learn import alignment, outline
 from lockstep.common.learn.annotations import Anchor
 from lockstep.common.model.initial_weights import initial_weights
@@ -111,7 +111,7 @@ class Lab:
     """The data, and backends that are built once."""
 
     def __init__(self, build: Build, dataset: Dataset) -> None:
-        self.dataset = shortened(dataset, TEST_IMAGES)
+        self.dataset = take_test_images(dataset, TEST_IMAGES)
         self._build = build
         self._built: dict[tuple[str, Config, str], Backend] = {}
 
@@ -424,7 +424,7 @@ def milestones(steps: int) -> list[int]:
 def _lens(lab: Lab, config: Config, dtype: str) -> dict[str, Any]:
     backends = {name: lab.backend(name, RUN, dtype) for name in BACKENDS}
     families = {
-        name: family(backends[name], config, lab.dataset, dtype, TWINS) for name in BACKENDS
+        name: train_ensemble(backends[name], config, lab.dataset, dtype, TWINS) for name in BACKENDS
     }
     one, other = (families[name][0] for name in BACKENDS)
     drifts = [

@@ -19,14 +19,14 @@ from torch._dynamo.utils import same
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
-from lockstep.common.evidence import Silent, baselines
+from lockstep.common.evidence import NullProgress, baselines
 from lockstep.common.evidence.baselines import RULES, TORCH_TOLERANCES
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs import training
 from lockstep.common.runs.record import Record
 
 NAMES = [rule.name for rule in RULES]
-SAYS = {rule.name: rule.says for rule in RULES}
+SAYS = {rule.name: rule.differs for rule in RULES}
 STEPS = 60
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -271,7 +271,7 @@ def test_a_rule_without_anything_to_look_at_says_nothing() -> None:
     assert SAYS["TorchDynamo RMSE"](make(), make("flax"), make()) is None, (
         "float32 is no reference for float32"
     )
-    assert set(baselines.answers(one, other)) == set(NAMES)
+    assert set(baselines.verdicts(one, other)) == set(NAMES)
 
 
 def test_the_tolerances_of_assert_close_are_those_of_the_lens() -> None:
@@ -453,7 +453,8 @@ def test_the_reference_of_a_float64_run_is_the_run_itself_and_that_of_a_float32_
     config = Config(steps=2, batch_size=16, lr=0.1, momentum=0.9).resolve(len(digits.train_images))
     backends = {dtype: build("torch", config, dtype) for dtype in ("float64", "float32")}
     runs = {
-        dtype: training.train(b, config, digits, dtype, Silent()) for dtype, b in backends.items()
+        dtype: training.train(b, config, digits, dtype, NullProgress())
+        for dtype, b in backends.items()
     }
     mine = baselines.reference(runs["float64"], backends["float64"])
     keys = [

@@ -17,13 +17,13 @@ from scipy.stats import binom, binomtest
 from lockstep.backends import load
 from lockstep.common.config import MODELS, RECIPES, Config, Schedule
 from lockstep.common.data import Dataset
-from lockstep.common.evidence import baselines, false_alarms, family, judge, sensitivity
+from lockstep.common.evidence import baselines, false_alarms, judge, sensitivity, train_ensemble
 from lockstep.common.evidence.false_alarms import (
     CALIBRATION_SEEDS,
-    CELLS,
-    LOOKED_AT_SEEDS,
+    DEVELOPMENT_SEEDS,
     MEASUREMENT_SEEDS,
-    Cell,
+    SETTINGS,
+    Setting,
     clopper_pearson,
 )
 from lockstep.common.evidence.plots import draw_sensitivity
@@ -32,7 +32,7 @@ from lockstep.common.testing import same_run
 from lockstep.common.verdict import compare as parity
 
 WIDTH = 80
-TINY = Cell(
+TINY = Setting(
     "digits", Config(batch_size=16, momentum=0.9, lr=0.01, steps=3)
 )  # of three steps each is a chunk of its own: one program
 
@@ -69,24 +69,26 @@ def test_mixed_precision_sees_updates_that_bfloat16_could_not_hold(
 
 
 def test_the_cells_are_twenty_and_as_wide_as_they_claim() -> None:
-    configs = [cell.config for cell in CELLS]
-    assert len(CELLS) == len(set(CELLS)) == 20
-    assert {cell.data for cell in CELLS} == {"digits", "cifar10"}
+    configs = [setting.config for setting in SETTINGS]
+    assert len(SETTINGS) == len(set(SETTINGS)) == 20
+    assert {setting.data for setting in SETTINGS} == {"digits", "cifar10"}
     assert (min(c.batch_size for c in configs), max(c.batch_size for c in configs)) == (4, 128)
     assert (min(c.momentum for c in configs), max(c.momentum for c in configs)) == (0.0, 0.95)
     assert {c.schedule.kind for c in configs} == {"constant", "cosine", "step", "exponential"}
     assert all(
         any(getattr(c, name) for c in configs) for name in ("weight_decay", "nesterov", "dampening")
     )
-    assert all(cell.config.resolve(1437).total_steps == cell.config.steps for cell in CELLS)
+    assert all(
+        setting.config.resolve(1437).total_steps == setting.config.steps for setting in SETTINGS
+    )
 
 
 def test_each_other_network_has_cells_of_both_data_sets_with_what_its_recipe_has() -> None:
-    assert false_alarms.cells("net") == list(CELLS) and false_alarms.cells("none") == []
+    assert false_alarms.settings("net") == list(SETTINGS) and false_alarms.settings("none") == []
     for model in set(MODELS) - {"net"}:
-        cells, recipe = false_alarms.cells(model), RECIPES[model].config
-        assert [cell.data for cell in cells] == ["digits", "cifar10"]
-        last = cells[1].config
+        settings, recipe = false_alarms.settings(model), RECIPES[model].config
+        assert [setting.data for setting in settings] == ["digits", "cifar10"]
+        last = settings[1].config
         for name in ("momentum", "weight_decay", "augment", "label_smoothing", "clip_norm"):
             assert getattr(last, name) == getattr(recipe, name)
         assert last.schedule.kind == recipe.schedule.kind
@@ -94,7 +96,7 @@ def test_each_other_network_has_cells_of_both_data_sets_with_what_its_recipe_has
 
 def test_no_seed_is_used_both_to_set_levels_and_to_measure() -> None:
     assert (CALIBRATION_SEEDS[0], MEASUREMENT_SEEDS[0]) == (5000, 13000)
-    assert not {*CALIBRATION_SEEDS, *LOOKED_AT_SEEDS} & set(MEASUREMENT_SEEDS)
+    assert not {*CALIBRATION_SEEDS, *DEVELOPMENT_SEEDS} & set(MEASUREMENT_SEEDS)
 
 
 # --- The false-alarm rate
@@ -148,7 +150,9 @@ def test_a_flax_side_with_a_wrong_rate_is_an_alarm_of_lockstep_and_of_others(
     digits: Dataset, build: Callable
 ) -> None:
     def broken(name: str, config: Config, dtype: str) -> Backend:
-        return build(name, sensitivity.wrong(config, 0.5) if name == "flax" else config, dtype)
+        return build(
+            name, sensitivity.with_lr_error(config, 0.5) if name == "flax" else config, dtype
+        )
 
     [row] = false_alarms.measure(TINY, [9000], {"digits": digits}, broken, ("float64",))
     lens = row["lenses"]["float64"]
@@ -177,7 +181,8 @@ def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
     config = dataclasses.replace(TINY.config, seed=1).resolve(len(digits.train_images))
     backends = {name: build(name, config, dtype) for name in ("torch", "flax")}
     families = {
-        name: family(backend, config, digits, dtype, first) for name, backend in backends.items()
+        name: train_ensemble(backend, config, digits, dtype, first)
+        for name, backend in backends.items()
     }
     asked = []
 
@@ -205,9 +210,13 @@ def test_what_parts_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Ca
         )
         for period in (2, 3)
     )
-    backends = {"torch": build("torch", right, "float64"), "flax": build("flax", wrong, "float64")}
+    backends = {
+        "torch": build("torch", right, "float64"),
+        "flax": build("flax", wrong, "float64"),
+    }
     families = {
-        name: family(backend, right, digits, "float64", 2) for name, backend in backends.items()
+        name: train_ensemble(backend, right, digits, "float64", 2)
+        for name, backend in backends.items()
     }
     lens = judge(families, backends, right, digits)
     assert (lens["verdict"], lens["first_divergence"]["step"]) == ("disagree", 2)
@@ -344,8 +353,8 @@ def test_the_losss_own_step_is_the_first_beyond_the_bound_of_its_stretch() -> No
 
 def test_the_wrong_rate_is_wrong_by_the_error_and_nothing_else_is() -> None:
     config = Config(steps=5, lr=0.01, schedule=Schedule("cosine")).resolve(100)
-    assert sensitivity.wrong(config, 1e-3).lr == 0.01 * 1.001
-    assert dataclasses.replace(sensitivity.wrong(config, 1e-3), lr=0.01) == config
+    assert sensitivity.with_lr_error(config, 1e-3).lr == 0.01 * 1.001
+    assert dataclasses.replace(sensitivity.with_lr_error(config, 1e-3), lr=0.01) == config
     assert (
         len(sensitivity.ERRORS) == 14
         and sensitivity.ERRORS[0] == 0.1

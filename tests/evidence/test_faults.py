@@ -21,7 +21,7 @@ from lockstep.common.config import MODELS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
 from lockstep.common.evidence import faults as matrix
-from lockstep.common.evidence import shortened
+from lockstep.common.evidence import take_test_images
 from lockstep.common.evidence.plots import draw_faults
 from lockstep.common.protocol import STAGES
 
@@ -45,7 +45,7 @@ def cache() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def few(digits: Dataset) -> Dataset:
-    return shortened(digits, 100)
+    return take_test_images(digits, 100)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from lockstep import cli as compare
 from lockstep.common.config import Config
 from lockstep.common.errors import ConfigError, RecordError
-from lockstep.common.evidence.pair_check import unrolled
+from lockstep.common.evidence.pair_check import flatten_shape
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.runs import record
@@ -386,9 +386,14 @@ def test_operations_that_write_into_an_activation_are_no_difference(tmp_path: Pa
 def test_what_was_unrolled_is_read_off_two_inputs_and_off_others_nothing() -> None:
     images = np.random.default_rng(0).standard_normal((4, 6, 4, 10))  # channels first
     torch, flax = images.reshape(4, -1), images.transpose(0, 2, 3, 1).reshape(4, -1)
-    assert unrolled(torch, flax) == (6, 5, 8)  # of 40 pixels: how they lie makes no difference
+    assert flatten_shape(torch, flax) == (6, 5, 8)  # of 40 pixels: how they lie makes no difference
     assert np.array_equal(np.moveaxis(torch.reshape(4, 6, 5, 8), 1, -1).reshape(4, -1), flax)
-    assert unrolled(torch, flax[::-1]) is unrolled(torch, torch) is unrolled(images, images) is None
+    assert (
+        flatten_shape(torch, flax[::-1])
+        is flatten_shape(torch, torch)
+        is flatten_shape(images, images)
+        is None
+    )
 
 
 # --- Any two backends

@@ -19,7 +19,8 @@ from lockstep import cli as compare
 from lockstep.common.config import BACKENDS, SCHEDULES, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.errors import RecordError
-from lockstep.common.evidence.optimizer_grid import GRID_BOUND, HANDOVER_OPTIONS, hand_over
+from lockstep.common.evidence.handover import GRID_BOUND, OPTIONS
+from lockstep.common.evidence.handover import measure as hand_over
 from lockstep.common.protocol import Snapshot
 from lockstep.common.runs import checkpoint, record, request, training
 from lockstep.common.runs.record import Record
@@ -233,7 +234,7 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
 def test_every_option_and_schedule_can_be_handed_over(
     tmp_path: Path, digits: Dataset, build: Callable, kind: str
 ) -> None:
-    options = HANDOVER_OPTIONS[
+    options = OPTIONS[
         2 + list(SCHEDULES).index(kind) % 2
     ]  # dampening and decay, or nesterov and maximize
     schedule = Schedule(kind, patience=0, window=5) if kind == "plateau" else Schedule(kind)
