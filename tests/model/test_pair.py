@@ -21,7 +21,7 @@ from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.runs import record
 from lockstep.common.testing import same_run
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[2] / "backends" / "README.md"
 
 SMALL = """
 from functools import partial
@@ -246,7 +246,7 @@ def example(folder: Path) -> Path:
     block = re.search(
         r"<!-- pair -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
     )
-    assert block is not None, "README.md has no pair"
+    assert block is not None, "backends/README.md has no pair"
     path = folder / "vgg.py"
     path.write_text(block[1])
     return path
