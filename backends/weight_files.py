@@ -75,11 +75,22 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
         return _of("torch").read_weights(path, shapes, model)
     if path.suffix.lower() in ENDINGS["safetensors"]:
         return _read_safetensors(path, shapes, model)
+    check_name(path)
+    raise AssertionError(path)
+
+
+def check_name(path: Path) -> None:
+    """Check, without a framework, that the file is there and that its ending is known.
+
+    Raises:
+        DataError: otherwise.
+    """
     size_of(path)  # is it there?
-    endings = ", ".join(ending for names in ENDINGS.values() for ending in names)
-    raise DataError(
-        f"the name of {path} does not say what it is: let it end in {endings}, or give an Orbax folder"
-    )
+    known = [ending for names in ENDINGS.values() for ending in names]
+    if not os.path.isdir(path) and path.suffix.lower() not in known:
+        raise DataError(
+            f"the name of {path} does not say what it is: let it end in {', '.join(known)}, or give an Orbax folder"
+        )
 
 
 def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> None:

@@ -5,11 +5,13 @@ The command line and `lockstep.compare` are its callers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import io
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +183,9 @@ def compare(wanted: Request, backends: BackendPackage, terminal: Terminal | None
     if terminal is None:
         terminal = reports.Terminal(quiet=True, stdout=io.StringIO(), stderr=io.StringIO())
     if wanted.weights is not None and wanted.plan is None:
-        check_weights(wanted.weights)
+        backends.module("weight_files").check_name(wanted.weights)
+    if wanted.out is not None:
+        check_folder(wanted.out)
     if wanted.tensorboard is not None:
         reports.check_tensorboard()
         storage.check_writable(wanted.tensorboard, "--tensorboard")
@@ -223,11 +227,15 @@ def time_needed(wanted: Request, config: Config) -> str:
     return f", about {estimate.duration(needed)} on two cores"
 
 
-def check_weights(path: Path) -> None:
-    """Raise DataError if the file of weights is not there, before anything slow."""
-    from lockstep.common.model.weight_files import size_of
+def check_folder(folder: Path) -> None:
+    """Raise RecordError if the folder cannot be written; nothing is left there."""
+    from lockstep.common.system.storage import check_writable
 
-    size_of(path)
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    check_writable(folder)
+    with contextlib.suppress(OSError):  # another run writes there now
+        for place in made:
+            place.rmdir()
 
 
 def prepare_and_train(

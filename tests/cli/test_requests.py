@@ -1,0 +1,80 @@
+"""What is wrong with a request is said before a framework is imported; and what a command costs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import runpy, sys
+sys.argv = ["compare.py", *sys.argv[1:]]
+from lockstep.cli import main
+status = main()
+print("imported:", *(name for name in ("torch", "jax") if name in sys.modules))
+sys.exit(status)
+"""
+
+
+def carried_out(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--weights", "nope.pt"],
+        ["--weights", "a.txt"],
+        ["--out", "a.txt"],
+        ["--out", "a.txt/b/c"],
+        ["--resume", "nope"],
+        ["locate", "nope"],
+        ["export", "nope", "--to", "torch"],
+        ["pair", "nope.py:PAIR"],
+        ["--data", "nope"],
+        ["--twins", "0"],
+        ["faults", "--only", "nope"],
+        ["--steps", "2", "--epochs", "2"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_request_is_refused_before_a_framework_is_imported(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("no weights")
+    run = carried_out(*arguments, "--quiet", cwd=tmp_path)
+    assert run.returncode == 2 and run.stderr.startswith("error: "), run.stderr
+    assert run.stderr.count("\n") == 1
+    assert run.stdout.strip() == "imported:"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_short_run_says_what_it_trains_first_and_takes_little_time(tmp_path: Path) -> None:
+    """The control of the test above, too: this run imports PyTorch."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    options = ["--data", "digits", "--steps", "2", "--dtype", "float64", "--out", tmp_path / "run"]
+    run = carried_out(*options)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0 and "torch" in lines[-1]
+    assert lines[0].startswith(
+        "Training net in PyTorch and Flax on the digits: 2 steps of batch 32, in float64"
+    )
+    assert len(lines) <= 15
+    assert lines[-2] == f"Report: {tmp_path / 'run' / 'report.html'}"
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if os.environ.get("PYTEST_XDIST_WORKER") is None:  # other tests share the processor's caches
+        assert seconds <= 7.5  # measured: 5.5 on two cores
+
+
+def test_evidence_goes_to_results_runs_unless_a_folder_is_named(tmp_path: Path) -> None:
+    options = ["--only", "classes-moved", "--data", "digits", "--dtype", "float64", "--quiet"]
+    assert carried_out("faults", *options, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "results" / "runs" / "faults" / "report.json").exists()
+    assert not (tmp_path / "results" / "faults").exists()
