@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lockstep.common.data import Dataset
     from lockstep.common.protocol import Arrays
     from lockstep.common.report import Terminal
+    from lockstep.common.runs.ensemble import Ensembles
     from lockstep.common.runs.parallel import Other
     from lockstep.common.runs.record import Record
     from lockstep.common.runs.request import Plan
@@ -278,7 +279,7 @@ def prepare_and_train(
     folder = folder or RUNS / f"{wanted.recipe}-{config.fingerprint(dataset.digest)}"
     with storage.claimed(folder):
         others = [name for name in BACKENDS if name not in names or wanted.keep_records]
-        families = other_runs(folder, wanted.dtypes, others, config, dataset, terminal.line)
+        found = other_runs(folder, wanted.dtypes, others, config, dataset, terminal.line)
         trainer = Trainer(
             folder,
             config,
@@ -295,7 +296,7 @@ def prepare_and_train(
             trainer.refuse_to_lose(names, wanted.dtypes)
             plans.write(make_plan(wanted, config, dataset), folder)
         try:
-            return train_and_compare(wanted, trainer, families, device, other)
+            return train_and_compare(wanted, trainer, found, device, other)
         except KeyboardInterrupt as interruption:
             raise Interrupted(
                 "; ".join(filter(None, [str(interruption), how_to_go_on(folder)]))
@@ -305,79 +306,102 @@ def prepare_and_train(
 def train_and_compare(
     wanted: Request,
     trainer: Trainer,
-    families: dict[str, Family],
+    found: dict[str, Family],
     device: str,
     other: Other,
 ) -> Result:
-    """Everything that is written to the run's folder."""
+    """Everything that is written to the run's folder.
+
+    Args:
+        found: by precision and backend, the records that are there already.
+    """
     from lockstep.common.runs import parallel
-    from lockstep.common.runs.trainer import Interrupted, explained, runs_and_twins
-    from lockstep.common.verdict import compare as parity
+    from lockstep.common.runs.ensemble import Ensemble
+    from lockstep.common.runs.trainer import Interrupted, explained
     from lockstep.common.verdict import locate
+    from lockstep.common.verdict.judge import judge
 
     names = wanted.backends
     terminal, dataset, config = trainer.terminal, trainer.dataset, trainer.config
-    lenses = []
+    comparisons = []
+    ensembles: dict[str, Ensembles] = {
+        dtype: {name: Ensemble.of(records) for name, records in family.items()}
+        for dtype, family in found.items()
+    }
     interrupted_at = None
     members = {
         dtype: [None, *range(1, 1 + (0 if dtype == "float64" else wanted.twins))]
-        for dtype in families
+        for dtype in ensembles
     }
-    worker_backend = parallel.choose(trainer, names, device, itertools.chain(*families.values()))
+    worker_backend = parallel.choose(trainer, names, device, itertools.chain(*ensembles.values()))
     training = parallel.Beside(trainer, other, worker_backend, members)
     try:
         with training:
             if training.name is not None:
                 # This process trains all of its runs before it waits for the other one.
-                for dtype, family in families.items():
-                    family |= {
-                        name: training.train(name, dtype) for name in names if name != training.name
+                for dtype, ensemble in ensembles.items():
+                    ensemble |= {
+                        name: Ensemble.of(training.train(name, dtype))
+                        for name in names
+                        if name != training.name
                     }
                 with interrupt.patient():
                     # Half a second, in which the other one may be done.
                     importlib.import_module("matplotlib.figure")
-            for dtype, family in families.items():
+            for dtype, ensemble in ensembles.items():
                 for name in names:
-                    if name not in family:
-                        family[name] = training.train(name, dtype)
-                families[dtype] = in_order(family)
+                    if name not in ensemble:
+                        ensemble[name] = Ensemble.of(training.train(name, dtype))
+                ensembles[dtype] = in_order(ensemble)
                 more, begin = trainer.more(dtype, names), trainer.begin(dtype, names)
-                lenses.append(parity.judge(families[dtype], more, dataset.test_labels, begin))
+                comparisons.append(judge(ensembles[dtype], more, dataset.test_labels, begin))
         if interrupt.requested():
             raise Interrupted("it was stopped after the last run")
     except Interrupted as interruption:  # what is finished is reported
         interrupted_at = str(interruption)
-        families = {
-            dtype: in_order(training.finished(dtype) | family) for dtype, family in families.items()
-        }
-        families = {dtype: family for dtype, family in families.items() if family}
-        for family in list(families.values())[len(lenses) :]:
-            lenses.append(parity.judge(family, lambda name, twins: [], dataset.test_labels))
-        if not lenses:
+        for dtype, ensemble in ensembles.items():
+            others = {
+                name: Ensemble.of(records) for name, records in training.finished(dtype).items()
+            }
+            ensembles[dtype] = in_order(others | ensemble)
+        ensembles = {dtype: ensemble for dtype, ensemble in ensembles.items() if ensemble}
+        for ensemble in list(ensembles.values())[len(comparisons) :]:
+            comparisons.append(judge(ensemble, lambda name, twins: [], dataset.test_labels))
+        if not comparisons:
             raise
 
-    runs, twins = runs_and_twins(families)
+    runs = {
+        dtype: {name: side.run for name, side in ensemble.items()}
+        for dtype, ensemble in ensembles.items()
+    }
+    twins = {
+        dtype: {name: list(side.twins) for name, side in ensemble.items()}
+        for dtype, ensemble in ensembles.items()
+    }
     # float64 comes first: a difference is sharpest there.
     disagreement = next(
         (
-            lens
-            for lens in lenses
-            if lens["verdict"] == "disagree" and parity.broken_off(lens) is None
+            place
+            for place, comparison in enumerate(comparisons)
+            if comparison.verdict == "disagree" and comparison.nonfinite_step is None
         ),
         None,
     )
     if disagreement is not None and interrupted_at is None:
-        dtype = disagreement["dtype"]
-        terminal.line(f"Looking for where the {dtype} runs part")
+        comparison = comparisons[disagreement]
+        dtype = comparison.dtype
+        terminal.line(f"Looking for where the {dtype} runs diverge")
         with explained(" and ".join(runs[dtype])):
-            disagreement["located"] = locate.locate(
-                disagreement,
+            location = locate.locate(
+                comparison.first_divergence,
                 runs[dtype],
                 config,
                 dataset,
                 lambda name: trainer.build(name, dtype),
                 weights=trainer.weights,
             )
+        comparisons[disagreement] = dataclasses.replace(comparison, location=location)
+    lenses = [comparison.to_json() for comparison in comparisons]
     report = make_report(
         wanted.recipe, config, dataset, wanted.command, runs, lenses, interrupted_at
     )
@@ -413,9 +437,9 @@ def write_reports(
     terminal.verdict(report, folder / "report.html")
 
 
-def in_order(family: Family) -> Family:
+def in_order(ensembles: Ensembles) -> Ensembles:
     """PyTorch's runs first."""
-    return {name: family[name] for name in BACKENDS if name in family}
+    return {name: ensembles[name] for name in BACKENDS if name in ensembles}
 
 
 def make_plan(wanted: Request, config: Config, dataset: Dataset) -> Plan:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.protocol import Backend
 from lockstep.common.runs import training
+from lockstep.common.runs.ensemble import Ensemble, Ensembles
 from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict import compare as parity
+from lockstep.common.verdict import judge as verdicts
+from lockstep.common.verdict.comparison import Comparison
 
 Build = Callable[[str, Config, str], Backend]  # backend's name, resolved config, dtype
 
@@ -31,20 +32,19 @@ class NullProgress:
 
 def train_ensemble(
     backend: Backend, config: Config, dataset: Dataset, dtype: str, twins: int
-) -> list[Record]:
-    """Train one run and its twins (no twins in float64). The run's record comes first."""
-    return train_runs(
-        backend, config, dataset, dtype, [None, *range(1, (0 if dtype == "float64" else twins) + 1)]
-    )
+) -> Ensemble:
+    """One run and its twins (none in float64)."""
+    numbers = [None, *range(1, (0 if dtype == "float64" else twins) + 1)]
+    return Ensemble.of(train_runs(backend, config, dataset, dtype, numbers))
 
 
 def train_runs(
-    backend: Backend, config: Config, dataset: Dataset, dtype: str, members: Iterable[int | None]
+    backend: Backend, config: Config, dataset: Dataset, dtype: str, runs: Iterable[int | None]
 ) -> list[Record]:
-    """Train a run (None) or its twins (1, 2, ...) and return their records in the given order."""
+    """The records of these runs of an ensemble: None is the run itself, 1, 2, ... are its twins."""
     return [
         training.train(backend, config, dataset, dtype, NullProgress(), twin, log_every=0)
-        for twin in members
+        for twin in runs
     ]
 
 
@@ -56,20 +56,20 @@ def train_first_steps(
 
 
 def judge(
-    families: dict[str, list[Record]],
+    ensembles: Ensembles,
     backends: Mapping[str, Backend],
     config: Config,
     dataset: Dataset,
-) -> dict[str, Any]:
-    """Judge as the command line does; `backends` train the twins that the verdict asks for."""
+) -> Comparison:
+    """The verdict of the command line: `verdict.judge`, with twins by `backends`."""
 
     def more(name: str, twins: range) -> list[Record]:
-        return train_runs(backends[name], config, dataset, families[name][0].dtype, twins)
+        return train_runs(backends[name], config, dataset, ensembles[name].run.dtype, twins)
 
     def begin(name: str, twins: range) -> list[Record]:
-        return train_first_steps(backends[name], config, dataset, families[name][0].dtype, twins)
+        return train_first_steps(backends[name], config, dataset, ensembles[name].run.dtype, twins)
 
-    return parity.judge(families, more, dataset.test_labels, begin)
+    return verdicts.judge(ensembles, more, dataset.test_labels, begin)
 
 
 def take_test_images(dataset: Dataset, test_images: int) -> Dataset:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lockstep.common.config import BACKENDS, DTYPES, MODELS, RECIPES, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, baselines, judge, take_test_images, train_ensemble
+from lockstep.common.verdict.check import finite
 
 # Three disjoint ranges of seeds: one to set the bounds, one to measure the rate, and one that was
 # measured first. Three false alarms in that one led `judge` to ask for more twins, so it cannot be
@@ -151,19 +152,18 @@ def measure(
             "lenses": {},
         }
         for dtype, sides in backends.items():
-            families = {
+            ensembles = {
                 name: train_ensemble(side, run, dataset, dtype, twins)
                 for name, side in sides.items()
             }
-            lens = judge(families, sides, run, dataset)
-            torch, flax = (families[name][0] for name in BACKENDS)
+            found = judge(ensembles, sides, run, dataset)
+            torch, flax = (ensembles[name].run for name in BACKENDS)
             said = baselines.verdicts(torch, flax, baselines.reference(torch, exact))
             row["lenses"][dtype] = {
-                "verdict": lens["verdict"],
-                "score": lens.get("score"),
-                "first_divergence": lens["first_divergence"]
-                and lens["first_divergence"]["message"],
-                "twins": len(families["flax"]) - 1,
+                "verdict": found.verdict,
+                "score": finite(found.score),
+                "first_divergence": found.first_divergence and found.first_divergence.message,
+                "twins": len(ensembles["flax"].twins),
                 "alarms": [rule for rule, alarm in said.items() if alarm],
                 "silent": [rule for rule, alarm in said.items() if alarm is None],
             }

@@ -15,9 +15,11 @@ from typing import Any
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, baselines, train_first_steps, train_runs
+from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict import compare as parity
 from lockstep.common.verdict import locate
+from lockstep.common.verdict.comparison import Comparison, Location
+from lockstep.common.verdict.judge import judge
 
 # The run that a fault's options change.
 BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)
@@ -117,7 +119,7 @@ def measure_precision(
     with inject(fault, config, dataset):
         faulty = build(FAULTY_BACKEND, config, dtype)
     sides = {right: of_right, FAULTY_BACKEND: of_faulty}
-    families = {name: more(range(1 + twins)) for name, more in sides.items()}
+    ensembles = {name: Ensemble.of(more(range(1 + twins))) for name, more in sides.items()}
 
     def begin(name: str, numbers: range) -> list[Record]:
         if name == right:
@@ -125,13 +127,13 @@ def measure_precision(
         with inject(fault, config, dataset):
             return train_first_steps(faulty, config, dataset, dtype, numbers)
 
-    lens = parity.judge(
-        families, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin
+    comparison = judge(
+        ensembles, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin
     )
-    runs = {name: members[0] for name, members in families.items()}
-    with inject(fault, config, dataset):  # locating a late divergence trains again
+    runs = {name: ensemble.run for name, ensemble in ensembles.items()}
+    with inject(fault, config, dataset):  # a late divergence is looked for again
         located = locate.locate(
-            lens,
+            comparison.first_divergence,
             runs,
             config,
             dataset,
@@ -145,20 +147,20 @@ def measure_precision(
     verdicts = baselines.verdicts(
         runs[right], runs[FAULTY_BACKEND], baselines.reference(runs[right], cache[exact])
     )
-    return _finding(fault, lens, located) | {
-        "twins": len(families[FAULTY_BACKEND]) - 1,
+    return _finding(fault, comparison, located) | {
+        "twins": len(ensembles[FAULTY_BACKEND].twins),
         "peers": verdicts,
     }
 
 
-def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -> dict[str, Any]:
-    """The result in one precision. A gap, or its ratio to the bound, is None if it is not
+def _finding(fault: Any, comparison: Comparison, located: Location | None) -> dict[str, Any]:
+    """What one lens says of a fault. Gaps and shares of bounds are None where they are not
     finite."""
-    first: dict[str, Any] = located or {}
+    first: dict[str, Any] = located.to_json() if located else {}
     place = {key: first.get(key) for key in ("step", "stage", "tensor", "gap", "bound")}
     stage_right = place["stage"] == fault.stage
     return {
-        "caught": lens["verdict"] == "disagree",
+        "caught": comparison.verdict == "disagree",
         **place,
         "gap_over_bound": first["gap"] / first["bound"]
         if first.get("gap") and first["bound"]
@@ -167,7 +169,7 @@ def _finding(fault: Any, lens: dict[str, Any], located: dict[str, Any] | None) -
         "tensor_right": stage_right and fnmatchcase(first["tensor"], fault.tensor)
         if fault.tensor
         else None,
-        "trajectory_agrees": all(stretch["agrees"] for stretch in lens["stretches"]),
+        "trajectory_agrees": all(check.agrees for check in comparison.windows),
         **{key: first.get(key) for key in ("message", "pattern", "causes")},
     }
 

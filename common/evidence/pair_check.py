@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +16,12 @@ from lockstep.common.data import Dataset
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.protocol import STAGES, Backend, Snapshot
+from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict import compare as parity
 from lockstep.common.verdict import locate
+from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.comparison import Location, divergence
+from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.statistics import PROOF_BOUND
 
 
@@ -38,13 +42,13 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
     records = [
         locate.one_step(side, config, dataset, "float64", start, images, labels) for side in sides
     ]
-    rungs = parity.opening_rungs(([records[0]], [records[1]]))
+    checks = check_first_steps(Ensemble(records[0]), Ensemble(records[1]))
     losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
     own = {side.name: side.own_names() for side in sides}
     gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
-    rungs.append(parity.Rung(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
-    apart = [rung for rung in rungs if not rung.agrees]
-    gradients = {rung.tensor: rung.gap for rung in rungs if rung.stage == "backward"}
+    checks.append(Check(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
+    apart = [check for check in checks if not check.agrees]
+    gradients = {check.tensor: check.gap for check in checks if check.stage == "backward"}
     return {
         "tensors": [
             {
@@ -58,36 +62,37 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
         ],
         "parameters": sum(math.prod(shapes[name]) for name in gradients),
         "gaps": {
-            stage: max((r.gap for r in rungs if r.stage == stage), default=0.0) for stage in STAGES
+            stage: max((r.gap for r in checks if r.stage == stage), default=0.0) for stage in STAGES
         },
         "bound": PROOF_BOUND,
-        "first_difference": describe_difference(apart[0], records, own) if apart else None,
+        "first_difference": describe_difference(apart[0], records, own).to_json()
+        if apart
+        else None,
     }
 
 
 def describe_difference(
-    rung: parity.Rung, records: list[Record], own: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """Where the two part, and what usually causes it, or the line that is missing from the pair.
+    check: Check, records: list[Record], own: Mapping[str, Mapping[str, str]]
+) -> Location:
+    """Where the two differ, and what usually causes it, or the line that is missing from the pair.
 
     Args:
         own: by side, what the module itself calls a tensor, by canonical name.
     """
     names = list(own)
-    one, other = held = locate.arrays(
-        dict(zip(names, records, strict=True)), 0, rung.stage, rung.tensor
+    one, other = tensors = locate.tensors_at(
+        dict(zip(names, records, strict=True)), 0, check.stage, check.tensor
     )
     found = locate.describe(
-        parity.divergence(rung, names), names, held, "one step of both from the same weights"
+        divergence(check, names), tensors, "one step of both from the same weights"
     )
-    layer = rung.tensor.removeprefix(pair.INPUT)
-    if layer != rung.tensor and one is not None and other is not None:
+    layer = check.tensor.removeprefix(pair.INPUT)
+    if layer != check.tensor and one is not None and other is not None:
         shape, kernel = flatten_shape(one, other), own[names[0]].get(f"{layer}.kernel")
         if shape is not None and kernel is not None:
             line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
-            found["causes"] = [
-                f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"
-            ]
+            cause = f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"
+            return dataclasses.replace(found, causes=(cause,))
     return found
 
 

@@ -13,6 +13,7 @@ from lockstep.common.config import BACKENDS, RECIPES, Config
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, judge, train_ensemble
 from lockstep.common.runs.record import Record
+from lockstep.common.verdict.check import Check
 
 # relative; below 1e-16 float64 has no number for them
 ERRORS = tuple(10.0**-power for power in range(1, 15))
@@ -49,17 +50,17 @@ def measure(
         row: dict[str, Any] = {"error": error, "steps": steps, "lenses": {}}
         for dtype in lenses:
             flax = build("flax", with_lr_error(config, error), dtype)
-            families = {
-                "torch": list(right[dtype]),
+            ensembles = {
+                "torch": right[dtype],
                 "flax": train_ensemble(flax, config, dataset, dtype, twins),
             }
-            lens = judge(families, {"torch": torch[dtype], "flax": flax}, config, dataset)
-            first = lens["first_divergence"] or {}
+            found = judge(ensembles, {"torch": torch[dtype], "flax": flax}, config, dataset)
+            first = found.first_divergence.to_json() if found.first_divergence else {}
             row["lenses"][dtype] = {
-                "caught": lens["verdict"] == "disagree",
+                "caught": found.verdict == "disagree",
                 **{name: first.get(name) for name in ("step", "stage", "tensor", "message")},
-                "loss_step": loss_step(lens, *(families[name][0] for name in BACKENDS)),
-                "twins": len(families["flax"]) - 1,
+                "loss_step": loss_step(found.windows, *(ensembles[name].run for name in BACKENDS)),
+                "twins": len(ensembles["flax"].twins),
             }
         yield row
 
@@ -69,22 +70,22 @@ def with_lr_error(config: Config, error: float) -> Config:
     return dataclasses.replace(config, lr=config.lr * (1 + error))
 
 
-def loss_step(lens: Mapping[str, Any], torch: Record, flax: Record) -> int | None:
-    """The first step at which the losses differ by more than the bound of their step range; None if
+def loss_step(windows: Sequence[Check], torch: Record, flax: Record) -> int | None:
+    """The first step at which the two losses are further apart than the bound of their range; None if
     there is none.
 
     Args:
-        lens: the comparison of these two runs.
+        windows: of their `Comparison`.
     """
-    for row in lens["stretches"]:
-        if row["quantity"] != "loss" or row["agrees"]:
+    for check in windows:
+        if check.tensor != "loss" or check.agrees or check.start is None:
             continue
-        span = slice(row["start"], row["stop"])
+        span = slice(check.start, check.stop)
         with np.errstate(all="ignore"):
             gaps = np.abs(torch.loss[span] - flax.loss[span])
         gaps = np.where(np.isfinite(gaps), gaps, np.inf)
-        outside = np.flatnonzero(gaps > (row["bound"] or 0.0))
-        return row["start"] + int(outside[0] if len(outside) else np.argmax(gaps))
+        outside = np.flatnonzero(gaps > (check.bound if np.isfinite(check.bound) else 0.0))
+        return check.start + int(outside[0] if len(outside) else np.argmax(gaps))
     return None
 
 

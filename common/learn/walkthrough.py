@@ -423,16 +423,16 @@ def milestones(steps: int) -> list[int]:
 
 def _lens(lab: Lab, config: Config, dtype: str) -> dict[str, Any]:
     backends = {name: lab.backend(name, RUN, dtype) for name in BACKENDS}
-    families = {
+    ensembles = {
         name: train_ensemble(backends[name], config, lab.dataset, dtype, TWINS) for name in BACKENDS
     }
-    one, other = (families[name][0] for name in BACKENDS)
+    one, other = (ensembles[name].run for name in BACKENDS)
     drifts = [
         np.abs(a.loss - b.loss)
-        for members in families.values()
-        for a, b in itertools.combinations(members, 2)
+        for ensemble in ensembles.values()
+        for a, b in itertools.combinations(ensemble.records, 2)
     ]
-    verdict = judge(families, backends, config, lab.dataset)
+    verdict = judge(ensembles, backends, config, lab.dataset)
     first = np.abs(one.loss[0] - other.loss[0])
     return {
         "gap": np.maximum.accumulate(np.abs(one.loss - other.loss)),
@@ -440,7 +440,7 @@ def _lens(lab: Lab, config: Config, dtype: str) -> dict[str, Any]:
         "first_gap": float(first),
         "first_ulp": float(first / np.spacing(np.asarray(one.loss[0], dtype))),
         "spacing": float(np.finfo(dtype).eps),
-        "verdict": verdict["verdict"],
+        "verdict": verdict.verdict,
         "final": {record.backend: float(record.loss[-1]) for record in (one, other)},
         "test_loss": {record.backend: float(record.test_loss) for record in (one, other)},
         "equal": int(np.sum(one.predictions == other.predictions)),
@@ -448,8 +448,8 @@ def _lens(lab: Lab, config: Config, dtype: str) -> dict[str, Any]:
         "tipped": _tipped(lab, one, other),
         "twins_equal": [
             int(np.sum(a.predictions == b.predictions))
-            for members in families.values()
-            for a, b in itertools.combinations(members, 2)
+            for ensemble in ensembles.values()
+            for a, b in itertools.combinations(ensemble.records, 2)
         ],
     }
 

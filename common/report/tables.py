@@ -21,7 +21,7 @@ from lockstep.common.report.charts import (
 )
 from lockstep.common.report.terminal import condense, merge, number, percent
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict.compare import tell_apart
+from lockstep.common.verdict.comparison import format_distinct
 from lockstep.common.verdict.statistics import CONFIDENCE
 
 ROWS = 60  # of a table of steps
@@ -223,7 +223,7 @@ def offenders(lens: dict[str, Any]) -> Table | None:
         values = [entry[name] for name in names]
         shown = ["not finite" if value is None else f"{value:.9g}" for value in values]
         if None not in values and len(values) == 2 and shown[0] == shown[1]:
-            shown = list(tell_apart(*values))
+            shown = list(format_distinct(*values))
         rows.append([f"[{', '.join(map(str, entry['index']))}]", *shown])
     caption = f"Largest differences in {found['tensor']}, {lens['dtype']}"
     return Table(caption, ["entry", *(f"{name}>" for name in names)], rows)

@@ -23,7 +23,7 @@ from lockstep.common.report.terminal import safe, sentence
 from lockstep.common.runs.record import Record
 from lockstep.common.system.storage import write_whole
 from lockstep.common.verdict.compare import class_accuracy
-from lockstep.common.verdict.statistics import correct
+from lockstep.common.verdict.statistics import is_correct
 
 MAX_POINTS = 5_000  # of a series
 MAX_IMAGES = 32  # of a kind
@@ -111,7 +111,7 @@ def _overview(
 def _run(make: Any, record: Record, dataset: Dataset) -> Entries:
     for tag, series in SERIES.items():
         yield from _series(make, tag, getattr(record, series))
-    right = correct(record.predictions, dataset.test_labels).mean()
+    right = is_correct(record.predictions, dataset.test_labels).mean()
     yield record.steps, make.Summary.Value(tag="accuracy", simple_value=right)
     for label, accuracy in class_accuracy(record, dataset.test_labels, dataset.classes).items():
         if accuracy is not None:

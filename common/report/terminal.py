@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from lockstep.common.config import BACKENDS
 from lockstep.common.protocol import STAGES
-from lockstep.common.verdict.compare import broken_off, tell_apart
+from lockstep.common.verdict.comparison import common_nonfinite_step, format_distinct
 
 NAME_WIDTH = 16  # letters of a class name in a picture
 PAGE_WIDTH = 80  # columns of what goes to a file or a pipe
@@ -88,7 +88,7 @@ def _outcome(lenses: list[dict[str, Any]], verdict: str) -> str:
         return f"The two runs agree: {'; '.join(_agreement(lens) for lens in lenses)}."
     apart = [lens for lens in lenses if lens["verdict"] == "disagree"]
     agreeing = [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
-    if all(broken_off(lens) is not None for lens in apart):
+    if all(_ended_at(lens) is not None for lens in apart):
         ends = (
             f"Both runs end at the same step, where the loss is not finite ({_broken_off(apart)})"
         )
@@ -108,8 +108,13 @@ def _in_short(lens: dict[str, Any]) -> str:
 
 
 def _broken_off(lenses: list[dict[str, Any]]) -> str:
-    steps = {lens["dtype"]: broken_off(lens) for lens in lenses}
+    steps = {lens["dtype"]: _ended_at(lens) for lens in lenses}
     return ", ".join(f"{dtype}: step {step:,}" for dtype, step in steps.items() if step is not None)
+
+
+def _ended_at(lens: dict[str, Any]) -> int | None:
+    """The step whose loss is not finite, if all runs ended there; older reports do not say."""
+    return common_nonfinite_step(lens.get("broken", {}).values())
 
 
 class Terminal:
@@ -268,7 +273,7 @@ class Terminal:
             values = [entry[name] for name in names]
             shown = ["not finite" if value is None else f"{value:.9g}" for value in values]
             if None not in values and shown[0] == shown[1]:
-                shown = list(tell_apart(*values))
+                shown = list(format_distinct(*values))
             self._row(table, f"[{place}]", *shown)
         self._show(table)
 

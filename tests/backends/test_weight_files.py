@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ from lockstep.common.runs.checkpoint import Checkpoint, Keeper
 from lockstep.common.verdict import locate
 from tests.backends.test_convert import SHAPES, same_bits
 from tests.conftest import SilentObserver
+from tests.verdict.helpers import diverging
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = ["--data", "digits", "--steps", "3", "--batch-size", "4", "--quiet"]
@@ -1014,12 +1016,14 @@ def test_a_step_is_replayed_from_the_files_weights(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(locate, "one_step", watched)
-    first = {"step": 5, "stage": "loss", "tensor": "loss", "gap": 1.0, "bound": 0.1, "message": "m"}
-    runs: Any = dict.fromkeys(BACKENDS)
+    runs: Any = {
+        name: SimpleNamespace(dtype="float64", first_steps={}, opening={}, loss=np.zeros(9))
+        for name in BACKENDS
+    }
     for weights in (arrays("float32", seed=5), None):
         with pytest.raises(KeyboardInterrupt):
             locate.locate(
-                {"dtype": "float64", "first_divergence": first},
+                diverging(5, "loss", "loss"),
                 runs,
                 config,
                 digits,

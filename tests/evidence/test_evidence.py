@@ -29,7 +29,10 @@ from lockstep.common.evidence.false_alarms import (
 from lockstep.common.evidence.plots import draw_sensitivity
 from lockstep.common.protocol import Backend
 from lockstep.common.testing import same_run
-from lockstep.common.verdict import compare as parity
+from lockstep.common.verdict import judge as verdicts
+from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.comparison import Comparison
+from tests.verdict.helpers import diverging
 
 WIDTH = 80
 TINY = Setting(
@@ -61,8 +64,8 @@ def test_mixed_precision_sees_updates_that_bfloat16_could_not_hold(
     if made == 1:
         assert found, found
     else:
-        first = found.lens["first_divergence"]
-        assert (first["step"], first["stage"]) == (0, "update")
+        first = found.first_divergence
+        assert first is not None and (first.step, first.stage) == (0, "update")
 
 
 # --- The cells and the seeds
@@ -186,19 +189,18 @@ def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
     }
     asked = []
 
-    def late(lens: dict[str, Any]) -> int:
-        """As `twins_wanted` answers while a pair keeps parting late."""
-        parting = {"step": 2, "stage": "loss", "tensor": "loss"}
-        asked.append(twins_wanted(lens | {"first_divergence": parting}))
+    def late(comparison: Comparison) -> int:
+        """As `twins_wanted` answers while a pair keeps diverging late."""
+        first = diverging(2, "loss", "loss")
+        asked.append(twins_wanted(dataclasses.replace(comparison, first_divergence=first)))
         return asked[-1]
 
-    twins_wanted = parity.twins_wanted
-    assert judge(families, backends, config, digits)["verdict"] == "agree"
-    assert [len(members) for members in families.values()] == [1 + first, 1 + first]
-    monkeypatch.setattr(parity, "twins_wanted", late)
-    lens = judge(families, backends, config, digits)
-    assert lens["verdict"] == "agree" and asked == [*then, 0]
-    assert [[record.twin for record in members] for members in families.values()] == 2 * [
+    twins_wanted = verdicts.twins_wanted
+    assert judge(families, backends, config, digits).verdict == "agree"
+    assert [len(of.records) for of in families.values()] == [1 + first, 1 + first]
+    monkeypatch.setattr(verdicts, "twins_wanted", late)
+    assert judge(families, backends, config, digits).verdict == "agree" and asked == [*then, 0]
+    assert [[record.twin for record in of.records] for of in families.values()] == 2 * [
         [None, *range(1, 7)]
     ]
 
@@ -218,11 +220,12 @@ def test_what_parts_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Ca
         name: train_ensemble(backend, right, digits, "float64", 2)
         for name, backend in backends.items()
     }
-    lens = judge(families, backends, right, digits)
-    assert (lens["verdict"], lens["first_divergence"]["step"]) == ("disagree", 2)
-    assert [len(members) - 1 for members in families.values()] == [
-        parity.ENOUGH_TWINS,
-        parity.ENOUGH_TWINS,
+    found = judge(families, backends, right, digits)
+    assert found.first_divergence is not None
+    assert (found.verdict, found.first_divergence.step) == ("disagree", 2)
+    assert [len(of.twins) for of in families.values()] == [
+        verdicts.MAX_TWINS,
+        verdicts.MAX_TWINS,
     ]
 
 
@@ -337,18 +340,18 @@ def test_the_losss_own_step_is_the_first_beyond_the_bound_of_its_stretch() -> No
         ("loss", 2, 4, 2.5, False),
         ("loss", 4, 6, 0.0, False),
     ]
-    lens = {
-        "stretches": [
-            dict(zip(("quantity", "start", "stop", "bound", "agrees"), row, strict=True))
-            for row in rows
-        ]
-    }
-    assert sensitivity.loss_step(lens, torch, flax) == 3
-    lens["stretches"][2]["agrees"] = True
-    assert sensitivity.loss_step(lens, torch, flax) == 4
-    lens["stretches"][3]["bound"] = 9.0
-    assert sensitivity.loss_step(lens, torch, flax) == 5, "what is not finite is beyond any bound"
-    assert sensitivity.loss_step({"stretches": []}, torch, flax) is None
+    windows = [
+        Check(start, "loss", name, 0.0 if agrees else 99.0, limit, None, None, start, stop)
+        for name, start, stop, limit, agrees in rows
+    ]
+    assert sensitivity.loss_step(windows, torch, flax) == 3
+    windows[2] = dataclasses.replace(windows[2], gap=0.0)
+    assert sensitivity.loss_step(windows, torch, flax) == 4
+    windows[3] = dataclasses.replace(windows[3], bound=9.0)
+    assert sensitivity.loss_step(windows, torch, flax) == 5, (
+        "what is not finite is beyond any bound"
+    )
+    assert sensitivity.loss_step([], torch, flax) is None
 
 
 def test_the_wrong_rate_is_wrong_by_the_error_and_nothing_else_is() -> None:

@@ -413,8 +413,10 @@ def test_two_backends_of_one_framework_are_compared_under_two_names(
     refactored.name = "refactored"
     assert same_run(original, refactored, digits, config)
     refactored.config = dataclasses.replace(config, momentum=0.8)  # the control
-    lens = same_run(original, refactored, digits, config).lens
-    assert (lens["verdict"], lens["first_divergence"]["stage"]) == ("disagree", "update")
+    found = same_run(original, refactored, digits, config)
+    assert not found and found.location is not None
+    assert repr(found).startswith("the float64 runs diverge: update: step ")
+    assert (found.verdict, found.location.divergence.stage) == ("disagree", "update")
 
 
 # --- Refusals

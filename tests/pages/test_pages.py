@@ -19,9 +19,9 @@ from lockstep.common.report import write_report_page
 from lockstep.common.report.template import write_page
 from lockstep.common.runs.record import Record
 from lockstep.common.session import make_report
-from lockstep.common.verdict.compare import compare
 from tests.pages.browser import Fault, chromium, examine, executable
 from tests.report.test_report import found
+from tests.verdict.helpers import compared
 from tests.verdict.test_compare import CLASSES, LABELS, STEPS
 from tests.verdict.test_compare import make as record
 
@@ -62,7 +62,7 @@ def report_page(
     twins = {
         dtype: {name: twins_of(name, dtype) for name in runs} for dtype, runs in lenses.items()
     }
-    judged = [compare(runs, {**twins[dtype]}, LABELS) for dtype, runs in lenses.items()]
+    judged = [compared(runs, {**twins[dtype]}, LABELS) for dtype, runs in lenses.items()]
     for lens in judged:
         if lens["verdict"] == "disagree":
             lens["located"] = found()

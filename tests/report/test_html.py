@@ -18,8 +18,8 @@ from lockstep.common.errors import RecordError
 from lockstep.common.report import alt_text, charts, tables, write_report_page
 from lockstep.common.report.figures import VARIABLES
 from lockstep.common.runs.record import Record, stretches
-from lockstep.common.verdict.compare import compare
 from tests.report.test_report import HOSTILE, PLAIN, found
+from tests.verdict.helpers import compared
 
 MEGABYTE = 1_000_000
 STEPS = 40
@@ -88,7 +88,7 @@ def run(
         }
     }
     lenses = [
-        compare(runs, {**twins.get(dtype, {})}, of.test_labels) for dtype, runs in records.items()
+        compared(runs, {**twins.get(dtype, {})}, of.test_labels) for dtype, runs in records.items()
     ]
     verdicts = [lens["verdict"] for lens in lenses]
     report = {
@@ -303,7 +303,7 @@ def test_a_run_that_was_cut_short_says_so_first_and_is_called_neither_good_nor_b
     of = dataset()
     report, records, twins = run(of)
     del records["float32"]["flax"]
-    report["lenses"][1] = compare(records["float32"], {**twins["float32"]}, of.test_labels)
+    report["lenses"][1] = compared(records["float32"], {**twins["float32"]}, of.test_labels)
     report["cut_short"] = "flax float32 was interrupted"
     text = write_report_page(tmp_path, report, records, of, twins).read_text("utf-8")
     assert heading(text).startswith("The run was cut short: flax float32 was interrupted. ")

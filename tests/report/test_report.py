@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.errors import RecordError
 from lockstep.common.report import Terminal, jsonable, safe, sentence, write_json, write_pictures
@@ -24,6 +25,7 @@ from lockstep.common.report.figures import COLOURS, drawing, label, new_figure, 
 from lockstep.common.report.terminal import condense, extreme, merge
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
+from lockstep.common.verdict.comparison import Divergence
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -124,14 +126,10 @@ def lens(
 
 def found(tensor: str = "conv1", **changes: Any) -> dict[str, Any]:
     """What `locate` says of where two runs part."""
-    first = {"step": 17, "stage": "forward", "tensor": tensor, "gap": 2.0, "bound": 1e-7}
-    first |= {"message": f"forward: step 17: {tensor}: torch=1 flax=3, gap 2.0e+00 > 1.0e-07"}
-    pair: list[np.ndarray | None] = [
-        np.array([[1.0, 2.0], [np.nan, 4.0]]),
-        np.array([[3.0, 2.0], [3.0, 1 / 3]]),
-    ]
+    first = Divergence(17, "forward", tensor, 2.0, 1e-7, BACKENDS, (1.0, 3.0))
+    pair = np.array([[1.0, 2.0], [np.nan, 4.0]]), np.array([[3.0, 2.0], [3.0, 1 / 3]])
     how = "replayed: both took step 17 from the state that torch had before it"
-    return locate.describe(first, ["torch", "flax"], pair, how) | changes
+    return locate.describe(first, pair, how).to_json() | changes
 
 
 def make(

@@ -31,10 +31,12 @@ from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.perturb import moved, twin_weights
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs import checkpoint, record, request, training
+from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.runs.trainer import find_records
 from lockstep.common.system import environment, storage
-from lockstep.common.verdict import compare as parity
+from lockstep.common.verdict.comparison import Comparison
+from lockstep.common.verdict.judge import judge
 from tests.robustness.mutations import (
     ESCAPES,
     INTEGERS,
@@ -47,6 +49,7 @@ from tests.robustness.mutations import (
     one_of,
     text_of,
 )
+from tests.verdict.helpers import compared
 
 ROOT = Path(__file__).resolve().parents[2]
 GENUINE = Path(os.environ.get("LOCKSTEP_DATA") or "absent")
@@ -877,28 +880,30 @@ class Records(Kind):
             if not found:
                 continue  # the run is trained again
             families = {"torch": list(self.others[dtype]), "flax": found}
-            lens = parity.judge(families, lambda name, twins: [], self.dataset.test_labels)
+            ensembles = {name: Ensemble.of(records) for name, records in families.items()}
+            comparison = judge(ensembles, lambda name, twins: [], self.dataset.test_labels)
             undamaged = len(found) == len(family) and all(map(exactly, found, family))
-            agrees = lens["verdict"] == "agree"
+            agrees = comparison.verdict == "agree"
             if undamaged and not agrees:
                 raise Wrong("the verdict is disagree, of an undamaged record")
             if agrees and forged and dtype == "float64" and not same_numbers(found[0], family[0]):
                 raise Wrong("the verdict is agree, of other numbers")
             if agrees and not forged and not undamaged and len(found) == len(family):
                 raise Wrong("the verdict is agree, of a damaged record")
-            self.show(folder, families, lens)
+            self.show(folder, families, comparison)
 
-    def show(self, folder: Path, families: dict[str, list[Record]], lens: dict[str, Any]) -> None:
+    def show(self, folder: Path, families: dict[str, list[Record]], comparison: Comparison) -> None:
         """What a run does with its records."""
         from lockstep.common import report, session
         from lockstep.common.verdict import locate
 
-        runs = {lens["dtype"]: {name: members[0] for name, members in families.items()}}
-        first = lens["first_divergence"]
-        if first and (first["step"] < record.OPENING_STEPS or first["stage"] == "evaluate"):
-            lens["located"] = locate.locate(
-                lens, runs[lens["dtype"]], CONFIG, self.dataset, untrained
-            )
+        dtype = comparison.dtype
+        runs = {dtype: {name: members[0] for name, members in families.items()}}
+        first = comparison.first_divergence
+        if first and (first.step < record.OPENING_STEPS or first.stage == "evaluate"):
+            location = locate.locate(first, runs[dtype], CONFIG, self.dataset, untrained)
+            comparison = dataclasses.replace(comparison, location=location)
+        lens = comparison.to_json()
         made = session.make_report("quick", CONFIG, self.dataset, [], runs, [lens], None)
         report.to_json(made)
         out = io.StringIO()
@@ -907,7 +912,7 @@ class Records(Kind):
             raise Wrong("what is printed may command the terminal")
         self.count += 1
         if self.count % 60 == 3:  # pages take a second
-            twins = {lens["dtype"]: {name: members[1:] for name, members in families.items()}}
+            twins = {dtype: {name: members[1:] for name, members in families.items()}}
             report.write_report_page(folder, made, runs, self.dataset, twins, np.arange(8))
 
 
@@ -998,7 +1003,7 @@ class Checkpoints(Kind):
                 if not forged and not same_numbers(again, self.records[dtype]):
                     raise Wrong("a damaged checkpoint was gone on from")
                 continue
-            lens = parity.compare(runs, {name: [] for name in runs}, self.dataset.test_labels)
+            lens = compared(runs, {}, self.dataset.test_labels)
             if lens["verdict"] == "agree" and not same_numbers(again, self.records[dtype]):
                 raise Wrong("the verdict is agree, of other numbers")
 

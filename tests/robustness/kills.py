@@ -184,9 +184,7 @@ class Watch:
         self._named(data, "load", "loading the data")
         self._named(compare, "choose_device", "building")
         self._named(training, "evaluate", "evaluating")
-        self._named(
-            importlib.import_module("lockstep.common.verdict.compare"), "judge", "comparing"
-        )
+        self._named(importlib.import_module("lockstep.common.verdict.judge"), "judge", "comparing")
         for name in ("write_json", "write_pictures", "write_report_page"):
             self._named(report, name, "reporting")
         if not pictures:

@@ -22,8 +22,8 @@ from lockstep.common.protocol import Arrays, Backend, Dropout, Evaluation, Metri
 from lockstep.common.runs import training
 from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import OPENING_STEPS, Record, stretches
-from lockstep.common.verdict import compare as parity
 from tests.conftest import SilentObserver
+from tests.verdict.helpers import compared
 
 SHAPES = {"fc1.kernel": (3, 2), "fc1.bias": (2,)}
 
@@ -543,7 +543,7 @@ def test_thirty_steps_in_float64_are_the_same_in_both_frameworks(
 ) -> None:
     gap = np.max(np.abs(pair["torch"].loss - pair["flax"].loss))
     assert gap <= 1e-12  # measured: 8.9e-16; one label of 1437 changed, as below: 1.3e-02
-    lens = parity.compare(pair, {}, digits.test_labels)
+    lens = compared(pair, {}, digits.test_labels)
     assert lens["verdict"] == "agree", lens["first_divergence"]
     assert lens["predictions_equal"] == 360
     assert pair["torch"].loss[-1] < pair["torch"].loss[0]  # something was learnt
@@ -559,11 +559,11 @@ def test_one_changed_label_is_refused_by_its_digest_and_seen_in_the_loss(
     changed = dataclasses.replace(digits, train_labels=labels)
     other = training.train(build("torch", config), config, changed, "float64", SilentObserver())
     with pytest.raises(RecordError, match="data, digest"):
-        parity.compare({"torch": other, "flax": pair["flax"]}, {}, digits.test_labels)
+        compared({"torch": other, "flax": pair["flax"]}, {}, digits.test_labels)
     # Were the digest not looked at, the labels of the first batch would give it away, and so would
     # the loss.
     claimed = dataclasses.replace(other, data=pair["torch"].data)
-    lens = parity.compare({"torch": claimed, "flax": pair["flax"]}, {}, digits.test_labels)
+    lens = compared({"torch": claimed, "flax": pair["flax"]}, {}, digits.test_labels)
     assert lens["first_divergence"]["stage"] == "data"
     assert lens["first_divergence"]["tensor"] == "labels"
     assert lens["max_abs_loss_gap"] > 1e-3

@@ -18,22 +18,18 @@ from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.errors import RecordError
 from lockstep.common.model.perturb import twin_weights
 from lockstep.common.protocol import STAGES, Arrays
+from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record, stretches
-from lockstep.common.verdict.compare import (
-    ENOUGH_TWINS,
-    FIRST_TWINS,
-    Rung,
-    broken_off,
-    class_accuracy,
-    compare,
-    divergence,
-    opening_rungs,
-    twins_wanted,
-)
-from lockstep.common.verdict.compare import judge as parity_judge
+from lockstep.common.verdict import compare as comparing
+from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.comparison import Comparison, common_nonfinite_step, divergence
+from lockstep.common.verdict.evaluation import class_accuracy
+from lockstep.common.verdict.first_steps import check_first_steps
+from lockstep.common.verdict.judge import INITIAL_TWINS, MAX_TWINS, twins_wanted
+from lockstep.common.verdict.judge import judge as judge_ensembles
 from lockstep.common.verdict.statistics import (
+    COUNT_FLOOR,
     FLIP_SHARE,
-    IMAGES_FLOOR,
     SEPARATION,
     SEPARATION_IMAGES,
     paired_difference,
@@ -143,6 +139,23 @@ def family(dtype: str) -> tuple[Runs, Twins]:
     return runs, twins
 
 
+def compare(runs: Runs, twins: Twins, labels: np.ndarray) -> dict:
+    return found(runs, twins, labels).to_json()
+
+
+def found(runs: Runs, twins: Twins, labels: np.ndarray = LABELS) -> Comparison:
+    kin = {name: tuple(twins.get(name, ())) for name in runs}
+    return comparing.compare({n: Ensemble(run, kin[n]) for n, run in runs.items()}, labels)
+
+
+def judged(
+    dtype: str, torch: Record | None = None, flax: Record | None = None, twins: Twins | None = None
+) -> Comparison:
+    runs, kin = family(dtype)
+    runs |= {name: run for name, run in (("torch", torch), ("flax", flax)) if run is not None}
+    return found(runs, kin if twins is None else twins)
+
+
 def judge(
     dtype: str, torch: Record | None = None, flax: Record | None = None, twins: Twins | None = None
 ) -> dict:
@@ -155,6 +168,13 @@ def judge(
     lens = compare(runs, {**(kin if twins is None else twins)}, LABELS)
     assert json.loads(json.dumps(lens, allow_nan=False)) == lens
     return lens
+
+
+def faulty_comparison(dtype: str, **faults: Callable[[Record], Record]) -> Comparison:
+    runs, twins = family(dtype)
+    for side, fault in faults.items():
+        runs[side], twins[side] = fault(runs[side]), [fault(twin) for twin in twins[side]]
+    return found(runs, twins)
 
 
 def faulty(dtype: str, **faults: Callable[[Record], Record]) -> dict:
@@ -345,7 +365,7 @@ def test_a_class_whose_images_are_recognised_by_one_side_only_is_named(dtype: st
     # no other class.
     others = np.where(WRONG & (np.arange(IMAGES) < 20), (LABELS + 2) % 5, runs["torch"].predictions)
     kin = {"torch": [dataclasses.replace(twins["torch"][0], predictions=others)], "flax": []}
-    allowed = int(SEPARATION_IMAGES * IMAGES_FLOOR)
+    allowed = int(SEPARATION_IMAGES * COUNT_FLOOR)
     bird, recognised = LABELS == 2, runs["flax"].predictions == LABELS
 
     def lens(lost: int, found: int = 0) -> dict:
@@ -408,27 +428,32 @@ def test_in_the_proof_lens_a_prediction_may_differ_only_if_some_differ_between_t
 def test_more_twins_are_asked_for_what_parts_late_and_in_float64_never_in_the_first_steps() -> None:
     tip = in_series("loss", 17)
     late, early = tip(make("flax", "float64")), in_series("loss", 1)(make("flax", "float64"))
-    assert twins_wanted(judge("float64", flax=late)) == FIRST_TWINS
-    assert twins_wanted(judge("float64", flax=early)) == twins_wanted(judge("float64")) == 0
-    for count, wanted in ((1, ENOUGH_TWINS), (ENOUGH_TWINS, 0)):
+    assert twins_wanted(judged("float64", flax=late)) == INITIAL_TWINS
+    assert twins_wanted(judged("float64", flax=early)) == twins_wanted(judged("float64")) == 0
+    for count, wanted in ((1, MAX_TWINS), (MAX_TWINS, 0)):
         twins = {
             name: [make(name, "float64", twin + 1) for twin in range(count)]
             for name in ("torch", "flax")
         }
         twins["flax"] = [tip(twin) for twin in twins["flax"]]
-        assert twins_wanted(judge("float64", flax=late, twins=twins)) == wanted
+        assert twins_wanted(judged("float64", flax=late, twins=twins)) == wanted
     drifting = {"torch": [in_series("loss", 15)(make("torch", "float64", 1))]}
     assert judge("float64", flax=late, twins=drifting)["verdict"] == "agree"
 
 
 @pytest.mark.parametrize("dtype", PRODUCTION)
 def test_in_a_production_lens_too_more_twins_are_asked_for_what_parts_late(dtype: str) -> None:
-    late, second, early = (faulty(dtype, flax=in_series("loss", step)) for step in (17, 1, 0))
-    assert late["verdict"] == second["verdict"] == early["verdict"] == "disagree"
-    assert twins_wanted(late) == twins_wanted(second) == ENOUGH_TWINS
-    assert twins_wanted(early) == twins_wanted(judge(dtype)) == 0
+    late, second, early = (
+        faulty_comparison(dtype, flax=in_series("loss", step)) for step in (17, 1, 0)
+    )
+    assert late.verdict == second.verdict == early.verdict == "disagree"
+    first = second.first_divergence
+    assert first is not None
+    assert twins_wanted(late) == twins_wanted(second) == MAX_TWINS
+    assert twins_wanted(early) == twins_wanted(judged(dtype)) == 0
     for what in ({"stage": "data"}, {"tensor": "lr"}):  # another batch or rate is no rounding
-        assert twins_wanted(second | {"first_divergence": second["first_divergence"] | what}) == 0
+        other = dataclasses.replace(first, **what)
+        assert twins_wanted(dataclasses.replace(second, first_divergence=other)) == 0
 
 
 @pytest.mark.parametrize("clears", [True, False])
@@ -439,9 +464,9 @@ def test_what_rounding_may_tip_in_the_first_steps_those_of_more_twins_must_not_s
 ) -> None:
     tip = in_opening(key)
     runs, twins = family(dtype)
-    families = {
-        "torch": [runs["torch"], *twins["torch"]],
-        "flax": [tip(runs["flax"]), *map(tip, twins["flax"])],
+    ensembles = {
+        "torch": Ensemble.of([runs["torch"], *twins["torch"]]),
+        "flax": Ensemble.of([tip(runs["flax"]), *map(tip, twins["flax"])]),
     }
     asked = []
 
@@ -455,11 +480,12 @@ def test_what_rounding_may_tip_in_the_first_steps_those_of_more_twins_must_not_s
             tip(twin) if name == "flax" or (clears and twin.twin == 5) else twin for twin in made
         ]
 
-    lens = parity_judge(families, lambda name, numbers: [], LABELS, begin)
+    comparison = judge_ensembles(ensembles, lambda name, numbers: [], LABELS, begin)
+    lens = comparison.to_json()
     assert asked == [("torch", [3, 4, 5, 6]), ("flax", [3, 4, 5, 6])]
     assert lens["beginners"] == {"torch": 4, "flax": 4}
     assert lens["verdict"] == ("agree" if clears else "disagree")
-    assert twins_wanted(lens) == 0
+    assert twins_wanted(comparison) == 0
 
 
 @pytest.mark.parametrize("key", ["0/data/images", "0/forward/fc1", "0/loss/loss"])
@@ -468,13 +494,14 @@ def test_what_rounding_cannot_tip_in_the_first_step_no_twin_is_asked_of(
     dtype: str, key: str
 ) -> None:
     runs, twins = family(dtype)
-    families = {name: [run, *twins[name]] for name, run in runs.items()}
-    families["flax"] = [in_opening(key)(member) for member in families["flax"]]
+    kin = {name: [run, *twins[name]] for name, run in runs.items()}
+    kin["flax"] = [in_opening(key)(record) for record in kin["flax"]]
+    ensembles = {name: Ensemble.of(records) for name, records in kin.items()}
 
     def begin(name: str, numbers: range) -> list[Record]:
         raise AssertionError(numbers)
 
-    lens = parity_judge(families, lambda name, numbers: [], LABELS, begin)
+    lens = judge_ensembles(ensembles, lambda name, numbers: [], LABELS, begin).to_json()
     assert place(lens)[:2] == (0, key.split("/")[1])
 
 
@@ -484,9 +511,9 @@ def test_a_verdict_stands_only_when_enough_twins_were_asked(clears: bool) -> Non
     does."""
     tip = in_series("loss", 17)
     runs, twins = family("float32")
-    families = {
-        "torch": [runs["torch"], *twins["torch"]],
-        "flax": [tip(runs["flax"]), *map(tip, twins["flax"])],
+    ensembles = {
+        "torch": Ensemble.of([runs["torch"], *twins["torch"]]),
+        "flax": Ensemble.of([tip(runs["flax"]), *map(tip, twins["flax"])]),
     }
     asked = []
 
@@ -497,20 +524,20 @@ def test_a_verdict_stands_only_when_enough_twins_were_asked(clears: bool) -> Non
             tip(twin) if name == "flax" or (clears and twin.twin == 3) else twin for twin in made
         ]
 
-    lens = parity_judge(families, more, LABELS)
-    assert lens["verdict"] == ("agree" if clears else "disagree")
+    assert judge_ensembles(ensembles, more, LABELS).verdict == ("agree" if clears else "disagree")
     assert asked[:2] == [("torch", [3, 4, 5, 6]), ("flax", [3, 4, 5, 6])]
     assert not any(numbers for _, numbers in asked[2:])
     # Whoever has no more twins to give is not asked for ever.
-    families = {name: members[:3] for name, members in families.items()}
-    assert parity_judge(families, lambda name, numbers: [], LABELS)["verdict"] == "disagree"
+    ensembles = {name: Ensemble.of(of.records[:3]) for name, of in ensembles.items()}
+    again = judge_ensembles(ensembles, lambda name, numbers: [], LABELS)
+    assert again.verdict == "disagree"
 
 
 def test_what_shows_in_evaluation_alone_is_never_excused_by_float64_twins_that_roll_dice() -> None:
     other = make("flax", "float64").predictions.copy()
     other[::7] = (other[::7] + 1) % 5  # dropout left on
-    lens = judge("float64", flax=make("flax", "float64", predictions=other))
-    assert lens["first_divergence"]["stage"] == "evaluate"
+    lens = judged("float64", flax=make("flax", "float64", predictions=other))
+    assert lens.first_divergence is not None and lens.first_divergence.stage == "evaluate"
     assert twins_wanted(lens) == 0
 
 
@@ -685,7 +712,8 @@ def test_differences_are_named_in_the_order_in_which_they_travel_through_the_lay
         "momentum of conv1.kernel",
     )
     runs, twins = family(dtype)
-    rungs = opening_rungs(([runs["torch"], *twins["torch"]], [runs["flax"], *twins["flax"]]))
+    sides = [Ensemble.of([runs[name], *twins[name]]) for name in runs]
+    rungs = check_first_steps(sides[0], sides[1])
     order = [rung.tensor for rung in rungs if (rung.step, rung.stage) == (1, "forward")]
     assert order == LAYERS
     assert [rung.tensor for rung in rungs if (rung.step, rung.stage) == (1, "backward")] == [
@@ -717,23 +745,23 @@ def test_runs_agree_where_the_score_is_at_most_one(dtype: str, rung: str | None)
 def test_a_share_of_a_bound_is_none_where_nothing_differs_and_infinite_where_there_is_no_bound() -> (
     None
 ):
-    assert Rung(0, "loss", "loss", 0.0, 0.0).share == 0
-    assert Rung(0, "loss", "loss", 1.0, 4.0).share == 0.25
+    assert Check(0, "loss", "loss", 0.0, 0.0).bound_usage == 0
+    assert Check(0, "loss", "loss", 1.0, 4.0).bound_usage == 0.25
     assert (
-        Rung(0, "loss", "loss", 1.0, 0.0).share
-        == Rung(0, "loss", "loss", math.inf, 1.0).share
+        Check(0, "loss", "loss", 1.0, 0.0).bound_usage
+        == Check(0, "loss", "loss", math.inf, 1.0).bound_usage
         == math.inf
     )
 
 
 def test_a_message_tells_two_values_apart_however_close() -> None:
-    rung = Rung(3, "update", "fc1.bias", 1e-12, 1e-13, values=(0.5, 0.5 + 1e-12))
+    rung = Check(3, "update", "fc1.bias", 1e-12, 1e-13, values=(0.5, 0.5 + 1e-12))
     found = divergence(rung, ["torch", "flax"])
-    assert found["message"].startswith(
+    assert found.message.startswith(
         "update: step 3: fc1.bias: torch=0.5 flax=0.500000000001, gap 1.0e-12"
     )
-    bare = divergence(Rung(3, "update", "all parameters", 2.0, 1.0), ["torch", "flax"])
-    assert bare["message"] == "update: step 3: all parameters: gap 2.0e+00 > 1.0e+00"
+    bare = divergence(Check(3, "update", "all parameters", 2.0, 1.0), ["torch", "flax"])
+    assert bare.message == "update: step 3: all parameters: gap 2.0e+00 > 1.0e+00"
 
 
 @lenses
@@ -757,8 +785,8 @@ GROUPS = {
 @pytest.mark.parametrize("bound", [0.0, 1.0, math.inf, math.nan])
 @pytest.mark.parametrize("gap", [math.nan, math.inf])
 def test_no_bound_is_wide_enough_for_a_gap_that_is_not_finite(gap: float, bound: float) -> None:
-    assert not Rung(0, "loss", "loss", gap, bound).agrees
-    assert Rung(0, "loss", "loss", 0.5, 1.0).agrees
+    assert not Check(0, "loss", "loss", gap, bound).agrees
+    assert Check(0, "loss", "loss", 0.5, 1.0).agrees
 
 
 @lenses
@@ -1008,14 +1036,14 @@ def test_a_twin_and_the_other_backends_run_are_not_taken_for_the_run(dtype: str)
 def test_runs_end_early_together_only_where_all_end_at_the_same_step(
     steps: dict, same: int | None
 ) -> None:
-    assert broken_off({"broken": steps}) == same
-    assert broken_off({}) is None
+    assert common_nonfinite_step(steps.values()) == same
+    assert common_nonfinite_step([]) is None
 
 
 def test_no_twin_is_asked_to_explain_a_run_that_ended_early() -> None:
     late = in_series("loss", 17)(make("flax", "float64"))
-    assert twins_wanted(judge("float64", flax=late)) == FIRST_TWINS
-    assert twins_wanted(judge("float64", flax=dataclasses.replace(late, broken=50))) == 0
+    assert twins_wanted(judged("float64", flax=late)) == INITIAL_TWINS
+    assert twins_wanted(judged("float64", flax=dataclasses.replace(late, broken=50))) == 0
 
 
 @pytest.mark.parametrize("backends", [("torch",), ("torch", "flax")], ids=["single", "both"])

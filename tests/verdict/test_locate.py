@@ -21,11 +21,16 @@ from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.protocol import STAGES, Snapshot
 from lockstep.common.runs import training
+from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict import compare as parity
 from lockstep.common.verdict import locate
-from lockstep.common.verdict.locate import OFFENDERS, TRAPS, Trap, one_step, pattern_of
+from lockstep.common.verdict.causes import CAUSES, Cause
+from lockstep.common.verdict.compare import compare
+from lockstep.common.verdict.comparison import Divergence
+from lockstep.common.verdict.first_steps import check_first_steps
+from lockstep.common.verdict.locate import N_WORST, describe_relation, one_step
 from tests.conftest import SilentObserver
+from tests.verdict.helpers import diverging
 
 NAMES = ["torch", "flax"]
 
@@ -39,12 +44,12 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 def test_a_tensor_in_another_order_is_seen() -> None:
     kernel = numbers(5, 4)
-    assert pattern_of(kernel, kernel.T.copy(), NAMES) == "the same numbers in another order"
-    assert pattern_of(kernel, kernel[:, ::-1], NAMES) == "the same numbers in another order"
-    assert pattern_of(kernel, kernel, NAMES) is None
+    assert describe_relation(kernel, kernel.T.copy(), NAMES) == "the same numbers in another order"
+    assert describe_relation(kernel, kernel[:, ::-1], NAMES) == "the same numbers in another order"
+    assert describe_relation(kernel, kernel, NAMES) is None
     changed = kernel.T.copy()
     changed[0, 1] += 1e-3  # the control
-    assert pattern_of(kernel, changed, NAMES) is None
+    assert describe_relation(kernel, changed, NAMES) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,33 +57,33 @@ def test_a_tensor_in_another_order_is_seen() -> None:
 def test_a_multiple_is_seen_with_its_factor(dtype: str, factor: float) -> None:
     one = numbers(7).astype(numpy_dtype(dtype))
     other = (factor * one.astype(np.float64)).astype(one.dtype)  # exact: a power of two
-    assert pattern_of(one, other, NAMES) == f"flax is {factor:g} times torch"
-    assert pattern_of(other, one, NAMES) == f"flax is {1 / factor:g} times torch"
+    assert describe_relation(one, other, NAMES) == f"flax is {factor:g} times torch"
+    assert describe_relation(other, one, NAMES) == f"flax is {1 / factor:g} times torch"
     other[2] = other[3]  # the control
-    assert pattern_of(one, other, NAMES) is None
+    assert describe_relation(one, other, NAMES) is None
 
 
 def test_a_factor_of_one_is_none() -> None:
     one = numbers(7)
-    assert pattern_of(one, (1 + 1e-9) * one, NAMES) is None
-    assert pattern_of(one, 1.001 * one, NAMES) == "flax is 1.001 times torch"
+    assert describe_relation(one, (1 + 1e-9) * one, NAMES) is None
+    assert describe_relation(one, 1.001 * one, NAMES) == "flax is 1.001 times torch"
 
 
 def test_whose_numbers_are_all_zero_is_said() -> None:
     one, zeros = numbers(3, 2), np.zeros((3, 2))
-    assert pattern_of(one, zeros, NAMES) == "flax has nothing but zeros"
-    assert pattern_of(zeros, one, NAMES) == "torch has nothing but zeros"
-    assert pattern_of(zeros, zeros, NAMES) is None
+    assert describe_relation(one, zeros, NAMES) == "flax has nothing but zeros"
+    assert describe_relation(zeros, one, NAMES) == "torch has nothing but zeros"
+    assert describe_relation(zeros, zeros, NAMES) is None
     assert (
-        pattern_of(1e-200 * one, zeros, NAMES) == "flax has nothing but zeros"
+        describe_relation(1e-200 * one, zeros, NAMES) == "flax has nothing but zeros"
     )  # whose squares vanish
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_has_no_pattern(value: float) -> None:
     one = np.array([value, 1.0, 2.0])
-    assert pattern_of(one, one[::-1], NAMES) is None
-    assert pattern_of(np.array([0.0, 1.0, 2.0]), 2 * one, NAMES) is None
+    assert describe_relation(one, one[::-1], NAMES) is None
+    assert describe_relation(np.array([0.0, 1.0, 2.0]), 2 * one, NAMES) is None
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
@@ -86,27 +91,27 @@ def test_numbers_whose_squares_are_out_of_range_have_no_pattern_and_do_no_harm(
     scale: float,
 ) -> None:
     one = scale * numbers(5)
-    assert pattern_of(one, 2 * one, NAMES) in (None, "flax is 2 times torch")
-    assert pattern_of(one, one + scale, NAMES) is None
+    assert describe_relation(one, 2 * one, NAMES) in (None, "flax is 2 times torch")
+    assert describe_relation(one, one + scale, NAMES) is None
 
 
 def test_one_number_alone_has_no_pattern() -> None:
-    assert pattern_of(np.array(2.0), np.array(4.0), NAMES) is None
-    assert pattern_of(np.zeros(0), np.zeros(0), NAMES) is None
+    assert describe_relation(np.array(2.0), np.array(4.0), NAMES) is None
+    assert describe_relation(np.zeros(0), np.zeros(0), NAMES) is None
 
 
 def test_other_numbers_have_no_pattern() -> None:
-    assert pattern_of(numbers(9), numbers(9, seed=1), NAMES) is None
+    assert describe_relation(numbers(9), numbers(9, seed=1), NAMES) is None
 
 
 def test_another_numbering_of_the_classes_is_seen() -> None:
     one = np.random.default_rng(0).integers(0, 4, 50)
     renumbered = np.array([2, 0, 3, 1])[one]
-    assert "another numbering" in str(pattern_of(one, renumbered, NAMES, classes=True))
+    assert "another numbering" in str(describe_relation(one, renumbered, NAMES, classes=True))
     renumbered[7] = (renumbered[7] + 1) % 4  # the control
-    assert pattern_of(one, renumbered, NAMES, classes=True) is None
+    assert describe_relation(one, renumbered, NAMES, classes=True) is None
     merged = np.array([2, 0, 3, 3])[one]  # two classes have become one
-    assert pattern_of(one, merged, NAMES, classes=True) is None
+    assert describe_relation(one, merged, NAMES, classes=True) is None
 
 
 @pytest.mark.parametrize(
@@ -114,9 +119,9 @@ def test_another_numbering_of_the_classes_is_seen() -> None:
 )
 def test_the_same_predictions_are_no_other_numbering(predictions: list[int]) -> None:
     one = np.array(predictions, np.int64)
-    assert pattern_of(one, one.copy(), NAMES, classes=True) is None
+    assert describe_relation(one, one.copy(), NAMES, classes=True) is None
     assert (
-        len(one) == 0 or pattern_of(one, 0 * one + 5, NAMES, classes=True) is None
+        len(one) == 0 or describe_relation(one, 0 * one + 5, NAMES, classes=True) is None
     )  # one class says nothing
 
 
@@ -157,29 +162,29 @@ def pairs(stage: str, tensor: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def described(stage: str, tensor: str, pair: list[Any]) -> dict[str, Any]:
-    first = {"step": 0, "stage": stage, "tensor": tensor, "gap": 1.0, "bound": 0.1, "message": "m"}
-    found = locate.describe(first, NAMES, pair, "as recorded")
+    one, other = pair
+    found = locate.describe(diverging(0, stage, tensor), (one, other), "as recorded").to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
 
 
 def test_every_stage_has_a_trap_and_every_trap_a_stage() -> None:
-    assert {trap.stage for trap in TRAPS} == set(STAGES) == set(SAMPLES)
+    assert {trap.stage for trap in CAUSES} == set(STAGES) == set(SAMPLES)
 
 
 @pytest.mark.parametrize(
-    "trap", TRAPS, ids=lambda trap: f"{trap.stage}-{trap.tensor}-{trap.pattern}"
+    "trap", CAUSES, ids=lambda trap: f"{trap.stage}-{trap.tensor}-{trap.pattern}"
 )
-def test_every_trap_is_said_of_some_tensor_and_pattern(trap: Trap) -> None:
-    assert re.compile(trap.tensor) and re.compile(trap.pattern) and trap.cause
+def test_every_trap_is_said_of_some_tensor_and_pattern(trap: Cause) -> None:
+    assert re.compile(trap.tensor) and re.compile(trap.pattern) and trap.text
     said = [
         (tensor, cause)
         for tensor in SAMPLES[trap.stage]
         for pair in pairs(trap.stage, tensor)
         for cause in described(trap.stage, tensor, list(pair))["causes"]
     ]
-    assert trap.cause in {cause for _, cause in said}
-    assert all(re.search(trap.tensor, tensor) for tensor, cause in said if cause == trap.cause)
+    assert trap.text in {cause for _, cause in said}
+    assert all(re.search(trap.tensor, tensor) for tensor, cause in said if cause == trap.text)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -222,7 +227,7 @@ def test_the_entries_that_differ_most_are_listed_with_their_place_and_both_value
         [1, 2, 0],
         [0, 0, 0],
     ]
-    assert len(found["offenders"]) == OFFENDERS
+    assert len(found["offenders"]) == N_WORST
     assert found["offenders"][0] == {
         "index": [2, 0, 0],
         "torch": one[2, 0, 0],
@@ -296,20 +301,12 @@ def forbidden(name: str) -> Any:
 
 def located(step: int, stage: str, tensor: str, **changes: Any) -> dict[str, Any]:
     """What is found of a divergence that Flax's record shows; nothing may be built."""
-    first = {
-        "step": step,
-        "stage": stage,
-        "tensor": tensor,
-        "gap": 1.0,
-        "bound": 0.1,
-        "message": "m",
-    }
+    first = diverging(step, stage, tensor)
     runs = {"torch": made("torch"), "flax": made("flax", **changes)}
-    lens = {"dtype": "float64", "first_divergence": first}
     nothing: Any = None
-    found = locate.locate(lens, runs, Config(steps=40).resolve(160), nothing, forbidden)
-    assert found is not None
-    assert {name: found[name] for name in first} == first
+    location = locate.locate(first, runs, Config(steps=40).resolve(160), nothing, forbidden)
+    assert location is not None and location.divergence == first
+    found = location.to_json()
     assert found["how"] == "as recorded"
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
@@ -363,8 +360,7 @@ def test_a_loss_of_the_first_steps_is_read_from_the_series_where_the_opening_has
 def test_runs_that_agree_are_not_looked_into() -> None:
     nothing: Any = None
     runs = {name: made(name) for name in BACKENDS}
-    lens = {"dtype": "float64", "first_divergence": None}
-    assert locate.locate(lens, runs, Config(), nothing, forbidden) is None
+    assert locate.locate(None, runs, Config(), nothing, forbidden) is None
 
 
 def test_a_late_loss_is_not_in_the_records_and_something_must_be_built() -> None:
@@ -426,7 +422,7 @@ def middle(request: pytest.FixtureRequest, digits: Dataset, build: Callable) -> 
 def failing(one: Record, other: Record) -> list[tuple[str, str]]:
     return [
         (rung.stage, rung.tensor)
-        for rung in parity.opening_rungs(([one], [other]))
+        for rung in check_first_steps(Ensemble(one), Ensemble(other))
         if not rung.agrees
     ]
 
@@ -570,16 +566,22 @@ class Pair:
         }
         self.runs = {name: runs[0] for name, runs in members.items()}
         self.twins = {name: runs[1:] for name, runs in members.items()}
-        self.lens = parity.compare(self.runs, {**self.twins}, digits.test_labels)
+        ensembles = {name: Ensemble.of(runs) for name, runs in members.items()}
+        self.comparison = compare(ensembles, digits.test_labels)
+        self.lens = self.comparison.to_json()
+        self.first = self.comparison.first_divergence
         self.built: list[str] = []
 
     def build(self, name: str) -> Any:
         self.built.append(name)
         return self.sides[name]
 
-    def locate(self, lens: dict[str, Any] | None = None, twins: int = 2) -> dict[str, Any] | None:
-        lens = self.lens if lens is None else lens
-        found = locate.locate(lens, self.runs, self.config, self.digits, self.build, twins)
+    def locate(self, first: Divergence | None = None, twins: int = 2) -> dict[str, Any] | None:
+        first = first or self.first
+        location = locate.locate(first, self.runs, self.config, self.digits, self.build, twins)
+        if location is None:
+            return None
+        found = location.to_json()
         assert json.loads(json.dumps(found, allow_nan=False)) == found
         return found
 
@@ -608,12 +610,12 @@ def test_a_fault_that_starts_late_is_found_by_its_step_and_stage(
         found["how"] == f"replayed: both took step {LATE} from the state that torch had before it"
     )
     assert found["message"].startswith(f"update: step {LATE}: {tensor}: torch=")
-    assert found["gap"] > found["bound"] and len(found["offenders"]) == OFFENDERS
+    assert found["gap"] > found["bound"] and len(found["offenders"]) == N_WORST
     assert found["causes"]
     assert sorted(pair.built) == sorted(BACKENDS)
     # Asked for a later step, the replay still names the first that goes wrong.
-    lens = pair.lens | {"first_divergence": first | {"step": LENGTH - 1}}
-    again = pair.locate(lens)
+    assert pair.first is not None
+    again = pair.locate(replace(pair.first, step=LENGTH - 1))
     assert again is not None and again["step"] == LATE
 
 
@@ -625,17 +627,10 @@ def test_without_a_fault_nothing_is_found_and_a_difference_that_grew_is_said_to_
     pair = Pair(build, digits, "float64", None)
     assert pair.lens["verdict"] == "agree"
     assert pair.locate() is None and pair.built == []
-    first = {
-        "step": LATE,
-        "stage": "loss",
-        "tensor": "loss",
-        "gap": 1.0,
-        "bound": 0.1,
-        "message": "m",
-    }
-    found = pair.locate(pair.lens | {"first_divergence": first})
+    first = diverging(LATE, "loss", "loss")
+    found = pair.locate(first)
     assert found is not None
-    assert {name: found[name] for name in first} == first
+    assert found == found | first.to_json()
     assert "built up over many steps" in found["how"]
     assert sorted(pair.built) == sorted(BACKENDS)
 
@@ -656,24 +651,17 @@ def test_only_the_last_steps_before_the_parting_are_replayed(
         return one_step(backend, config, dataset, dtype, snapshot, *rest)
 
     monkeypatch.setattr(locate, "one_step", watched)
-    first = {
-        "step": LATE,
-        "stage": "loss",
-        "tensor": "loss",
-        "gap": 1.0,
-        "bound": 0.1,
-        "message": "m",
-    }
-    found = pair.locate(pair.lens | {"first_divergence": first})
-    assert found is not None and found["step"] == LATE - locate.LOOK_BACK
-    assert set(replayed) == {LATE - locate.LOOK_BACK}
+    first = diverging(LATE, "loss", "loss")
+    found = pair.locate(first)
+    assert found is not None and found["step"] == LATE - locate.REPLAY_STEPS
+    assert set(replayed) == {LATE - locate.REPLAY_STEPS}
 
 
 @pytest.mark.usefixtures("short_chunks")
 def test_in_a_production_lens_a_step_is_judged_by_twins_of_its_own(
     digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locate, "LOOK_BACK", 4)
+    monkeypatch.setattr(locate, "REPLAY_STEPS", 4)
     pair = Pair(
         build,
         digits,
@@ -681,12 +669,12 @@ def test_in_a_production_lens_a_step_is_judged_by_twins_of_its_own(
         from_step(LATE, after=lambda *given: lengthened(100.0 * given[0], *given[1:])),
         1,
     )
-    first = pair.lens["first_divergence"]
-    assert first["step"] >= LATE
-    found = pair.locate(pair.lens | {"first_divergence": first | {"step": LATE + 2}}, twins=1)
+    first = pair.first
+    assert first is not None and first.step >= LATE
+    found = pair.locate(replace(first, step=LATE + 2), twins=1)
     assert found is not None
     assert (found["step"], found["stage"], found["tensor"]) == (LATE, "update", "conv1.bias")
     clean = {name: build(name, pair.config, "float32") for name in BACKENDS}  # the control
     pair.sides = clean
-    found = pair.locate(pair.lens | {"first_divergence": first | {"step": LATE + 2}}, twins=1)
+    found = pair.locate(replace(first, step=LATE + 2), twins=1)
     assert found is not None and "built up over many steps" in found["how"]

@@ -18,22 +18,24 @@ from scipy import stats
 from lockstep.common.config import DTYPES
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.model.perturb import moved, twin_images
+from lockstep.common.verdict.distances import (
+    abs_differences,
+    magnitude,
+    max_difference,
+    max_tensor_difference,
+    scalar_gap,
+    weights_distance,
+)
 from lockstep.common.verdict.statistics import (
     CONFIDENCE,
     FLOOR_ULP,
     PROOF_BOUND,
     SEPARATION,
+    between_and_within,
     bound,
-    correct,
-    gaps,
-    largest,
-    magnitude,
+    distances_of,
+    is_correct,
     paired_difference,
-    scalar_gap,
-    separation,
-    separation_of,
-    tensor_gap,
-    weights_distance,
 )
 
 many = settings(max_examples=200, deadline=None, database=None)
@@ -70,42 +72,50 @@ def test_gap_and_drift_are_what_their_definition_says(
                     furthest = -math.inf
                 if math.isfinite(distance(one, other)):
                     furthest = max(furthest, distance(one, other))
-    found = separation(ours, theirs, scalar_gap)
-    assert found.gap == (closest if math.isfinite(distance(ours[0], theirs[0])) else math.inf)
-    assert found.drift == (math.inf if furthest == -math.inf else furthest)
-    assert separation(theirs, ours, scalar_gap) == found
+    found = between_and_within(ours, theirs, scalar_gap)
+    assert found.between == (closest if math.isfinite(distance(ours[0], theirs[0])) else math.inf)
+    assert found.within == (math.inf if furthest == -math.inf else furthest)
+    assert between_and_within(theirs, ours, scalar_gap) == found
 
 
 def test_gap_and_drift_of_a_worked_example() -> None:
-    found = separation([0.0, 1.0, -2.0], [5.0, 4.0], scalar_gap)
+    found = between_and_within([0.0, 1.0, -2.0], [5.0, 4.0], scalar_gap)
     assert found == (3.0, 3.0)  # 1 and 4; 1 and -2
-    assert separation([0.0], [5.0], scalar_gap) == (5.0, None)
-    assert separation([0.0, 1.0], [5.0], scalar_gap) == (4.0, 1.0)
+    assert between_and_within([0.0], [5.0], scalar_gap) == (5.0, None)
+    assert between_and_within([0.0, 1.0], [5.0], scalar_gap) == (4.0, 1.0)
 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf])
 def test_a_run_that_is_not_finite_is_never_excused_by_its_twins(nothing: float) -> None:
-    assert separation([nothing, 1.0, 1.5], [1.0, 1.2, 1.1], scalar_gap).gap == math.inf
-    assert separation([1.0, 1.5], [nothing, 1.0], scalar_gap).gap == math.inf
-    assert separation([nothing, nothing], [nothing, nothing], scalar_gap) == (math.inf, math.inf)
-    assert separation([0.9, 1.0, 1.5], [1.0, 1.2, 1.1], scalar_gap).gap == 0  # the control
+    assert between_and_within([nothing, 1.0, 1.5], [1.0, 1.2, 1.1], scalar_gap).between == math.inf
+    assert between_and_within([1.0, 1.5], [nothing, 1.0], scalar_gap).between == math.inf
+    assert between_and_within([nothing, nothing], [nothing, nothing], scalar_gap) == (
+        math.inf,
+        math.inf,
+    )
+    assert (
+        between_and_within([0.9, 1.0, 1.5], [1.0, 1.2, 1.1], scalar_gap).between == 0
+    )  # the control
 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf])
 def test_twins_that_are_not_finite_explain_nothing(nothing: float) -> None:
-    assert separation([1.0, nothing, 1.5], [2.0, 2.25], scalar_gap) == (0.5, 0.5)
-    assert separation([1.0, 1.5], [2.0, 2.25], scalar_gap) == (0.5, 0.5)  # as if it were not there
-    assert separation([1.0, nothing], [2.0], scalar_gap) == (
+    assert between_and_within([1.0, nothing, 1.5], [2.0, 2.25], scalar_gap) == (0.5, 0.5)
+    assert between_and_within([1.0, 1.5], [2.0, 2.25], scalar_gap) == (
+        0.5,
+        0.5,
+    )  # as if it were not there
+    assert between_and_within([1.0, nothing], [2.0], scalar_gap) == (
         1.0,
         math.inf,
     )  # nothing is left of them
 
 
 def test_from_distances_as_from_runs() -> None:
-    assert separation_of([3.0, 1.0], [0.5, math.inf]) == (1.0, 0.5)
-    assert separation_of([math.inf, 1.0], [0.5]) == (math.inf, 0.5)
-    assert separation_of([3.0], []) == (3.0, None)
-    assert separation_of([3.0], [math.inf]) == (3.0, math.inf)
+    assert distances_of([3.0, 1.0], [0.5, math.inf]) == (1.0, 0.5)
+    assert distances_of([math.inf, 1.0], [0.5]) == (math.inf, 0.5)
+    assert distances_of([3.0], []) == (3.0, None)
+    assert distances_of([3.0], [math.inf]) == (3.0, math.inf)
 
 
 # --- The permutation test
@@ -113,7 +123,7 @@ def test_from_distances_as_from_runs() -> None:
 Point = np.ndarray
 DISTANCES: dict[str, Callable[[Point, Point], float]] = {
     "of numbers": lambda a, b: scalar_gap(float(a[0]), float(b[0])),
-    "largest of a tensor": lambda a, b: tensor_gap(a, b)[0],
+    "largest of a tensor": lambda a, b: max_tensor_difference(a, b)[0],
     "Euclidean, of all weights": lambda a, b: weights_distance({"w": a}, {"w": b}),
     "of predictions": lambda a, b: float(np.sum(np.round(a) != np.round(b))),
     "same or not": lambda a, b: float(not np.array_equal(a, b)),
@@ -130,7 +140,9 @@ def parted(points: Sequence[Point], distance: Callable[[Point, Point], float]) -
     """In how many of the splits the two sides are told apart."""
     found = 0
     for one, other in splits(len(points) // 2):
-        gap, drift = separation([points[i] for i in one], [points[i] for i in other], distance)
+        gap, drift = between_and_within(
+            [points[i] for i in one], [points[i] for i in other], distance
+        )
         assert drift is not None
         found += gap > drift
     return found
@@ -235,29 +247,33 @@ def test_a_bound_grows_with_each_of_its_parts(
 def test_gaps_are_infinite_where_either_side_is_not_finite() -> None:
     one = np.array([1.0, math.nan, math.inf, math.inf, 1.0, 1e308])
     other = np.array([3.5, math.nan, math.inf, 1.0, -math.inf, -1e308])
-    assert gaps(one, other).tolist() == [2.5, *[math.inf] * 5]
+    assert abs_differences(one, other).tolist() == [2.5, *[math.inf] * 5]
 
 
 def test_the_largest_gap_comes_with_both_values_there() -> None:
     one, other = np.array([1.0, 2.0, 3.0]), np.array([1.5, -2.0, 3.0])
-    assert largest(one, other) == (4.0, (2.0, -2.0))
-    assert largest(np.zeros(0), np.zeros(0)) == (0.0, None)
+    assert max_difference(one, other) == (4.0, (2.0, -2.0))
+    assert max_difference(np.zeros(0), np.zeros(0)) == (0.0, None)
     other[0] = math.inf
-    assert largest(one, other) == (math.inf, (1.0, math.inf))
+    assert max_difference(one, other) == (math.inf, (1.0, math.inf))
 
 
 def test_tensors_that_are_not_alike_are_infinitely_far_apart() -> None:
     array = np.ones((2, 3))
-    assert tensor_gap(array, array + 0.5) == (0.5, (1.0, 1.5))
+    assert max_tensor_difference(array, array + 0.5) == (0.5, (1.0, 1.5))
     for other in (None, np.ones((3, 2)), np.ones(6), np.ones((2, 3), np.float32)):
-        assert tensor_gap(array, other) == tensor_gap(other, array) == (math.inf, None)
-    assert tensor_gap(None, None) == (math.inf, None)
+        assert (
+            max_tensor_difference(array, other)
+            == max_tensor_difference(other, array)
+            == (math.inf, None)
+        )
+    assert max_tensor_difference(None, None) == (math.inf, None)
 
 
 def test_gaps_are_measured_in_float64() -> None:
     one, other = (np.array(value, ml_dtypes.bfloat16) for value in (256.0, 1.0))
-    assert tensor_gap(one, other)[0] == 255.0  # in bfloat16 it would be 256
-    assert tensor_gap(np.array(2**53), np.array(0))[0] == 2.0**53
+    assert max_tensor_difference(one, other)[0] == 255.0  # in bfloat16 it would be 256
+    assert max_tensor_difference(np.array(2**53), np.array(0))[0] == 2.0**53
 
 
 @many
@@ -309,10 +325,10 @@ def test_no_bound_grows_on_a_magnitude_that_is_not_finite() -> None:
 
 def test_an_image_without_a_prediction_was_not_recognised() -> None:
     labels = np.array([0, 1, 2, 0])
-    assert correct(np.array([0, 1, 1, 0]), labels).tolist() == [True, True, False, True]
-    assert correct(np.array([0, 1]), labels).tolist() == [True, True, False, False]
-    assert correct(np.array([0, 1, 2, 0, 0, 1]), labels).tolist() == [True] * 4
-    assert correct(np.zeros(0, np.int64), labels).tolist() == [False] * 4
+    assert is_correct(np.array([0, 1, 1, 0]), labels).tolist() == [True, True, False, True]
+    assert is_correct(np.array([0, 1]), labels).tolist() == [True, True, False, False]
+    assert is_correct(np.array([0, 1, 2, 0, 0, 1]), labels).tolist() == [True] * 4
+    assert is_correct(np.zeros(0, np.int64), labels).tolist() == [False] * 4
 
 
 def recognised(both: int, first: int, second: int, none: int) -> tuple[np.ndarray, np.ndarray]:
@@ -500,13 +516,16 @@ def test_the_calmer_side_may_be_asked_so_that_a_coarser_program_does_not_excuse_
         return abs(one - other)
 
     fine, coarse = [0.0, 1e-7, 2e-7], [0.5, 0.7, 0.9]
-    assert separation(fine, coarse, distance) == (pytest.approx(0.5 - 2e-7), pytest.approx(0.4))
+    assert between_and_within(fine, coarse, distance) == (
+        pytest.approx(0.5 - 2e-7),
+        pytest.approx(0.4),
+    )
     for sides in ((fine, coarse), (coarse, fine)):
-        assert separation(*sides, distance, calmer=True) == (
+        assert between_and_within(*sides, distance, smaller_spread=True) == (
             pytest.approx(0.5 - 2e-7),
             pytest.approx(2e-7),
         )
-    assert separation(fine, [0.5], distance, calmer=True).drift == pytest.approx(
+    assert between_and_within(fine, [0.5], distance, smaller_spread=True).within == pytest.approx(
         2e-7
     )  # one side has no twins
-    assert separation([0.0], [0.5], distance, calmer=True).drift is None
+    assert between_and_within([0.0], [0.5], distance, smaller_spread=True).within is None

@@ -1,0 +1,237 @@
+"""What a comparison of two runs found, typed; `to_json` gives an entry of report.json's `lenses`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from lockstep.common.verdict.check import Check, finite
+from lockstep.common.verdict.distances import scalar_gap
+from lockstep.common.verdict.statistics import PairedDifference
+
+Verdict = Literal["agree", "disagree", "single"]
+
+
+class Rule(TypedDict, total=False):
+    """How the bounds were set: a sentence, and the constants in it."""
+
+    rule: str
+    relative: float
+    separation: float
+    separation_images: float
+    floor_ulp: float
+    flip_share: float
+    images: int
+    twins: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first check that two runs fail."""
+
+    step: int
+    stage: str
+    tensor: str
+    gap: float
+    bound: float
+    names: tuple[str, ...]  # of the two backends
+    values: tuple[float, float] | None = None  # of both runs
+
+    @property
+    def message(self) -> str:
+        """One line: stage, step, tensor, both values, and the gap with its bound."""
+        text = f"{self.stage}: step {self.step}: "
+        if self.tensor != self.stage:
+            text += f"{self.tensor}: "
+        if self.values:
+            shown = zip(self.names, format_distinct(*self.values), strict=True)
+            text += " ".join(f"{name}={value}" for name, value in shown) + ", "
+        return text + f"gap {self.gap:.1e} > {self.bound:.1e}"
+
+    def to_json(self) -> dict[str, Any]:
+        values: tuple[float | None, float | None] = self.values or (None, None)
+        return {
+            "step": self.step,
+            "stage": self.stage,
+            "tensor": self.tensor,
+            "gap": finite(self.gap),
+            "bound": finite(self.bound),
+            **{name: finite(value) for name, value in zip(self.names, values, strict=True)},
+            "message": self.message,
+        }
+
+
+def divergence(check: Check, names: Sequence[str]) -> Divergence:
+    """Where two runs diverge: `check`, which failed.
+
+    Args:
+        names: of the two backends.
+    """
+    # The check of a range of steps has the gap of the whole range; this names that of its step.
+    at_step = check.start is not None and check.tensor != "mean loss"
+    gap = scalar_gap(*check.values) if at_step and check.values is not None else check.gap
+    return Divergence(
+        check.step, check.stage, check.tensor, gap, check.bound, tuple(names), check.values
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a tensor in both runs."""
+
+    index: tuple[int, ...]
+    values: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where two runs diverge, what the tensor there looks like, and what usually causes it."""
+
+    divergence: Divergence
+    method: str  # how it was found
+    pattern: str | None  # how one tensor is made of the other, where that can be seen
+    worst_entries: tuple[Entry, ...]
+    causes: tuple[str, ...]  # the likeliest first
+
+    def to_json(self) -> dict[str, Any]:
+        names = self.divergence.names
+        return {
+            **self.divergence.to_json(),
+            "how": self.method,
+            "pattern": self.pattern,
+            "offenders": [
+                {"index": list(entry.index)}
+                | {name: finite(value) for name, value in zip(names, entry.values, strict=True)}
+                for entry in self.worst_entries
+            ],
+            "causes": list(self.causes),
+        }
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is reported of one run."""
+
+    final_loss: float
+    test_loss: float
+    accuracy: float
+    class_accuracy: dict[str, float | None]  # None for a class without test images
+    steps_per_second: float
+    seconds: float
+    nonfinite_step: int | None  # where the run ended early
+    segments: list[dict[str, Any]]  # of a run that was resumed
+
+
+@dataclass(frozen=True)
+class TwinSummary:
+    """How far one twin is from its run."""
+
+    max_loss_gap: float
+    predictions_equal: int
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Two runs compared in one precision, or one run described. It is true if the runs agree, and
+    shown as the place where they diverge if not."""
+
+    dtype: str
+    steps: int
+    verdict: Verdict
+    runs: dict[str, RunSummary]  # by backend
+    predictions_total: int
+    rule: Rule
+    checks: tuple[Check, ...] = ()  # at one moment of the run
+    windows: tuple[Check, ...] = ()  # over a range of steps
+    first_divergence: Divergence | None = None
+    score: float | None = None  # the largest share of a bound that was used; 1 is all of it
+    max_loss_gap: float | None = None
+    predictions_equal: int | None = None
+    twins: Mapping[str, tuple[TwinSummary, ...]] | None = None  # by backend
+    short_twins: Mapping[str, int] | None = None  # by backend, how many
+    class_differences: Mapping[str, PairedDifference] | None = None
+    location: Location | None = None
+
+    def __bool__(self) -> bool:
+        return self.verdict == "agree"
+
+    def __repr__(self) -> str:
+        if self:
+            return f"the runs agree: {self.dtype}, {self.steps} steps"
+        if self.location is not None:
+            found = self.location
+            causes = "".join(f"; likely {cause}" for cause in found.causes[:1])
+            return (
+                f"the {self.dtype} runs diverge: {found.divergence.message} "
+                f"({found.method}){causes}"
+            )
+        if self.first_divergence is not None:
+            return f"the {self.dtype} runs diverge: {self.first_divergence.message}"
+        return f"one run: {self.dtype}, {self.steps} steps"
+
+    @property
+    def nonfinite_step(self) -> int | None:
+        """The step whose loss is not finite, if it is the same one in all runs."""
+        return common_nonfinite_step(run.nonfinite_step for run in self.runs.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of report.json's `lenses`."""
+        runs = self.runs
+        twins = self.twins or {}
+        found: dict[str, Any] = {
+            "dtype": self.dtype,
+            "steps": self.steps,
+            "broken": {name: run.nonfinite_step for name, run in runs.items()},
+            "legs": {name: run.segments for name, run in runs.items()},
+            "verdict": self.verdict,
+            "max_abs_loss_gap": finite(self.max_loss_gap),
+            "bound": dict(self.rule),
+            "first_divergence": self.first_divergence and self.first_divergence.to_json(),
+            "ladder": [check.to_json() for check in self.checks],
+            "stretches": [check.to_json() for check in self.windows],
+            "final_loss": {name: finite(run.final_loss) for name, run in runs.items()},
+            "test_loss": {name: finite(run.test_loss) for name, run in runs.items()},
+            "accuracy": {name: run.accuracy for name, run in runs.items()},
+            "per_class_accuracy": {name: run.class_accuracy for name, run in runs.items()},
+            "predictions_equal": self.predictions_equal,
+            "predictions_total": self.predictions_total,
+            "twins": {
+                name: [
+                    {
+                        "max_abs_loss_gap": finite(twin.max_loss_gap),
+                        "predictions_equal": twin.predictions_equal,
+                    }
+                    for twin in twins.get(name, ())
+                ]
+                for name in runs
+            },
+            "steps_per_second": {name: finite(run.steps_per_second) for name, run in runs.items()},
+            "seconds": {name: finite(run.seconds) for name, run in runs.items()},
+        }
+        if self.verdict != "single":
+            found["score"] = finite(self.score)
+            found["beginners"] = dict(self.short_twins or {})
+            found["class_differences"] = dict(self.class_differences or {})
+        if self.location is not None:
+            found["located"] = self.location.to_json()
+        return found
+
+
+def common_nonfinite_step(steps: Iterable[int | None]) -> int | None:
+    """The step at which all runs ended early, if it is the same one.
+
+    Args:
+        steps: per run, the step whose loss is not finite; None if there is none.
+    """
+    found = set(steps)
+    return found.pop() if len(found) == 1 else None
+
+
+def format_distinct(a: float, b: float) -> tuple[str, str]:
+    """Both values, in as few digits as show a difference."""
+    for digits in range(6, 18):
+        texts = f"{a:.{digits}g}", f"{b:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts

@@ -1,0 +1,132 @@
+"""The first steps of two runs, compared tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from lockstep.common.dtypes import compute_dtype
+from lockstep.common.protocol import STAGES
+from lockstep.common.runs.ensemble import Ensemble
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.distances import magnitude, max_tensor_difference
+from lockstep.common.verdict.statistics import (
+    FLIP_SHARE,
+    MAX_NEAR_ZERO,
+    NEAR_ZERO_ULP,
+    between_and_within,
+    bound,
+)
+
+STATISTICS = (".mean", ".var")  # running ones, of what was computed
+
+
+def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = False) -> list[Check]:
+    """Data and initial weights, which must be the same bits; then the first steps, tensor by
+    tensor.
+
+    Args:
+        a, b: the runs, their twins, and their short twins.
+        use_twins_in_float64: let twins set the bound in float64, too. At the start of a run they
+            are not needed; late in one, where p - y cancels in a well-fitted network's gradient,
+            rounding exceeds 1e-12 of what is left.
+    """
+    first, second = a.run, b.run
+    sides = [[*side.records, *side.short_twins] for side in (a, b)]
+    near_zero = min(
+        NEAR_ZERO_ULP * float(ml_dtypes.finfo(compute_dtype(first.dtype)).eps), MAX_NEAR_ZERO
+    )
+    checks = []
+    for name in sorted(first.weights | second.weights):
+        gap, values = max_tensor_difference(first.weights.get(name), second.weights.get(name))
+        checks.append(Check(0, "weights", name, gap, 0.0, values=values))
+    for key in sorted(first.opening | second.opening, key=causal_order(first)):
+        step, stage, tensor = key.split("/", 2)
+        tensors = first.opening.get(key), second.opening.get(key)
+        if stage == "forward" and any(tensor is None for tensor in tensors):
+            continue  # the layer is the user's own on one side: its activations are not known
+        gap, values = max_tensor_difference(*tensors)
+        if stage == "data":
+            checks.append(Check(int(step), stage, tensor, gap, 0.0, values=values))
+            continue
+        spread = None
+        if first.dtype != "float64" or use_twins_in_float64:
+            ours, theirs = ([record.opening.get(key) for record in side] for side in sides)
+            gap, spread = between_and_within(
+                ours, theirs, lambda x, y: max_tensor_difference(x, y)[0], smaller_spread=True
+            )
+        scale = max(map(magnitude, tensors))
+        if scale < near_zero * (largest := _stage_magnitude(first, step, stage)):
+            scale = largest
+        stored = (
+            stage == "update"
+            and not tensor.startswith("momentum of ")
+            and not tensor.endswith(STATISTICS)
+        )
+        limit = bound(
+            first.dtype,
+            spread,
+            scale,
+            flip_allowance(first, second, int(step), stage, tensor),
+            stored,
+        )
+        checks.append(Check(int(step), stage, tensor, gap, limit, spread, values))
+    return sorted(checks, key=lambda r: (r.step, STAGES.index(r.stage)))
+
+
+def _stage_magnitude(record: Record, step: str, stage: str) -> float:
+    """The largest gradient, or momentum, of a step; 0 for other stages."""
+    prefix = {"backward": f"{step}/backward/", "update": f"{step}/update/momentum of "}.get(stage)
+    found = [
+        array
+        for key, array in record.opening.items()
+        if prefix is not None and key.startswith(prefix)
+    ]
+    return max(map(magnitude, found), default=0.0)
+
+
+def flip_allowance(first: Record, second: Record, step: int, stage: str, tensor: str) -> float:
+    """What a ReLU flipped by rounding may do to a tensor of the first steps."""
+    if stage in ("forward", "loss"):
+        return FLIP_SHARE * min(_loss_per_step(record, step) for record in (first, second))
+    if stage == "backward":
+        return FLIP_SHARE * magnitude(first.opening.get(f"{step}/backward/{tensor}"))
+    # An update may differ by what its gradients were seen to differ, and no more.
+    parameter = tensor.removeprefix("momentum of ")
+    keys = [f"{earlier}/backward/{parameter}" for earlier in range(step + 1)]
+    seen = sum(
+        max_tensor_difference(first.opening.get(key), second.opening.get(key))[0] for key in keys
+    )
+    factor = 1.0 if tensor != parameter else magnitude(first.lr[: step + 1])
+    return factor * seen if math.isfinite(seen) else 0.0
+
+
+def _loss_per_step(record: Record, steps: int) -> float:
+    """How much one of the first `steps` updates may move the loss, to first order: lr g^2, kept on
+    by momentum."""
+    kept = 1 / (1 - min(record.config["momentum"], 0.99))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return magnitude(kept * record.lr[:steps] * record.gradient_norm[:steps] ** 2)
+
+
+def causal_order(record: Record) -> Callable[[str], tuple[int, int, int, str]]:
+    """Sorts "<step>/<stage>/<tensor>" as a difference travels: forward through the layers, backward
+    against them."""
+    layers = {tensor: place for place, tensor in enumerate(record.layers)}
+
+    def position(key: str) -> tuple[int, int, int, str]:
+        step, stage, tensor = key.split("/", 2)
+        layer = tensor.removeprefix("momentum of ").rpartition(".")[0]
+        place = {"forward": layers.get(tensor, 0), "backward": -layers.get(layer, 0)}.get(stage, 0)
+        return (
+            int(step),
+            STAGES.index(stage),
+            place,
+            f"{not tensor.startswith('momentum')} {tensor}",
+        )  # buffers first
+
+    return position
