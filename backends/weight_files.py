@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 from lockstep import backends
 from lockstep.common.errors import BackendError, DataError
 from lockstep.common.model.weight_files import (
-    Claim,
     Shapes,
-    check_claims,
+    TensorHeader,
+    check_headers,
     check_numbers,
     check_size,
-    damaged,
-    reading,
-    room_for,
+    damaged_file,
+    reader_errors,
+    size_limit,
     size_of,
 )
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs import checkpoint, record
-from lockstep.common.system.storage import read_tensors, write_whole
+from lockstep.common.system.storage import read_tensors, write_atomic
 
 ENDINGS = {
     "torch": (".pt", ".pth", ".bin"),
@@ -110,7 +110,7 @@ def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> 
 
         from safetensors.torch import save
 
-        write_whole(path, save(tensors, metadata={"format": "pt"}))
+        write_atomic(path, save(tensors, metadata={"format": "pt"}))
     else:
         _of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays, model)
 
@@ -136,44 +136,46 @@ def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
     from safetensors import safe_open
 
     size = size_of(path)
-    check_size(path, size, room_for(shapes, OWN_ROOM))
-    with reading(path, KIND):
+    check_size(path, size, size_limit(shapes, OWN_ROOM))
+    with reader_errors(path, KIND):
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:
-            raise damaged(path, KIND, f"a header of {header:,} bytes")
+            raise damaged_file(path, KIND, f"a header of {header:,} bytes")
         with safe_open(path, framework="numpy") as file:
             metadata, names = file.metadata() or {}, file.keys()
             slices = {name: file.get_slice(name) for name in names}
-            claims = {
-                name: Claim(tuple(s.get_shape()), _dtype(s.get_dtype()))
+            headers = {
+                name: TensorHeader(tuple(s.get_shape()), _dtype(s.get_dtype()))
                 for name, s in slices.items()
             }
         if {"facts", "digest"} <= metadata.keys():
-            return _read_own(path, claims, shapes)
-        check_size(path, size, room_for(shapes))
-        if any(name.endswith(".weight") for name in claims):
+            return _read_own(path, headers, shapes)
+        check_size(path, size, size_limit(shapes))
+        if any(name.endswith(".weight") for name in headers):
             torch = _of("torch")
-            check_claims(path, torch.without_others(claims, model), torch.own_shapes(shapes, model))
+            check_headers(
+                path, torch.without_others(headers, model), torch.own_shapes(shapes, model)
+            )
             with safe_open(path, framework="pt") as file:
-                arrays = torch.from_own({name: file.get_tensor(name) for name in claims}, model)
+                arrays = torch.from_own({name: file.get_tensor(name) for name in headers}, model)
         else:
-            check_claims(path, claims, shapes)
+            check_headers(path, headers, shapes)
             with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in claims}
+                arrays = {name: file.get_tensor(name) for name in headers}
     check_numbers(path, arrays)
     return arrays
 
 
-def _read_own(path: Path, claims: Mapping[str, Claim], shapes: Shapes) -> Arrays:
+def _read_own(path: Path, headers: Mapping[str, TensorHeader], shapes: Shapes) -> Arrays:
     """The parameters after the last step in a record or a checkpoint of Lockstep's."""
-    own = next((own for own in OWN if any(name.startswith(own.group) for name in claims)), OWN[0])
+    own = next((own for own in OWN if any(name.startswith(own.group) for name in headers)), OWN[0])
     mine = {
         name.removeprefix(own.group): claim
-        for name, claim in claims.items()
+        for name, claim in headers.items()
         if name.startswith(own.group)
     }
-    check_claims(path, mine, shapes)
+    check_headers(path, mine, shapes)
     _, arrays = read_tensors(path, own.schema, own.what, "give another file with --weights")
     arrays = {name: arrays[own.group + name] for name in mine}
     check_numbers(path, arrays)

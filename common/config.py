@@ -30,7 +30,7 @@ FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 AUGMENTATIONS = ("crop-flip",)
 # Left out of a configuration's JSON where they have their default, so that runs from before they
 # were there keep their fingerprints.
-LEFT_OUT = ("weights", "pair", "clip_norm", "label_smoothing", "augment")
+OMIT_IF_DEFAULT = ("weights", "pair", "clip_norm", "label_smoothing", "augment")
 
 # Which options each schedule takes. All counts are in optimizer steps, but `patience` and
 # `cooldown`, in windows.
@@ -313,9 +313,9 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and strings; schedule options that do not apply are left out, and defaults
-        of LEFT_OUT."""
+        of OMIT_IF_DEFAULT."""
         fields = dataclasses.asdict(self)
-        for name in LEFT_OUT:
+        for name in OMIT_IF_DEFAULT:
             if fields[name] == getattr(type(self), name):
                 del fields[name]
         fields["schedule"] = {
@@ -350,7 +350,7 @@ def _from_json(cls: Any, fields: Any) -> Any:
     for name, kind in kinds.items():
         options, value = (
             get_args(kind) or (kind,),
-            fields.get(name, getattr(cls, name) if name in LEFT_OUT else None),
+            fields.get(name, getattr(cls, name) if name in OMIT_IF_DEFAULT else None),
         )
         if kind is Schedule:
             value = _from_json(Schedule, value)

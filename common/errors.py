@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-SHOWN = 4  # names in one line
+MAX_SHOWN = 4  # names in one line
 
 
 class LockstepError(Exception):
@@ -49,10 +49,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {proposal}? Or {there_are}" if proposal else there_are
 
 
-def few(names: Iterable[str], between: str = ", ") -> str:
+def shorten(names: Iterable[str], between: str = ", ") -> str:
     """Some names in one line, none of them longer than half of it, and none that commands the
     terminal."""
     names = [printable(name) for name in names]
     names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
-    more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return between.join(names[:SHOWN]) + more
+    more = f"{between}and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return between.join(names[:MAX_SHOWN]) + more

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lockstep.common.protocol import Arrays
     from lockstep.common.report import Terminal
     from lockstep.common.runs.ensemble import Ensembles
-    from lockstep.common.runs.parallel import Other
+    from lockstep.common.runs.parallel import WorkerProcess
     from lockstep.common.runs.record import Record
     from lockstep.common.runs.request import Plan
     from lockstep.common.runs.trainer import Family, Trainer
@@ -148,7 +148,7 @@ def request(
         raise ConfigError(f"dtypes must be some of {', '.join(DTYPES)}")
     config = base.config if config is None else config
     if model is not None:
-        config = dataclasses.replace(config, model=model, pair=pairs.source(model))
+        config = dataclasses.replace(config, model=model, pair=pairs.source_digest(model))
     return Request(
         config=config,
         dtypes=dtypes,
@@ -190,8 +190,8 @@ def compare(wanted: Request, backends: BackendPackage, terminal: Terminal | None
     if wanted.tensorboard is not None:
         reports.check_tensorboard()
         storage.check_writable(wanted.tensorboard, "--tensorboard")
-    with parallel.Other(
-        parallel.likely(wanted.config, wanted.backends, wanted.device), backends.load
+    with parallel.WorkerProcess(
+        parallel.may_use_worker(wanted.config, wanted.backends, wanted.device), backends.load
     ) as other:
         return prepare_and_train(wanted, backends, terminal, other)
 
@@ -240,7 +240,7 @@ def check_folder(folder: Path) -> None:
 
 
 def prepare_and_train(
-    wanted: Request, backends: BackendPackage, terminal: Terminal, other: Other
+    wanted: Request, backends: BackendPackage, terminal: Terminal, other: WorkerProcess
 ) -> Result:
     """Read the data, check the networks, and train.
 
@@ -249,7 +249,7 @@ def prepare_and_train(
     """
     from lockstep.common import data
     from lockstep.common.runs import request as plans
-    from lockstep.common.runs.trainer import Interrupted, Trainer, how_to_go_on, other_runs
+    from lockstep.common.runs.trainer import Interrupted, Trainer, find_runs, resume_hint
     from lockstep.common.system import storage
 
     plan, names = wanted.plan, wanted.backends
@@ -277,9 +277,9 @@ def prepare_and_train(
             )
     folder = wanted.resume or wanted.out
     folder = folder or RUNS / f"{wanted.recipe}-{config.fingerprint(dataset.digest)}"
-    with storage.claimed(folder):
+    with storage.lock_folder(folder):
         others = [name for name in BACKENDS if name not in names or wanted.keep_records]
-        found = other_runs(folder, wanted.dtypes, others, config, dataset, terminal.line)
+        found = find_runs(folder, wanted.dtypes, others, config, dataset, terminal.line)
         trainer = Trainer(
             folder,
             config,
@@ -290,16 +290,16 @@ def prepare_and_train(
             wanted.log_every,
             checkpoint_every(wanted.checkpoint_every, config),
             resumed=plan is not None,
-            takes_over=plan is not None and len(names) == 1,
+            continue_other_backend=plan is not None and len(names) == 1,
         )
         if plan is None and not wanted.keep_records:
-            trainer.refuse_to_lose(names, wanted.dtypes)
+            trainer.check_not_overwriting(names, wanted.dtypes)
             plans.write(make_plan(wanted, config, dataset), folder)
         try:
             return train_and_compare(wanted, trainer, found, device, other)
         except KeyboardInterrupt as interruption:
             raise Interrupted(
-                "; ".join(filter(None, [str(interruption), how_to_go_on(folder)]))
+                "; ".join(filter(None, [str(interruption), resume_hint(folder)]))
             ) from None
 
 
@@ -308,7 +308,7 @@ def train_and_compare(
     trainer: Trainer,
     found: dict[str, Family],
     device: str,
-    other: Other,
+    other: WorkerProcess,
 ) -> Result:
     """Everything that is written to the run's folder.
 
@@ -317,7 +317,7 @@ def train_and_compare(
     """
     from lockstep.common.runs import parallel
     from lockstep.common.runs.ensemble import Ensemble
-    from lockstep.common.runs.trainer import Interrupted, explained
+    from lockstep.common.runs.trainer import Interrupted, backend_errors
     from lockstep.common.verdict import locate
     from lockstep.common.verdict.judge import judge
 
@@ -333,8 +333,10 @@ def train_and_compare(
         dtype: [None, *range(1, 1 + (0 if dtype == "float64" else wanted.twins))]
         for dtype in ensembles
     }
-    worker_backend = parallel.choose(trainer, names, device, itertools.chain(*ensembles.values()))
-    training = parallel.Beside(trainer, other, worker_backend, members)
+    worker_backend = parallel.choose_worker_backend(
+        trainer, names, device, itertools.chain(*ensembles.values())
+    )
+    training = parallel.ParallelTraining(trainer, other, worker_backend, members)
     try:
         with training:
             if training.name is not None:
@@ -345,7 +347,7 @@ def train_and_compare(
                         for name in names
                         if name != training.name
                     }
-                with interrupt.patient():
+                with interrupt.deferred():
                     # Half a second, in which the other one may be done.
                     importlib.import_module("matplotlib.figure")
             for dtype, ensemble in ensembles.items():
@@ -353,7 +355,10 @@ def train_and_compare(
                     if name not in ensemble:
                         ensemble[name] = Ensemble.of(training.train(name, dtype))
                 ensembles[dtype] = in_order(ensemble)
-                more, begin = trainer.more(dtype, names), trainer.begin(dtype, names)
+                more, begin = (
+                    trainer.train_twins(dtype, names),
+                    trainer.train_first_steps(dtype, names),
+                )
                 comparisons.append(judge(ensembles[dtype], more, dataset.test_labels, begin))
         if interrupt.requested():
             raise Interrupted("it was stopped after the last run")
@@ -391,7 +396,7 @@ def train_and_compare(
         comparison = comparisons[disagreement]
         dtype = comparison.dtype
         terminal.line(f"Looking for where the {dtype} runs diverge")
-        with explained(" and ".join(runs[dtype])):
+        with backend_errors(" and ".join(runs[dtype])):
             location = locate.locate(
                 comparison.first_divergence,
                 runs[dtype],
@@ -415,7 +420,7 @@ def write_reports(
     report: dict[str, Any],
     runs: dict[str, dict[str, Record]],
     twins: dict[str, Family],
-    other: Other,
+    other: WorkerProcess,
 ) -> None:
     """report.json, report.html, the pictures, TensorBoard's files, and the terminal's lines."""
     from lockstep.common import data
@@ -475,7 +480,7 @@ def choose_device(
     names: Sequence[str],
     terminal: Terminal,
     device: str,
-    other: Other | None = None,
+    other: WorkerProcess | None = None,
 ) -> str:
     """The device for all of `names`: "auto" means the GPU only if each of them finds it.
 
@@ -487,7 +492,7 @@ def choose_device(
     build = functools.partial(backends.build, config, len(dataset.classes), device, "off")
     here = {name: functools.partial(parallel.view, build, name) for name in names}
     there = {
-        name: other.view(build, name) for name in names if other and name == parallel.NAME
+        name: other.view(build, name) for name in names if other and name == parallel.WORKER_BACKEND
     }  # at the same time
     views = {name: look() for name, look in (here | there).items()}
     if len(views) == 2:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.common.config import DTYPES, LEFT_OUT, RECIPES, SCHEDULES, Config, Schedule
+from lockstep.common.config import DTYPES, OMIT_IF_DEFAULT, RECIPES, SCHEDULES, Config, Schedule
 from lockstep.common.errors import ConfigError
 
 IMAGES = 1437  # of the digits: no batch size but 1, 3, 479 and 1437 divides it
@@ -234,7 +234,7 @@ def test_a_configuration_as_json_is_plain_and_leaves_out_what_does_not_apply(kin
     values = Config(schedule=Schedule(kind)).resolve(IMAGES).to_json()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert set(values["schedule"]) == {"kind", *SCHEDULES[kind]}
-    assert set(values) == {field.name for field in dataclasses.fields(Config)} - {*LEFT_OUT}
+    assert set(values) == {field.name for field in dataclasses.fields(Config)} - {*OMIT_IF_DEFAULT}
 
 
 def test_runs_from_before_an_option_was_there_keep_their_fingerprint() -> None:
@@ -242,14 +242,14 @@ def test_runs_from_before_an_option_was_there_keep_their_fingerprint() -> None:
     assert (
         config.fingerprint("d") == "0d07d4193db1"
     )  # as of the version with `weights` for its last field
-    assert not config.to_json().keys() & {*LEFT_OUT}
-    for name in LEFT_OUT:
+    assert not config.to_json().keys() & {*OMIT_IF_DEFAULT}
+    for name in OMIT_IF_DEFAULT:
         changed = dataclasses.replace(config, **{name: OTHER[name]})
         assert changed.to_json()[name] == OTHER[name]
         assert changed.fingerprint("d") != config.fingerprint("d")
 
 
-@pytest.mark.parametrize("name", [*LEFT_OUT, None])
+@pytest.mark.parametrize("name", [*OMIT_IF_DEFAULT, None])
 def test_a_configuration_goes_through_json_and_back(name: str | None) -> None:
     config = dataclasses.replace(BASE, **({name: OTHER[name]} if name else {})).resolve(IMAGES)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config

@@ -161,9 +161,9 @@ class Training:
         from lockstep.common.model.initial_weights import initial_weights
         from lockstep.common.protocol import Snapshot
         from lockstep.common.runs import training
-        from lockstep.common.runs.record import OPENING_STEPS
+        from lockstep.common.runs.record import FIRST_STEPS
 
-        steps = OPENING_STEPS + ENDLESS
+        steps = FIRST_STEPS + ENDLESS
         config = Config(
             lr=0.001,
             momentum=0.9,
@@ -184,7 +184,7 @@ class Training:
             config, len(images), bytes_per_image=3072 * compute_dtype(job.dtype).itemsize
         )
         # chunks of one step; the next one is as long as all others will be
-        self.opening = OPENING_STEPS + 1
+        self.opening = FIRST_STEPS + 1
 
     def calls(self) -> Iterator[Done]:
         for indices in self.chunks:

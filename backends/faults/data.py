@@ -141,7 +141,7 @@ def flipped_before_cropping(patch: SetAttr, config: Config, dataset: Dataset) ->
     is on the right."""
     right = augment.crop_flip
 
-    def flipped_first(images: np.ndarray, given: augment.Draws) -> np.ndarray:
+    def flipped_first(images: np.ndarray, given: augment.CropFlip) -> np.ndarray:
         mirrored = np.where(given.flip[..., None, None, None], images[..., ::-1, :], images)
         return right(mirrored, given._replace(flip=np.zeros_like(given.flip)))
 
@@ -162,7 +162,9 @@ def padded_after_normalising(patch: SetAttr, config: Config, dataset: Dataset) -
         config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: Any
     ) -> np.ndarray:
         normalised = data.normalise(images[indices], dtype)
-        return augment.crop_flip(normalised, augment.drawn(config, len(images), indices, step))
+        return augment.crop_flip(
+            normalised, augment.parameters_for(config, len(images), indices, step)
+        )
 
     patch(augment, "batches", late)
 

@@ -21,7 +21,7 @@ from lockstep.backends.flax_backend.layers import (
 )
 from lockstep.common import protocol
 from lockstep.common.config import MODELS
-from lockstep.common.errors import ConfigError, few
+from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
 
@@ -54,7 +54,7 @@ def build(model: str, classes: int, device: str) -> Network:
         # shapes only: no weight is drawn
         module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))
         return take_apart(module, {})
-    with pair.trying(model, "flax", "build"):
+    with pair.user_code_errors(model, "flax", "build"):
         module = network(classes, rngs=nnx.Rngs(0))
     if not isinstance(module, nnx.Module):
         raise ConfigError(
@@ -151,7 +151,7 @@ def examine(model: str, network: Network, classes: int) -> None:
         name: jnp.asarray(array) for name, array in initial_weights(shapes, 0, "float32").items()
     }
     outputs = []
-    with pair.trying(model, "flax", f"take images {IMAGES}"):
+    with pair.user_code_errors(model, "flax", f"take images {IMAGES}"):
         for _ in range(2):
             module = nnx.merge(
                 network.training,
@@ -168,13 +168,13 @@ def examine(model: str, network: Network, classes: int) -> None:
         )
     drawn = changes(before, module, nnx.RngState)
     if drawn or not jnp.array_equal(outputs[0], outputs[1]):
-        where = f" ({few(drawn)})" if drawn else ""
+        where = f" ({shorten(drawn)})" if drawn else ""
         raise ConfigError(
-            f"--model {model}: flax's module draws its own random numbers{where}: {pair.NO_DRAWS}"
+            f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
         )
     if changed := changes(before, module, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat))):
         raise ConfigError(
-            f"--model {model}: flax's forward pass changes {few(changed)}: {pair.NO_STATE}"
+            f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"
         )
 
 

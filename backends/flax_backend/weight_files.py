@@ -15,16 +15,16 @@ from tensorstore import KvStore, TensorStore
 
 from lockstep.backends.flax_backend import convert
 from lockstep.backends.flax_backend.user_module import build
-from lockstep.common.errors import DataError, RecordError, few
+from lockstep.common.errors import DataError, RecordError, shorten
 from lockstep.common.model.weight_files import (
-    Claim,
     Shapes,
-    check_claims,
+    TensorHeader,
+    check_headers,
     check_numbers,
     check_size,
-    damaged,
-    reading,
-    room_for,
+    damaged_file,
+    reader_errors,
+    size_limit,
     size_of,
 )
 from lockstep.common.protocol import Arrays
@@ -46,14 +46,14 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
         DataError: if the folder is damaged, or does not hold exactly the network's parameters.
     """
     folder = find_checkpoint(path)
-    check_size(folder, size_of(folder), room_for(shapes))
-    with reading(path, KIND):
+    check_size(folder, size_of(folder), size_limit(shapes))
+    with reader_errors(path, KIND):
         stores = open_arrays(folder)
         if not stores:
-            raise damaged(path, KIND, "no arrays")
+            raise damaged_file(path, KIND, "no arrays")
         names = canonical_names(model)
         stores = {names.get(own, own): store for own, store in stores.items()}
-        check_claims(path, read_claims(path, stores), shapes)
+        check_headers(path, read_claims(path, stores), shapes)
         arrays = {name: np.array(store.read().result()) for name, store in stores.items()}
     check_numbers(path, arrays)
     return arrays
@@ -104,27 +104,27 @@ def find_checkpoint(path: Path) -> Path:
     path = path.resolve()
     found = [path] if (path / MARK).exists() else sorted(mark.parent for mark in path.rglob(MARK))
     if len(found) != 1:
-        names = few(str(folder.relative_to(path)) for folder in found) or "none in it"
+        names = shorten(str(folder.relative_to(path)) for folder in found) or "none in it"
         raise DataError(f"{path} is no {KIND} ({names}): give the folder that has a file {MARK}")
     return found[0]
 
 
-def read_claims(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, Claim]:
+def read_claims(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, TensorHeader]:
     """What the checkpoint says of its arrays; their numbers are not read.
 
     Raises:
         DataError: if an array is kept in pieces that are larger than itself: a small file may then
             take any memory.
     """
-    claims = {}
+    headers = {}
     for name, store in stores.items():
-        claims[name] = Claim(store.shape, store.dtype.name)
+        headers[name] = TensorHeader(store.shape, store.dtype.name)
         pieces = store.chunk_layout.read_chunk.shape or ()
         if any(
             (piece or 0) > max(1, size) for piece, size in zip(pieces, store.shape, strict=True)
         ):
-            raise damaged(path, KIND, f"{name} is {store.shape}, in pieces of {pieces}")
-    return claims
+            raise damaged_file(path, KIND, f"{name} is {store.shape}, in pieces of {pieces}")
+    return headers
 
 
 def open_arrays(folder: Path) -> dict[str, TensorStore]:

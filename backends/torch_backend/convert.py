@@ -182,7 +182,7 @@ def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> 
     """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of
     <layer>`."""
     array = to_numpy(activation)
-    layer = name.removeprefix(pair.INPUT)
+    layer = name.removeprefix(pair.INPUT_PREFIX)
     if layer != name and layer in flattened(model):
         shape = array.shape
         array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lockstep.backends.torch_backend import convert
 from lockstep.backends.torch_backend.layers import BatchNorm2d, LayerNorm
 from lockstep.common.config import MODELS
-from lockstep.common.errors import ConfigError, few
+from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair as pairs
 
 IMAGES = (2, 3, 32, 32)  # what a user's network is tried on
@@ -33,7 +33,7 @@ def build(model: str, classes: int, device: str) -> nn.Module:
         with torch.device("meta"):  # so that PyTorch draws no random weights
             return network(classes, device)
     pair = pairs.load(model)
-    with torch.random.fork_rng(devices=[]), pairs.trying(model, "torch", "build"):
+    with torch.random.fork_rng(devices=[]), pairs.user_code_errors(model, "torch", "build"):
         module = network(classes)
     if not isinstance(module, nn.Module):
         raise ConfigError(
@@ -87,7 +87,7 @@ def examine(model: str, module: nn.Module, classes: int) -> None:
     with (
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
-        pairs.trying(model, "torch", f"take images {IMAGES}"),
+        pairs.user_code_errors(model, "torch", f"take images {IMAGES}"),
     ):
         for _ in range(2):
             copies.append(copy.deepcopy(module).train())
@@ -106,14 +106,14 @@ def examine(model: str, module: nn.Module, classes: int) -> None:
             for name, layer in module.named_modules()
             if isinstance(layer, _DropoutNd) and layer.p
         ]
-        where = f" ({few(names)})" if names else ""
+        where = f" ({shorten(names)})" if names else ""
         raise ConfigError(
-            f"--model {model}: torch's module draws its own random numbers{where}: {pairs.NO_DRAWS}"
+            f"--model {model}: torch's module draws its own random numbers{where}: {pairs.RNG_HINT}"
         )
     kept, after = convert.statistics(module), copies[0].state_dict()
     for name, tensor in module.state_dict().items():
         tracked = name in kept or name.endswith(UNUSED)
         if not tracked and not torch.equal(tensor, after[name]):
             raise ConfigError(
-                f"--model {model}: torch's forward pass changes {name}: {pairs.NO_STATE}"
+                f"--model {model}: torch's forward pass changes {name}: {pairs.STATE_HINT}"
             )

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from lockstep.backends.torch_backend import convert
 from lockstep.backends.torch_backend.user_module import build
-from lockstep.common.errors import DataError, few
+from lockstep.common.errors import DataError, shorten
 from lockstep.common.model.weight_files import (
-    Claim,
     Shapes,
-    check_claims,
+    TensorHeader,
+    check_headers,
     check_numbers,
     check_size,
-    reading,
-    room_for,
+    reader_errors,
+    size_limit,
     size_of,
 )
 from lockstep.common.protocol import Arrays
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 
 KIND = "PyTorch state dict"
 
@@ -44,10 +44,10 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
     Raises:
         DataError: if the file is damaged, or does not hold exactly the network's parameters.
     """
-    room = room_for(shapes)
+    room = size_limit(shapes)
     check_size(path, size_of(path), room)
-    with reading(path, KIND):
-        check_claims(
+    with reader_errors(path, KIND):
+        check_headers(
             path, without_others(read_claims(path, room), model), own_shapes(shapes, model)
         )
         arrays = from_own(torch.load(path, map_location="cpu", weights_only=True), model)
@@ -64,10 +64,10 @@ def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
     """
     buffer = io.BytesIO()
     torch.save(to_own(arrays, model), buffer)
-    write_whole(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
-def read_claims(path: Path, room: int) -> dict[str, Claim]:
+def read_claims(path: Path, room: int) -> dict[str, TensorHeader]:
     """What the file says of its tensors; its numbers are not read.
 
     `weights_only` keeps a pickle from running code, but not from taking memory: it lets
@@ -79,16 +79,16 @@ def read_claims(path: Path, room: int) -> dict[str, Claim]:
         [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         operations = list(pickletools.genops(archive.read(pickled)))
     made = {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"}
-    if others := few(name for name in sorted(made) if not belongs(name)):
+    if others := shorten(name for name in sorted(made) if not belongs(name)):
         raise DataError(f"{path} is no {KIND}, for it makes {others}: {remedy}")
     loaded = torch.load(path, map_location="meta", weights_only=True)
     entries = loaded if isinstance(loaded, dict) else {"the whole": loaded}
-    if others := few(
+    if others := shorten(
         f"{name} is {type(t).__name__}" for name, t in entries.items() if not isinstance(t, Tensor)
     ):
         raise DataError(f"{path} is no {KIND}, for not all in it are tensors ({others}): {remedy}")
     return {
-        str(name): Claim(tuple(t.shape), str(t.dtype).removeprefix("torch."))
+        str(name): TensorHeader(tuple(t.shape), str(t.dtype).removeprefix("torch."))
         for name, t in entries.items()
     }
 

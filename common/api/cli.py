@@ -79,11 +79,11 @@ def compare(
         compile=compile,
         weights=None if weights is None else Path(weights),
     )
-    with interrupt.listening():
+    with interrupt.handle_signals():
         return session.compare(wanted, PACKAGE, None if quiet else Terminal())
 
 
 def run_and_exit() -> NoReturn:
     """The whole program: carry out the command line, then end the process."""
-    environment.collect_seldom()
-    environment.leave(main())
+    environment.relax_gc()
+    environment.exit_fast(main())

@@ -44,7 +44,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     from lockstep.common.evidence import false_alarms as clean
     from lockstep.common.evidence import plots
     from lockstep.common.report.terminal import counted
-    from lockstep.common.runs.trainer import explained
+    from lockstep.common.runs.trainer import backend_errors
 
     pairs = clean.PAIRS if options.pairs is None else options.pairs
     settings = every = clean.settings(model)
@@ -68,7 +68,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     pool = ProcessPoolExecutor(worker, multiprocessing.get_context("spawn"))
     measure = functools.partial(clean_pairs, options, backends)
     rows = []
-    with explained("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
+    with backend_errors("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
         for found in pool.map(measure, *zip(*work_items, strict=True)):
             rows += found
             advance(len(found), math.nan)

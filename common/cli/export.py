@@ -50,7 +50,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     if path.exists() and path.samefile(taken):
         raise ConfigError(f"--out {path} is the record itself: choose another name")
     found = record.read(taken)
-    if found.config.get("pair") != pairs.source(found.config["model"]):
+    if found.config.get("pair") != pairs.source_digest(found.config["model"]):
         raise DataError(
             f"{found.config['model']} has changed since {taken} was trained: restore it"
         )

@@ -24,7 +24,7 @@ def main(backends: BackendPackage, argv: list[str] | None = None) -> int:
         The exit status.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    with interrupt.listening():
+    with interrupt.handle_signals():
         try:
             options = parser.parse(arguments)
             return parser.command_module(options.command).execute(options, arguments, backends)

@@ -32,9 +32,11 @@ def add_arguments(parser: Parser) -> None:
 def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
     model = options.pair or options.model
     if model is None:
-        raise ConfigError(f"pair needs a pair of networks: {program.name()} pair {pairs.FORM}")
+        raise ConfigError(f"pair needs a pair of networks: {program.name()} pair {pairs.SYNTAX}")
     size = 8 if options.batch_size is None else options.batch_size
-    config = Config(model=model, pair=pairs.source(model), batch_size=size, seed=options.seed or 0)
+    config = Config(
+        model=model, pair=pairs.source_digest(model), batch_size=size, seed=options.seed or 0
+    )
 
     from lockstep.common import data
     from lockstep.common.evidence import pair_check

@@ -131,14 +131,14 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
 def carry_out(wanted: Request, options: argparse.Namespace, backends: BackendPackage) -> int:
     """Compare, print what `--json` asks for, and return the exit status."""
     from lockstep.common.report import Terminal
-    from lockstep.common.runs.trainer import how_to_go_on
+    from lockstep.common.runs.trainer import resume_hint
 
     terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
     result = session.compare(wanted, backends, terminal)
     if options.json:
         print_json(result.report)
     if result.interrupted_at is not None:
-        print(f"interrupted: {how_to_go_on(result.folder)}", file=sys.stderr)
+        print(f"interrupted: {resume_hint(result.folder)}", file=sys.stderr)
         return interrupt.status()
     return 1 if result.verdict == "disagree" else 0
 
@@ -157,7 +157,7 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         if getattr(options, field.name, None) is not None and field.name != "weights"
     }  # the weights are not read yet
     if options.model is not None:
-        given["pair"] = pairs.source(options.model)
+        given["pair"] = pairs.source_digest(options.model)
     if options.schedule is not None:
         given["schedule"] = Schedule.parse(options.schedule)
     if options.epochs is not None and options.steps is not None:
@@ -213,7 +213,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
     }
     recipe = plan.restored()
     model = plan.config["model"]
-    if plan.config.get("pair") != pairs.source(model):
+    if plan.config.get("pair") != pairs.source_digest(model):
         raise DataError(
             f"{model} has changed since {folder} was begun: restore it, or start the run again"
         )

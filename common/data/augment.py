@@ -21,7 +21,7 @@ AUGMENT_STREAM = int.from_bytes(
 )  # keeps these random numbers apart from those of lockstep.common.data
 
 
-class Draws(NamedTuple):
+class CropFlip(NamedTuple):
     """What is drawn for each image; all arrays have one shape."""
 
     top: np.ndarray  # int64, 0 to 2 PADDING: the first row that is kept of the padded image
@@ -47,31 +47,31 @@ def batches(
     if config.augment is not None:
         # Before they are normalised, so that what is padded is black, as with torchvision's
         # RandomCrop before ToTensor.
-        chosen = crop_flip(chosen, drawn(config, len(images), indices, step))
+        chosen = crop_flip(chosen, parameters_for(config, len(images), indices, step))
     return normalise(chosen, dtype)
 
 
-def drawn(config: Config, images: int, indices: np.ndarray, step: int) -> Draws:
+def parameters_for(config: Config, images: int, indices: np.ndarray, step: int) -> CropFlip:
     """The draws for the images of steps `step`, `step` + 1, ...: arrays (steps, batch), as
     `indices`."""
     epochs = (step + np.arange(len(indices))) // config.batches_per_epoch(images)
-    of_epochs = [draws(config.seed, int(epoch), images) for epoch in epochs]
+    of_epochs = [draw_parameters(config.seed, int(epoch), images) for epoch in epochs]
     rows = [
-        Draws(*(array[row] for array in of_epoch))
+        CropFlip(*(array[row] for array in of_epoch))
         for of_epoch, row in zip(of_epochs, indices, strict=True)
     ]
-    return Draws(*map(np.stack, zip(*rows, strict=True)))
+    return CropFlip(*map(np.stack, zip(*rows, strict=True)))
 
 
 @functools.lru_cache(maxsize=2)  # a chunk of batches may reach into the next epoch
-def draws(seed: int, epoch: int, images: int) -> Draws:
+def draw_parameters(seed: int, epoch: int, images: int) -> CropFlip:
     """What each image gets in one epoch, in the order of the data set; epochs count from 0."""
     generator = np.random.default_rng(np.random.SeedSequence((seed, AUGMENT_STREAM, epoch)))
     top, left = generator.integers(0, 2 * PADDING, (2, images), endpoint=True)
-    return Draws(top, left, generator.integers(0, 2, images).astype(bool))
+    return CropFlip(top, left, generator.integers(0, 2, images).astype(bool))
 
 
-def crop_flip(images: np.ndarray, given: Draws) -> np.ndarray:
+def crop_flip(images: np.ndarray, given: CropFlip) -> np.ndarray:
     """Images (..., height, width, channels), padded by zeros, cropped to their size again, and
     mirrored or not.
 

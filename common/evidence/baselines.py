@@ -66,8 +66,8 @@ def reference(run: Record, backend: Backend) -> Record:
 
     snapshot = Snapshot.start({name: wide(array) for name, array in run.weights.items()})
     images, labels = (
-        wide(run.opening["0/data/images"]),
-        np.ascontiguousarray(run.opening["0/data/labels"], np.int64),
+        wide(run.first_steps["0/data/images"]),
+        np.ascontiguousarray(run.first_steps["0/data/labels"], np.int64),
     )
     state = backend.init(snapshot)
     opening = backend.probe(state, images, labels)
@@ -75,10 +75,10 @@ def reference(run: Record, backend: Backend) -> Record:
     opening |= {f"update/{name}": array for name, array in backend.export(state).parameters.items()}
     kept: Arrays = {}
     for name, array in opening.items():
-        like = run.opening.get(f"0/{name}")
+        like = run.first_steps.get(f"0/{name}")
         if like is not None:  # activations are recorded for a batch's first images only
             kept[f"0/{name}"] = array[: len(like)] if array.ndim else array
-    return dataclasses.replace(run, dtype="float64", opening=kept)
+    return dataclasses.replace(run, dtype="float64", first_steps=kept)
 
 
 # --- PyTorch's comparison of tensors
@@ -199,7 +199,7 @@ def _step(record: Record, *beginnings: str) -> Arrays:
     """The first step's tensors "<stage>/<tensor>" that begin so; no layer's input, and no
     momentum."""
     wanted = tuple(f"0/{beginning}" for beginning in beginnings)
-    chosen = {key: array for key, array in record.opening.items() if key.startswith(wanted)}
+    chosen = {key: array for key, array in record.first_steps.items() if key.startswith(wanted)}
     return {
         key: array
         for key, array in chosen.items()
@@ -267,7 +267,9 @@ def reprod_steps(torch: Record, flax: Record, reference: Record | None) -> bool 
 
     def tensors(record: Record) -> Arrays:
         losses = {f"{step}/loss": loss for step, loss in enumerate(record.loss[:REPROD_STEPS])}
-        return losses | {key: array for key, array in record.opening.items() if "/backward/" in key}
+        return losses | {
+            key: array for key, array in record.first_steps.items() if "/backward/" in key
+        }
 
     return _differ(tensors(torch), tensors(flax), _reprod_close)
 
@@ -333,7 +335,7 @@ def dynamo(torch: Record, flax: Record, reference: Record | None) -> bool | None
     )
     if reference is None or reference.dtype != "float64" or not one:
         return None
-    exact = reference.opening
+    exact = reference.first_steps
     if any(name not in exact or exact[name].shape != one[name].shape for name in one):
         return None
     if one.keys() != other.keys():

@@ -63,9 +63,9 @@ def measure(
     runs, places = {}, {}
     backends = {name: build(name, config) for name in BACKENDS}
     for name, backend in backends.items():
-        keeper = checkpoint.Keeper(folder, every)
+        manager = checkpoint.CheckpointManager(folder, every)
         runs[name] = training.train(
-            backend, config, dataset, "float64", NullProgress(), log_every=0, keeper=keeper
+            backend, config, dataset, "float64", NullProgress(), log_every=0, checkpoints=manager
         )
         kept = checkpoint.found(folder, runs[name].stem)
         places[name] = [checkpoint.read(path) for path in reversed(kept)]
@@ -78,7 +78,7 @@ def measure(
     for first, second in itertools.permutations(BACKENDS):
         gaps = []
         for start in places[first]:
-            start = checkpoint.handed_over(start, second, environment.source(second))
+            start = checkpoint.for_backend(start, second, environment.source_digest(second))
             joined = training.train(
                 backends[second],
                 config,

@@ -86,7 +86,7 @@ def describe_difference(
     found = locate.describe(
         divergence(check, names), tensors, "one step of both from the same weights"
     )
-    layer = check.tensor.removeprefix(pair.INPUT)
+    layer = check.tensor.removeprefix(pair.INPUT_PREFIX)
     if layer != check.tensor and one is not None and other is not None:
         shape, kernel = flatten_shape(one, other), own[names[0]].get(f"{layer}.kernel")
         if shape is not None and kernel is not None:

@@ -22,7 +22,7 @@ from lockstep.common.report.figures import (
     to_svg,
 )
 from lockstep.common.report.figures import COLOURS as BACKEND_COLOURS
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 
 COLOURS = {
     "float64": "#0072B2",
@@ -233,8 +233,8 @@ def draw_bench(lines: Sequence[Mapping[str, Any]], where: str, path: Path) -> No
         _speeds(figure, [line for line in lines if line["table"] == "speed"])
         figure.suptitle(f"Images trained on per second: {label(where, 80)}", fontsize=11)
         png, svg = to_png(figure), to_svg(figure).encode()
-    write_whole(Path(path), png)
-    write_whole(Path(path).with_suffix(".svg"), svg)
+    write_atomic(Path(path), png)
+    write_atomic(Path(path).with_suffix(".svg"), svg)
 
 
 def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -290,4 +290,4 @@ def _save(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -
         figure = new_figure(*size)
         paint(figure)
         content = to_png(figure)
-    write_whole(Path(path), content)
+    write_atomic(Path(path), content)

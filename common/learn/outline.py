@@ -134,7 +134,7 @@ SECTIONS = (
             "data/sources.py:normalise",
             "data/sources.py:permutation",
             "data/sources.py:batch_indices",
-            "data/augment.py:draws",
+            "data/augment.py:draw_parameters",
             "data/augment.py:crop_flip",
         ),
     ),
@@ -491,7 +491,7 @@ SECTIONS = (
         ),
         shared=(
             "model/weight_files.py:check_size",
-            "model/weight_files.py:check_claims",
+            "model/weight_files.py:check_headers",
             "model/weight_files.py:check_numbers",
         ),
     ),

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
-from lockstep.common.errors import ConfigError, did_you_mean, few
+from lockstep.common.errors import ConfigError, did_you_mean, shorten
 
 if TYPE_CHECKING:  # which imports NumPy, too slowly for `compare.py --help`
     from lockstep.common.protocol import Dropout
 
-FORM = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
-INPUT = "input of "  # a layer, in the names of activations
-NO_DRAWS = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.backends.flax_backend.layers, which leave out the same units"
-NO_STATE = "keep nothing from step to step but a batch norm's statistics"
+SYNTAX = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
+INPUT_PREFIX = "input of "  # a layer, in the names of activations
+RNG_HINT = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.backends.flax_backend.layers, which leave out the same units"
+STATE_HINT = "keep nothing from step to step but a batch norm's statistics"
 Network = (
     Callable[..., Any] | str
 )  # what builds the module, or where that is, as "package.module:NAME"
@@ -128,7 +128,7 @@ def network(model: str, side: str) -> Callable[..., Any]:
     return found
 
 
-def source(model: str) -> str | None:
+def source_digest(model: str) -> str | None:
     """SHA-256, hexadecimal, of the file that a user's pair is in; None for those that are built in.
 
     Raises:
@@ -138,14 +138,14 @@ def source(model: str) -> str | None:
         return None
     place, colon, name = model.rpartition(":")
     if not colon or not place or not name.isidentifier():
-        raise ConfigError(f"unknown model {model!r}: {did_you_mean(model, MODELS)}, or {FORM}")
+        raise ConfigError(f"unknown model {model!r}: {did_you_mean(model, MODELS)}, or {SYNTAX}")
     if is_path(place):
         path = place
     else:
         spec = _imported(place, lambda: importlib.util.find_spec(place))
         path = None if spec is None else spec.origin
     if path is None or not os.path.isfile(path):
-        raise ConfigError(f"--model {model}: there is no {place}: give {FORM}")
+        raise ConfigError(f"--model {model}: there is no {place}: give {SYNTAX}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -177,7 +177,7 @@ def _imported(place: str, load: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def trying(model: str, side: str, what: str) -> Iterator[None]:
+def user_code_errors(model: str, side: str, what: str) -> Iterator[None]:
     """What goes wrong in a user's module, in one line."""
     try:
         yield
@@ -215,20 +215,20 @@ def canonical_names(
     if unused:
         layers = dict.fromkeys(own.rpartition(".")[0] or own for own in roles)
         raise ConfigError(
-            f"the pair names {few(unused)}, which {side}'s module does not have: its layers are {few(layers)}"
+            f"the pair names {shorten(unused)}, which {side}'s module does not have: its layers are {shorten(layers)}"
         )
     names = {}
     for own, role in roles.items():
         parts = own.split(".")
         if own in chosen:
-            names[own] = tidy(chosen[own])
+            names[own] = strip_sequential(chosen[own])
             continue
         length = next((n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in chosen), 0)
         prefix = [chosen[".".join(parts[:length])]] if length else []
         rest = [
             positions.get(tuple(parts[: i + 1]), parts[i]) for i in range(length, len(parts) - 1)
         ]
-        names[own] = tidy(".".join([*prefix, *rest, role]))
+        names[own] = strip_sequential(".".join([*prefix, *rest, role]))
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         own = [own for own, name in names.items() if name == twice[0]]
@@ -274,11 +274,11 @@ def activation_key(layers: Mapping[str, str], name: str) -> str:
         layers: from `layer_names`.
         name: by the module's own name for the layer.
     """
-    layer = name.removeprefix(INPUT)
+    layer = name.removeprefix(INPUT_PREFIX)
     return f"forward/{name[: len(name) - len(layer)]}{layers[layer]}"
 
 
-def tidy(name: str) -> str:
+def strip_sequential(name: str) -> str:
     """Without the `layers` that an `nnx.Sequential` within a network keeps its list in.
 
     Where the whole network is one, it stays, and is put before PyTorch's numbers.
@@ -319,11 +319,12 @@ def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]
     if missing or extra:
         sides = {"PyTorch": (missing, own["torch"]), "Flax": (extra, own["flax"])}
         found = "; ".join(
-            f"{side} alone has " + few(f"{names[name]} {shape}" for name, shape in tensors.items())
+            f"{side} alone has "
+            + shorten(f"{names[name]} {shape}" for name, shape in tensors.items())
             for side, (tensors, names) in sides.items()
             if tensors
         )
-        lines = propose(missing, extra, own)
+        lines = suggest_names(missing, extra, own)
         remedy = (
             f"if these belong together, add to the pair: {lines}"
             if lines
@@ -334,7 +335,7 @@ def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]
         )
     others = {name: (torch[name], flax[name]) for name in torch if torch[name] != flax[name]}
     if others:
-        found = few(
+        found = shorten(
             (f"{name}: PyTorch {one}, Flax {other}" for name, (one, other) in others.items()), "; "
         )
         raise ConfigError(
@@ -354,7 +355,7 @@ def check_dropout(torch: Mapping[str, Dropout], flax: Mapping[str, Dropout]) -> 
             for name, (one, other) in layers.items()
         )
         raise ConfigError(
-            f"the two modules' dropout differs ({few(found, '; ')}): make it equal, shapes in Flax's layout"
+            f"the two modules' dropout differs ({shorten(found, '; ')}): make it equal, shapes in Flax's layout"
         )
 
 
@@ -362,7 +363,7 @@ def _described(dropout: Dropout | None) -> str:
     return "has none" if dropout is None else f"{dropout.rate:g} of {dropout.shape}"
 
 
-def propose(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> str:
+def suggest_names(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> str:
     """The line to write for layers under other names: those with equal roles and shapes, in their
     order.
 

@@ -18,12 +18,12 @@ def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
     """`weights`, each moved by one ulp up, one ulp down, or not at all, at random; `twin` is 1, 2,
     ..."""
     return {
-        name: moved(array, generator_for(seed, TWINS_STREAM, name, twin))
+        name: perturb_one_ulp(array, generator_for(seed, TWINS_STREAM, name, twin))
         for name, array in weights.items()
     }
 
 
-def moved(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def perturb_one_ulp(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay."""
     bits = array.view(f"i{array.itemsize}")  # the next integer is the next float of the same sign
     with np.errstate(invalid="ignore"):  # NaN
@@ -31,6 +31,6 @@ def moved(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return (bits + direction).view(array.dtype)
 
 
-def twin_images(seed: int, twin: int) -> np.random.Generator:
-    """What a twin's images are `moved` by, batch after batch."""
+def image_perturbation_rng(seed: int, twin: int) -> np.random.Generator:
+    """What a twin's images are `perturb_one_ulp` by, batch after batch."""
     return np.random.default_rng([seed, TWIN_IMAGES_STREAM, twin])

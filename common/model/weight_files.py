@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 
 from lockstep.common.config import MAX_NUMBER
-from lockstep.common.errors import DataError, LockstepError, few
+from lockstep.common.errors import DataError, LockstepError, shorten
 from lockstep.common.protocol import Arrays
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-ROOM = 16  # a file may take so many times what the network takes in float64: names, padding, other layouts
-LEAST_ROOM = 2**20  # bytes; for small networks, whose files are mostly names
+MAX_RATIO = 16  # a file may take so many times what the network takes in float64: names, padding, other layouts
+MIN_LIMIT = 2**20  # bytes; for small networks, whose files are mostly names
 MAX_FILES = 1000  # of a checkpoint; it has a few for each array
 LAYOUT = "name and shape them as `lockstep export` does"
 
 
-class Claim(NamedTuple):
+class TensorHeader(NamedTuple):
     """What a file says of one tensor, before its numbers are read."""
 
     shape: tuple[int, ...]
@@ -35,9 +35,9 @@ class Claim(NamedTuple):
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def room_for(shapes: Shapes, times: int = ROOM) -> int:
+def size_limit(shapes: Shapes, times: int = MAX_RATIO) -> int:
     """The bytes that a file with parameters of these shapes may take."""
-    return max(LEAST_ROOM, times * sum(8 * math.prod(shape) for shape in shapes.values()))
+    return max(MIN_LIMIT, times * sum(8 * math.prod(shape) for shape in shapes.values()))
 
 
 def size_of(path: Path) -> int:
@@ -79,30 +79,30 @@ def check_size(path: Path, size: int, room: int) -> None:
         )
 
 
-def check_claims(path: Path, claims: Mapping[str, Claim], shapes: Shapes) -> None:
+def check_headers(path: Path, headers: Mapping[str, TensorHeader], shapes: Shapes) -> None:
     """Raise DataError unless a file claims to hold exactly the tensors of `shapes`, in
     floating-point numbers."""
-    missing = [name for name in shapes if name not in claims]
-    unknown = [name for name in claims if name not in shapes]
+    missing = [name for name in shapes if name not in headers]
+    unknown = [name for name in headers if name not in shapes]
     if missing or unknown:
         sides = {"missing": missing, "not of this network": unknown}
-        found = "; ".join(f"{side}: {few(names)}" for side, names in sides.items() if names)
+        found = "; ".join(f"{side}: {shorten(names)}" for side, names in sides.items() if names)
         raise DataError(f"{path} does not hold this network's parameters ({found}): {LAYOUT}")
     others = {
         name: claim.shape
-        for name, claim in claims.items()
+        for name, claim in headers.items()
         if tuple(claim.shape) != tuple(shapes[name])
     }
     if others:
-        found = few(
+        found = shorten(
             (f"{name} {shape} for {tuple(shapes[name])}" for name, shape in others.items()), "; "
         )
         raise DataError(
             f"{path} has other shapes than this network ({found}): {LAYOUT}, and take data of as many classes"
         )
-    others = {name: claim.dtype for name, claim in claims.items() if claim.dtype not in FLOATS}
+    others = {name: claim.dtype for name, claim in headers.items() if claim.dtype not in FLOATS}
     if others:
-        found = few(f"{name} {dtype}" for name, dtype in others.items())
+        found = shorten(f"{name} {dtype}" for name, dtype in others.items())
         raise DataError(
             f"{path} holds other numbers than {', '.join(FLOATS)} ({found}): convert them to float32"
         )
@@ -117,7 +117,9 @@ def check_numbers(path: Path, arrays: Arrays) -> None:
             wrong[name] = int((~(np.abs(array.astype(np.float64)) <= MAX_NUMBER)).sum())
     wrong = {name: count for name, count in wrong.items() if count}
     if wrong:
-        found = few(f"{name}: {count:,} of {arrays[name].size:,}" for name, count in wrong.items())
+        found = shorten(
+            f"{name}: {count:,} of {arrays[name].size:,}" for name, count in wrong.items()
+        )
         raise DataError(
             f"{path} holds numbers that are not finite, or beyond {MAX_NUMBER:g} ({found}): "
             "take weights from before the training diverged"
@@ -125,7 +127,7 @@ def check_numbers(path: Path, arrays: Arrays) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
+def reader_errors(path: Path, kind: str) -> Iterator[None]:
     """Readers' errors as DataError: on a damaged file, or one of another kind, they fail in a
     hundred ways."""
     try:
@@ -134,8 +136,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     except LockstepError:
         raise
     except Exception as error:  # the readers' own, of four libraries; what is ours has passed above
-        raise damaged(path, kind, type(error).__name__) from error
+        raise damaged_file(path, kind, type(error).__name__) from error
 
 
-def damaged(path: Path, kind: str, why: str) -> DataError:
+def damaged_file(path: Path, kind: str, why: str) -> DataError:
     return DataError(f"{path} is damaged, or no {kind} ({why}): save it again")

@@ -18,7 +18,7 @@ from lockstep.common.report.html import write_report_page
 from lockstep.common.report.images import write_pictures
 from lockstep.common.report.tensorboard import check_tensorboard, write_tensorboard
 from lockstep.common.report.terminal import Terminal, safe, sentence
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 
 __all__ = [
     "Terminal",
@@ -65,5 +65,5 @@ def write_json(report: dict[str, Any], folder: Path) -> Path:
         RecordError: if the folder cannot be written.
     """
     path = Path(folder, "report.json")
-    write_whole(path, to_json(report).encode())
+    write_atomic(path, to_json(report).encode())
     return path

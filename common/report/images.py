@@ -25,7 +25,7 @@ from lockstep.common.report.figures import (
 )
 from lockstep.common.report.terminal import counted
 from lockstep.common.runs.record import Record
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 
 __all__ = ["COLOURS", "first_images", "guessed", "new_figure", "to_png", "write_pictures"]
 
@@ -70,7 +70,7 @@ def write_pictures(
         for name, figure in figures.items():
             pictures |= {f"{name}.png": to_png(figure), f"{name}.svg": to_svg(figure).encode()}
     for name, content in pictures.items():
-        write_whole(Path(folder, name), content)
+        write_atomic(Path(folder, name), content)
     return [Path(folder, name) for name in pictures]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -28,5 +28,5 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    write_whole(path, environment.get_template(template).render(**values).encode())
+    write_atomic(path, environment.get_template(template).render(**values).encode())
     return path

@@ -21,7 +21,7 @@ from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
 from lockstep.common.report.terminal import safe, sentence
 from lockstep.common.runs.record import Record
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 from lockstep.common.verdict.compare import class_accuracy
 from lockstep.common.verdict.statistics import is_correct
 
@@ -169,7 +169,7 @@ def _write(folder: Path, make: Any, entries: Entries) -> None:
     for step, value in entries:
         event = make.Event(wall_time=now, step=step, summary=make.Summary(value=[value]))
         writer.write(event.SerializeToString())
-    write_whole(folder / FILE, content.getvalue())
+    write_atomic(folder / FILE, content.getvalue())
 
 
 def _tensorboard() -> Any:

@@ -14,16 +14,23 @@ import numpy as np
 from lockstep.common.config import BACKENDS, DTYPES
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import RecordError
-from lockstep.common.model.perturb import twin_images
+from lockstep.common.model.perturb import image_perturbation_rng
 from lockstep.common.protocol import STAGES, Arrays, Snapshot
-from lockstep.common.runs.record import file_stem, grouped, is_count
+from lockstep.common.runs.record import (
+    fields_of,
+    file_name,
+    file_stem,
+    grouped,
+    is_count,
+    ungrouped,
+)
 from lockstep.common.system import environment, interrupt
 from lockstep.common.system.storage import flush_folder, read_tensors, write_tensors
 
 SCHEMA = 1
 FOLDER = "checkpoints"  # in the run's folder
-KEPT = 3  # of each run; the older ones are removed
-REMEDY = "delete it to go on from the one before, or the folder to start again"
+KEEP_LAST = 3  # of each run; the older ones are removed
+HINT = "delete it to resume from the one before, or delete the folder to start again"
 
 
 @dataclass(frozen=True)
@@ -36,19 +43,18 @@ class Checkpoint:
     twin: int | None  # None: the run itself; 1, 2, ...: its twins
     config: dict[str, Any]  # Config.to_json() of the resolved run
     data: dict[str, Any]  # train.describe()
-    source: str  # machine.source(backend): the code that made it
-    legs: list[dict[str, Any]]  # "backend", and "stop", one past the last step it took
+    source: str  # machine.source_digest(backend): the code that made it
+    segments: list[dict[str, Any]]  # "backend", and "stop", one past the last step it took
     layers: list[str]  # the tensors of the forward pass, in the order of the calls
-    rounding: (
-        dict[str, Any] | None
-    )  # of a twin: the state of the random numbers that its images are moved by
+    # Of a twin: the state of the random numbers that perturb its images.
+    perturbation_rng_state: dict[str, Any] | None
     seconds: float  # wall time of the training steps
     loss: np.ndarray  # float64 (steps done,), as in the record
     gradient_norm: np.ndarray  # float64 (steps done,)
     lr: np.ndarray  # float64 (steps done,)
     weights: Arrays  # initial parameters and model state
-    opening: Arrays  # "<step>/<stage>/<tensor>" of the first steps
-    along: Arrays  # "<steps done>/<parameter>"
+    first_steps: Arrays  # "<step>/<stage>/<tensor>" of the first steps
+    parameter_history: Arrays  # "<steps done>/<parameter>"
     snapshot: Snapshot
 
     @property
@@ -63,9 +69,11 @@ class Checkpoint:
 
 
 _SERIES = ("loss", "gradient_norm", "lr")
-_GROUPS = ("weights", "opening", "along")
+_GROUPS = ("weights", "first_steps", "parameter_history")
 _STATE = ("parameters", "model_state", "momentum")
-_FACTS = tuple(f.name for f in fields(Checkpoint) if f.name not in (*_SERIES, *_GROUPS, "snapshot"))
+METADATA = tuple(
+    f.name for f in fields(Checkpoint) if f.name not in (*_SERIES, *_GROUPS, "snapshot")
+)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -81,13 +89,13 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
     groups |= {group: getattr(snapshot, group) for group in _STATE}
     groups["schedule"] = {name: np.float64(value) for name, value in snapshot.schedule.items()}
     for group, members in groups.items():
-        arrays |= {f"{group}/{name}": array for name, array in members.items()}
-    facts = {"schema": SCHEMA, "step": snapshot.step} | {
-        name: getattr(checkpoint, name) for name in _FACTS
+        arrays |= ungrouped(group, members)
+    metadata = {"schema": SCHEMA, "step": snapshot.step} | {
+        file_name(name): getattr(checkpoint, name) for name in METADATA
     }
     path = folder / FOLDER / f"{checkpoint.stem}-{snapshot.step:010d}.safetensors"
-    write_tensors(path, facts, arrays)
-    remove(folder, checkpoint.stem, keep=KEPT)
+    write_tensors(path, metadata, arrays)
+    remove(folder, checkpoint.stem, keep=KEEP_LAST)
     return path
 
 
@@ -98,14 +106,14 @@ def read(path: Path) -> Checkpoint:
     Raises:
         RecordError: if it is missing, damaged, or of another version.
     """
-    facts, arrays = read_tensors(path, SCHEMA, "checkpoint", REMEDY)
+    metadata, arrays = read_tensors(path, SCHEMA, "checkpoint", HINT)
     try:
         series = {name: arrays.pop(name) for name in _SERIES}
-        groups = grouped(arrays, (*_GROUPS, *_STATE, "schedule"))
+        groups: dict[str, Any] = grouped(arrays, (*_GROUPS, *_STATE, "schedule"))
         schedule = {name: float(array) for name, array in groups.pop("schedule").items()}
         state = {name: groups.pop(name) for name in _STATE}
-        snapshot = Snapshot(**state, schedule=schedule, step=facts.pop("step"))
-        checkpoint = Checkpoint(**facts, **series, **groups, snapshot=snapshot)
+        snapshot = Snapshot(**state, schedule=schedule, step=metadata.pop("step"))
+        checkpoint = Checkpoint(**fields_of(metadata), **series, **groups, snapshot=snapshot)
         problem = _problem(checkpoint)
     except (
         ArithmeticError,
@@ -117,9 +125,9 @@ def read(path: Path) -> Checkpoint:
     ) as error:
         problem = type(error).__name__
     if problem:
-        raise RecordError(f"the checkpoint {path} cannot be used ({problem}): {REMEDY}")
+        raise RecordError(f"the checkpoint {path} cannot be used ({problem}): {HINT}")
     if path.name != f"{checkpoint.stem}-{checkpoint.step:010d}.safetensors":
-        raise RecordError(f"the checkpoint {path} is not what its name says: {REMEDY}")
+        raise RecordError(f"the checkpoint {path} is not what its name says: {HINT}")
     return checkpoint
 
 
@@ -142,7 +150,7 @@ def remove(folder: Path, stem: str, keep: int = 0) -> None:
         for path in found(folder, stem)[keep:]:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise _immovable(folder, error) from error
+        raise _cannot_remove(folder, error) from error
     remove_folder(folder)
 
 
@@ -161,29 +169,29 @@ def remove_folder(folder: Path) -> None:
             (folder / FOLDER).rmdir()
             flush_folder(folder)
     except OSError as error:
-        raise _immovable(folder, error) from error
+        raise _cannot_remove(folder, error) from error
 
 
-def _immovable(folder: Path, error: OSError) -> RecordError:
+def _cannot_remove(folder: Path, error: OSError) -> RecordError:
     return RecordError(
         f"cannot remove old checkpoints from {folder} ({error.strerror}): make the folder writable"
     )
 
 
-def handed_over(checkpoint: Checkpoint, backend: str, source: str) -> Checkpoint:
+def for_backend(checkpoint: Checkpoint, backend: str, source: str) -> Checkpoint:
     """The same state for another backend to go on from.
 
     Args:
-        source: machine.source(backend).
+        source: machine.source_digest(backend).
     """
     changed: dict[str, Any] = {
-        name: getattr(checkpoint, name) for name in (*_FACTS, *_SERIES, *_GROUPS, "snapshot")
+        name: getattr(checkpoint, name) for name in (*METADATA, *_SERIES, *_GROUPS, "snapshot")
     }
     changed |= {"backend": backend, "source": source}
     return Checkpoint(**changed)
 
 
-class Keeper:
+class CheckpointManager:
     """Writes the checkpoints of a run, and tells it when to stop."""
 
     def __init__(
@@ -195,16 +203,16 @@ class Keeper:
             stopping: whether the run should stop, as after Ctrl-C.
         """
         self.folder, self.every, self.stopping = folder, every, stopping
-        self.kept: Path | None = None  # the last one
+        self.last_path: Path | None = None  # the last one
 
-    def due(self, before: int, now: int) -> bool:
+    def should_save(self, before: int, now: int) -> bool:
         """Whether a checkpoint should be kept after `now` steps, where the last chance was after
         `before`."""
         return self.every > 0 and now // self.every > before // self.every
 
-    def keep(self, checkpoint: Checkpoint) -> None:
-        with interrupt.undisturbed():
-            self.kept = write(checkpoint, self.folder)
+    def save(self, checkpoint: Checkpoint) -> None:
+        with interrupt.masked():
+            self.last_path = write(checkpoint, self.folder)
 
 
 # --- Checks
@@ -228,19 +236,19 @@ def check(
 
     Args:
         shapes: Backend.shapes(); None: not looked at.
-        source: machine.source(checkpoint.backend), as it is now.
+        source: machine.source_digest(checkpoint.backend), as it is now.
     """
-    lies = {"name": data["name"]}  # the same data may lie elsewhere
-    unlike = [
+    location = {"name": data["name"]}  # the same data may lie elsewhere
+    mismatches = [
         ("is of a run with another configuration", checkpoint.config != config),
-        ("is of a run on other data", checkpoint.data | lies != data),
+        ("is of a run on other data", checkpoint.data | location != data),
         (
             "is of another network",
             shapes not in (None, {n: a.shape for n, a in checkpoint.weights.items()}),
         ),
         ("is stale, the code has changed since", checkpoint.source != source),
     ]
-    for problem, applies in unlike:
+    for problem, applies in mismatches:
         if applies:
             raise RecordError(
                 f"the checkpoint of {checkpoint.stem} after step {checkpoint.step} {problem}: start the run again, in "
@@ -250,20 +258,20 @@ def check(
 
 def _problem(checkpoint: Checkpoint) -> str | None:
     """What is wrong with it, if anything is."""
-    return next((problem for problem, wrong in _problems(checkpoint) if wrong()), None)
+    return next((problem for problem, wrong in _checks(checkpoint) if wrong()), None)
 
 
-def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
+def _checks(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
     """What may be wrong, in an order in which each check may rely on those before it."""
     s, kind = c.snapshot, numpy_dtype
 
-    def unlike(arrays: Arrays, like: Arrays) -> bool:
+    def mismatches(arrays: Arrays, like: Arrays) -> bool:
         one, other = (
             {name: (a.shape, a.dtype) for name, a in tensors.items()} for tensors in (arrays, like)
         )
         return one != other
 
-    def endless(arrays: Arrays) -> bool:
+    def nonfinite(arrays: Arrays) -> bool:
         return not all(bool(np.isfinite(array).all()) for array in arrays.values())
 
     return [
@@ -287,8 +295,8 @@ def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
                 or not all(isinstance(name, str) for name in c.layers)
             ),
         ),
-        ("legs", lambda: not _legs(c.legs, s.step)),
-        ("rounding", lambda: not _rounding(c)),
+        ("segments", lambda: not _valid_segments(c.segments, s.step)),
+        ("perturbation_rng_state", lambda: not _valid_rng_state(c)),
         ("loss", lambda: not _series(c.loss, s.step)),
         ("gradient_norm", lambda: not _norms(c.gradient_norm, s.step)),
         ("lr", lambda: not _series(c.lr, s.step)),
@@ -298,25 +306,28 @@ def _problems(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
                 not c.weights or any(array.dtype != kind(c.dtype) for array in c.weights.values())
             ),
         ),
-        ("weights, not finite", lambda: endless(c.weights)),
-        ("model state, not finite", lambda: endless(s.model_state)),
-        ("parameters", lambda: not s.parameters or unlike(s.tensors, c.weights)),
-        ("parameters, not finite", lambda: endless(s.parameters)),
+        ("weights, not finite", lambda: nonfinite(c.weights)),
+        ("model state, not finite", lambda: nonfinite(s.model_state)),
+        ("parameters", lambda: not s.parameters or mismatches(s.tensors, c.weights)),
+        ("parameters, not finite", lambda: nonfinite(s.parameters)),
         (
             "momentum",
-            lambda: unlike(
+            lambda: mismatches(
                 s.momentum, s.parameters if s.step > 0 and c.config["momentum"] != 0 else {}
             ),
         ),
-        ("momentum, not finite", lambda: endless(s.momentum)),
+        ("momentum, not finite", lambda: nonfinite(s.momentum)),
         ("schedule", lambda: s.schedule.keys() != _schedule(c)),
         (
             "schedule, not finite",
             lambda: any(not np.isfinite(x) for name, x in s.schedule.items() if name != "best"),
         ),
         ("schedule, best", lambda: s.schedule.get("best", 0.0) != s.schedule.get("best", 0.0)),
-        ("opening", lambda: not all(_opening(key) for key in c.opening)),
-        ("along", lambda: not all(key.partition("/")[0].isdecimal() for key in c.along)),
+        ("first_steps", lambda: not all(_is_first_steps_key(key) for key in c.first_steps)),
+        (
+            "parameter_history",
+            lambda: not all(key.partition("/")[0].isdecimal() for key in c.parameter_history),
+        ),
     ]
 
 
@@ -329,19 +340,20 @@ def _norms(array: np.ndarray, steps: int) -> bool:
     return array.dtype == np.float64 and array.shape == (steps,) and bool((array >= 0).all())
 
 
-def _legs(legs: Any, steps: int) -> bool:
-    stops = [0, *(leg["stop"] for leg in legs)]
+def _valid_segments(segments: list[dict[str, Any]], steps: int) -> bool:
+    stops = [0, *(segment["stop"] for segment in segments)]
     whole = all(
-        is_count(leg["stop"], 1) and leg["backend"] in BACKENDS and len(leg) == 2 for leg in legs
+        is_count(segment["stop"], 1) and segment["backend"] in BACKENDS and len(segment) == 2
+        for segment in segments
     )
     return whole and stops == sorted(set(stops)) and stops[-1] == steps
 
 
-def _rounding(checkpoint: Checkpoint) -> bool:
+def _valid_rng_state(checkpoint: Checkpoint) -> bool:
     """A twin has the state of a generator that NumPy takes, and the run itself has none."""
-    if checkpoint.twin is None or checkpoint.rounding is None:
-        return checkpoint.twin is None and checkpoint.rounding is None
-    twin_images(0, 1).bit_generator.state = checkpoint.rounding
+    if checkpoint.twin is None or checkpoint.perturbation_rng_state is None:
+        return checkpoint.twin is None and checkpoint.perturbation_rng_state is None
+    image_perturbation_rng(0, 1).bit_generator.state = checkpoint.perturbation_rng_state
     return True
 
 
@@ -353,6 +365,6 @@ def _schedule(checkpoint: Checkpoint) -> set[str]:
     return {"lr"} | (counters if checkpoint.config["schedule"]["kind"] == "plateau" else set())
 
 
-def _opening(key: str) -> bool:
+def _is_first_steps_key(key: str) -> bool:
     step, stage, _ = key.split("/", 2)
     return step.isdecimal() and stage in STAGES

@@ -9,24 +9,24 @@ import numpy as np
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.protocol import Arrays, Backend
-from lockstep.common.runs.checkpoint import Checkpoint, Keeper
-from lockstep.common.runs.record import OPENING_STEPS, Record
+from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
+from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.runs.training import Observer, train
 
 
-class _First(Keeper):
+class StopAfterFirstSteps(CheckpointManager):
     """Stops a run after its first steps, and keeps what it has then in memory."""
 
     def __init__(self) -> None:
-        super().__init__(Path(), every=0, stopping=self._enough)
+        super().__init__(Path(), every=0, stopping=self._done)
         self.calls = 0
         self.state: Checkpoint | None = None
 
-    def _enough(self) -> bool:
+    def _done(self) -> bool:
         self.calls += 1  # once for each call of `train_steps`, which are of one step each there
-        return self.calls >= OPENING_STEPS
+        return self.calls >= FIRST_STEPS
 
-    def keep(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
         self.state = checkpoint
 
 
@@ -45,15 +45,23 @@ def first_steps(
     Args:
         as `lockstep.common.runs.training.train`'s.
     """
-    keeper = _First()
+    checkpoints = StopAfterFirstSteps()
     try:
         return train(
-            backend, config, dataset, dtype, observer, twin, 0, weights=weights, keeper=keeper
+            backend,
+            config,
+            dataset,
+            dtype,
+            observer,
+            twin,
+            0,
+            weights=weights,
+            checkpoints=checkpoints,
         )  # a short run
     except KeyboardInterrupt:
-        if keeper.state is None or keeper.state.step < OPENING_STEPS:  # it was the user's
+        if checkpoints.state is None or checkpoints.state.step < FIRST_STEPS:  # it was the user's
             raise
-    found = keeper.state
+    found = checkpoints.state
     return Record(
         backend=backend.name,
         dtype=dtype,
@@ -70,6 +78,6 @@ def first_steps(
         seconds=found.seconds,
         steps_per_second=0.0,
         weights=found.weights,
-        opening=found.opening,
+        first_steps=found.first_steps,
         layers=found.layers,
     )

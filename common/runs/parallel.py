@@ -31,7 +31,7 @@ from lockstep.common.errors import BackendError, LockstepError
 from lockstep.common.protocol import Backend, Dropout
 from lockstep.common.runs import checkpoint
 from lockstep.common.runs.record import Record
-from lockstep.common.runs.trainer import Interrupted, Trainer, how_to_go_on, runs_and_twins
+from lockstep.common.runs.trainer import Interrupted, Trainer, resume_hint, runs_and_twins
 from lockstep.common.system import environment, interrupt
 
 # Training images from which on it pays: the other process takes some seconds to be there. Seconds
@@ -39,18 +39,18 @@ from lockstep.common.system import environment, interrupt
 # images, 48 and 32 (means of three runs, in turns); the tutorial's in float64 132 and 88 (1.6 and
 # 2.1 GB); 260 float32 steps of ResNet-20 with one twin a side 190 and 164, of ViT 122 and 101. With
 # threads in one process, each would wait for the other one's Python.
-LEAST_IMAGES = 8_000
-PATIENCE = 30.0  # seconds that the other process has to keep a checkpoint, before it is ended
+MIN_IMAGES = 8_000
+STOP_TIMEOUT = 30.0  # seconds that the other process has to keep a checkpoint, before it is ended
 # Not by `multiprocessing`, which would run the caller's own script again, and waits for ever where
 # the process dies while it starts.
-PROGRAM = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv.pop(1)); sys.argv = sys.argv[1:]; from lockstep.common.runs.parallel import serve; serve()"
-NAME = BACKENDS[-1]  # whom the other process trains
-Members = Mapping[str, Sequence[int | None]]  # by lens: the run itself (None) and its twins
+WORKER_SOURCE = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv.pop(1)); sys.argv = sys.argv[1:]; from lockstep.common.runs.parallel import worker_main; worker_main()"
+WORKER_BACKEND = BACKENDS[-1]  # whom the other process trains
+TwinNumbers = Mapping[str, Sequence[int | None]]  # by lens: the run itself (None) and its twins
 Build = Callable[[str, str], Backend]  # by name and dtype
-Tell = Callable[[str, Any], None]  # tells the process that waits: of what kind, and what
+Send = Callable[[str, Any], None]  # tells the process that waits: of what kind, and what
 
 
-class View(NamedTuple):
+class ModelInfo(NamedTuple):
     """What has to be known of a backend before it trains; by canonical name, as
     `lockstep.common.protocol.Backend` has it."""
 
@@ -60,12 +60,12 @@ class View(NamedTuple):
     dropouts: dict[str, Dropout]
 
 
-def view(build: Build, name: str) -> View:
+def view(build: Build, name: str) -> ModelInfo:
     backend = build(name, "float32")
-    return View(backend.device, backend.shapes(), backend.own_names(), backend.dropouts())
+    return ModelInfo(backend.device, backend.shapes(), backend.own_names(), backend.dropouts())
 
 
-class Other:
+class WorkerProcess:
     """Another process: it gets ready while this one reads the data, and does what it is told to
     until the context ends.
 
@@ -82,7 +82,13 @@ class Other:
 
     def __enter__(self) -> Self:
         if self.wanted:
-            command = [sys.executable, "-c", PROGRAM, repr(sys.path), sys.argv[0]]  # for hints
+            command = [
+                sys.executable,
+                "-c",
+                WORKER_SOURCE,
+                repr(sys.path),
+                sys.argv[0],
+            ]  # for hints
             with contextlib.suppress(OSError):  # the system has no room for it
                 # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped
                 # by this process.
@@ -104,7 +110,7 @@ class Other:
             self.process = None
 
     def tell(self, what: str, *arguments: Any) -> None:
-        """Have it do what the method of `Work` does."""
+        """Have it do what the method of `WorkerCommands` does."""
         if self.process is not None:
             pipe: Any = self.process.stdin
             with contextlib.suppress(OSError, ValueError):  # it has ended, or is being ended
@@ -113,7 +119,7 @@ class Other:
                 )  # without a copy of the images
                 pipe.flush()
 
-    def view(self, build: Build, name: str) -> Callable[[], View]:
+    def view(self, build: Build, name: str) -> Callable[[], ModelInfo]:
         """Waits for what the function gives, which this begins."""
         self.tell("look", build, name)
         return lambda: self.told()[1] or view(build, name)
@@ -135,7 +141,7 @@ class Other:
             return "ended", None
 
 
-class Beside:
+class ParallelTraining:
     """Trains `name` through all lenses in another process, within the context, and every other
     backend in this one.
 
@@ -144,13 +150,15 @@ class Beside:
         members: of each lens.
     """
 
-    def __init__(self, trainer: Trainer, other: Other, name: str | None, members: Members) -> None:
+    def __init__(
+        self, trainer: Trainer, other: WorkerProcess, name: str | None, members: TwinNumbers
+    ) -> None:
         self.trainer, self.other, self.members = trainer, other, members
         self.name = name if other.process is not None else None
         self._changed = threading.Condition()
         self._finished: list[str] = []  # lenses
         self._failure: LockstepError | Interrupted | None = None
-        self._over = False
+        self._done = False
         self._stopped = False
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
@@ -160,7 +168,7 @@ class Beside:
             return self
         environment.sharing = 2
         try:
-            interrupt.pass_on(self._stop)
+            interrupt.forward_to(self._stop)
             self._listener.start()
         except BaseException as error:
             self.__exit__(error)
@@ -174,13 +182,13 @@ class Beside:
             self._stop()
         try:
             if self._listener.is_alive():
-                self._listener.join(PATIENCE)
+                self._listener.join(STOP_TIMEOUT)
         finally:
             if any(error) or self._listener.is_alive():
                 self.other.end()
             if self._listener.is_alive():
                 self._listener.join()  # what it has finished is known then
-            interrupt.pass_on(None)
+            interrupt.forward_to(None)
             environment.sharing = 1
         checkpoint.remove_folder(self.trainer.folder)
 
@@ -201,29 +209,29 @@ class Beside:
             return self.trainer.train(name, dtype, self.members[dtype])
         try:
             with self._changed:
-                self._changed.wait_for(lambda: dtype in self._finished or self._over)
+                self._changed.wait_for(lambda: dtype in self._finished or self._done)
         except KeyboardInterrupt:
             raise Interrupted(f"{name} {dtype} was interrupted") from None
         if dtype not in self._finished:
             if self._failure is None and interrupt.requested():
                 raise Interrupted(f"{name} {dtype} was interrupted")
-            raise self._failure or self._ended()
-        return self.trainer.written(name, dtype, self.members[dtype])
+            raise self._failure or self._worker_died()
+        return self.trainer.read_records(name, dtype, self.members[dtype])
 
     def finished(self, dtype: str) -> dict[str, list[Record]]:
         """What the other process has trained through one lens; empty if it did not finish that."""
         if self.name is None or dtype not in self._finished:
             return {}
-        return {self.name: self.trainer.written(self.name, dtype, self.members[dtype])}
+        return {self.name: self.trainer.read_records(self.name, dtype, self.members[dtype])}
 
-    def _ended(self) -> BackendError:
+    def _worker_died(self) -> BackendError:
         code = self.other.process.returncode if self.other.process is not None else None
         how = (
             f"was ended by signal {-code}"
             if code is not None and code < 0
             else f"ended with status {code}"
         )
-        remedy = f"free some memory, then {how_to_go_on(self.trainer.folder)}"
+        remedy = f"free some memory, then {resume_hint(self.trainer.folder)}"
         return BackendError(f"{self.name} cannot train here (its process {how}): {remedy}")
 
     def _listen(self) -> None:
@@ -241,20 +249,22 @@ class Beside:
                 self._failure = told
             with self._changed:
                 self._finished += [told] if kind == "finished" else []
-                self._over = kind in ("trained", "failed", "ended")
+                self._done = kind in ("trained", "failed", "ended")
                 self._changed.notify_all()
 
 
-def likely(config: Config, names: Sequence[str], device: str) -> bool:
-    """Whether `choose` may well say so of this configuration, which need not be resolved; `device`
+def may_use_worker(config: Config, names: Sequence[str], device: str) -> bool:
+    """Whether `choose_worker_backend` may well say so of this configuration, which need not be resolved; `device`
     may be "auto"."""
-    short = config.steps is not None and config.steps * config.batch_size < LEAST_IMAGES
+    short = config.steps is not None and config.steps * config.batch_size < MIN_IMAGES
     return (
         len(names) == len(BACKENDS) and device != "cuda" and environment.cores() >= 2 and not short
     )
 
 
-def choose(trainer: Trainer, names: Sequence[str], device: str, there: Iterable[str]) -> str | None:
+def choose_worker_backend(
+    trainer: Trainer, names: Sequence[str], device: str, there: Iterable[str]
+) -> str | None:
     """The backend to train beside the other one; None where it does not pay, or there are not two
     to train.
 
@@ -262,15 +272,15 @@ def choose(trainer: Trainer, names: Sequence[str], device: str, there: Iterable[
         there: backends whose records need not be trained.
     """
     config = trainer.config
-    pays = config.total_steps * config.batch_size >= LEAST_IMAGES and environment.cores() >= 2
+    pays = config.total_steps * config.batch_size >= MIN_IMAGES and environment.cores() >= 2
     both = len({*names} - {*there}) == len(BACKENDS)
-    return NAME if pays and both and device == "cpu" else None
+    return WORKER_BACKEND if pays and both and device == "cpu" else None
 
 
-class _Remote:
+class RemoteProgress:
     """A terminal elsewhere."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Send) -> None:
         self._tell = tell
 
     def line(self, text: str) -> None:
@@ -282,19 +292,23 @@ class _Remote:
         yield lambda steps, loss: None
 
 
-def serve() -> None:
+def worker_main() -> None:
     """The other process: do what standard input says, and tell standard output."""
-    environment.collect_seldom()
+    environment.relax_gc()
     environment.sharing = 2
     # Patient all the time: in the middle of an import, KeyboardInterrupt may end up where it is
     # printed and forgotten.
-    with interrupt.listening(aloud=False), interrupt.patient(), os.fdopen(os.dup(1), "wb") as out:
+    with (
+        interrupt.handle_signals(aloud=False),
+        interrupt.deferred(),
+        os.fdopen(os.dup(1), "wb") as out,
+    ):
         os.dup2(2, 1)  # for what else may be printed
-        work, orders = Work(functools.partial(_tell, out)), queue.SimpleQueue()
-        threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+        work, commands = WorkerCommands(functools.partial(_tell, out)), queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(commands,), daemon=True).start()
         try:
             while True:
-                what, arguments = orders.get()
+                what, arguments = commands.get()
                 getattr(work, what)(*arguments)
         except KeyboardInterrupt:
             sys.stderr.flush()
@@ -307,25 +321,25 @@ def _tell(out: BinaryIO, kind: str, what: Any) -> None:
         out.flush()
 
 
-def _listen(orders: queue.SimpleQueue[Any]) -> None:
+def _listen(commands: queue.SimpleQueue[Any]) -> None:
     """Until who started this process has gone: the folder may be another run's from then on."""
     try:
         with open(0, "rb", closefd=False) as given:
             while True:
-                orders.put(pickle.load(given))
+                commands.put(pickle.load(given))
     finally:
         os._exit(1)
 
 
-class Work:
+class WorkerCommands:
     """What the other process can be told to do; it answers by `tell`."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Send) -> None:
         self.tell = tell
 
     def prepare(self, load: Callable[[str], object]) -> None:
         with contextlib.suppress(Exception):  # whatever it is, it comes again
-            load(NAME)
+            load(WORKER_BACKEND)
 
     def look(self, build: Build, name: str) -> None:
         seen = None
@@ -335,9 +349,9 @@ class Work:
             seen = view(build, name)
         self.tell("seen", seen)
 
-    def train(self, trainer: Trainer, name: str, members: Members) -> None:
+    def train(self, trainer: Trainer, name: str, members: TwinNumbers) -> None:
         self.trainer, self.members = (
-            dataclasses.replace(trainer, terminal=_Remote(self.tell)),
+            dataclasses.replace(trainer, terminal=RemoteProgress(self.tell)),
             members,
         )
         try:
@@ -357,7 +371,7 @@ class Work:
 
         try:
             found = {
-                dtype: {name: self.trainer.written(name, dtype, members) for name in BACKENDS}
+                dtype: {name: self.trainer.read_records(name, dtype, members) for name in BACKENDS}
                 for dtype, members in self.members.items()
             }
             runs, twins = runs_and_twins(found)

@@ -19,7 +19,7 @@ from lockstep.common.protocol import STAGES, Arrays
 from lockstep.common.system.storage import MAX_BYTES, read_tensors, write_tensors
 
 SCHEMA = 2
-OPENING_STEPS = (
+FIRST_STEPS = (
     2  # steps recorded tensor by tensor; two, since momentum and dampening first act in the second
 )
 
@@ -34,7 +34,7 @@ class Record:
     config: dict[str, Any]  # Config.to_json() of the resolved run
     data: dict[str, Any]  # name, digest, order, sizes, classes
     environment: dict[str, Any]  # Backend.describe()
-    source: str  # machine.source(backend): the code that made it
+    source: str  # machine.source_digest(backend): the code that made it
     loss: np.ndarray  # float64 (steps,): mean cross entropy of each batch, nats
     gradient_norm: np.ndarray  # float64 (steps,)
     lr: np.ndarray  # float64 (steps,)
@@ -47,16 +47,18 @@ class Record:
     weights: Arrays = field(
         default_factory=dict
     )  # initial parameters and model state, as the backend held them
-    opening: Arrays = field(default_factory=dict)  # "<step>/<stage>/<tensor>" of the first steps
+    first_steps: Arrays = field(
+        default_factory=dict
+    )  # "<step>/<stage>/<tensor>" of the first steps
     layers: list[str] = field(
         default_factory=list
     )  # the tensors of the forward pass, in the order of the calls
-    along: Arrays = field(
+    parameter_history: Arrays = field(
         default_factory=dict
-    )  # "<steps done>/<parameter>", about once per stretch
+    )  # "<steps done>/<parameter>", about once per window
     final: Arrays = field(default_factory=dict)  # parameters and model state after the last step
-    broken: int | None = None  # the step whose loss was not finite, at which training ended
-    legs: list[dict[str, Any]] = field(
+    nonfinite_step: int | None = None  # the step whose loss was not finite, where training ended
+    segments: list[dict[str, Any]] = field(
         default_factory=list
     )  # "backend", and "stop", one past the last step it took
 
@@ -70,7 +72,7 @@ class Record:
         return file_stem(self.backend, self.dtype, self.twin)
 
 
-def stretches(steps: int) -> list[tuple[int, int]]:
+def windows(steps: int) -> list[tuple[int, int]]:
     """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs; what is left over belongs to the
     last whole one."""
     edges = [0, 1]
@@ -84,9 +86,18 @@ def file_stem(backend: str, dtype: str, twin: int | None = None) -> str:
     return f"{backend}-{dtype}" + ("" if twin is None else f"-twin{twin}")
 
 
-_SERIES = ("loss", "gradient_norm", "lr", "predictions")
-_GROUPS = ("weights", "opening", "along", "final")
-_FACTS = tuple(f.name for f in fields(Record) if f.name not in _SERIES + _GROUPS)
+SERIES = ("loss", "gradient_norm", "lr", "predictions")
+ARRAY_GROUPS = ("weights", "first_steps", "parameter_history", "final")
+# The names that files of schema 2 use, where the fields have others.
+FILE_NAMES = {
+    "first_steps": "opening",
+    "parameter_history": "along",
+    "segments": "legs",
+    "nonfinite_step": "broken",
+    "perturbation_rng_state": "rounding",
+}
+_FIELDS = {name: field for field, name in FILE_NAMES.items()}
+METADATA = tuple(f.name for f in fields(Record) if f.name not in SERIES + ARRAY_GROUPS)
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -95,33 +106,32 @@ def write(record: Record, folder: Path) -> Path:
     Raises:
         RecordError: if the folder cannot be written.
     """
-    arrays = {name: getattr(record, name) for name in _SERIES}
-    for group in _GROUPS:
-        arrays |= {f"{group}/{name}": array for name, array in getattr(record, group).items()}
+    arrays = {name: getattr(record, name) for name in SERIES}
+    for group in ARRAY_GROUPS:
+        arrays |= ungrouped(group, getattr(record, group))
     path = folder / f"{record.stem}.safetensors"
-    write_tensors(
-        path, {"schema": SCHEMA} | {name: getattr(record, name) for name in _FACTS}, arrays
-    )
+    metadata = {file_name(name): getattr(record, name) for name in METADATA}
+    write_tensors(path, {"schema": SCHEMA} | metadata, arrays)
     return path
 
 
-def read(path: Path, most: float = MAX_BYTES) -> Record:
+def read(path: Path, max_bytes: float = MAX_BYTES) -> Record:
     """The record in `path`, checked: nothing is missing, or of another type, shape or dtype, or not
     finite where it is to be.
 
     Args:
-        most: bytes; a larger one is refused.
+        max_bytes: a larger file is refused.
 
     Raises:
         RecordError: if it is missing, damaged, or of another version.
     """
-    remedy = "delete it and run that backend again"
-    facts, arrays = read_tensors(path, SCHEMA, "record", remedy, most)
+    hint = "delete it and run that backend again"
+    metadata, arrays = read_tensors(path, SCHEMA, "record", hint, max_bytes)
     try:
-        found = Record(
-            **facts, **{name: arrays.pop(name) for name in _SERIES}, **grouped(arrays, _GROUPS)
-        )
-        problem = next((problem for problem, wrong in _problems(found) if wrong()), None)
+        series: dict[str, Any] = {name: arrays.pop(name) for name in SERIES}
+        groups: dict[str, Any] = grouped(arrays, ARRAY_GROUPS)
+        found = Record(**fields_of(metadata), **series, **groups)
+        problem = next((problem for problem, wrong in _checks(found) if wrong()), None)
     except (
         ConfigError,
         ArithmeticError,
@@ -132,40 +142,58 @@ def read(path: Path, most: float = MAX_BYTES) -> Record:
     ) as error:
         problem = type(error).__name__
     if problem:
-        raise RecordError(f"the record {path} cannot be used ({problem}): {remedy}")
+        raise RecordError(f"the record {path} cannot be used ({problem}): {hint}")
     return found
 
 
-def grouped(arrays: Arrays, groups: Sequence[str]) -> dict[str, Any]:
-    """Arrays called "<group>/<name>" by group and name.
+def file_name(field: str) -> str:
+    """The name that files use for a field of a record or a checkpoint."""
+    return FILE_NAMES.get(field, field)
+
+
+def fields_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a file, by the names of the fields.
+
+    Raises:
+        KeyError: for a name that files do not use.
+    """
+    return {
+        (_FIELDS[name] if name in FILE_NAMES else _FIELDS.get(name, name)): value
+        for name, value in metadata.items()
+    }
+
+
+def ungrouped(group: str, arrays: Arrays) -> Arrays:
+    """The arrays of one group as "<group>/<name>", as files name them."""
+    return {f"{file_name(group)}/{name}": array for name, array in arrays.items()}
+
+
+def grouped(arrays: Arrays, groups: Sequence[str]) -> dict[str, Arrays]:
+    """Arrays called "<group>/<name>", as files name them, by group and name.
 
     Raises:
         KeyError: for a name that is in none of `groups`.
     """
     found: dict[str, Arrays] = {group: {} for group in groups}
+    named = {file_name(group): found[group] for group in groups}
     for name, array in arrays.items():
         group, _, rest = name.partition("/")
-        found[group][rest] = array
+        named[group][rest] = array
     return found
 
 
 # --- Checks
 
-_KINDS = (
-    "float64",
-    "float32",
-    "bfloat16",
-    "int64",
-    "int32",
-)  # that tensors of the first steps may have
+# Of the tensors of the first steps.
+ALLOWED_DTYPES = ("float64", "float32", "bfloat16", "int64", "int32")
 
 
-def _problems(r: Record) -> list[tuple[str, Callable[[], bool]]]:
+def _checks(r: Record) -> list[tuple[str, Callable[[], bool]]]:
     """What may be wrong with a record, in an order in which each check may rely on those before
     it."""
     like = {name: (array.shape, array.dtype) for name, array in r.weights.items()}
 
-    def unlike(arrays: Arrays) -> bool:
+    def mismatches(arrays: Arrays) -> bool:
         return {name: (array.shape, array.dtype) for name, array in arrays.items()} != like
 
     return [
@@ -191,19 +219,26 @@ def _problems(r: Record) -> list[tuple[str, Callable[[], bool]]]:
             ),
         ),
         (
-            "broken",
-            lambda: r.broken is not None and not is_count(r.broken, 0, r.config["steps"] - 1),
+            "nonfinite_step",
+            lambda: (
+                r.nonfinite_step is not None
+                and not is_count(r.nonfinite_step, 0, r.config["steps"] - 1)
+            ),
         ),
-        ("legs", lambda: not _are_legs(r.legs, r.config["steps"], r.broken)),
+        ("segments", lambda: not _valid_segments(r.segments, r.config["steps"], r.nonfinite_step)),
         ("loss", lambda: not _is_series(r.loss, r.config["steps"])),
         ("gradient_norm", lambda: not _is_series(r.gradient_norm, r.config["steps"])),
         ("lr", lambda: not _is_series(r.lr, r.config["steps"])),
-        ("loss, not finite", lambda: not _ends_at(r.loss, r.broken)),
+        ("loss, not finite", lambda: not _finite_until(r.loss, r.nonfinite_step)),
         (
             "lr, not finite",
-            lambda: not np.isfinite(r.lr[: r.steps if r.broken is None else r.broken + 1]).all(),
+            lambda: (
+                not np.isfinite(
+                    r.lr[: r.steps if r.nonfinite_step is None else r.nonfinite_step + 1]
+                ).all()
+            ),
         ),
-        ("gradient_norm, not a number", lambda: not _are_norms(r.gradient_norm, r.broken)),
+        ("gradient_norm, not a number", lambda: not _are_norms(r.gradient_norm, r.nonfinite_step)),
         ("test_loss", lambda: type(r.test_loss) is not float),
         ("predictions", lambda: not _are_predictions(r.predictions, r.data)),
         (
@@ -216,15 +251,20 @@ def _problems(r: Record) -> list[tuple[str, Callable[[], bool]]]:
             "weights, not finite",
             lambda: not all(np.isfinite(array).all() for array in r.weights.values()),
         ),
-        ("final", lambda: unlike(r.final)),
+        ("final", lambda: mismatches(r.final)),
         (
-            "opening",
+            "first_steps",
             lambda: (
-                not r.opening
-                or not all(_is_opening(key, array) for key, array in r.opening.items())
+                not r.first_steps
+                or not all(
+                    _is_first_steps_tensor(key, array) for key, array in r.first_steps.items()
+                )
             ),
         ),
-        ("along", lambda: any(unlike(arrays) for arrays in _along(r).values())),
+        (
+            "parameter_history",
+            lambda: any(mismatches(arrays) for arrays in parameters_by_step(r).values()),
+        ),
     ]
 
 
@@ -241,7 +281,7 @@ def _is_nan(value: object) -> bool:
     return type(value) is float and value != value
 
 
-def _is_data(data: Any) -> bool:
+def _is_data(data: object) -> bool:
     """What `train.describe` makes."""
     if not isinstance(data, dict) or data.keys() != {"name", "digest", "order", "sizes", "classes"}:
         return False
@@ -258,37 +298,42 @@ def _is_data(data: Any) -> bool:
     )
 
 
-def _are_legs(legs: Any, steps: int, broken: int | None) -> bool:
+def _valid_segments(segments: object, steps: int, nonfinite_step: int | None) -> bool:
     """Who took the steps, one after the other; a run whose loss was not finite ended before its
     last step."""
-    if not isinstance(legs, list) or not all(
-        isinstance(leg, dict) and len(leg) == 2 for leg in legs
+    if not isinstance(segments, list) or not all(
+        isinstance(segment, dict) and len(segment) == 2 for segment in segments
     ):
         return False
-    if not all(leg["backend"] in BACKENDS and is_count(leg["stop"], 1, steps) for leg in legs):
+    if not all(
+        segment["backend"] in BACKENDS and is_count(segment["stop"], 1, steps)
+        for segment in segments
+    ):
         return False
-    stops = [leg["stop"] for leg in legs]
-    return stops == sorted(set(stops)) and (broken is not None or stops[-1] == steps)
+    stops = [segment["stop"] for segment in segments]
+    return stops == sorted(set(stops)) and (nonfinite_step is not None or stops[-1] == steps)
 
 
 def _is_series(array: np.ndarray, steps: int) -> bool:
     return array.dtype == np.float64 and array.shape == (steps,)
 
 
-def _ends_at(loss: np.ndarray, broken: int | None) -> bool:
-    """Whether losses are finite up to step `broken`, not there, and NaN after it."""
-    if broken is None:
+def _finite_until(loss: np.ndarray, nonfinite_step: int | None) -> bool:
+    """Whether losses are finite up to step `nonfinite_step`, not there, and NaN after it."""
+    if nonfinite_step is None:
         return bool(np.isfinite(loss).all())
-    before, after = loss[:broken], loss[broken + 1 :]
+    before, after = loss[:nonfinite_step], loss[nonfinite_step + 1 :]
     return bool(
-        np.isfinite(before).all() and not np.isfinite(loss[broken]) and np.isnan(after).all()
+        np.isfinite(before).all()
+        and not np.isfinite(loss[nonfinite_step])
+        and np.isnan(after).all()
     )
 
 
-def _are_norms(norms: np.ndarray, broken: int | None) -> bool:
+def _are_norms(norms: np.ndarray, nonfinite_step: int | None) -> bool:
     """Squares may overflow where a loss is finite; what is not even a number shows in the next
     loss."""
-    last = len(norms) if broken is None else broken
+    last = len(norms) if nonfinite_step is None else nonfinite_step
     return bool((norms[: max(0, last - 1)] >= 0).all() and not (norms < 0).any())
 
 
@@ -297,20 +342,20 @@ def _are_predictions(predictions: np.ndarray, data: dict[str, Any]) -> bool:
     return right and bool(predictions.min() >= 0 and predictions.max() < len(data["classes"]))
 
 
-def _is_opening(key: str, array: np.ndarray) -> bool:
+def _is_first_steps_tensor(key: str, array: np.ndarray) -> bool:
     step, stage, tensor = key.split("/", 2)
-    named = step in map(str, range(OPENING_STEPS)) and stage in STAGES and tensor != ""
-    return named and any(array.dtype == numpy_dtype(kind) for kind in _KINDS)
+    named = step in map(str, range(FIRST_STEPS)) and stage in STAGES and tensor != ""
+    return named and any(array.dtype == numpy_dtype(kind) for kind in ALLOWED_DTYPES)
 
 
-def _along(record: Record) -> dict[int, Arrays]:
+def parameters_by_step(record: Record) -> dict[int, Arrays]:
     """The parameters along the run by the number of steps done.
 
     Raises:
         ValueError: for a key that is not "<steps done>/<parameter>", of steps that the run has.
     """
     found: dict[int, Arrays] = {}
-    for key, array in record.along.items():
+    for key, array in record.parameter_history.items():
         step, _, name = key.partition("/")
         if not re.fullmatch("[1-9][0-9]{0,9}", step) or int(step) > record.steps:
             raise ValueError(key)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, RECIPES, Config, Recipe
 from lockstep.common.errors import ConfigError, RecordError
-from lockstep.common.system.storage import write_whole
+from lockstep.common.system.storage import write_atomic
 
 SCHEMA = 1
 FILE = "run.json"
@@ -50,7 +50,7 @@ def write(plan: Plan, folder: Path) -> None:
     """
     facts = {"schema": SCHEMA} | dataclasses.asdict(plan)
     text = json.dumps(facts | {"sha256": _digest(facts)}, indent=1, sort_keys=True) + "\n"
-    write_whole(folder / FILE, text.encode())
+    write_atomic(folder / FILE, text.encode())
 
 
 def read(folder: Path) -> Plan:

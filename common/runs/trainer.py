@@ -41,7 +41,7 @@ class Trainer:
     log_every: int = 0  # steps between two log lines; 0: none
     checkpoint_every: int = 0  # steps between two checkpoints; 0: none but where a run is stopped
     resumed: bool = False  # go on with what is in the folder
-    takes_over: bool = False  # from the other backend, where that one was stopped
+    continue_other_backend: bool = False  # from the other backend, where that one was stopped
 
     def train(self, name: str, dtype: str, members: Sequence[int | None]) -> list[Record]:
         """The records of one backend through one lens: of the run itself (None) and of its twins
@@ -59,24 +59,28 @@ class Trainer:
             finished = self.finished(name, stem)
             if finished is not None:
                 made.append(finished)
-                if finished.broken is None:
+                if finished.nonfinite_step is None:
                     checkpoint.remove(self.folder, stem)
                 continue
             if interrupt.requested():
                 raise Interrupted(f"{title} was not begun")
             backend = backend or self.build(name, dtype)
-            start = self.start_of(name, dtype, twin)
+            start = self.starting_checkpoint(name, dtype, twin)
             done = start.step if start is not None else 0
             after = f" after step {done:,}" if done else ""
             terminal.line(f"Training {title}{after}: {total - done:,} steps on {backend.device}")
             if not self.resumed:
                 checkpoint.remove(self.folder, stem)
-            keeper = checkpoint.Keeper(self.folder, self.checkpoint_every)
-            with explained(name), terminal.progress(title, total) as advance, interrupt.patient():
+            checkpoints = checkpoint.CheckpointManager(self.folder, self.checkpoint_every)
+            with (
+                backend_errors(name),
+                terminal.progress(title, total) as advance,
+                interrupt.deferred(),
+            ):
                 line = (
                     terminal.line
                     if environment.sharing == 1
-                    else functools.partial(_line_of, name, terminal.line)
+                    else functools.partial(prefixed, name, terminal.line)
                 )
                 observer = TerminalObserver(line, advance)
                 log_every = self.log_every if twin is None else 0
@@ -91,33 +95,33 @@ class Trainer:
                         log_every,
                         weights=self.weights,
                         start=start,
-                        keeper=keeper,
+                        checkpoints=checkpoints,
                     )
                 except KeyboardInterrupt:
                     raise Interrupted(
                         f"{title} was interrupted at step {observer.steps:,} of {total:,}"
                     ) from None
                 except RecordError as error:  # such as a full disk
-                    raise RecordError(f"{error}; then {how_to_go_on(self.folder)}") from error
-                with interrupt.undisturbed():
+                    raise RecordError(f"{error}; then {resume_hint(self.folder)}") from error
+                with interrupt.masked():
                     record.write(found, self.folder)
             made.append(found)
-            if found.broken is None or twin is not None:
+            if found.nonfinite_step is None or twin is not None:
                 checkpoint.remove(self.folder, stem)
             else:
                 terminal.line(
-                    f"{title}: the loss of step {found.broken} is not finite, so training ended there; the last good "
-                    f"state is in {keeper.kept}: choose a smaller --lr, or start from it with --weights"
+                    f"{title}: the loss of step {found.nonfinite_step} is not finite, so training ended there; the last good "
+                    f"state is in {checkpoints.last_path}: choose a smaller --lr, or start from it with --weights"
                 )
         return made
 
-    def written(self, name: str, dtype: str, members: Sequence[int | None]) -> list[Record]:
+    def read_records(self, name: str, dtype: str, members: Sequence[int | None]) -> list[Record]:
         """The records that another process has just trained for this one, as `train`'s, however
         large."""
         paths = [
             self.folder / f"{record.file_stem(name, dtype, twin)}.safetensors" for twin in members
         ]
-        return [record.read(path, most=math.inf) for path in paths]
+        return [record.read(path, max_bytes=math.inf) for path in paths]
 
     def finished(self, name: str, stem: str) -> Record | None:
         """The record of a run that need not be trained again, since this run goes on with what is
@@ -127,7 +131,7 @@ class Trainer:
             return None
         return matching_record(path, name, self.config, self.dataset)
 
-    def start_of(self, name: str, dtype: str, twin: int | None) -> Checkpoint | None:
+    def starting_checkpoint(self, name: str, dtype: str, twin: int | None) -> Checkpoint | None:
         """The checkpoint to go on from, if this run goes on: its newest, or that of the other
         backend; else None."""
         if not self.resumed:
@@ -138,15 +142,15 @@ class Trainer:
         other = next(other for other in BACKENDS if other != name)
         theirs = checkpoint.found(self.folder, record.file_stem(other, dtype, twin))
         ended = (self.folder / f"{record.file_stem(other, dtype, twin)}.safetensors").exists()
-        if not self.takes_over or twin is not None or ended or not theirs:
+        if not self.continue_other_backend or twin is not None or ended or not theirs:
             return None
         state = checkpoint.read(theirs[0])
         data = training.describe(self.config, self.dataset)
-        checkpoint.check(state, self.config.to_json(), data, None, environment.source(other))
+        checkpoint.check(state, self.config.to_json(), data, None, environment.source_digest(other))
         self.terminal.line(f"{name} goes on where {other} stopped, after step {state.step:,}")
-        return checkpoint.handed_over(state, name, environment.source(name))
+        return checkpoint.for_backend(state, name, environment.source_digest(name))
 
-    def refuse_to_lose(self, names: Sequence[str], dtypes: Sequence[str]) -> None:
+    def check_not_overwriting(self, names: Sequence[str], dtypes: Sequence[str]) -> None:
         """Raise RecordError if a run that was stopped here would be overwritten."""
         mine = [record.file_stem(name, dtype) for name, dtype in itertools.product(names, dtypes)]
         for path in sorted((self.folder / checkpoint.FOLDER).glob("*.safetensors")):
@@ -154,11 +158,11 @@ class Trainer:
             ended = (self.folder / f"{stem}.safetensors").exists()
             if not ended and stem.partition("-twin")[0] in mine:
                 raise RecordError(
-                    f"{self.folder} holds a run that was stopped ({path.name}): {how_to_go_on(self.folder)}, "
+                    f"{self.folder} holds a run that was stopped ({path.name}): {resume_hint(self.folder)}, "
                     f"or delete {self.folder / checkpoint.FOLDER} to start again"
                 )
 
-    def more(self, dtype: str, names: Sequence[str]) -> Callable[[str, range], list[Record]]:
+    def train_twins(self, dtype: str, names: Sequence[str]) -> Callable[[str, range], list[Record]]:
         """Trains the twins that `parity.judge` asks for, of the backends that may be trained."""
 
         def twins_of(name: str, twins: range) -> list[Record]:
@@ -171,7 +175,9 @@ class Trainer:
 
         return twins_of
 
-    def begin(self, dtype: str, names: Sequence[str]) -> Callable[[str, range], list[Record]]:
+    def train_first_steps(
+        self, dtype: str, names: Sequence[str]
+    ) -> Callable[[str, range], list[Record]]:
         """Likewise, but the first steps of them only, of which nothing is kept."""
 
         def first_steps_of(name: str, twins: range) -> list[Record]:
@@ -184,7 +190,7 @@ class Trainer:
                 self.build(name, dtype),
                 TerminalObserver(lambda text: None, lambda steps, loss: None),
             )
-            with explained(name), interrupt.patient():
+            with backend_errors(name), interrupt.deferred():
                 return [
                     first_steps(
                         backend, self.config, self.dataset, dtype, observer, twin, self.weights
@@ -196,7 +202,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
+def backend_errors(name: str) -> Iterator[None]:
     """Errors of a compiler, a driver, or the memory, which all come as RuntimeError, as one line
     with a remedy."""
     try:
@@ -209,7 +215,7 @@ def explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def _line_of(name: str, line: Callable[[str], None], text: str) -> None:
+def prefixed(name: str, line: Callable[[str], None], text: str) -> None:
     """Where two train at once, each says who it is."""
     line(f"{name}: {text}")
 
@@ -241,7 +247,7 @@ def runs_and_twins(
     return runs, twins
 
 
-def other_runs(
+def find_runs(
     folder: Path,
     dtypes: Sequence[str],
     names: Sequence[str],
@@ -255,13 +261,13 @@ def other_runs(
     """
     families: dict[str, Family] = {dtype: {} for dtype in dtypes}
     for dtype, name in itertools.product(dtypes, names):
-        found = find_records(folder, name, dtype, config, dataset, announce)
+        found = find_ensemble(folder, name, dtype, config, dataset, announce)
         if found:
             families[dtype][name] = found
     return families
 
 
-def find_records(
+def find_ensemble(
     folder: Path,
     name: str,
     dtype: str,
@@ -286,7 +292,7 @@ def find_records(
     family = [found]
     for path in sorted(folder.glob(f"{stem}-twin*.safetensors")):
         twin = record.read(path)
-        if twin.source == environment.source(name) and (
+        if twin.source == environment.source_digest(name) and (
             twin := matching_record(path, name, config, dataset)
         ):
             family.append(twin)  # others an earlier run left here
@@ -309,13 +315,13 @@ def matching_record(path: Path, name: str, config: Config, dataset: Dataset) -> 
     }  # the same data may lie elsewhere
     if found.config != config.to_json() or found.data != mine:
         return None
-    if found.source != environment.source(name):
+    if found.source != environment.source_digest(name):
         raise RecordError(
             f"the record {path} is stale, the code has changed since: run --backend {name} again"
         )
     return found
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """For whoever stopped the run in `folder`."""
     return f"resume with: {program.command('--resume', folder)}"

@@ -16,14 +16,14 @@ from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.errors import RecordError
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.perturb import moved, twin_images, twin_weights
+from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp, twin_weights
 from lockstep.common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
-from lockstep.common.runs.checkpoint import REMEDY, Checkpoint, Keeper, check, is_finite
-from lockstep.common.runs.record import OPENING_STEPS, Record, stretches
+from lockstep.common.runs.checkpoint import HINT, Checkpoint, CheckpointManager, check, is_finite
+from lockstep.common.runs.record import FIRST_STEPS, Record, windows
 from lockstep.common.system import environment
 
-OPENING_IMAGES = 8  # of a batch, whose activations are recorded
-EVALUATED = (
+FIRST_STEPS_IMAGES = 8  # of a batch, whose activations are recorded
+TEST_CHUNK = (
     1000  # test images at a time: in float64 25 MB, in place of 245 of CIFAR-10, and 0.4 s less
 )
 SNAPSHOT_SECONDS = (
@@ -52,7 +52,7 @@ def train(
     *,
     weights: Arrays | None = None,
     start: Checkpoint | None = None,
-    keeper: Keeper | None = None,
+    checkpoints: CheckpointManager | None = None,
 ) -> Record:
     """Train once and evaluate on the test images.
 
@@ -67,19 +67,19 @@ def train(
             none.
         weights: canonical, of any floating-point dtype; None: drawn from the seed.
         start: what to go on from; None: the first step.
-        keeper: keeps checkpoints, between two calls of `train_steps`; where it stops the run, or
+        checkpoints: keeps checkpoints, between two calls of `train_steps`; where it stops the run, or
             the run is interrupted, also one of the last state known.
 
     Raises:
-        KeyboardInterrupt: if `keeper` stops the run.
+        KeyboardInterrupt: if `checkpoints` stops the run.
         RecordError: if `start` is of another run, or a checkpoint cannot be written.
     """
     if start is None:
-        start = _begin(backend, config, dataset, dtype, twin, weights)
+        start = initial_checkpoint(backend, config, dataset, dtype, twin, weights)
     else:
-        source = environment.source(start.backend)
+        source = environment.source_digest(start.backend)
         check(start, config.to_json(), describe(config, dataset), backend.shapes(), source)
-    run = _Run(
+    run = TrainingLoop(
         backend,
         config,
         dataset,
@@ -88,19 +88,19 @@ def train(
         _Log(config, len(dataset.train_images), log_every, observer),
     )
     try:
-        run.train(keeper)
+        run.train(checkpoints)
         evaluation = evaluate(backend, run.state, dataset, dtype)
     except (KeyboardInterrupt, RuntimeError) as error:
         # A terminal's Ctrl-C reaches a compiler's own processes, too: their end is no error then.
         if not isinstance(error, KeyboardInterrupt) and not (
-            keeper is not None and keeper.stopping()
+            checkpoints is not None and checkpoints.stopping()
         ):
             raise
-        if keeper is not None and is_finite(run.latest.snapshot):
-            keeper.keep(run.latest)
+        if checkpoints is not None and is_finite(run.latest.snapshot):
+            checkpoints.save(run.latest)
         raise KeyboardInterrupt from error
-    if run.broken is not None and keeper is not None:
-        keeper.keep(run.latest)
+    if run.nonfinite_step is not None and checkpoints is not None:
+        checkpoints.save(run.latest)
     last, series = run.latest, run.series()
     unknown = np.full(config.total_steps - len(series.loss), np.nan)
     return Record(
@@ -119,16 +119,16 @@ def train(
         seconds=last.seconds,
         steps_per_second=run.steps_per_second(),
         weights=last.weights,
-        opening=last.opening,
+        first_steps=last.first_steps,
         layers=last.layers,
-        along=last.along,
+        parameter_history=last.parameter_history,
         final=last.snapshot.tensors,
-        legs=last.legs,
-        broken=run.broken,
+        segments=last.segments,
+        nonfinite_step=run.nonfinite_step,
     )
 
 
-def _begin(
+def initial_checkpoint(
     backend: Backend,
     config: Config,
     dataset: Dataset,
@@ -150,22 +150,24 @@ def _begin(
         twin=twin,
         config=config.to_json(),
         data=describe(config, dataset),
-        source=environment.source(backend.name),
-        legs=[],
+        source=environment.source_digest(backend.name),
+        segments=[],
         layers=[],
-        rounding=None if twin is None else dict(twin_images(config.seed, twin).bit_generator.state),
+        perturbation_rng_state=None
+        if twin is None
+        else dict(image_perturbation_rng(config.seed, twin).bit_generator.state),
         seconds=0.0,
         loss=none,
         gradient_norm=none,
         lr=none,
         weights=snapshot.tensors,
-        opening={},
-        along={},
+        first_steps={},
+        parameter_history={},
         snapshot=snapshot,
     )
 
 
-class _Run:
+class TrainingLoop:
     """Training from one checkpoint to the next, and to the end."""
 
     def __init__(
@@ -186,28 +188,31 @@ class _Run:
         )
         self.start = self.latest = start
         self.history = [Metrics(start.loss, start.gradient_norm, start.lr)]
-        self.broken: int | None = None  # the step whose loss was not finite
+        self.nonfinite_step: int | None = None  # the step whose loss was not finite
         self._restore(start)
         self.uploaded: Any = None
-        if self.rounding is None and config.augment is None:
+        if self.perturbation_rng is None and config.augment is None:
             self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
         self.log.resume(start.loss)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.state: Any = self.backend.init(checkpoint.snapshot)
         self.step = checkpoint.step
-        self.opening, self.along = dict(checkpoint.opening), dict(checkpoint.along)
-        self.rounding: np.random.Generator | None = None
-        if checkpoint.twin is not None and checkpoint.rounding is not None:
-            self.rounding = twin_images(self.config.seed, checkpoint.twin)
-            self.rounding.bit_generator.state = checkpoint.rounding
+        self.first_steps, self.parameter_history = (
+            dict(checkpoint.first_steps),
+            dict(checkpoint.parameter_history),
+        )
+        self.perturbation_rng: np.random.Generator | None = None
+        if checkpoint.twin is not None and checkpoint.perturbation_rng_state is not None:
+            self.perturbation_rng = image_perturbation_rng(self.config.seed, checkpoint.twin)
+            self.perturbation_rng.bit_generator.state = checkpoint.perturbation_rng_state
 
-    def train(self, keeper: Keeper | None) -> None:
-        """Up to the last step, to a loss that is not finite, or until `keeper` stops it."""
-        edges = [
+    def train(self, checkpoints: CheckpointManager | None) -> None:
+        """Up to the last step, to a loss that is not finite, or until `checkpoints` stops it."""
+        window_ends = [
             stop
-            for _, stop in stretches(self.config.total_steps)
-            if stop > max(OPENING_STEPS, self.step)
+            for _, stop in windows(self.config.total_steps)
+            if stop > max(FIRST_STEPS, self.step)
         ]
         self.began = taken = time.perf_counter()
         self.first_chunk: tuple[int, float] | None = None  # steps done after it, and when
@@ -216,18 +221,20 @@ class _Run:
             metrics = self._steps(indices)
             finite = np.isfinite(metrics.loss)
             if not finite.all():
-                self._break_off(before, int(np.argmin(finite)), metrics)
+                self.stop_at_nonfinite(before, int(np.argmin(finite)), metrics)
                 return
             self.history.append(metrics)
-            if edges and edges[0] <= self.step < self.config.total_steps:
-                self.along |= _named(self.step, self.backend.export(self.state).tensors)
-                edges = [edge for edge in edges if edge > self.step]
+            if window_ends and window_ends[0] <= self.step < self.config.total_steps:
+                self.parameter_history |= with_step(
+                    self.step, self.backend.export(self.state).tensors
+                )
+                window_ends = [end for end in window_ends if end > self.step]
             self.log.add(metrics.loss)
             now = time.perf_counter()
             if self.first_chunk is None and len(indices) > 1:
                 self.first_chunk = self.step, now
-            stopping = keeper is not None and keeper.stopping()
-            due = keeper is not None and keeper.due(before, self.step)
+            stopping = checkpoints is not None and checkpoints.stopping()
+            due = checkpoints is not None and checkpoints.should_save(before, self.step)
             last = self.step == self.config.total_steps
             if stopping or due or last or now - taken > SNAPSHOT_SECONDS:
                 checkpoint, taken = self._checkpoint(), time.perf_counter()
@@ -235,8 +242,8 @@ class _Run:
                     self.latest = checkpoint
             if stopping:
                 raise KeyboardInterrupt
-            if due and not last and keeper is not None:
-                keeper.keep(self.latest)
+            if due and not last and checkpoints is not None:
+                checkpoints.save(self.latest)
 
     def _chunks(self, start: int) -> Iterator[np.ndarray]:
         """`chunks`, from step `start` on: each as in a run that was never stopped, so that the same
@@ -252,7 +259,7 @@ class _Run:
             step += len(indices)
             if step > start > step - len(indices):
                 raise RecordError(
-                    f"the checkpoint after step {start} lies between two calls of train_steps: {REMEDY}"
+                    f"the checkpoint after step {start} lies between two calls of train_steps: {HINT}"
                 )
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
@@ -261,21 +268,23 @@ class _Run:
         images = augment.batches(
             self.config, self.dataset.train_images, indices, self.step, compute_dtype(self.dtype)
         )
-        if self.rounding is not None:
-            images = moved(images, self.rounding)
+        if self.perturbation_rng is not None:
+            images = perturb_one_ulp(images, self.perturbation_rng)
         return images, self.dataset.train_labels[indices]
 
     def _steps(self, indices: np.ndarray) -> Metrics:
         """One call of `train_steps`; the first steps are recorded tensor by tensor."""
         images, labels = self._batches(indices)
-        opens = self.step < OPENING_STEPS
-        if opens:
-            self.opening |= _named(
-                self.step, _cut(self.backend.probe(self.state, images[0], labels[0]))
+        is_first_step = self.step < FIRST_STEPS
+        if is_first_step:
+            self.first_steps |= with_step(
+                self.step, truncate_batch(self.backend.probe(self.state, images[0], labels[0]))
             )
         self.state, metrics = self.backend.train_steps(self.state, images, labels)
-        if opens:
-            self.opening |= _named(self.step, updated(self.backend.export(self.state)))
+        if is_first_step:
+            self.first_steps |= with_step(
+                self.step, update_tensors(self.backend.export(self.state))
+            )
         self.step += len(indices)
         return metrics
 
@@ -285,27 +294,29 @@ class _Run:
         return self.history[0]
 
     def _checkpoint(self) -> Checkpoint:
-        legs = list(self.start.legs)
+        segments = list(self.start.segments)
         if self.step > self.start.step:
-            if legs and legs[-1]["backend"] == self.backend.name:
-                legs.pop()
-            legs.append({"backend": self.backend.name, "stop": self.step})
+            if segments and segments[-1]["backend"] == self.backend.name:
+                segments.pop()
+            segments.append({"backend": self.backend.name, "stop": self.step})
         series = self.series()
         return replace(
             self.start,
-            legs=legs,
-            layers=self.start.layers or layers_of(self.opening),
-            rounding=None if self.rounding is None else dict(self.rounding.bit_generator.state),
+            segments=segments,
+            layers=self.start.layers or layers_of(self.first_steps),
+            perturbation_rng_state=None
+            if self.perturbation_rng is None
+            else dict(self.perturbation_rng.bit_generator.state),
             seconds=self.start.seconds + time.perf_counter() - self.began,
             loss=series.loss[: self.step],
             gradient_norm=series.gradient_norm[: self.step],
             lr=series.lr[: self.step],
-            opening=dict(self.opening),
-            along=dict(self.along),
+            first_steps=dict(self.first_steps),
+            parameter_history=dict(self.parameter_history),
             snapshot=self.backend.export(self.state),
         )
 
-    def _break_off(self, before: int, number: int, metrics: Metrics) -> None:
+    def stop_at_nonfinite(self, before: int, number: int, metrics: Metrics) -> None:
         """Go back to the state before the step whose loss is not finite, or, if that is not finite,
         to an earlier one.
 
@@ -314,19 +325,19 @@ class _Run:
             number: of the step within it.
         """
         self.history.append(Metrics(*(series[: number + 1] for series in metrics)))
-        self.broken = before + number
-        opening, along = self.opening, self.along
-        for stop in (self.broken, self.broken - 1):
-            self._take_again(max(stop, self.latest.step))
+        self.nonfinite_step = before + number
+        first_steps, history = self.first_steps, self.parameter_history
+        for stop in (self.nonfinite_step, self.nonfinite_step - 1):
+            self.replay_to(max(stop, self.latest.step))
             checkpoint = self._checkpoint()
             if is_finite(checkpoint.snapshot):
                 break
-        along = {
-            key: array for key, array in along.items() if int(key.partition("/")[0]) <= self.step
+        history = {
+            key: array for key, array in history.items() if int(key.partition("/")[0]) <= self.step
         }
-        self.latest = replace(checkpoint, opening=opening, along=along)
+        self.latest = replace(checkpoint, first_steps=first_steps, parameter_history=history)
 
-    def _take_again(self, stop: int) -> None:
+    def replay_to(self, stop: int) -> None:
         """Go back to the last state that was kept in memory, and on from there to the one before
         step `stop`."""
         self._restore(self.latest)
@@ -352,8 +363,8 @@ class _Run:
 def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
     """The test images as `state` sees them."""
     predictions, total, count = [], 0.0, len(dataset.test_images)
-    for start in range(0, count, EVALUATED):
-        part = slice(start, start + EVALUATED)
+    for start in range(0, count, TEST_CHUNK):
+        part = slice(start, start + TEST_CHUNK)
         images = data.normalise(dataset.test_images[part], compute_dtype(dtype))
         found = backend.evaluate(state, images, dataset.test_labels[part])
         predictions.append(found.predictions)
@@ -380,29 +391,29 @@ def chunks(config: Config, images: int, bytes_per_image: int) -> Iterator[np.nda
     which ends an epoch.
     """
     limit = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (config.batch_size * bytes_per_image)))
-    alike = config.total_steps - OPENING_STEPS  # batches of one size in a row
+    same_size = config.total_steps - FIRST_STEPS  # batches of one size in a row
     if images % config.batch_size and not config.drop_last:
-        alike = min(alike, images // config.batch_size)
-    pieces = -(-alike // limit)
-    length = max(1, alike // max(1, pieces))
+        same_size = min(same_size, images // config.batch_size)
+    n_chunks = -(-same_size // limit)
+    length = max(1, same_size // max(1, n_chunks))
     pending: list[np.ndarray] = []
     for step, indices in enumerate(data.batch_indices(config, images)):
         if pending and len(pending[0]) != len(indices):
-            yield from _singles(pending)
+            yield from one_by_one(pending)
             pending = []
         pending.append(indices)
-        if step < OPENING_STEPS or len(pending) == length:
+        if step < FIRST_STEPS or len(pending) == length:
             yield np.stack(pending)
             pending = []
-    yield from _singles(pending)
+    yield from one_by_one(pending)
 
 
-def _singles(batches: list[np.ndarray]) -> Iterator[np.ndarray]:
+def one_by_one(batches: list[np.ndarray]) -> Iterator[np.ndarray]:
     for indices in batches:
         yield indices[np.newaxis]
 
 
-def _named(step: int, arrays: Arrays) -> Arrays:
+def with_step(step: int, arrays: Arrays) -> Arrays:
     return {f"{step}/{name}": array for name, array in arrays.items()}
 
 
@@ -411,15 +422,16 @@ def layers_of(opening: Arrays) -> list[str]:
     return [key.split("/", 2)[2] for key in opening if key.startswith("0/forward/")]
 
 
-def _cut(arrays: Arrays) -> Arrays:
+def truncate_batch(arrays: Arrays) -> Arrays:
     """Activations of a batch's first images only: what is wrong in a layer is wrong in all of
     them."""
     return {
-        name: a[:OPENING_IMAGES] if name.startswith("forward/") else a for name, a in arrays.items()
+        name: a[:FIRST_STEPS_IMAGES] if name.startswith("forward/") else a
+        for name, a in arrays.items()
     }
 
 
-def updated(snapshot: Snapshot) -> Arrays:
+def update_tensors(snapshot: Snapshot) -> Arrays:
     """The tensors of the update stage."""
     tensors = {f"update/{name}": array for name, array in snapshot.tensors.items()}
     return tensors | {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Of `common`, the files on which a run depends.
-SOURCES = (
+SOURCE_FILES = (
     "config.py",
     "dtypes.py",
     "protocol.py",
@@ -35,7 +35,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def collect_seldom() -> None:
+def relax_gc() -> None:
     """Have Python look for cycles among all its objects a hundred times less often.
 
     The frameworks' own objects stay, and looking through them takes 0.2 s: 2 of the quick recipe's
@@ -44,7 +44,7 @@ def collect_seldom() -> None:
     gc.set_threshold(*gc.get_threshold()[:2], 1_000)
 
 
-def leave(status: int) -> NoReturn:
+def exit_fast(status: int) -> NoReturn:
     """End this process, when all is done, without taking its modules apart one by one.
 
     That takes PyTorch's a second of the quick recipe's 25. What `atexit` is to do is done.
@@ -76,11 +76,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lockstep"
 
 
-def source(backend: str) -> str:
+def source_digest(backend: str) -> str:
     """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and what
     trains and feeds it."""
     root = Path(__file__).resolve().parents[2]
-    shared = [path for pattern in SOURCES for path in sorted((root / "common").glob(pattern))]
+    shared = [path for pattern in SOURCE_FILES for path in sorted((root / "common").glob(pattern))]
     digest = hashlib.sha256()
     for path in [*shared, *sorted((root / "backends" / f"{backend}_backend").rglob("*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())

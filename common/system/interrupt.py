@@ -21,8 +21,8 @@ _further: Callable[[], object] | None = None  # is told of the signal, too
 
 
 @contextlib.contextmanager
-def listening(aloud: bool = True) -> Iterator[None]:
-    """Within the context, SIGINT and SIGTERM raise KeyboardInterrupt; within `patient` only after a
+def handle_signals(aloud: bool = True) -> Iterator[None]:
+    """Within the context, SIGINT and SIGTERM raise KeyboardInterrupt; within `deferred` only after a
     while.
 
     Args:
@@ -44,7 +44,7 @@ def listening(aloud: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def patient() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Within the context, the first signal is only noted; KeyboardInterrupt follows if the context
     is not left soon."""
     global _patient
@@ -58,7 +58,7 @@ def patient() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def masked() -> Iterator[None]:
     """Within the context, which must be short, the first signal raises nothing."""
     global _patient, _saving
     before, _patient, _saving = _patient, True, True
@@ -68,7 +68,7 @@ def undisturbed() -> Iterator[None]:
         _patient, _saving = before, False
 
 
-def pass_on(tell: Callable[[], object] | None) -> None:
+def forward_to(tell: Callable[[], object] | None) -> None:
     """Have the first signal tell another process as well; None: not any more."""
     global _further
     _further = tell

@@ -25,15 +25,15 @@ from lockstep.common.protocol import Arrays
 MAX_BYTES = 2**29  # of one file; the largest record of the recipes takes 2**24
 MAX_HEADER = (
     2**24
-)  # of its names, shapes and facts; that record's takes 2**15, and safetensors itself lets 10**8 pass
+)  # of its names, shapes and metadata; that record's takes 2**15, and safetensors itself lets 10**8 pass
 LOCK = ".lock"
-ASIDE = ".part"  # the ending of what is not whole yet
-LEFT_OVER = re.compile(
-    r"\..+\.[a-z0-9_]{8}" + re.escape(ASIDE)
-)  # as `write_whole` calls it: others' files stay
+TEMP_SUFFIX = ".part"  # the ending of what is not whole yet
+STALE_TEMP = re.compile(
+    r"\..+\.[a-z0-9_]{8}" + re.escape(TEMP_SUFFIX)
+)  # as `write_atomic` calls it: others' files stay
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` aside, flush it, and give it its name: a reader finds the whole file or the
     one before.
 
@@ -45,7 +45,9 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     try:
         make_folder(path.parent)
-        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=ASIDE, dir=path.parent)
+        descriptor, aside = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=TEMP_SUFFIX, dir=path.parent
+        )
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
@@ -86,51 +88,51 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, facts: dict[str, Any], arrays: Arrays) -> None:
-    """Keep `facts` (JSON types) and `arrays` in one safetensors file, with a digest of both.
+def write_tensors(path: Path, metadata: dict[str, Any], arrays: Arrays) -> None:
+    """Keep `metadata` (JSON types) and `arrays` in one safetensors file, with a digest of both.
 
     Raises:
         RecordError: if the folder cannot be written.
     """
-    text = json.dumps(facts, sort_keys=True)
+    text = json.dumps(metadata, sort_keys=True)
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    write_whole(path, save(arrays, metadata={"facts": text, "digest": _digest(text, arrays)}))
+    write_atomic(path, save(arrays, metadata={"facts": text, "digest": _digest(text, arrays)}))
 
 
 def read_tensors(
-    path: Path, schema: int, what: str, remedy: str, most: float = MAX_BYTES
+    path: Path, schema: int, what: str, hint: str, max_bytes: float = MAX_BYTES
 ) -> tuple[dict[str, Any], Arrays]:
-    """The facts, less their `schema`, and the arrays that `write_tensors` wrote.
+    """The metadata, less their `schema`, and the arrays that `write_tensors` wrote.
 
     Args:
         what: the kind of file, for messages, as in "record".
-        remedy: what to do where it is damaged.
-        most: bytes; a larger file is refused.
+        hint: what to do where it is damaged.
+        max_bytes: a larger file is refused.
 
     Raises:
         RecordError: if it is missing, damaged, or of another version.
     """
     try:
         if not path.is_file():  # what is not a file, such as a pipe, may never end
-            raise RecordError(f"there is no {what} {path}: {remedy}")
-        if path.stat().st_size > most:
-            raise RecordError(f"the {what} {path} is larger than any is ({most} bytes): {remedy}")
-        with path.open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-        if header > MAX_HEADER:
+            raise RecordError(f"there is no {what} {path}: {hint}")
+        if path.stat().st_size > max_bytes:
             raise RecordError(
-                f"the {what} {path} is damaged (a header of {header} bytes): {remedy}"
+                f"the {what} {path} is larger than any is ({max_bytes} bytes): {hint}"
             )
+        with path.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+        if size > MAX_HEADER:
+            raise RecordError(f"the {what} {path} is damaged (a header of {size} bytes): {hint}")
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
-        if metadata["digest"] != _digest(metadata["facts"], arrays):
-            raise RecordError(f"the {what} {path} is damaged (its digest does not match): {remedy}")
-        facts = json.loads(metadata["facts"])
-        if facts.pop("schema") != schema:
-            raise RecordError(f"the {what} {path} is of another version of Lockstep: {remedy}")
-        return facts, arrays
+        if header["digest"] != _digest(header["facts"], arrays):
+            raise RecordError(f"the {what} {path} is damaged (its digest does not match): {hint}")
+        metadata = json.loads(header["facts"])
+        if metadata.pop("schema") != schema:
+            raise RecordError(f"the {what} {path} is of another version of Lockstep: {hint}")
+        return metadata, arrays
     except (
         OSError,
         SafetensorError,
@@ -141,12 +143,12 @@ def read_tensors(
         ValueError,
     ) as error:
         raise RecordError(
-            f"the {what} {path} cannot be read ({type(error).__name__}): {remedy}"
+            f"the {what} {path} cannot be read ({type(error).__name__}): {hint}"
         ) from error
 
 
-def _digest(facts: str, arrays: Arrays) -> str:
-    sha = hashlib.sha256(facts.encode())
+def _digest(text: str, arrays: Arrays) -> str:
+    sha = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = arrays[name]
         sha.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -171,7 +173,7 @@ def _unwritable(folder: Path, option: str, error: Exception) -> RecordError:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, option: str = "--out") -> Iterator[None]:
+def lock_folder(folder: Path, option: str = "--out") -> Iterator[None]:
     """Within the context, `folder` is there, can be written, and no other run writes to it.
 
     What another run left half written is removed.
@@ -198,8 +200,10 @@ def claimed(folder: Path, option: str = "--out") -> Iterator[None]:
     ) as error:  # the latter: filelock's, where the system has no locks
         raise _unwritable(folder, option, error) from error
     try:
-        for aside in itertools.chain(folder.glob(f".*{ASIDE}"), folder.glob(f"*/.*{ASIDE}")):
-            if LEFT_OVER.fullmatch(aside.name):
+        for aside in itertools.chain(
+            folder.glob(f".*{TEMP_SUFFIX}"), folder.glob(f"*/.*{TEMP_SUFFIX}")
+        ):
+            if STALE_TEMP.fullmatch(aside.name):
                 with contextlib.suppress(OSError):  # it is in nobody's way
                     aside.unlink(missing_ok=True)
         yield

@@ -132,7 +132,7 @@ def check_comparable(first: Record, second: Record) -> None:
             )
     for record in (first, second):
         lengths = {len(record.loss), len(record.gradient_norm), len(record.lr)}
-        complete = record.weights and record.opening and record.final
+        complete = record.weights and record.first_steps and record.final
         if record.steps == 0 or lengths != {record.config["steps"]} or not complete:
             raise RecordError(
                 f"the {record.backend} record holds no whole run: run {record.backend} again"
@@ -158,8 +158,8 @@ def _summary(record: Record, labels: np.ndarray) -> RunSummary:
         class_accuracy=class_accuracy(record, labels, record.data["classes"]),
         steps_per_second=record.steps_per_second,
         seconds=record.seconds,
-        nonfinite_step=record.broken,
-        segments=record.legs,
+        nonfinite_step=record.nonfinite_step,
+        segments=record.segments,
     )
 
 

@@ -44,9 +44,9 @@ def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = Fal
     for name in sorted(first.weights | second.weights):
         gap, values = max_tensor_difference(first.weights.get(name), second.weights.get(name))
         checks.append(Check(0, "weights", name, gap, 0.0, values=values))
-    for key in sorted(first.opening | second.opening, key=causal_order(first)):
+    for key in sorted(first.first_steps | second.first_steps, key=causal_order(first)):
         step, stage, tensor = key.split("/", 2)
-        tensors = first.opening.get(key), second.opening.get(key)
+        tensors = first.first_steps.get(key), second.first_steps.get(key)
         if stage == "forward" and any(tensor is None for tensor in tensors):
             continue  # the layer is the user's own on one side: its activations are not known
         gap, values = max_tensor_difference(*tensors)
@@ -55,7 +55,7 @@ def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = Fal
             continue
         spread = None
         if first.dtype != "float64" or use_twins_in_float64:
-            ours, theirs = ([record.opening.get(key) for record in side] for side in sides)
+            ours, theirs = ([record.first_steps.get(key) for record in side] for side in sides)
             gap, spread = between_and_within(
                 ours, theirs, lambda x, y: max_tensor_difference(x, y)[0], smaller_spread=True
             )
@@ -83,7 +83,7 @@ def _stage_magnitude(record: Record, step: str, stage: str) -> float:
     prefix = {"backward": f"{step}/backward/", "update": f"{step}/update/momentum of "}.get(stage)
     found = [
         array
-        for key, array in record.opening.items()
+        for key, array in record.first_steps.items()
         if prefix is not None and key.startswith(prefix)
     ]
     return max(map(magnitude, found), default=0.0)
@@ -94,12 +94,13 @@ def flip_allowance(first: Record, second: Record, step: int, stage: str, tensor:
     if stage in ("forward", "loss"):
         return FLIP_SHARE * min(_loss_per_step(record, step) for record in (first, second))
     if stage == "backward":
-        return FLIP_SHARE * magnitude(first.opening.get(f"{step}/backward/{tensor}"))
+        return FLIP_SHARE * magnitude(first.first_steps.get(f"{step}/backward/{tensor}"))
     # An update may differ by what its gradients were seen to differ, and no more.
     parameter = tensor.removeprefix("momentum of ")
     keys = [f"{earlier}/backward/{parameter}" for earlier in range(step + 1)]
     seen = sum(
-        max_tensor_difference(first.opening.get(key), second.opening.get(key))[0] for key in keys
+        max_tensor_difference(first.first_steps.get(key), second.first_steps.get(key))[0]
+        for key in keys
     )
     factor = 1.0 if tensor != parameter else magnitude(first.lr[: step + 1])
     return factor * seen if math.isfinite(seen) else 0.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from lockstep.common.runs.ensemble import Ensembles
-from lockstep.common.runs.record import OPENING_STEPS, Record
+from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.verdict.compare import compare
 from lockstep.common.verdict.comparison import Comparison
 
@@ -74,7 +74,7 @@ def twins_wanted(comparison: Comparison) -> int:
         return 0
     exact = comparison.dtype == "float64" or first.stage == "data" or first.tensor == "lr"
     short = any((comparison.short_twins or {}).values())
-    if first.step < (OPENING_STEPS if exact or short else 1):
+    if first.step < (FIRST_STEPS if exact or short else 1):
         return 0
     fewest = min(len(twins) for twins in (comparison.twins or {}).values())
     if comparison.dtype == "float64" and fewest == 0:
@@ -99,4 +99,4 @@ def differs_in_first_steps(comparison: Comparison) -> bool:
     ):
         return False
     flipped = first.step > 0 or first.stage in ("backward", "update")
-    return flipped and first.step < OPENING_STEPS
+    return flipped and first.step < FIRST_STEPS

@@ -20,11 +20,11 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.perturb import moved
+from lockstep.common.model.perturb import perturb_one_ulp
 from lockstep.common.protocol import Arrays, Backend, Snapshot
 from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble
-from lockstep.common.runs.record import OPENING_STEPS, Record
+from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.system import environment
 from lockstep.common.verdict.causes import find_causes
 from lockstep.common.verdict.check import Check
@@ -71,7 +71,7 @@ def locate(
         return None
     names, dtype = list(runs), next(iter(runs.values())).dtype
     recorded = tensors_at(runs, first.step, first.stage, first.tensor)
-    if first.step < OPENING_STEPS or first.stage == "evaluate" or first.tensor == "lr":
+    if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
         return describe(first, recorded, "as recorded")
     found = _replay(names, config, dataset, dtype, first.step, build, twins, weights)
     if found is None:
@@ -156,16 +156,20 @@ def one_step(
     at most one ulp."""
     if twin is not None:
         generator = np.random.default_rng([config.seed, REPLAY_STREAM, snapshot.step, twin])
-        parameters = {name: moved(array, generator) for name, array in snapshot.parameters.items()}
-        momentum = {name: moved(array, generator) for name, array in snapshot.momentum.items()}
+        parameters = {
+            name: perturb_one_ulp(array, generator) for name, array in snapshot.parameters.items()
+        }
+        momentum = {
+            name: perturb_one_ulp(array, generator) for name, array in snapshot.momentum.items()
+        }
         snapshot = snapshot._replace(parameters=parameters, momentum=momentum)
-        images = moved(images, generator)
+        images = perturb_one_ulp(images, generator)
     state = backend.init(snapshot)
     weights = backend.export(state).tensors
     opening = {f"0/{name}": array for name, array in backend.probe(state, images, labels).items()}
     state, metrics = backend.train_steps(state, images[np.newaxis], labels[np.newaxis])
     opening |= {
-        f"0/{name}": array for name, array in training.updated(backend.export(state)).items()
+        f"0/{name}": array for name, array in training.update_tensors(backend.export(state)).items()
     }
     return Record(
         backend=backend.name,
@@ -174,7 +178,7 @@ def one_step(
         config=config.to_json(),
         data={"classes": list(dataset.classes)},
         environment={},
-        source=environment.source(backend.name),
+        source=environment.source_digest(backend.name),
         loss=metrics.loss,
         gradient_norm=metrics.gradient_norm,
         lr=metrics.lr,
@@ -183,7 +187,7 @@ def one_step(
         seconds=0.0,
         steps_per_second=0.0,
         weights=weights,
-        opening=opening,
+        first_steps=opening,
         layers=training.layers_of(opening),
     )
 
@@ -201,11 +205,11 @@ def tensors_at(runs: Mapping[str, Record], step: int, stage: str, tensor: str) -
             found.append(record.predictions if tensor != "test loss" else None)
         elif (
             tensor in ("lr", "loss", "gradient_norm")
-            and f"{step}/{stage}/{tensor}" not in record.opening
+            and f"{step}/{stage}/{tensor}" not in record.first_steps
         ):
             found.append(getattr(record, tensor)[step : step + 1])
         else:
-            found.append(record.opening.get(f"{step}/{stage}/{tensor}"))
+            found.append(record.first_steps.get(f"{step}/{stage}/{tensor}"))
     first, second = found
     return first, second
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs.ensemble import Ensemble
-from lockstep.common.runs.record import Record, stretches
+from lockstep.common.runs.record import Record, windows
 from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.distances import (
     abs_differences,
@@ -39,7 +39,7 @@ def check_trajectory(a: Ensemble, b: Ensemble) -> list[Check]:
     all those before.
     """
     first = a.run
-    spans = [slice(start, stop) for start, stop in stretches(first.steps)]
+    spans = [slice(start, stop) for start, stop in windows(first.steps)]
     checks = []
     for quantity, stage in (("lr", "update"), ("loss", "loss"), ("gradient_norm", "backward")):
         series = [[getattr(record, quantity) for record in side.records] for side in (a, b)]
@@ -92,7 +92,9 @@ def check_parameters(a: Ensemble, b: Ensemble) -> list[Check]:
     distance."""
     first, second = a.run, b.run
     records = [*a.records, *b.records]
-    steps = sorted({int(key.partition("/")[0]) for key in first.along | second.along})
+    steps = sorted(
+        {int(key.partition("/")[0]) for key in first.parameter_history | second.parameter_history}
+    )
     moments = [(step, {id(r): parameters_at(r, step) for r in records}) for step in steps]
     moments.append((first.steps, {id(r): r.final for r in records}))
     checks = []
@@ -142,7 +144,7 @@ def parameters_at(record: Record, step: int) -> Arrays:
     prefix = f"{step}/"
     return {
         key.removeprefix(prefix): array
-        for key, array in record.along.items()
+        for key, array in record.parameter_history.items()
         if key.startswith(prefix)
     }
 

@@ -43,10 +43,10 @@ from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import DataError, RecordError
 from lockstep.common.model.initial_weights import digest, initial_weights
-from lockstep.common.model.weight_files import FLOATS, LEAST_ROOM
+from lockstep.common.model.weight_files import FLOATS, MIN_LIMIT
 from lockstep.common.protocol import Arrays, Snapshot
 from lockstep.common.runs import checkpoint, record, training
-from lockstep.common.runs.checkpoint import Checkpoint, Keeper
+from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
 from lockstep.common.verdict import locate
 from tests.backends.test_convert import SHAPES, same_bits
 from tests.conftest import SilentObserver
@@ -436,11 +436,13 @@ def test_a_record_and_a_checkpoint_give_their_last_weights(
     tmp_path: Path, digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Config(steps=4, batch_size=4, lr=0.1).resolve(len(digits.train_images))
-    keeper = Keeper(tmp_path, every=2)
+    checkpoints = CheckpointManager(tmp_path, every=2)
     kept: list[Checkpoint] = []
-    monkeypatch.setattr(keeper, "keep", kept.append)
+    monkeypatch.setattr(checkpoints, "save", kept.append)
     backend = build("torch", config)
-    found = training.train(backend, config, digits, "float64", SilentObserver(), keeper=keeper)
+    found = training.train(
+        backend, config, digits, "float64", SilentObserver(), checkpoints=checkpoints
+    )
     path = checkpoint.write(kept[-1], tmp_path)
     moved = path.rename(tmp_path / "of any name.safetensors")
     assert same_bits(weight_files.read_weights(moved, SHAPES), kept[-1].snapshot.parameters)
@@ -827,8 +829,8 @@ def test_what_is_refused_would_be_taken_if_nothing_looked(tmp_path: Path) -> Non
     """The control of the test above: why `torch.load` alone is not enough."""
     zipped(tmp_path / "a.pt", taking(1000))
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"a": bytearray(1000)}
-    zipped(tmp_path / "b.pt", pickle.dumps({}, 2), bomb=bytes(LEAST_ROOM))
-    assert (tmp_path / "b.pt").stat().st_size < LEAST_ROOM / 100
+    zipped(tmp_path / "b.pt", pickle.dumps({}, 2), bomb=bytes(MIN_LIMIT))
+    assert (tmp_path / "b.pt").stat().st_size < MIN_LIMIT / 100
     with pytest.raises(DataError, match=r"\(missing: "):  # as large as it may be
         weight_files.read_weights(tmp_path / "b.pt", SHAPES)
 
@@ -1017,7 +1019,7 @@ def test_a_step_is_replayed_from_the_files_weights(
 
     monkeypatch.setattr(locate, "one_step", watched)
     runs: Any = {
-        name: SimpleNamespace(dtype="float64", first_steps={}, opening={}, loss=np.zeros(9))
+        name: SimpleNamespace(dtype="float64", first_steps={}, loss=np.zeros(9))
         for name in BACKENDS
     }
     for weights in (arrays("float32", seed=5), None):

@@ -749,7 +749,7 @@ print("said")
 
 
 @pytest.mark.parametrize(
-    ("end", "left"), [("environment.leave", ""), ("sys.exit", "taken apart\n")]
+    ("end", "left"), [("environment.exit_fast", ""), ("sys.exit", "taken apart\n")]
 )
 def test_a_command_that_ends_says_all_but_takes_nothing_apart(end: str, left: str) -> None:
     command = [sys.executable, "-c", ENDING.format(end=end)]

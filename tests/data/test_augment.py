@@ -18,7 +18,13 @@ from torchvision.transforms import functional as vision
 from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
-from lockstep.common.data.augment import PADDING, Draws, crop_flip, drawn, draws
+from lockstep.common.data.augment import (
+    PADDING,
+    CropFlip,
+    crop_flip,
+    draw_parameters,
+    parameters_for,
+)
 from lockstep.common.runs import training
 from tests.conftest import SilentObserver
 from tests.robustness import kills
@@ -27,7 +33,9 @@ from tests.runs.test_training import Notebook, dataset
 IMAGES = 10
 CONFIG = Config(steps=12, batch_size=3, drop_last=True, augment="crop-flip", seed=5)
 OFFSETS = range(2 * PADDING + 1)
-EVERY = Draws(*map(np.array, zip(*itertools.product(OFFSETS, OFFSETS, (False, True)), strict=True)))
+EVERY = CropFlip(
+    *map(np.array, zip(*itertools.product(OFFSETS, OFFSETS, (False, True)), strict=True))
+)
 
 
 @pytest.fixture
@@ -91,7 +99,7 @@ def test_what_is_padded_is_black_before_it_is_normalised() -> None:
 
 
 def test_all_offsets_and_flips_are_drawn_about_as_often() -> None:
-    top, left, flip = draws(0, 0, 50_000)
+    top, left, flip = draw_parameters(0, 0, 50_000)
     counts = np.zeros((9, 9, 2), int)
     np.add.at(counts, (top, left, flip.astype(int)), 1)
     # 162 cells of 309 expected: a deviation of 5 standard ones is 87
@@ -100,25 +108,25 @@ def test_all_offsets_and_flips_are_drawn_about_as_often() -> None:
 
 def test_draws_hang_on_the_seed_the_epoch_and_the_place_alone() -> None:
     def cells(*arguments: int) -> bytes:
-        return np.stack(draws(*arguments)).tobytes()
+        return np.stack(draw_parameters(*arguments)).tobytes()
 
     first = cells(0, 0, 100)
     for other in ((1, 0, 100), (0, 1, 100)):
         assert cells(*other) != first
-    draws.cache_clear()
+    draw_parameters.cache_clear()
     assert cells(0, 0, 100) == first
 
 
 def test_a_step_has_the_draws_of_its_epoch_however_the_steps_are_cut_into_calls() -> None:
     config = CONFIG.resolve(IMAGES)
     indices = np.stack(list(data.batch_indices(config, IMAGES)))  # three steps to an epoch
-    whole = drawn(config, IMAGES, indices, 0)
+    whole = parameters_for(config, IMAGES, indices, 0)
     for step, row in enumerate(indices):
-        alone = drawn(config, IMAGES, row[np.newaxis], step)
-        expected = draws(config.seed, step // 3, IMAGES)
+        alone = parameters_for(config, IMAGES, row[np.newaxis], step)
+        expected = draw_parameters(config.seed, step // 3, IMAGES)
         for one, other, of_epoch in zip(whole, alone, expected, strict=True):
             assert one[step].tolist() == other[0].tolist() == of_epoch[row].tolist()
-    late = drawn(config, IMAGES, indices, 3)  # control: another epoch
+    late = parameters_for(config, IMAGES, indices, 3)  # control: another epoch
     assert not np.array_equal(whole.top, late.top)
 
 
@@ -181,7 +189,7 @@ def test_a_run_that_is_gone_on_with_sees_the_same_images(
         kills.pieces(backend, config, few, "float64", tmp_path, twin, stops=range(3, 12, 4)) == {}
     )
     # control: draws that hang on how far this call of the loop has come
-    right, calls = augment.drawn, itertools.count()
+    right, calls = augment.parameters_for, itertools.count()
     monkeypatch.setattr(
         augment, "drawn", lambda c, n, indices, step: right(c, n, indices, next(calls))
     )
@@ -203,6 +211,8 @@ def test_both_backends_train_alike_on_augmented_images(digits: Dataset, build: C
             ("flax", dataclasses.replace(config, augment=None)),
         )
     )
-    np.testing.assert_array_equal(one.opening["0/data/images"], other.opening["0/data/images"])
+    np.testing.assert_array_equal(
+        one.first_steps["0/data/images"], other.first_steps["0/data/images"]
+    )
     assert np.abs(one.loss - other.loss).max() <= 1e-14  # measured 4.4e-16
     assert np.abs(one.loss - plain.loss).max() > 1e-3  # control

@@ -24,7 +24,7 @@ from lockstep.common.config import Config
 from lockstep.common.data.dropout import masks
 from lockstep.common.errors import ConfigError
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.pair import check_dropout, source
+from lockstep.common.model.pair import check_dropout, source_digest
 from lockstep.common.protocol import Backend, Dropout, Snapshot
 from lockstep.common.testing import same_run
 from tests.model.test_pair import said
@@ -83,7 +83,7 @@ def build(file: Path) -> Callable[..., Backend]:
     def build(side: str, compile: str = "off", **changes: Any) -> Backend:
         model = f"{file}:PAIR"
         config = Config(
-            model=model, pair=source(model), steps=6, batch_size=8, lr=0.1, momentum=0.9
+            model=model, pair=source_digest(model), steps=6, batch_size=8, lr=0.1, momentum=0.9
         )
         return backends.load(side)(
             dataclasses.replace(config, **changes), 10, "float64", "cpu", compile

@@ -69,7 +69,7 @@ def make(backend: str = "torch", dtype: str = "float32", **changes: Any) -> Reco
         seconds=1.0,
         steps_per_second=60.0,
         weights={},
-        opening=opening,
+        first_steps=opening,
         final={name: cast(values.uniform(0.5, 1, shape)) for name, shape in shapes.items()},
     )
     return dataclasses.replace(record, **changes)
@@ -212,7 +212,9 @@ def test_a_missing_step_or_another_shape_is_an_alarm(rule: str) -> None:
     short = {name: getattr(flax, name)[:-1] for name in ("loss", "gradient_norm", "lr")}
     if rule == "AlgoPerf, ten steps" or rule == "reprod_log, ten steps":
         short = {name: getattr(flax, name)[:9] for name in short}
-    broken = dataclasses.replace(flax, **short, opening=cut(flax.opening), final=cut(flax.final))
+    broken = dataclasses.replace(
+        flax, **short, first_steps=cut(flax.first_steps), final=cut(flax.final)
+    )
     assert SAYS[rule](make(), broken, exact()) is True
 
 
@@ -224,10 +226,11 @@ def test_a_loss_and_tensors_that_are_not_finite_on_one_side_are_alarms_where_the
     for name in ("loss", "gradient_norm", "test_loss"):
         flax = steered(name, np.nan)(flax)
     broken = {
-        k: a * a.dtype.type(np.nan) if a.dtype.kind == "f" else a for k, a in flax.opening.items()
+        k: a * a.dtype.type(np.nan) if a.dtype.kind == "f" else a
+        for k, a in flax.first_steps.items()
     }
     flax = dataclasses.replace(
-        flax, opening=broken, final={k: a * np.float32(np.nan) for k, a in flax.final.items()}
+        flax, first_steps=broken, final={k: a * np.float32(np.nan) for k, a in flax.final.items()}
     )
     lenient = (
         rule.startswith("reprod_log") or rule == "transformers"
@@ -241,10 +244,11 @@ def test_infinite_values_on_one_side_are_an_alarm(rule: str) -> None:
     for name in ("loss", "gradient_norm", "test_loss"):
         flax = steered(name, np.inf)(flax)
     broken = {
-        k: np.full_like(a, np.inf) if a.dtype.kind == "f" else a for k, a in flax.opening.items()
+        k: np.full_like(a, np.inf) if a.dtype.kind == "f" else a
+        for k, a in flax.first_steps.items()
     }
     flax = dataclasses.replace(
-        flax, opening=broken, final={k: np.full_like(a, np.inf) for k, a in flax.final.items()}
+        flax, first_steps=broken, final={k: np.full_like(a, np.inf) for k, a in flax.final.items()}
     )
     assert SAYS[rule](make(), flax, exact()) is True
 
@@ -264,7 +268,7 @@ def test_nan_on_both_sides_passes_where_the_source_has_nan_equal_nan_only() -> N
 
 
 def test_a_rule_without_anything_to_look_at_says_nothing() -> None:
-    one, other = (make(name, opening={}, final={}) for name in ("torch", "flax"))
+    one, other = (make(name, first_steps={}, final={}) for name in ("torch", "flax"))
     for rule in ("assert_close, weights", "allclose, weights", "transformers", "TorchDynamo RMSE"):
         assert SAYS[rule](one, other, exact()) is None
     assert SAYS["TorchDynamo RMSE"](make(), make("flax"), None) is None
@@ -458,20 +462,22 @@ def test_the_reference_of_a_float64_run_is_the_run_itself_and_that_of_a_float32_
     }
     mine = baselines.reference(runs["float64"], backends["float64"])
     keys = [
-        key for key in runs["float64"].opening if key.startswith("0/") and "momentum" not in key
+        key for key in runs["float64"].first_steps if key.startswith("0/") and "momentum" not in key
     ]
-    assert sorted(mine.opening) == sorted(keys)
+    assert sorted(mine.first_steps) == sorted(keys)
     for key in keys:
-        np.testing.assert_array_equal(mine.opening[key], runs["float64"].opening[key])
+        np.testing.assert_array_equal(mine.first_steps[key], runs["float64"].first_steps[key])
 
     other = baselines.reference(runs["float32"], backends["float64"])
     assert other.dtype == "float64"
     for key in keys:
-        assert other.opening[key].shape == runs["float32"].opening[key].shape
+        assert other.first_steps[key].shape == runs["float32"].first_steps[key].shape
         np.testing.assert_allclose(
-            other.opening[key], runs["float32"].opening[key], rtol=1e-3, atol=1e-5
+            other.first_steps[key], runs["float32"].first_steps[key], rtol=1e-3, atol=1e-5
         )
     assert SAYS["TorchDynamo RMSE"](runs["float32"], runs["float32"], other) is False
     # The control: the rounding of the weights is in the run's own float64 twin, and not in the
     # reference.
-    assert np.any(other.opening["0/forward/logits"] != runs["float64"].opening["0/forward/logits"])
+    assert np.any(
+        other.first_steps["0/forward/logits"] != runs["float64"].first_steps["0/forward/logits"]
+    )

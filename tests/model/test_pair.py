@@ -199,7 +199,7 @@ def test_layers_of_equal_roles_and_shapes_are_proposed_in_their_order_and_no_oth
         "c.kernel": (9,),
     }
     own = {"torch": {n: n.replace("f.1", "f.5") for n in torch}, "flax": {n: n for n in flax}}
-    assert pair.propose(torch, flax, own) == "names={'f.0': 'a', 'f.5': 'b'}"
+    assert pair.suggest_names(torch, flax, own) == "names={'f.0': 'a', 'f.5': 'b'}"
     with pytest.raises(ConfigError, match=r"add to the pair: names=\{'f.0': 'a', 'f.5': 'b'\}$"):
         pair.check_same(torch, flax, own)
 
@@ -216,7 +216,7 @@ def test_layers_of_one_block_are_proposed_together_and_repeated_blocks_once() ->
         for norm in ("up", "down")
     }
     own = {"torch": {n: n for n in torch}, "flax": {n: n for n in flax}}
-    proposed = pair.propose(torch, flax, own).removeprefix("names=")
+    proposed = pair.suggest_names(torch, flax, own).removeprefix("names=")
     expected = {"stem.n1": "start.up", "stem.n2": "start.down"}
     assert eval(proposed) == expected | {
         "blocks.*.n1": "layers.*.up",

@@ -17,7 +17,7 @@ from lockstep.common.data import Dataset
 from lockstep.common.errors import RecordError
 from lockstep.common.report import alt_text, charts, tables, write_report_page
 from lockstep.common.report.figures import VARIABLES
-from lockstep.common.runs.record import Record, stretches
+from lockstep.common.runs.record import Record, windows
 from tests.report.test_report import HOSTILE, PLAIN, found
 from tests.verdict.helpers import compared
 
@@ -422,7 +422,7 @@ def test_a_table_of_gaps_has_the_bound_of_each_step() -> None:
     report, records, twins = run(of)
     table = tables.gap(report["lenses"][1], records["float32"], twins["float32"])
     bounds = {row["start"]: row["bound"] for row in charts.loss_bounds(report["lenses"][1])}
-    assert set(bounds) == {start for start, _ in stretches(STEPS)}
+    assert set(bounds) == {start for start, _ in windows(STEPS)}
     last = [row[-1] for row in table.rows if int(row[0]) in bounds]
     assert last == [tables.number(bound) for bound in bounds.values()]
 

@@ -28,12 +28,12 @@ from lockstep.common.data import Dataset, sources
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import BackendError, RecordError
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.perturb import moved, twin_weights
+from lockstep.common.model.perturb import perturb_one_ulp, twin_weights
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs import checkpoint, record, request, training
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.runs.trainer import find_records
+from lockstep.common.runs.trainer import find_ensemble
 from lockstep.common.system import environment, storage
 from lockstep.common.verdict.comparison import Comparison
 from lockstep.common.verdict.judge import judge
@@ -436,8 +436,8 @@ class Npz(Kind):
             return zipped(members, packing) + zipped(members, packing), how
         content = bytearray(zipped(members, packing))
         if how == "bomb":
-            claimed = one_of(generator, [self.bomb_size, 100, 2**32 - 2])
-            return self.with_bomb(members, name, claimed), f"{how} as {name}"
+            lock_folder = one_of(generator, [self.bomb_size, 100, 2**32 - 2])
+            return self.with_bomb(members, name, lock_folder), f"{how} as {name}"
         # A field of the central directory, of the local header before the data, or of both
         marks = {
             b"PK\x01\x02": {6: 2, 8: 2, 10: 2, 16: 4, 20: 4, 24: 4, 28: 2, 30: 2, 32: 2, 42: 4}
@@ -452,14 +452,14 @@ class Npz(Kind):
         content[at : at + size] = number.to_bytes(size, "little")
         return bytes(content), f"field {field} of {mark!r} is {number}"
 
-    def with_bomb(self, members: dict[str, bytes], name: str, claimed: int) -> bytes:
+    def with_bomb(self, members: dict[str, bytes], name: str, lock_folder: int) -> bytes:
         """An archive with a small member that unpacks to 600 MiB, and claims to take so many
         bytes."""
         members = {n: m for n, m in members.items() if n != name}
         content = bytearray(zipped(members))
         end = content.rindex(b"PK\x05\x06")
         start, count = struct.unpack("<I", content[end + 16 : end + 20])[0], len(members) + 1
-        facts = struct.pack("<HHHHHIII", 20, 0, 8, 0, 33, self.crc, len(self.bomb), claimed)
+        facts = struct.pack("<HHHHHIII", 20, 0, 8, 0, 33, self.crc, len(self.bomb), lock_folder)
         local = b"PK\x03\x04" + facts + struct.pack("<HH", len(name), 0) + name.encode()
         entry = (
             b"PK\x01\x02\x14\0"
@@ -724,7 +724,7 @@ def made_record(dtype: str, twin: int | None) -> Record:
         config=CONFIG.to_json(),
         data=training.describe(CONFIG, dataset),
         environment={"device": "cpu"},
-        source=environment.source("flax"),
+        source=environment.source_digest("flax"),
         loss=np.abs(noisy(steps)) + 1,
         gradient_norm=np.abs(noisy(steps)),
         lr=np.full(steps, 0.01),
@@ -733,13 +733,13 @@ def made_record(dtype: str, twin: int | None) -> Record:
         seconds=1.0,
         steps_per_second=10.0,
         weights=weights if twin is None else twin_weights(weights, 0, twin),
-        opening=opening,
+        first_steps=opening,
         layers=["input of fc3", "logits"],
-        along={
+        parameter_history={
             f"{step}/{name}": tensor(*shape) for step in (3, 10) for name, shape in SHAPES.items()
         },
         final={name: tensor(*shape) for name, shape in SHAPES.items()},
-        legs=[{"backend": "flax", "stop": steps}],
+        segments=[{"backend": "flax", "stop": steps}],
     )
 
 
@@ -749,7 +749,7 @@ def same_numbers(one: Record, other: Record) -> bool:
         {name: getattr(r, name) for name in ("loss", "gradient_norm", "lr", "predictions")}
         for r in (one, other)
     ]
-    for group in ("weights", "opening", "along", "final"):
+    for group in ("weights", "first_steps", "parameter_history", "final"):
         for found, record_ in zip(groups, (one, other), strict=True):
             found |= {f"{group}/{name}": array for name, array in getattr(record_, group).items()}
     for found, record_ in zip(groups, (one, other), strict=True):
@@ -838,8 +838,8 @@ class Records(Kind):
     share = 20
 
     def prepare(self) -> None:
-        environment.source = functools.cache(
-            environment.source
+        environment.source_digest = functools.cache(
+            environment.source_digest
         )  # whoever edits the sources meanwhile makes no record stale
         self.dataset, self.records, self.count = made_dataset(), made_records(), 0
         self.others = {
@@ -852,13 +852,17 @@ class Records(Kind):
 
     def of_torch(self, flax: Record) -> Record:
         """The same numbers, up to rounding in float32."""
-        source = environment.source("torch")
+        source = environment.source_digest("torch")
         if flax.dtype == "float64":
             return dataclasses.replace(flax, backend="torch", source=source)
         generator = np.random.default_rng([3, flax.twin or 0])
-        final = {name: moved(array, generator) for name, array in flax.final.items()}
+        final = {name: perturb_one_ulp(array, generator) for name, array in flax.final.items()}
         return dataclasses.replace(
-            flax, backend="torch", source=source, final=final, loss=moved(flax.loss, generator)
+            flax,
+            backend="torch",
+            source=source,
+            final=final,
+            loss=perturb_one_ulp(flax.loss, generator),
         )
 
     def valid(self, folder: Path) -> None:
@@ -876,7 +880,7 @@ class Records(Kind):
 
     def read(self, folder: Path, forged: bool) -> None:
         for dtype, family in self.records.items():
-            found = find_records(folder, "flax", dtype, CONFIG, self.dataset, lambda line: None)
+            found = find_ensemble(folder, "flax", dtype, CONFIG, self.dataset, lambda line: None)
             if not found:
                 continue  # the run is trained again
             families = {"torch": list(self.others[dtype]), "flax": found}
@@ -900,7 +904,7 @@ class Records(Kind):
         dtype = comparison.dtype
         runs = {dtype: {name: members[0] for name, members in families.items()}}
         first = comparison.first_divergence
-        if first and (first.step < record.OPENING_STEPS or first.stage == "evaluate"):
+        if first and (first.step < record.FIRST_STEPS or first.stage == "evaluate"):
             location = locate.locate(first, runs[dtype], CONFIG, self.dataset, untrained)
             comparison = dataclasses.replace(comparison, location=location)
         lens = comparison.to_json()
@@ -930,7 +934,7 @@ class Checkpoints(Kind):
     def prepare(self) -> None:
         from lockstep import backends
 
-        environment.source = functools.cache(environment.source)
+        environment.source_digest = functools.cache(environment.source_digest)
         self.dataset = made_dataset()
         self.backends = {
             dtype: backends.load("torch")(CONFIG, 4, dtype, "cpu", "off")
@@ -955,7 +959,7 @@ class Checkpoints(Kind):
 
             def advance(self, steps: int, loss: float) -> None: ...
 
-        keeper = checkpoint.Keeper(folder, every, stopping=lambda: False)
+        checkpoints = checkpoint.CheckpointManager(folder, every, stopping=lambda: False)
         backend = self.backends[dtype]
         return training.train(
             backend,
@@ -966,7 +970,7 @@ class Checkpoints(Kind):
             twin,
             log_every=0,
             start=start,
-            keeper=keeper,
+            checkpoints=checkpoints,
         )
 
     def valid(self, folder: Path) -> None:

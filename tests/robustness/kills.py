@@ -47,7 +47,7 @@ from lockstep.common import data, report
 from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.runs import checkpoint, record, request, training
-from lockstep.common.runs.checkpoint import Checkpoint, Keeper
+from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
 from lockstep.common.runs.record import Record
 from lockstep.common.system import environment, storage
 
@@ -511,7 +511,7 @@ class Run:
             for path in (self.folder / checkpoint.FOLDER).glob("[!.]*.safetensors")
         )
         return problems + [
-            f"{n} checkpoints of {s}" for s, n in counts.items() if n > checkpoint.KEPT + 1
+            f"{n} checkpoints of {s}" for s, n in counts.items() if n > checkpoint.KEEP_LAST + 1
         ]
 
     def leftovers(self) -> list[str]:
@@ -519,7 +519,7 @@ class Run:
         names = [
             str(p.relative_to(self.folder))
             for p in self.folder.rglob("*")
-            if p.name.endswith(storage.ASIDE)
+            if p.name.endswith(storage.TEMP_SUFFIX)
         ]
         return names + [checkpoint.FOLDER] * (self.folder / checkpoint.FOLDER).exists()
 
@@ -788,13 +788,15 @@ def pieces(
         unlike = {}
         for k in stops:
             observer = Silent()
-            keeper = Keeper(folder, 0, stopping=lambda k=k, observer=observer: observer.steps >= k)
+            checkpoints = CheckpointManager(
+                folder, 0, stopping=lambda k=k, observer=observer: observer.steps >= k
+            )
             try:
-                run(observer=observer, keeper=keeper)
+                run(observer=observer, checkpoints=checkpoints)
                 raise AssertionError(f"it was not stopped after step {k}")
             except KeyboardInterrupt:
-                assert keeper.kept is not None
-            start = checkpoint.read(keeper.kept)
+                assert checkpoints.last_path is not None
+            start = checkpoint.read(checkpoints.last_path)
             assert start.step == k
             joined = run(observer=Silent(), start=changed(start))
             unlike[k] = differences(digests(joined), digests(expected))

@@ -26,10 +26,10 @@ from lockstep.common.config import DTYPES, MAX_COUNT, Config
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import RecordError
-from lockstep.common.model.perturb import twin_images
+from lockstep.common.model.perturb import image_perturbation_rng
 from lockstep.common.protocol import Snapshot
 from lockstep.common.runs import checkpoint, record, request, training
-from lockstep.common.runs.checkpoint import KEPT, Checkpoint, Keeper
+from lockstep.common.runs.checkpoint import KEEP_LAST, Checkpoint, CheckpointManager
 from lockstep.common.runs.request import Plan
 from lockstep.common.system import interrupt, storage
 from tests.conftest import SilentObserver
@@ -67,11 +67,11 @@ def make(
     fields: dict[str, Any] = {
         "backend": "torch", "dtype": dtype, "twin": twin, "config": {"momentum": 0.9, "schedule": {"kind": "plateau"}},
         "data": {"name": "猫", "digest": "d1"}, "source": "s1",
-        "legs": [{"backend": "torch", "stop": step}] if step else [], "layers": ["fc1", "logits"],
-        "rounding": None if twin is None else dict(twin_images(0, twin).bit_generator.state), "seconds": 1.5,
+        "segments": [{"backend": "torch", "stop": step}] if step else [], "layers": ["fc1", "logits"],
+        "perturbation_rng_state": None if twin is None else dict(image_perturbation_rng(0, twin).bit_generator.state), "seconds": 1.5,
         "loss": series[0], "gradient_norm": np.abs(series[1]), "lr": series[2], "weights": tensors(),
-        "opening": {"0/forward/fc1": np.ones((2, 2), kind), "0/loss/loss": np.array(2.0, kind)} if step else {},
-        "along": {"3/fc1.bias": np.array([-0.0, 5e-324]).astype(kind)} if step else {}, "snapshot": snapshot,
+        "first_steps": {"0/forward/fc1": np.ones((2, 2), kind), "0/loss/loss": np.array(2.0, kind)} if step else {},
+        "parameter_history": {"3/fc1.bias": np.array([-0.0, 5e-324]).astype(kind)} if step else {}, "snapshot": snapshot,
     }  # fmt: skip
     return Checkpoint(**fields | changes)
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_read_back_bit_by_bit(
 def test_the_comparison_of_checkpoints_that_this_file_uses_sees_one_bit() -> None:
     arrays: list[Callable[[Checkpoint], np.ndarray]] = [
         lambda c: c.loss, lambda c: c.weights["fc1.bias"], lambda c: c.snapshot.momentum["fc1.kernel"],
-        lambda c: c.along["3/fc1.bias"], lambda c: c.opening["0/loss/loss"],
+        lambda c: c.parameter_history["3/fc1.bias"], lambda c: c.first_steps["0/loss/loss"],
     ]  # fmt: skip
     for of in arrays:
         other = make()
@@ -111,13 +111,13 @@ def test_the_comparison_of_checkpoints_that_this_file_uses_sees_one_bit() -> Non
 
 
 def test_one_generators_state_is_continued_and_another_is_not(tmp_path: Path) -> None:
-    generator = twin_images(3, 1)
+    generator = image_perturbation_rng(3, 1)
     generator.integers(0, 9, 1000)
     state = dict(generator.bit_generator.state)
-    path = checkpoint.write(make(twin=1, rounding=state), tmp_path)
-    restored = twin_images(3, 1)
+    path = checkpoint.write(make(twin=1, perturbation_rng_state=state), tmp_path)
+    restored = image_perturbation_rng(3, 1)
     assert restored.integers(0, 2**60) != (expected := generator.integers(0, 2**60))
-    restored.bit_generator.state = checkpoint.read(path).rounding or {}
+    restored.bit_generator.state = checkpoint.read(path).perturbation_rng_state or {}
     assert restored.integers(0, 2**60) == expected
 
 
@@ -172,18 +172,18 @@ WRONG: list[tuple[str, Callable[..., Any]]] = [  # what is said, and what was do
     ("seconds", fact(seconds=math.nan)),
     ("layers", fact(layers="fc1")),
     ("layers", fact(layers=["fc1", 2])),
-    ("legs", fact(legs=[])),
-    ("legs", fact(legs=[{"backend": "torch", "stop": 3}])),
-    ("legs", fact(legs=[{"backend": "torch", "stop": 5}])),
-    ("legs", fact(legs=[{"backend": "keras", "stop": 4}])),
-    ("legs", fact(legs=[{"backend": "torch", "stop": 4, "more": 1}])),
-    ("legs", fact(legs=[{"backend": "torch", "stop": 0}, {"backend": "flax", "stop": 4}])),
-    ("legs", fact(legs=[{"backend": "torch", "stop": 4}, {"backend": "flax", "stop": 4}])),
-    ("legs", fact(legs=[{"backend": name, "stop": stop} for name, stop in (("torch", 3), ("flax", 2), ("torch", 4))])),
+    ("segments", fact(legs=[])),
+    ("segments", fact(legs=[{"backend": "torch", "stop": 3}])),
+    ("segments", fact(legs=[{"backend": "torch", "stop": 5}])),
+    ("segments", fact(legs=[{"backend": "keras", "stop": 4}])),
+    ("segments", fact(legs=[{"backend": "torch", "stop": 4, "more": 1}])),
+    ("segments", fact(legs=[{"backend": "torch", "stop": 0}, {"backend": "flax", "stop": 4}])),
+    ("segments", fact(legs=[{"backend": "torch", "stop": 4}, {"backend": "flax", "stop": 4}])),
+    ("segments", fact(legs=[{"backend": name, "stop": stop} for name, stop in (("torch", 3), ("flax", 2), ("torch", 4))])),
     ("KeyError", fact(legs=[{"backend": "torch"}])),
     ("TypeError", fact(legs=[3])),
-    ("rounding", fact(rounding={})),
-    ("rounding", fact(twin=1)),
+    ("perturbation_rng_state", fact(rounding={})),
+    ("perturbation_rng_state", fact(twin=1)),
     ("ValueError", fact(twin=1, rounding={"bit_generator": "MT19937"})),
     ("KeyError", fact(twin=1, rounding={"bit_generator": "PCG64"})),
     ("loss", array("loss", np.ones(3))),
@@ -212,10 +212,10 @@ WRONG: list[tuple[str, Callable[..., Any]]] = [  # what is said, and what was do
     ("schedule, not finite", array("schedule/lr", math.nan)),
     ("schedule, not finite", array("schedule/mean", math.inf)),
     ("schedule, best", array("schedule/best", math.nan)),
-    ("opening", array("opening/0/novelty/fc1", HALF)),
-    ("opening", array("opening/x/forward/fc1", HALF)),
+    ("first_steps", array("opening/0/novelty/fc1", HALF)),
+    ("first_steps", array("opening/x/forward/fc1", HALF)),
     ("ValueError", array("opening/0", HALF)),
-    ("along", array("along/x/fc1.bias", HALF)),
+    ("parameter_history", array("along/x/fc1.bias", HALF)),
     ("KeyError", array("novelty/fc1.bias", HALF)),
     ("TypeError", fact(novelty=1)),
     ("TypeError", without("source")),
@@ -233,13 +233,11 @@ def test_a_checkpoint_with_a_right_digest_and_wrong_contents_is_refused(
     assert bits(checkpoint.read(rewritten(path, lambda *_: None))) == bits(make()), "the control"
     with pytest.raises(RecordError) as caught:
         checkpoint.read(rewritten(path, change))
-    assert (
-        str(caught.value) == f"the checkpoint {path} cannot be used ({said}): {checkpoint.REMEDY}"
-    )
+    assert str(caught.value) == f"the checkpoint {path} cannot be used ({said}): {checkpoint.HINT}"
 
 
 def test_every_check_has_such_a_file() -> None:
-    assert {name for name, _ in checkpoint._problems(make())} <= {said for said, _ in WRONG}
+    assert {name for name, _ in checkpoint._checks(make())} <= {said for said, _ in WRONG}
 
 
 def test_a_checkpoint_before_the_first_step_holds_no_state_of_the_optimizer(tmp_path: Path) -> None:
@@ -324,7 +322,7 @@ def test_the_newest_three_are_kept_of_each_run(tmp_path: Path) -> None:
     for stem in ("torch-float32", "torch-float32-twin1"):
         kept = [path.name for path in checkpoint.found(tmp_path, stem)]
         assert kept == [f"{stem}-{step:010d}.safetensors" for step in (100, 20, 7)]
-    assert KEPT == 3
+    assert KEEP_LAST == 3
 
 
 def test_names_that_only_look_alike_are_another_runs(tmp_path: Path) -> None:
@@ -434,7 +432,7 @@ def test_the_first_checkpoint_of_a_run_may_stand_alone(tmp_path: Path) -> None:
 
 def test_a_state_that_is_handed_over_is_the_same_but_for_who_has_it() -> None:
     mine = make(twin=1)
-    theirs = checkpoint.handed_over(mine, "flax", "s2")
+    theirs = checkpoint.for_backend(mine, "flax", "s2")
     assert (theirs.backend, theirs.source, theirs.stem) == ("flax", "s2", "flax-float32-twin1")
     assert bits(dataclasses.replace(theirs, backend="torch", source="s1")) == bits(mine)
 
@@ -490,7 +488,7 @@ def test_a_state_is_finite_or_not(group: str) -> None:
 def test_a_checkpoint_is_due_once_a_multiple_is_reached(
     every: int, before: int, now: int, due: bool
 ) -> None:
-    assert Keeper(Path(), every).due(before, now) is due
+    assert CheckpointManager(Path(), every).should_save(before, now) is due
 
 
 @pytest.fixture
@@ -519,19 +517,19 @@ def test_a_signal_while_a_checkpoint_is_kept_waits_until_it_is(
     call: str,
     within: bool,
 ) -> None:
-    keeper = Keeper(tmp_path, 1)
-    with interrupt.listening():
+    checkpoints = CheckpointManager(tmp_path, 1)
+    with interrupt.handle_signals():
         sent(call)
-        with interrupt.patient() if within else tempfile.TemporaryDirectory():
-            keeper.keep(make())
-            assert keeper.stopping()
-    assert keeper.kept is not None
-    assert bits(checkpoint.read(keeper.kept)) == bits(make())
+        with interrupt.deferred() if within else tempfile.TemporaryDirectory():
+            checkpoints.save(make())
+            assert checkpoints.stopping()
+    assert checkpoints.last_path is not None
+    assert bits(checkpoint.read(checkpoints.last_path)) == bits(make())
     assert (
         capfd.readouterr().err == "\nstopping, and keeping a checkpoint; once more stops at once\n"
     )
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "no alarm rings later"
-    assert names(tmp_path / checkpoint.FOLDER) == [keeper.kept.name]
+    assert names(tmp_path / checkpoint.FOLDER) == [checkpoints.last_path.name]
 
 
 def test_an_alarm_that_comes_while_a_checkpoint_is_kept_waits_too(
@@ -546,21 +544,21 @@ def test_an_alarm_that_comes_while_a_checkpoint_is_kept_waits_too(
         while os.times().elapsed < deadline:
             pass
 
-    keeper = Keeper(tmp_path, 1)
-    with interrupt.listening(), pytest.raises(KeyboardInterrupt), interrupt.patient():
+    checkpoints = CheckpointManager(tmp_path, 1)
+    with interrupt.handle_signals(), pytest.raises(KeyboardInterrupt), interrupt.deferred():
         sent("replace")
         monkeypatch.setattr(os, "fsync", slow)
-        keeper.keep(make())
+        checkpoints.save(make())
         while True:  # as long as training takes to look: the alarm comes
             pass
-    assert keeper.kept is not None
-    checkpoint.read(keeper.kept)
+    assert checkpoints.last_path is not None
+    checkpoint.read(checkpoints.last_path)
 
 
 def test_outside_of_training_a_signal_stops_at_once_and_says_which() -> None:
     before = signal.getsignal(signal.SIGTERM)
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        with interrupt.listening():
+        with interrupt.handle_signals():
             assert not interrupt.requested()
             assert interrupt.status() == 130
             with pytest.raises(KeyboardInterrupt):
@@ -580,7 +578,7 @@ def test_in_a_thread_nobody_listens() -> None:
     handlers = []
 
     def work() -> None:
-        with interrupt.listening(), interrupt.patient():
+        with interrupt.handle_signals(), interrupt.deferred():
             handlers.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -625,7 +623,9 @@ def no_momentum(found: Checkpoint) -> Checkpoint:
 
 
 def other_rounding(found: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(found, rounding=dict(twin_images(1, 1).bit_generator.state))
+    return dataclasses.replace(
+        found, perturbation_rng_state=dict(image_perturbation_rng(1, 1).bit_generator.state)
+    )
 
 
 def no_counters(found: Checkpoint) -> Checkpoint:
@@ -674,11 +674,11 @@ def test_a_checkpoint_between_two_calls_is_refused(
 ) -> None:
     config = Config(batch_size=4, steps=12).resolve(len(digits.train_images))
     backend = backends.load("torch")(config, 10, "float64", "cpu", "off")
-    keeper = Keeper(tmp_path, 0, stopping=lambda: observer.steps >= 2)
+    checkpoints = CheckpointManager(tmp_path, 0, stopping=lambda: observer.steps >= 2)
     with pytest.raises(KeyboardInterrupt):
-        training.train(backend, config, digits, "float64", observer, keeper=keeper)
-    assert keeper.kept is not None
-    start = checkpoint.read(keeper.kept)
+        training.train(backend, config, digits, "float64", observer, checkpoints=checkpoints)
+    assert checkpoints.last_path is not None
+    start = checkpoint.read(checkpoints.last_path)
     training.train(backend, config, digits, "float64", observer, start=start)
     series = {name: np.ones(3) for name in ("loss", "gradient_norm", "lr")}
     moved = dataclasses.replace(start, snapshot=start.snapshot._replace(step=3), **series)

@@ -40,11 +40,11 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="looks for processes in /proc"
 )
 
-AT_ONCE = "import lockstep.common.runs.parallel, lockstep.common.system.environment; lockstep.common.runs.parallel.LEAST_IMAGES = 0; lockstep.common.system.environment.cores = lambda: 2"
+AT_ONCE = "import lockstep.common.runs.parallel, lockstep.common.system.environment; lockstep.common.runs.parallel.MIN_IMAGES = 0; lockstep.common.system.environment.cores = lambda: 2"
 BOTH = f"{AT_ONCE}; {TRAINING.format('torch')}"  # both processes are there then
 READING = f"{AT_ONCE}; import lockstep.common.data; before(lockstep.common.data, 'load', 0, 0.5)"  # the other process gets ready
-STARTING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.Beside, 'train', 0)"  # the other process is told what to do
-WAITING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.Beside, 'train', 1)"  # for Flax, with PyTorch's run at its end
+STARTING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.ParallelTraining, 'train', 0)"  # the other process is told what to do
+WAITING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.ParallelTraining, 'train', 1)"  # for Flax, with PyTorch's run at its end
 
 
 def children(pid: int) -> list[int]:
@@ -179,14 +179,14 @@ def test_a_process_that_is_not_needed_is_ended_at_once(
     trainer = Trainer(
         tmp_path, config, digits, functools.partial(backends.build, config, 10, "cpu", "auto"), None
     )
-    with parallel.Other(True, backends.load) as other:
+    with parallel.WorkerProcess(True, backends.load) as other:
         process = other.process
         assert process is not None and there(process.pid)
-        with parallel.Beside(trainer, other, None, {}) as training:
+        with parallel.ParallelTraining(trainer, other, None, {}) as training:
             assert process.poll() == -signal.SIGKILL and training.name is other.process is None
     with (
-        parallel.Other(False, backends.load) as other,
-        parallel.Beside(trainer, other, "flax", {}) as training,
+        parallel.WorkerProcess(False, backends.load) as other,
+        parallel.ParallelTraining(trainer, other, "flax", {}) as training,
     ):
         assert other.process is training.name is None
 
@@ -194,7 +194,7 @@ def test_a_process_that_is_not_needed_is_ended_at_once(
         raise BlockingIOError("no more processes")
 
     monkeypatch.setattr(subprocess, "Popen", refused)
-    with parallel.Other(True, backends.load) as other:
+    with parallel.WorkerProcess(True, backends.load) as other:
         assert other.process is None
 
 
@@ -204,7 +204,7 @@ def test_what_another_process_sees_is_what_this_one_does(capfd: pytest.CaptureFi
 
     here = parallel.view(build(), "flax")
     assert here.device == "cpu" and here != parallel.view(build(classes=8), "flax")
-    with parallel.Other(True, backends.load) as other:
+    with parallel.WorkerProcess(True, backends.load) as other:
         assert other.view(build(), "flax")() == here
         with pytest.raises(RuntimeError, match="absent"):  # here
             other.view(build(device="absent"), "flax")()
@@ -218,7 +218,7 @@ def test_what_another_process_sees_is_what_this_one_does(capfd: pytest.CaptureFi
 # Whether the pictures are drawn in this process leaves a trace; and what the other one says of them
 # may be lost.
 HERE = "import lockstep.common.report as r; r.write_report_page = print; r.write_pictures = lambda f, *_: (f / 'here').touch()"
-LOST = "o = lockstep.common.runs.parallel.Other; told = o.told; o.told = lambda o: [(k.replace('drawn', ''), w) for k, w in [told(o)]][0]"
+LOST = "o = lockstep.common.runs.parallel.WorkerProcess; told = o.told; o.told = lambda o: [(k.replace('drawn', ''), w) for k, w in [told(o)]][0]"
 
 
 @pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])
@@ -252,7 +252,7 @@ def test_the_pictures_are_drawn_by_the_other_process_if_it_can(
     assert {picture.name for picture in pictures} >= {"samples.png", "losses.svg"}
 
     told: list[tuple[str, object]] = []
-    work = parallel.Work(lambda *what: told.append(what))
+    work = parallel.WorkerCommands(lambda *what: told.append(what))
     build = functools.partial(backends.build, config, 10, "cpu", "auto")
     work.trainer, work.members = Trainer(folder, config, digits, build, None), {"float64": [None]}
     for path in (folder / "losses.png", folder / "flax-float64.safetensors"):
@@ -270,14 +270,22 @@ def test_short_runs_and_one_backend_are_trained_in_one_process(
         config = Config(steps=steps, batch_size=4).resolve(len(digits.train_images))
         build = functools.partial(backends.build, config, 10, device, "auto")
         trainer = Trainer(tmp_path, config, digits, build, terminal=None)
-        return parallel.choose(trainer, names, device, there)
+        return parallel.choose_worker_backend(trainer, names, device, there)
 
-    def likely(steps: int | None = 10_000, names: tuple = BACKENDS, device: str = "auto") -> bool:
-        return parallel.likely(Config(steps=steps, batch_size=4), names, device)
+    def may_use_worker(
+        steps: int | None = 10_000, names: tuple = BACKENDS, device: str = "auto"
+    ) -> bool:
+        return parallel.may_use_worker(Config(steps=steps, batch_size=4), names, device)
 
     monkeypatch.setattr(environment, "cores", lambda: 2)
-    assert likely() and likely(steps=None) and likely(steps=2_000)
-    assert not any([likely(steps=1_000), likely(names=("torch",)), likely(device="cuda")])
+    assert may_use_worker() and may_use_worker(steps=None) and may_use_worker(steps=2_000)
+    assert not any(
+        [
+            may_use_worker(steps=1_000),
+            may_use_worker(names=("torch",)),
+            may_use_worker(device="cuda"),
+        ]
+    )
     assert chosen() == chosen(steps=2_000) == "flax"
     assert (
         chosen(steps=1_000)
@@ -287,7 +295,7 @@ def test_short_runs_and_one_backend_are_trained_in_one_process(
         is None
     )
     monkeypatch.setattr(environment, "cores", lambda: 1)
-    assert chosen() is None and not likely()
+    assert chosen() is None and not may_use_worker()
 
 
 def test_the_folder_of_checkpoints_stays_while_two_processes_write(

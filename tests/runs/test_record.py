@@ -21,11 +21,11 @@ from safetensors.numpy import save
 from lockstep.common.config import Config
 from lockstep.common.errors import RecordError
 from lockstep.common.protocol import Arrays
-from lockstep.common.runs.record import SCHEMA, Record, file_stem, read, write
+from lockstep.common.runs.record import SCHEMA, Record, file_name, file_stem, read, write
 from lockstep.common.system import storage
 
 SERIES = ("loss", "gradient_norm", "lr", "predictions")
-GROUPS = ("weights", "opening", "along", "final")
+GROUPS = ("weights", "first_steps", "parameter_history", "final")
 
 
 def make(twin: int | None = None) -> Record:
@@ -55,14 +55,14 @@ def make(twin: int | None = None) -> Record:
             "conv1.kernel": generator.normal(size=(2, 1, 3, 2)).astype(ml_dtypes.bfloat16),
             "conv1.bias": np.array([-0.0, 1.0], ml_dtypes.bfloat16),
         },
-        opening={
+        first_steps={
             "0/data/labels": np.array([3, 1]),
             "0/loss/loss": np.array(2.25, np.float32),  # of no dimension, as the backends give it
             "0/forward/logits": generator.normal(size=(2, 3)).T,  # in no C order
             "1/backward/nothing": np.zeros((0, 2)),
         },
         layers=["logits", "a, of no order"],
-        along={
+        parameter_history={
             "1/conv1.kernel": generator.normal(size=(2, 1, 3, 2)).astype(ml_dtypes.bfloat16),
             "1/conv1.bias": np.array([-0.0, 9e-39], ml_dtypes.bfloat16),
         },
@@ -70,8 +70,8 @@ def make(twin: int | None = None) -> Record:
             "conv1.kernel": np.full((2, 1, 3, 2), math.nan, ml_dtypes.bfloat16),
             "conv1.bias": np.array([math.inf, 1.0], ml_dtypes.bfloat16),
         },
-        broken=1,
-        legs=[{"backend": "torch", "stop": 1}],
+        nonfinite_step=1,
+        segments=[{"backend": "torch", "stop": 1}],
     )
 
 
@@ -112,8 +112,8 @@ def test_a_record_is_read_back_bit_by_bit(tmp_path: Path, twin: int | None) -> N
 def test_the_comparison_of_records_that_this_file_uses_sees_one_bit() -> None:
     groups = {
         "weights": "conv1.kernel",
-        "opening": "0/loss/loss",
-        "along": "1/conv1.bias",
+        "first_steps": "0/loss/loss",
+        "parameter_history": "1/conv1.bias",
         "final": "conv1.bias",
     }
     for group, name in groups.items():
@@ -162,7 +162,11 @@ def archive(facts: Any, arrays: Arrays | None = None, digest: str | None = None)
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    kept = {name: value for name, value in vars(make()).items() if name not in SERIES + GROUPS}
+    kept = {
+        file_name(name): value
+        for name, value in vars(make()).items()
+        if name not in SERIES + GROUPS
+    }
     return {"schema": SCHEMA} | kept | changes
 
 
@@ -172,7 +176,9 @@ def tensors(**changes: Any) -> Arrays:
     whole = make()
     arrays: dict[str, Any] = {name: getattr(whole, name) for name in SERIES}
     for group in GROUPS:
-        arrays |= {f"{group}/{name}": array for name, array in getattr(whole, group).items()}
+        arrays |= {
+            f"{file_name(group)}/{name}": array for name, array in getattr(whole, group).items()
+        }
     arrays |= {name.replace("__", "/"): array for name, array in changes.items()}
     return {name: array for name, array in arrays.items() if array is not None}
 
@@ -266,7 +272,7 @@ UNFIT: dict[
     "a speed that is text": ({"steps_per_second": "fast"}, {}, "times"),
     "layers that are a string": ({"layers": "conv1"}, {}, "layers"),
     "layers that are numbers": ({"layers": [1]}, {}, "layers"),
-    "broken at a step that it has not": ({"broken": 3}, {}, "broken"),
+    "broken at a step that it has not": ({"broken": 3}, {}, "nonfinite_step"),
     "broken, and nothing is": ({}, {"loss": np.ones(3)}, "loss, not finite"),
     "not broken, and something is": (
         {"broken": None, "legs": [{"backend": "torch", "stop": 3}]},
@@ -277,14 +283,14 @@ UNFIT: dict[
     "numbers after it broke": ({}, {"loss": np.array([2.0, math.inf, 2.0])}, "loss, not finite"),
     "a rate that is NaN": ({}, {"lr": np.array([math.nan, 0.1, 0.1])}, "lr, not finite"),
     "a negative norm": ({}, {"gradient_norm": np.array([-1.0, 1.0, 1.0])}, "gradient_norm"),
-    "legs of another backend": ({"legs": [{"backend": "caffe", "stop": 1}]}, {}, "legs"),
-    "legs beyond the run": ({"legs": [{"backend": "torch", "stop": 4}]}, {}, "legs"),
+    "legs of another backend": ({"legs": [{"backend": "caffe", "stop": 1}]}, {}, "segments"),
+    "legs beyond the run": ({"legs": [{"backend": "torch", "stop": 4}]}, {}, "segments"),
     "legs that go back": (
         {"legs": [{"backend": "torch", "stop": 2}, {"backend": "flax", "stop": 1}]},
         {},
-        "legs",
+        "segments",
     ),
-    "legs that are text": ({"legs": "torch"}, {}, "legs"),
+    "legs that are text": ({"legs": "torch"}, {}, "segments"),
     "a loss in float32": ({}, {"loss": make().loss.astype(np.float32)}, "loss"),
     "a loss of two dimensions": ({}, {"loss": make().loss[np.newaxis]}, "loss"),
     "a rate too few": ({}, {"lr": np.ones(2)}, "lr"),
@@ -308,17 +314,21 @@ UNFIT: dict[
     ),
     "a first step without tensors": (
         {},
-        dict.fromkeys(["opening__" + n.replace("/", "__") for n in make().opening]),
-        "opening",
+        dict.fromkeys(["opening__" + n.replace("/", "__") for n in make().first_steps]),
+        "first_steps",
     ),
     "a tensor of a step that is not recorded": (
         {},
         {"opening__2__data__labels": np.ones(2)},
-        "opening",
+        "first_steps",
     ),
-    "a tensor of a stage that there is not": ({}, {"opening__0__magic__x": np.ones(2)}, "opening"),
+    "a tensor of a stage that there is not": (
+        {},
+        {"opening__0__magic__x": np.ones(2)},
+        "first_steps",
+    ),
     "a tensor of nothing": ({}, {"opening__0": np.ones(2)}, "ValueError"),
-    "a tensor of truth values": ({}, {"opening__0__data__labels": np.ones(2, bool)}, "opening"),
+    "a tensor of truth values": ({}, {"opening__0__data__labels": np.ones(2, bool)}, "first_steps"),
     "a parameter after no step": ({}, {"along__0__conv1.bias": np.ones(2, BFLOAT16)}, "ValueError"),
     "a parameter after the run": ({}, {"along__4__conv1.bias": np.ones(2, BFLOAT16)}, "ValueError"),
     "a parameter after some step": (
@@ -326,7 +336,7 @@ UNFIT: dict[
         {"along__x__conv1.bias": np.ones(2, BFLOAT16)},
         "ValueError",
     ),
-    "a parameter missing on the way": ({}, {"along__1__conv1.bias": None}, "along"),
+    "a parameter missing on the way": ({}, {"along__1__conv1.bias": None}, "parameter_history"),
 }
 
 
@@ -343,18 +353,22 @@ def test_what_is_no_record_is_refused_though_its_digest_is_right(name: str) -> N
 
 FIT: dict[str, Callable[[], Record]] = {
     "broken at once": lambda: dataclasses.replace(
-        make(), broken=0, legs=[], loss=np.full(3, math.nan), lr=np.array([0.1, math.nan, math.nan])
+        make(),
+        nonfinite_step=0,
+        segments=[],
+        loss=np.full(3, math.nan),
+        lr=np.array([0.1, math.nan, math.nan]),
     ),
     "nothing broken": lambda: dataclasses.replace(
         make(),
-        broken=None,
-        legs=[{"backend": "flax", "stop": 2}, {"backend": "torch", "stop": 3}],
+        nonfinite_step=None,
+        segments=[{"backend": "flax", "stop": 2}, {"backend": "torch", "stop": 3}],
         loss=np.ones(3),
         gradient_norm=np.array([0.0, math.inf, math.nan]),  # the next loss would have shown it
         lr=np.zeros(3),
     ),
     "no speed": lambda: dataclasses.replace(make(), steps_per_second=math.nan),
-    "nothing along the run": lambda: dataclasses.replace(make(), along={}),
+    "nothing along the run": lambda: dataclasses.replace(make(), parameter_history={}),
 }
 
 

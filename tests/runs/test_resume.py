@@ -41,7 +41,7 @@ RUN = [
     "0.9",
     "--quiet",
 ]
-STATE = ("loss", "gradient_norm", "lr", "predictions", "weights", "along", "final")
+STATE = ("loss", "gradient_norm", "lr", "predictions", "weights", "parameter_history", "final")
 
 
 def lockstep(*arguments: str | Path) -> int:
@@ -150,8 +150,8 @@ def test_a_twin_that_begins_its_rounding_again_is_seen(
     complete = checkpoint.read
 
     def forgetful(path: Path) -> checkpoint.Checkpoint:
-        beginning = dict(training.twin_images(0, 1).bit_generator.state)
-        return dataclasses.replace(complete(path), rounding=beginning)
+        beginning = dict(training.image_perturbation_rng(0, 1).bit_generator.state)
+        return dataclasses.replace(complete(path), perturbation_rng_state=beginning)
 
     monkeypatch.setattr(checkpoint, "read", forgetful)
     assert lockstep("--resume", tmp_path, "--quiet") == 0
@@ -173,13 +173,13 @@ def test_the_other_backend_goes_on_where_one_stopped(
         assert lockstep(*RUN, "--dtype", "float64", "--backend", first, "--out", tmp_path) == 130
     assert lockstep("--resume", tmp_path, "--backend", second, "--quiet") == 0
     joined = record.read(tmp_path / f"{second}-float64.safetensors")
-    assert joined.legs == [{"backend": first, "stop": 68}, {"backend": second, "stop": 200}]
+    assert joined.segments == [{"backend": first, "stop": 68}, {"backend": second, "stop": 200}]
     uninterrupted = record.read(whole / f"{second}-float64.safetensors")
     assert np.max(np.abs(joined.loss - uninterrupted.loss)) <= GRID_BOUND  # 9e-16 measured
     assert differences(joined, uninterrupted) != [], "rounding shows who took the first steps"
     assert lockstep("--resume", tmp_path, "--backend", first, "--quiet") == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["verdict"], report["lenses"][0]["legs"][second]) == ("agree", joined.legs)
+    assert (report["verdict"], report["lenses"][0]["legs"][second]) == ("agree", joined.segments)
 
 
 @pytest.mark.parametrize("lost", ["momentum", "parameters"])
@@ -189,14 +189,14 @@ def test_a_handover_that_loses_something_disagrees(
     with monkeypatch.context() as patch:
         stop_at(patch, 68)
         assert lockstep(*RUN, "--dtype", "float64", "--backend", "torch", "--out", tmp_path) == 130
-    complete = checkpoint.handed_over
+    complete = checkpoint.for_backend
 
     def forgetful(state: checkpoint.Checkpoint, *rest: Any) -> checkpoint.Checkpoint:
         state = complete(state, *rest)
         changed = {name: 0.99 * array for name, array in getattr(state.snapshot, lost).items()}
         return dataclasses.replace(state, snapshot=state.snapshot._replace(**{lost: changed}))
 
-    monkeypatch.setattr(checkpoint, "handed_over", forgetful)
+    monkeypatch.setattr(checkpoint, "for_backend", forgetful)
     assert lockstep("--resume", tmp_path, "--backend", "flax", "--quiet") == 0
     assert lockstep("--resume", tmp_path, "--backend", "torch", "--quiet") == 1
 
@@ -206,7 +206,7 @@ def test_a_backend_that_was_finished_hands_nothing_over(whole: Path, tmp_path: P
     (tmp_path / "run" / "flax-float64.safetensors").unlink()
     checkpoint.write(ended(whole), tmp_path / "run")
     assert lockstep("--resume", tmp_path / "run", "--backend", "flax", "--quiet") == 0
-    assert record.read(tmp_path / "run" / "flax-float64.safetensors").legs == [
+    assert record.read(tmp_path / "run" / "flax-float64.safetensors").segments == [
         {"backend": "flax", "stop": STEPS}
     ]
 
@@ -221,11 +221,11 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
             name: getattr(r, name)
             for name in ("backend", "dtype", "twin", "config", "data", "source", "layers")
         },
-        legs=[{"backend": "torch", "stop": 2}],
-        rounding=None,
+        segments=[{"backend": "torch", "stop": 2}],
+        perturbation_rng_state=None,
         seconds=1.0,
         **{name: getattr(r, name)[:2] for name in ("loss", "gradient_norm", "lr")},
-        **{name: getattr(r, name) for name in ("weights", "opening", "along")},
+        **{name: getattr(r, name) for name in ("weights", "first_steps", "parameter_history")},
         snapshot=Snapshot(r.final, {}, momentum, schedule, 2),
     )
 
@@ -351,7 +351,7 @@ def test_a_loss_that_is_not_finite_ends_both_runs_at_the_same_step(
         said.out.split()
     )
     records = [record.read(tmp_path / f"{name}-float64.safetensors") for name in BACKENDS]
-    steps = {r.broken for r in records}
+    steps = {r.nonfinite_step for r in records}
     assert len(steps) == 1
     step = steps.pop()
     assert step is not None and step > 1
@@ -377,8 +377,8 @@ def test_the_last_good_state_is_that_of_as_many_steps(
     broken = training.train(
         build(name, config), config, digits, "float64", SilentObserver(), log_every=0
     )
-    assert broken.broken is not None
-    done = broken.legs[-1]["stop"]
+    assert broken.nonfinite_step is not None
+    done = broken.segments[-1]["stop"]
     shorter = Config(steps=done, **options).resolve(len(digits.train_images))
     whole = training.train(
         build(name, shorter), shorter, digits, "float64", SilentObserver(), log_every=0

@@ -17,11 +17,11 @@ from lockstep.common.data import Dataset
 from lockstep.common.dtypes import compute_dtype
 from lockstep.common.errors import RecordError
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.perturb import moved, twin_images, twin_weights
+from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp, twin_weights
 from lockstep.common.protocol import Arrays, Backend, Dropout, Evaluation, Metrics, Snapshot
 from lockstep.common.runs import training
 from lockstep.common.runs.first_steps import first_steps
-from lockstep.common.runs.record import OPENING_STEPS, Record, stretches
+from lockstep.common.runs.record import FIRST_STEPS, Record, windows
 from tests.conftest import SilentObserver
 from tests.verdict.helpers import compared
 
@@ -256,8 +256,8 @@ def test_chunks_are_the_batches_in_order_and_within_the_limits(
     )  # a chunk is rectangular: it mixes no sizes
     for indices, expected in itertools.zip_longest(fed, data.batch_indices(config, images)):
         np.testing.assert_array_equal(indices, expected)
-    assert [len(chunk) for chunk in chunks[: training.OPENING_STEPS]] == [1] * min(
-        steps, training.OPENING_STEPS
+    assert [len(chunk) for chunk in chunks[: training.FIRST_STEPS]] == [1] * min(
+        steps, training.FIRST_STEPS
     )
     assert max(map(len, chunks)) <= training.CHUNK_STEPS
     assert all(
@@ -301,15 +301,15 @@ def test_the_opening_holds_every_stage_of_the_first_two_steps(
     ]
     stages += [f"backward/{name}" for name in SHAPES] + [f"update/{name}" for name in SHAPES]
     stages += [f"update/momentum of {name}" for name in SHAPES]
-    assert set(record.opening) == {
+    assert set(record.first_steps) == {
         f"{step}/{stage}" for step in range(min(2, steps)) for stage in stages
     }
     for step in range(min(2, steps)):
         np.testing.assert_array_equal(
-            record.opening[f"{step}/data/labels"], backend.batches[step][1]
+            record.first_steps[f"{step}/data/labels"], backend.batches[step][1]
         )
         np.testing.assert_array_equal(
-            record.opening[f"{step}/update/momentum of fc1.bias"], [step + 1.0] * 2
+            record.first_steps[f"{step}/update/momentum of fc1.bias"], [step + 1.0] * 2
         )
     # Looked at before the step is taken, and after it.
     opening = [
@@ -328,19 +328,19 @@ def test_the_layers_of_a_record_stand_in_the_order_of_the_forward_pass(
     assert record.layers != sorted(record.layers)  # the control: not by the alphabet
 
 
-@pytest.mark.parametrize("batch_size", [4, training.OPENING_IMAGES, 20])
+@pytest.mark.parametrize("batch_size", [4, training.FIRST_STEPS_IMAGES, 20])
 def test_activations_are_kept_of_a_batchs_first_images_and_all_else_of_the_whole_batch(
     observer: SilentObserver, batch_size: int
 ) -> None:
     backend, record = run(Config(batch_size=batch_size, steps=3), 160, observer)
     for step in range(2):
         images, labels = backend.batches[step]
-        kept = record.opening[f"{step}/forward/input of fc1"]
-        assert len(kept) == min(batch_size, training.OPENING_IMAGES)
-        np.testing.assert_array_equal(kept, images[: training.OPENING_IMAGES])
-        np.testing.assert_array_equal(record.opening[f"{step}/data/images"], images)
-        np.testing.assert_array_equal(record.opening[f"{step}/data/labels"], labels)
-        assert record.opening[f"{step}/backward/fc1.kernel"].shape == SHAPES["fc1.kernel"]
+        kept = record.first_steps[f"{step}/forward/input of fc1"]
+        assert len(kept) == min(batch_size, training.FIRST_STEPS_IMAGES)
+        np.testing.assert_array_equal(kept, images[: training.FIRST_STEPS_IMAGES])
+        np.testing.assert_array_equal(record.first_steps[f"{step}/data/images"], images)
+        np.testing.assert_array_equal(record.first_steps[f"{step}/data/labels"], labels)
+        assert record.first_steps[f"{step}/backward/fc1.kernel"].shape == SHAPES["fc1.kernel"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 60, 300, 700])
@@ -349,10 +349,10 @@ def test_parameters_are_kept_about_once_per_stretch_and_after_the_last_step(
     observer: SilentObserver, steps: int, images: int
 ) -> None:
     _, record = run(Config(batch_size=4, steps=steps), images, observer)
-    kept = sorted({int(key.partition("/")[0]) for key in record.along})
-    assert set(record.along) == {f"{done}/{name}" for done in kept for name in SHAPES}
+    kept = sorted({int(key.partition("/")[0]) for key in record.parameter_history})
+    assert set(record.parameter_history) == {f"{done}/{name}" for done in kept for name in SHAPES}
     for done in kept:  # each parameter grows by 1 in each step
-        grown = record.along[f"{done}/fc1.bias"] - record.weights["fc1.bias"]
+        grown = record.parameter_history[f"{done}/fc1.bias"] - record.weights["fc1.bias"]
         np.testing.assert_allclose(grown, done, rtol=1e-6)
     assert record.final.keys() == SHAPES.keys()
     np.testing.assert_allclose(
@@ -362,7 +362,7 @@ def test_parameters_are_kept_about_once_per_stretch_and_after_the_last_step(
     # nor at the end.
     chunks = training.chunks(Config(batch_size=4, steps=steps).resolve(images), images, 3072 * 4)
     ends = list(itertools.accumulate(map(len, chunks)))
-    edges = [stop for _, stop in stretches(steps) if stop > training.OPENING_STEPS]
+    edges = [stop for _, stop in windows(steps) if stop > training.FIRST_STEPS]
     expected = {next(end for end in ends if end >= edge) for edge in edges}
     assert kept == sorted(expected - {steps})
     assert kept or steps < 300
@@ -485,9 +485,11 @@ def test_the_first_steps_of_a_twin_are_those_of_the_whole_run(
     _, whole = run(config, 43, observer, twin=3)
     backend = Notebook()
     brief = first_steps(backend, config.resolve(43), dataset(43), "float32", observer, 3)
-    assert brief.twin == 3 and brief.opening.keys() == whole.opening.keys()
-    assert all(np.array_equal(brief.opening[key], whole.opening[key]) for key in whole.opening)
-    assert len(backend.batches) == min(steps, OPENING_STEPS)
+    assert brief.twin == 3 and brief.first_steps.keys() == whole.first_steps.keys()
+    assert all(
+        np.array_equal(brief.first_steps[key], whole.first_steps[key]) for key in whole.first_steps
+    )
+    assert len(backend.batches) == min(steps, FIRST_STEPS)
 
 
 def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(
@@ -507,11 +509,14 @@ def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(
     assert once != again
     assert [once, again] == first_image(1)
     assert [once, again] != first_image(2)
-    # As `weights.moved` does it, batch after batch.
-    generator, images = twin_images(5, 1), data.normalise(dataset(6).train_images, np.float32)
+    # As `perturb.perturb_one_ulp` does it, batch after batch.
+    generator, images = (
+        image_perturbation_rng(5, 1),
+        data.normalise(dataset(6).train_images, np.float32),
+    )
     fed = run(config, 6, observer, twin=1)[0].batches
     for (batch, _), indices in zip(fed[:2], data.batch_indices(config.resolve(6), 6), strict=False):
-        assert batch.tobytes() == moved(images[indices], generator).tobytes()
+        assert batch.tobytes() == perturb_one_ulp(images[indices], generator).tobytes()
 
 
 def test_the_weights_of_a_record_are_those_of_the_seed(observer: SilentObserver) -> None:

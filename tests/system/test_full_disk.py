@@ -36,7 +36,7 @@ CALLS = (
     "chmod",
     "replace",
     "flush the folder",
-)  # of `write_whole`, in order
+)  # of `write_atomic`, in order
 ERRORS = {
     errno.ENOSPC: "No space left on device",
     errno.EIO: "Input/output error",
@@ -123,7 +123,7 @@ def test_a_write_that_fails_leaves_what_was_there_or_the_whole_new_file(
     with monkeypatch.context() as patch:
         (disk := Disk("a.json", call, error)).install(patch)
         with pytest.raises(RecordError) as caught:
-            storage.write_whole(path, b"new")
+            storage.write_atomic(path, b"new")
         assert disk.left == 0
     line = f"cannot write {path} ({ERRORS[error]}): choose another folder with --out or free some space"
     assert str(caught.value) == line
@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_what_was_there_or_the_whole_new_file(
         assert content == {"a.json": b"new"}
     else:
         assert content == ({} if before is None else {"a.json": before})
-    storage.write_whole(path, b"new")  # the control: nothing else stood in its way
+    storage.write_atomic(path, b"new")  # the control: nothing else stood in its way
     assert path.read_bytes() == b"new"
 
 
@@ -141,7 +141,7 @@ def test_a_file_system_that_cannot_flush_folders_is_put_up_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     (disk := Disk("a.json", "flush the folder", error)).install(monkeypatch)
-    storage.write_whole(tmp_path / "a.json", b"new")
+    storage.write_atomic(tmp_path / "a.json", b"new")
     assert disk.left == 0
     assert (tmp_path / "a.json").read_bytes() == b"new"
 
@@ -156,7 +156,10 @@ def test_a_folder_that_cannot_be_claimed_is_one_line(
     monkeypatch.setattr(
         *((Path, "mkdir") if call == "mkdir" else (tempfile, "TemporaryFile")), refuse
     )
-    with pytest.raises(RecordError) as caught, storage.claimed(tmp_path / "new", "--tensorboard"):
+    with (
+        pytest.raises(RecordError) as caught,
+        storage.lock_folder(tmp_path / "new", "--tensorboard"),
+    ):
         pass
     line = f"cannot write to {tmp_path / 'new'} (Read-only file system): choose another folder with --tensorboard"
     assert str(caught.value) == line
@@ -173,7 +176,7 @@ def test_a_system_without_locks_is_one_line(
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     with (
         pytest.raises(RecordError, match=r"\(no locks here\): choose another folder"),
-        storage.claimed(tmp_path),
+        storage.lock_folder(tmp_path),
     ):
         pass
 
@@ -393,18 +396,18 @@ def test_a_small_disk_and_one_that_becomes_read_only_are_one_line_each(
 ) -> None:
     import json
 
-    from lockstep.common.runs.checkpoint import Keeper
+    from lockstep.common.runs.checkpoint import CheckpointManager
 
     plainly(monkeypatch)
     sizes: list[int] = []
-    complete = Keeper.keep
+    complete = CheckpointManager.save
 
-    def keep(self: Keeper, found: Any) -> None:
+    def save(self: CheckpointManager, found: Any) -> None:
         complete(self, found)
-        assert self.kept is not None
-        sizes.append(self.kept.stat().st_size)
+        assert self.last_path is not None
+        sizes.append(self.last_path.stat().st_size)
 
-    monkeypatch.setattr(Keeper, "keep", keep)
+    monkeypatch.setattr(CheckpointManager, "save", save)
     assert lockstep(*RUN, "--out", tmp_path / "measured") == 0
     room = sum(sizes[:2]) + sizes[2] // 2  # for two checkpoints and a half
     (tmp_path / "disk").mkdir()

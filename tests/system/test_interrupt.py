@@ -244,7 +244,7 @@ with contextlib.suppress(KeyboardInterrupt), {context}:
 
 @pytest.mark.parametrize(
     ("context", "traceback"),
-    [("interrupt.listening()", False), ("contextlib.nullcontext()", True)],
+    [("interrupt.handle_signals()", False), ("contextlib.nullcontext()", True)],
     ids=["handled", "the control"],
 )
 def test_a_signal_while_the_compiler_traces_prints_no_traceback(
@@ -270,13 +270,15 @@ def test_a_second_signal_stops_at_once_and_damages_nothing(whole: Path, tmp_path
         assert run.ended() == -signal.SIGINT
     assert time.monotonic() - began < 2
     assert "Traceback" not in run.said
-    left = list(folder.rglob(f".*{storage.ASIDE}"))
+    left = list(folder.rglob(f".*{storage.TEMP_SUFFIX}"))
     assert len(left) == 1, "it was in the middle of writing"
     left[0].unlink()
     sane(folder)
     left[0].write_bytes(b"half")
     assert goes_on_to_the_same_bits(folder, whole)
-    assert not list(folder.rglob(f".*{storage.ASIDE}")), "what was left half written is removed"
+    assert not list(folder.rglob(f".*{storage.TEMP_SUFFIX}")), (
+        "what was left half written is removed"
+    )
 
 
 # --- One run at a time
@@ -285,11 +287,11 @@ def test_a_second_signal_stops_at_once_and_damages_nothing(whole: Path, tmp_path
 def test_a_second_run_on_the_same_folder_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with storage.claimed(tmp_path):
+    with storage.lock_folder(tmp_path):
         assert compare.main([*RUN, "--quiet", "--out", str(tmp_path)]) == 2
         with (
             pytest.raises(RecordError, match=r"--tensorboard$"),
-            storage.claimed(tmp_path, "--tensorboard"),
+            storage.lock_folder(tmp_path, "--tensorboard"),
         ):
             pass
     said = capsys.readouterr().err
@@ -298,5 +300,5 @@ def test_a_second_run_on_the_same_folder_is_refused_in_one_line(
         == f"error: another run is writing to {tmp_path}: wait for it, or choose another folder with --out\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == [storage.LOCK]
-    with storage.claimed(tmp_path):  # the control: now it is free
+    with storage.lock_folder(tmp_path):  # the control: now it is free
         pass

@@ -17,7 +17,13 @@ from safetensors.numpy import save
 from lockstep.common.errors import RecordError
 from lockstep.common.protocol import Arrays
 from lockstep.common.system import storage
-from lockstep.common.system.storage import ASIDE, claimed, read_tensors, write_tensors, write_whole
+from lockstep.common.system.storage import (
+    TEMP_SUFFIX,
+    lock_folder,
+    read_tensors,
+    write_atomic,
+    write_tensors,
+)
 
 FACTS = {"schema": 1, "name": "猫\udce9", "numbers": [1, 2.5]}
 ARRAYS: Arrays = {
@@ -34,7 +40,7 @@ ARRAYS: Arrays = {
 
 def test_writing_replaces_the_file_that_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
     for text in (b"one", b"two"):
-        write_whole(tmp_path / "a.json", text)
+        write_atomic(tmp_path / "a.json", text)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.json": text}
 
 
@@ -44,14 +50,14 @@ def test_a_file_in_the_folders_place_is_an_error_and_is_left_alone(tmp_path: Pat
         with pytest.raises(
             RecordError, match=r"^cannot write .*: choose another folder with --out"
         ):
-            write_whole(path, b"new")
+            write_atomic(path, b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"folder": b"precious"}
 
 
 def test_a_folder_in_the_files_place_is_an_error_and_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()
     with pytest.raises(RecordError, match="cannot write"):
-        write_whole(tmp_path / "a.json", b"new")
+        write_atomic(tmp_path / "a.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -70,11 +76,11 @@ def test_a_write_that_fails_halfway_leaves_what_was_there(
     with monkeypatch.context() as patch:
         patch.setattr(storage.os, call, full)
         with pytest.raises(RecordError, match=r"\(No space left on device\).* free some space$"):
-            write_whole(path, b"new")
+            write_atomic(path, b"new")
     assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == (
         {"a.json": before} if before else {}
     )
-    write_whole(path, b"new")  # the control: nothing else stood in its way
+    write_atomic(path, b"new")  # the control: nothing else stood in its way
     assert path.read_bytes() == b"new"
 
 
@@ -84,10 +90,10 @@ def test_an_interrupt_halfway_leaves_what_was_there(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    write_whole(tmp_path / "a.json", b"old")
+    write_atomic(tmp_path / "a.json", b"old")
     monkeypatch.setattr(storage.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "a.json", b"new")
+        write_atomic(tmp_path / "a.json", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.json": b"old"}
 
 
@@ -191,22 +197,22 @@ def test_what_is_no_file_or_claims_too_much_is_refused_at_once(
 
 def test_a_folder_that_is_claimed_cannot_be_claimed_again(tmp_path: Path) -> None:
     with (
-        claimed(tmp_path / "new"),
+        lock_folder(tmp_path / "new"),
         pytest.raises(RecordError, match=r"another run is writing to .* with --out"),
-        claimed(tmp_path / "new"),
+        lock_folder(tmp_path / "new"),
     ):
         pytest.fail("it was claimed twice")
-    with claimed(tmp_path / "new"):
+    with lock_folder(tmp_path / "new"):
         pass  # the control: it is free again
 
 
 def test_what_was_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
-    own = f".a.json.abcd1234{ASIDE}"  # as `write_whole` calls it
-    others = {f".mine.txt{ASIDE}", f"mine{ASIDE}", ".hidden", "a.json"}
+    own = f".a.json.abcd1234{TEMP_SUFFIX}"  # as `write_atomic` calls it
+    others = {f".mine.txt{TEMP_SUFFIX}", f"mine{TEMP_SUFFIX}", ".hidden", "a.json"}
     for name in (own, f"deeper/{own}", *others):
         (tmp_path / name).touch()
-    with claimed(tmp_path):
+    with lock_folder(tmp_path):
         left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left == others | {storage.LOCK}
 
@@ -215,7 +221,7 @@ def test_a_file_in_the_place_of_a_run_is_an_error_that_names_the_option(tmp_path
     (tmp_path / "taken").write_bytes(b"precious")
     with (
         pytest.raises(RecordError, match=r"cannot write to .* with --somewhere"),
-        claimed(tmp_path / "taken", "--somewhere"),
+        lock_folder(tmp_path / "taken", "--somewhere"),
     ):
         pytest.fail("it was claimed")
     assert (tmp_path / "taken").read_bytes() == b"precious"

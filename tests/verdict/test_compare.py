@@ -19,7 +19,7 @@ from lockstep.common.errors import RecordError
 from lockstep.common.model.perturb import twin_weights
 from lockstep.common.protocol import STAGES, Arrays
 from lockstep.common.runs.ensemble import Ensemble
-from lockstep.common.runs.record import Record, stretches
+from lockstep.common.runs.record import Record, windows
 from lockstep.common.verdict import compare as comparing
 from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import Comparison, common_nonfinite_step, divergence
@@ -120,9 +120,9 @@ def make(backend: str, dtype: str, twin: int | None = None, **changes: Any) -> R
         seconds=2.0,
         steps_per_second=20.0,
         weights=weights if twin is None else twin_weights(weights, 0, twin),
-        opening=opening,
+        first_steps=opening,
         layers=LAYERS,
-        along={
+        parameter_history={
             f"{steps}/{name}": array for steps in ALONG for name, array in trained(steps).items()
         },
         final=trained(STEPS),
@@ -194,8 +194,8 @@ def moved(array: np.ndarray, amount: float) -> np.ndarray:
 
 def in_opening(key: str) -> Callable[[Record], Record]:
     def fault(record: Record) -> Record:
-        changed = {key: moved(record.opening[key], FAULT[record.dtype])}
-        return dataclasses.replace(record, opening=record.opening | changed)
+        changed = {key: moved(record.first_steps[key], FAULT[record.dtype])}
+        return dataclasses.replace(record, first_steps=record.first_steps | changed)
 
     return fault
 
@@ -205,7 +205,9 @@ def next_bits(key: str) -> Callable[[Record], Record]:
 
     def fault(record: Record) -> Record:
         group, name = (
-            ("weights", key.partition("/")[2]) if key.startswith("weights/") else ("opening", key)
+            ("weights", key.partition("/")[2])
+            if key.startswith("weights/")
+            else ("first_steps", key)
         )
         arrays = dict(getattr(record, group))
         last = np.array(arrays[name])
@@ -275,7 +277,10 @@ RUNGS: dict[str, tuple[Callable[[Record], Record], tuple[int, str, str]]] = {
         (1, "update", "momentum of conv1.kernel"),
     ),
     "lr trajectory": (in_series("lr", 11), (11, "update", "lr")),
-    "parameter after ten steps": (in_parameters("along", "10/fc1.bias"), (9, "update", "fc1.bias")),
+    "parameter after ten steps": (
+        in_parameters("parameter_history", "10/fc1.bias"),
+        (9, "update", "fc1.bias"),
+    ),
     "loss trajectory": (in_series("loss", 17), (17, "loss", "loss")),
     "gradient norm trajectory": (in_series("gradient_norm", 29), (29, "backward", "gradient_norm")),
     "last loss": (in_series("loss", STEPS - 1), (STEPS - 1, "loss", "loss")),
@@ -473,7 +478,9 @@ def test_what_rounding_may_tip_in_the_first_steps_those_of_more_twins_must_not_s
     def begin(name: str, numbers: range) -> list[Record]:
         asked.append((name, list(numbers)))
         made = [
-            dataclasses.replace(make(name, dtype, n), final={}, along={}, loss=np.zeros(2))
+            dataclasses.replace(
+                make(name, dtype, n), final={}, parameter_history={}, loss=np.zeros(2)
+            )
             for n in numbers
         ]
         return [
@@ -664,7 +671,7 @@ def test_parameters_may_be_apart_by_the_drift_and_by_a_share_of_the_way_they_wen
     lens = judge(dtype)
     assert list(steps(lens)) == [step - 1 for step in (*ALONG, STEPS)]
     # As in a run that barely moves: what a tipped rectifier may do is a share of the way.
-    still = {"along": {}, "final": runs["torch"].weights}
+    still = {"parameter_history": {}, "final": runs["torch"].weights}
     near = faulty(dtype, **dict.fromkeys(runs, lambda record: dataclasses.replace(record, **still)))
     [row] = steps(near).values()
     final = steps(lens)[STEPS - 1]
@@ -697,7 +704,7 @@ def test_differences_are_named_in_the_order_in_which_they_travel_through_the_lay
 ) -> None:
     def everywhere(stage: str) -> Callable[[Record], Record]:
         def fault(record: Record) -> Record:
-            for key in record.opening:
+            for key in record.first_steps:
                 if key.startswith(f"0/{stage}/"):
                     record = in_opening(key)(record)
             return record
@@ -775,9 +782,9 @@ def test_a_record_agrees_with_itself_bit_by_bit(dtype: str) -> None:
 # --- Not finite
 
 GROUPS = {
-    "opening": "0/forward/logits",
+    "first_steps": "0/forward/logits",
     "weights": "fc1.bias",
-    "along": "10/fc1.bias",
+    "parameter_history": "10/fc1.bias",
     "final": "fc1.bias",
 }
 
@@ -793,7 +800,17 @@ def test_no_bound_is_wide_enough_for_a_gap_that_is_not_finite(gap: float, bound:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["one side", "both sides", "all runs and twins"])
 @pytest.mark.parametrize(
-    "series", ["loss", "gradient_norm", "lr", "test_loss", "opening", "weights", "along", "final"]
+    "series",
+    [
+        "loss",
+        "gradient_norm",
+        "lr",
+        "test_loss",
+        "first_steps",
+        "weights",
+        "parameter_history",
+        "final",
+    ],
 )
 def test_what_is_not_finite_never_agrees(dtype: str, value: float, where: str, series: str) -> None:
     def spoil(record: Record) -> Record:
@@ -818,10 +835,10 @@ def test_what_is_not_finite_never_agrees(dtype: str, value: float, where: str, s
     assert lens["verdict"] == "disagree"
     expected = {
         "test_loss": (STEPS, "evaluate"),
-        "opening": (0, "forward"),
+        "first_steps": (0, "forward"),
         "weights": (0, "weights"),
     }
-    expected |= {"along": (9, "update"), "final": (STEPS - 1, "update")}
+    expected |= {"parameter_history": (9, "update"), "final": (STEPS - 1, "update")}
     stages = {"loss": "loss", "gradient_norm": "backward", "lr": "update"}
     assert place(lens)[:2] == (expected[series] if series in expected else (12, stages[series]))
     assert lens["first_divergence"]["gap"] is None
@@ -837,8 +854,8 @@ def test_what_is_not_finite_never_agrees(dtype: str, value: float, where: str, s
         ("gradient_norm", "gradient norm trajectory"),
         ("lr", "lr trajectory"),
         ("test_loss", "test loss"),
-        ("opening", "forward"),
-        ("along", "parameter after ten steps"),
+        ("first_steps", "forward"),
+        ("parameter_history", "parameter after ten steps"),
         ("final", "parameter after the last step"),
     ],
 )
@@ -853,10 +870,10 @@ def test_twins_that_are_not_finite_explain_nothing(
                 key: np.full_like(array, math.nan)
                 for key, array in getattr(runs["torch"], group).items()
             }
-            for group in ("along", "final")
+            for group in ("parameter_history", "final")
         },
-        "opening": {
-            key: np.full(array.shape, math.nan) for key, array in runs["torch"].opening.items()
+        "first_steps": {
+            key: np.full(array.shape, math.nan) for key, array in runs["torch"].first_steps.items()
         },
     }
     spoilt = nothing.get(quantity, np.full(STEPS, math.nan))
@@ -893,19 +910,19 @@ def reshaped(record: Record, group: str, name: str) -> Record:
     ("group", "name", "expected"),
     [
         ("weights", "fc1.bias", (0, "weights", "fc1.bias")),
-        ("opening", "0/data/images", (0, "data", "images")),
-        ("opening", "0/loss/loss", (0, "loss", "loss")),
-        ("opening", "1/backward/conv1.kernel", (1, "backward", "conv1.kernel")),
-        ("opening", "1/update/momentum of fc1.bias", (1, "update", "momentum of fc1.bias")),
-        ("along", "10/fc1.bias", (9, "update", "fc1.bias")),
+        ("first_steps", "0/data/images", (0, "data", "images")),
+        ("first_steps", "0/loss/loss", (0, "loss", "loss")),
+        ("first_steps", "1/backward/conv1.kernel", (1, "backward", "conv1.kernel")),
+        ("first_steps", "1/update/momentum of fc1.bias", (1, "update", "momentum of fc1.bias")),
+        ("parameter_history", "10/fc1.bias", (9, "update", "fc1.bias")),
         ("final", "fc1.bias", (STEPS - 1, "update", "fc1.bias")),
     ],
-    ids=["weights", "images", "loss", "gradient", "momentum", "along", "final"],
+    ids=["weights", "images", "loss", "gradient", "momentum", "parameter_history", "final"],
 )
 def test_a_tensor_that_is_missing_or_of_another_shape_on_one_side_is_a_disagreement(
     dtype: str, side: str, damage: Any, group: str, name: str, expected: tuple[int, str, str]
 ) -> None:
-    if group in ("along", "final") and dtype != "float64":
+    if group in ("parameter_history", "final") and dtype != "float64":
         expected = (*expected[:2], "all parameters")
     alone = judge(dtype, **{side: damage(make(side, dtype), group, name)})
     whole = faulty(dtype, **{side: lambda record: damage(record, group, name)})
@@ -918,7 +935,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape_on_one_side_is_a_disagreem
 def test_a_tensor_that_the_twins_lack_is_held_to_no_gap_at_all(dtype: str) -> None:
     runs, twins = family(dtype)
     bare = {
-        name: [without(twin, "opening", "0/forward/logits") for twin in kin]
+        name: [without(twin, "first_steps", "0/forward/logits") for twin in kin]
         for name, kin in twins.items()
     }
     assert place(judge(dtype, **runs, twins=bare)) == (0, "forward", "logits")
@@ -1043,7 +1060,7 @@ def test_runs_end_early_together_only_where_all_end_at_the_same_step(
 def test_no_twin_is_asked_to_explain_a_run_that_ended_early() -> None:
     late = in_series("loss", 17)(make("flax", "float64"))
     assert twins_wanted(judged("float64", flax=late)) == INITIAL_TWINS
-    assert twins_wanted(judged("float64", flax=dataclasses.replace(late, broken=50))) == 0
+    assert twins_wanted(judged("float64", flax=dataclasses.replace(late, nonfinite_step=50))) == 0
 
 
 @pytest.mark.parametrize("backends", [("torch",), ("torch", "flax")], ids=["single", "both"])
@@ -1062,7 +1079,7 @@ def test_a_run_of_no_steps_or_cut_short_is_refused(
 
 
 @lenses
-@pytest.mark.parametrize("group", ["weights", "opening", "final"])
+@pytest.mark.parametrize("group", ["weights", "first_steps", "final"])
 def test_a_run_without_a_part_is_refused_even_where_both_sides_lack_it(
     dtype: str, group: str
 ) -> None:
@@ -1118,7 +1135,7 @@ def test_a_single_record_is_described_and_compared_with_nothing(dtype: str) -> N
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 11, 29, 30, 100, 101, 999, 37_500])
 def test_stretches_cover_every_step_once_and_grow(steps: int) -> None:
-    pieces = stretches(steps)
+    pieces = windows(steps)
     assert [step for start, stop in pieces for step in range(start, stop)] == list(range(steps))
     lengths = [
         stop - start for start, stop in pieces[:-1]
@@ -1166,9 +1183,12 @@ def test_the_made_records_hold_what_real_ones_hold(dtype: str) -> None:
     kinds = {"float64": {"float64"}, "float32": {"float32"}, "bfloat16": {"bfloat16"}}
     expected = kinds.get(dtype, {"float32", "bfloat16"})
     assert {
-        a.dtype.name for key, a in record.opening.items() if not key.endswith("labels")
+        a.dtype.name for key, a in record.first_steps.items() if not key.endswith("labels")
     } == expected
-    assert {key.split("/")[1] for key in record.opening} == set(STAGES) - {"weights", "evaluate"}
+    assert {key.split("/")[1] for key in record.first_steps} == set(STAGES) - {
+        "weights",
+        "evaluate",
+    }
 
 
 @pytest.mark.parametrize(
@@ -1186,7 +1206,9 @@ def test_a_float64_test_loss_may_differ_as_training_losses_do(
 ) -> None:
     one = make("torch", "float64")
     other = make(
-        "flax", "float64", **{name: getattr(one, name) for name in ("loss", "test_loss", "opening")}
+        "flax",
+        "float64",
+        **{name: getattr(one, name) for name in ("loss", "test_loss", "first_steps")},
     )
     loss = one.loss + np.where(np.arange(STEPS) == STEPS - 1, in_training, 0.0)
     other = dataclasses.replace(other, loss=loss, test_loss=one.test_loss + in_test)
@@ -1218,7 +1240,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_held_against_the_largest(
 
         def fault(record: Record) -> Record:
             changed = {f"0/{tensor}": draws.astype(numpy_dtype(record.dtype))}
-            return dataclasses.replace(record, opening=record.opening | changed)
+            return dataclasses.replace(record, first_steps=record.first_steps | changed)
 
         return fault
 
@@ -1234,9 +1256,11 @@ def test_of_layers_that_one_side_alone_shows_nothing_is_said_unless_a_gradient_d
 
     def without(record: Record) -> Record:
         opening = {
-            key: array for key, array in record.opening.items() if not key.endswith("/forward/fc1")
+            key: array
+            for key, array in record.first_steps.items()
+            if not key.endswith("/forward/fc1")
         }
-        return dataclasses.replace(record, opening=opening)
+        return dataclasses.replace(record, first_steps=opening)
 
     assert faulty("float64", flax=without)["verdict"] == "agree"
     lens = faulty("float64", flax=lambda record: in_opening("0/backward/fc1.bias")(without(record)))

@@ -286,7 +286,7 @@ def made(backend: str, **changes: Any) -> Record:
         seconds=1.0,
         steps_per_second=1.0,
         weights={"fc1.kernel": numbers(4, 3)},
-        opening={
+        first_steps={
             f"{step}/{name}": numbers(4, 3, seed=step)
             for step in (0, 1)
             for name in ("forward/fc1", "update/fc1")
@@ -313,9 +313,9 @@ def located(step: int, stage: str, tensor: str, **changes: Any) -> dict[str, Any
 
 
 def test_what_parts_in_the_first_steps_is_read_from_the_records() -> None:
-    opening = made("flax").opening
+    opening = made("flax").first_steps
     found = located(
-        1, "forward", "fc1", opening=opening | {"1/forward/fc1": 2 * opening["1/forward/fc1"]}
+        1, "forward", "fc1", first_steps=opening | {"1/forward/fc1": 2 * opening["1/forward/fc1"]}
     )
     assert found["pattern"] == "flax is 2 times torch"
     worst = np.unravel_index(np.argmax(np.abs(opening["1/forward/fc1"])), (4, 3))
@@ -433,8 +433,8 @@ def test_both_backends_take_the_same_step_from_the_same_state_in_the_middle_of_a
     assert middle.snapshot.step == MIDDLE and middle.snapshot.momentum
     one, other = (middle.taken(name) for name in BACKENDS)
     assert failing(one, other) == []
-    assert one.opening.keys() == other.opening.keys() and one.layers == other.layers
-    assert {key.split("/")[1] for key in one.opening} == {
+    assert one.first_steps.keys() == other.first_steps.keys() and one.layers == other.layers
+    assert {key.split("/")[1] for key in one.first_steps} == {
         "data",
         "forward",
         "loss",
@@ -466,8 +466,10 @@ def test_the_step_that_is_taken_is_the_one_that_the_run_takes(middle: Step) -> N
     after = reference.export(state)
     found = middle.taken("torch")
     for name, array in after.parameters.items():
-        assert np.array_equal(found.opening[f"0/update/{name}"], array)
-        assert np.array_equal(found.opening[f"0/update/momentum of {name}"], after.momentum[name])
+        assert np.array_equal(found.first_steps[f"0/update/{name}"], array)
+        assert np.array_equal(
+            found.first_steps[f"0/update/momentum of {name}"], after.momentum[name]
+        )
         assert np.array_equal(found.weights[name], middle.snapshot.parameters[name])
     assert found.loss == [float(metrics.loss)]
     # And it leaves the state as it was.
@@ -489,17 +491,21 @@ def test_a_twin_of_a_step_has_weights_momentum_and_images_within_one_ulp(middle:
     run, first, second = (middle.taken("torch", twin=twin) for twin in (None, 1, 2))
     for twin in (first, second):
         assert all(within(run.weights[name], twin.weights[name]) for name in run.weights)
-        assert within(run.opening["0/data/images"], twin.opening["0/data/images"])
-        assert np.array_equal(run.opening["0/data/labels"], twin.opening["0/data/labels"])
+        assert within(run.first_steps["0/data/images"], twin.first_steps["0/data/images"])
+        assert np.array_equal(run.first_steps["0/data/labels"], twin.first_steps["0/data/labels"])
     differing = {
         name
         for name in run.weights
         if not np.array_equal(first.weights[name], second.weights[name])
     }
     assert differing == set(run.weights)
-    assert not np.array_equal(first.opening["0/data/images"], second.opening["0/data/images"])
+    assert not np.array_equal(
+        first.first_steps["0/data/images"], second.first_steps["0/data/images"]
+    )
     again = middle.taken("torch", twin=1)
-    assert all(np.array_equal(first.opening[key], again.opening[key]) for key in first.opening)
+    assert all(
+        np.array_equal(first.first_steps[key], again.first_steps[key]) for key in first.first_steps
+    )
     alike = [middle.taken(name, twin=1) for name in BACKENDS]
     assert all(
         np.array_equal(alike[0].weights[name], alike[1].weights[name]) for name in run.weights
