@@ -281,7 +281,7 @@ def test_a_damaged_checkpoint_is_refused(
     path = checkpoint.write(make(), tmp_path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(
-        RecordError, match=rf"^the checkpoint .* {said}.*: delete it to go on from the one before"
+        RecordError, match=rf"^the checkpoint .* {said}.*: delete it to resume from the one before"
     ):
         checkpoint.read(path)
 
