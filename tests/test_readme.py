@@ -506,7 +506,7 @@ def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_br
     with catalogue.inject(fault, Config(), data.load("digits")), pytest.raises(AssertionError):
         example()
     assert repr(compared[0]).startswith(
-        "the float64 runs part: update: step 1: momentum of conv1.bias: torch="
+        "the float64 runs diverge: update: step 1: momentum of conv1.bias: torch="
     )
 
 

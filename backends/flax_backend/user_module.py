@@ -1,4 +1,4 @@
-"""From a pair to a `flax.nnx.Module`. Reads beside backends/torch_backend/user_module.py."""
+"""From a pair to a `flax.nnx.Module`. Reads next to backends/torch_backend/user_module.py."""
 
 from __future__ import annotations
 

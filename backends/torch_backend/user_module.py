@@ -1,4 +1,4 @@
-"""From a pair to a `torch.nn.Module`. Reads beside backends/flax_backend/user_module.py."""
+"""From a pair to a `torch.nn.Module`. Reads next to backends/flax_backend/user_module.py."""
 
 from __future__ import annotations
 

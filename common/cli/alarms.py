@@ -76,7 +76,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     draw = functools.partial(plots.draw_alarms, summary)
     study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw)
     false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
-    clean_pairs_seen = f"{counted(len(rows), 'clean pair')}, over all lenses"
+    clean_pairs_seen = f"{counted(len(rows), 'clean pair')}, over all precisions"
     study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
     return 0
 

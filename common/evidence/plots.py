@@ -62,7 +62,7 @@ def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) 
                 colour, dark, text = (
                     MISSED,
                     False,
-                    "not seen" if meant else "this lens has no such fault",
+                    "not seen" if meant else "not a fault in this precision",
                 )
             else:
                 shade = norm(min(1e15, max(1.0, over if over is not None else 1e15)))

@@ -34,7 +34,7 @@ def how_sure(lens: dict[str, Any]) -> list[str]:
     them."""
     if lens["verdict"] == "single":
         return [
-            f"Only {' and '.join(lens['accuracy'])} ran through this lens, so nothing was compared."
+            f"Only {' and '.join(lens['accuracy'])} ran in this precision, so nothing was compared."
         ]
     rows, score = lens["ladder"] + lens["stretches"], lens.get("score")
     outside = sum(not row["agrees"] for row in rows)
@@ -65,8 +65,8 @@ def _twins(lens: dict[str, Any]) -> str:
     between = "what is not finite" if between is None else f"up to {number(between)} nats"
     return (
         "Twins, runs that differ from their own run by rounding alone, say what rounding can do. The losses of "
-        f"{counts} part from those of their own runs by {reach}, those of torch and flax by {between}. Late in a run, "
-        "this lens cannot see a mistake that moves it by less than twins part."
+        f"{counts} differ from those of their own runs by {reach}, those of torch and flax by {between}. Late in a run, "
+        "this precision cannot show a mistake that moves it by less than twins differ."
     )
 
 
@@ -123,11 +123,11 @@ def gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> str
     if len(known) < len(between):
         said += f", not finite from step {np.flatnonzero(np.isnan(between))[0]:,}"
     if drift is not None:
-        said += f". Twins of one framework part by up to {number(float(drift[-1]))}"
+        said += f". Twins of one framework differ by up to {number(float(drift[-1]))}"
     if bounds:
         said += f". The bound begins at {number(bounds[0]['bound'])} and ends at {number(bounds[-1]['bound'])}"
     if first := lens["first_divergence"]:
-        said += f". The runs part at step {first['step']:,}: {first['stage']}, {first['tensor']}"
+        said += f". The runs diverge at step {first['step']:,}: {first['stage']}, {first['tensor']}"
     return f"{said}."
 
 

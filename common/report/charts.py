@@ -275,7 +275,7 @@ def _divergence(axes: Any, first: dict[str, Any] | None) -> None:
         if first["tensor"] == first["stage"]
         else f"{first['stage']}, {first['tensor']}"
     )
-    text = label(f"they part at step {first['step']:,}: {named}", 60)
+    text = label(f"they diverge at step {first['step']:,}: {named}", 60)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": side}
     axes.annotate(text, (first["step"], 1), xytext=(0, 3), fontsize=8.5, color=WRONG, **place)
 

@@ -175,7 +175,7 @@ def _training(dtype: str, runs: Runs, window: int) -> Chart:
 
 
 def _gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> Chart:
-    over = "over what twins of one framework part by, and " if any(twins.values()) else ""
+    over = "over the gap between twins of one framework, and " if any(twins.values()) else ""
     return _panel(
         f"gap-{lens['dtype']}",
         f"Gap between the two training losses, {over}under its bound.",

@@ -68,7 +68,7 @@ def losses(dtype: str, runs: Runs, window: int) -> Table:
 
 
 def gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> Table:
-    """The gap between the two losses beside what twins part by, and its bound."""
+    """The gap between the two losses, that between twins, and the bound."""
     between, drift, bounds = (
         loss_gap(runs["torch"], runs["flax"]),
         twin_drift(runs, twins),
@@ -150,7 +150,7 @@ def stretches(lens: dict[str, Any]) -> Table:
                 _mark(row["agrees"]),
             ]
         )
-    caption = f"Largest gaps of stretches of steps, {lens['dtype']}"
+    caption = f"Largest gaps by step range, {lens['dtype']}"
     return Table(caption, ["quantity", "steps>", *_gap_columns(drift), "ok"], rows)
 
 

@@ -1,4 +1,4 @@
-"""The first steps of a run alone, for what parts there: more twins cost next to nothing then."""
+"""The first steps of a run alone, where the runs diverge there: more twins cost little then."""
 
 from __future__ import annotations
 

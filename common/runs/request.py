@@ -1,4 +1,4 @@
-"""`run.json`: what a run was asked for, so that it can be gone on with."""
+"""`run.json`: what a run was asked for, for --resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs of one folder: trained, or found there; gone on with where they were stopped."""
+"""The runs of one folder: trained, found there, or resumed."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Trainer:
         state = checkpoint.read(theirs[0])
         data = training.describe(self.config, self.dataset)
         checkpoint.check(state, self.config.to_json(), data, None, environment.source_digest(other))
-        self.terminal.line(f"{name} goes on where {other} stopped, after step {state.step:,}")
+        self.terminal.line(f"{name} continues where {other} stopped, after step {state.step:,}")
         return checkpoint.for_backend(state, name, environment.source_digest(name))
 
     def check_not_overwriting(self, names: Sequence[str], dtypes: Sequence[str]) -> None:
@@ -169,7 +169,7 @@ class Trainer:
             if name not in names or not twins:
                 return []
             self.terminal.line(
-                f"The {dtype} runs part after the first step; twins of {name} will say whether by rounding alone"
+                f"The {dtype} runs diverge after the first step; training twins of {name} to see whether rounding alone explains it"
             )
             return self.train(name, dtype, twins)
 
@@ -184,7 +184,7 @@ class Trainer:
             if name not in names or not twins:
                 return []
             self.terminal.line(
-                f"The {dtype} runs part in the first steps; those of more twins of {name} will say whether by rounding"
+                f"The {dtype} runs diverge in the first steps; training the first steps of more twins of {name} to see whether rounding explains it"
             )
             backend, observer = (
                 self.build(name, dtype),

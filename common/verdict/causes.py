@@ -128,7 +128,7 @@ CAUSES = (
         "update",
         "",
         "",
-        "the learning rate, nesterov, weight decay after momentum or beside it, maximize",
+        "the learning rate, nesterov, weight decay after momentum or apart from the gradient, maximize",
     ),
     Cause(
         "evaluate",

@@ -174,10 +174,10 @@ def _rule(dtype: str, twins: int) -> Rule:
     floor = FLOOR_ULP[dtype]
     rule = (
         f"the closest runs of the two frameworks may be {factor:g} times as far apart as the most distant runs of "
-        f"one by the end of the next stretch ({twins} twins, with weights and images 1 ulp away), and "
+        f"one by the end of the next step range ({twins} twins, with weights and images 1 ulp away), and "
         f"{factor * floor:g} ulp of {compute_dtype(dtype).name}; for counts of test images {SEPARATION_IMAGES:g} "
         f"times and {SEPARATION_IMAGES * COUNT_FLOOR:g} images; of first gradients and of the way that the weights "
-        f"have gone {100 * factor * FLIP_SHARE:g} % may be rectifiers that rounding tipped"
+        f"have gone {100 * factor * FLIP_SHARE:g} % may be ReLUs that rounding flipped"
     )
     return {
         "rule": rule,

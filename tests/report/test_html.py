@@ -308,7 +308,7 @@ def test_a_run_that_was_cut_short_says_so_first_and_is_called_neither_good_nor_b
     text = write_report_page(tmp_path, report, records, of, twins).read_text("utf-8")
     assert heading(text).startswith("The run was cut short: flax float32 was interrupted. ")
     assert next(Page(text).of("h1"))[0]["class"] == "" and flaws(text) == []
-    assert "Only torch ran through this lens, so nothing was compared." in text
+    assert "Only torch ran in this precision, so nothing was compared." in text
 
 
 def test_how_sure_the_verdict_is_depends_on_what_was_compared(
@@ -329,13 +329,13 @@ def test_the_charts_say_what_they_show(agreeing: str, disagreeing: str) -> None:
         "Training loss, float32, in nats over 40 steps: torch falls from 2.3 to 1.1; flax falls from 2.3 to 1.1."
     )
     assert "flax falls from 2.3 to 2." in said(disagreeing, "Training loss, float32")
-    assert "The runs part at step 1: loss, loss." in said(
+    assert "The runs diverge at step 1: loss, loss." in said(
         disagreeing, "Gap between the two training losses, float64"
     )
-    assert "part at" not in said(agreeing, "Gap") and "Twins of one framework part" not in said(
+    assert "diverge at" not in said(agreeing, "Gap") and "Twins of one framework differ" not in said(
         agreeing, "Gap"
     )
-    assert "Twins of one framework part by up to" in said(
+    assert "Twins of one framework differ by up to" in said(
         agreeing, "Gap between the two training losses, float32"
     )
     assert said(agreeing, "Learning rate, float64,").endswith(
@@ -365,7 +365,7 @@ def test_where_they_part_is_shown_with_what_usually_causes_that(
     agreeing: str, disagreeing: str
 ) -> None:
     for said_of_it in (
-        "Where they part",
+        "Where they diverge",
         "What usually causes that",
         "padding (Flax pads SAME by default)",
     ):

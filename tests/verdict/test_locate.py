@@ -1,4 +1,4 @@
-"""Where two runs part: what the records show is read from them, and what they do not is found by
+"""Where two runs diverge: what the records show is read from them, and what they do not is found by
 replaying."""
 
 from __future__ import annotations
