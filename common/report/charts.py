@@ -264,7 +264,7 @@ def _decades(axes: Any) -> None:
 
 
 def _divergence(axes: Any, first: dict[str, Any] | None) -> None:
-    """Mark, and name above the panel, where the two runs part."""
+    """Mark, and name above the panel, where the two runs diverge."""
     if first is None:
         return
     axes.axvline(first["step"], color=WRONG, linewidth=1.4, linestyle="-.")
