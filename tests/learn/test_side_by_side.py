@@ -518,7 +518,9 @@ def words_of(page: str) -> str:
 
 def test_the_committed_page_says_what_the_sources_and_the_evidence_say_now(page: str) -> None:
     committed = (ROOT / "results" / "read" / "read.html").read_text("utf-8")
-    assert words_of(committed) == words_of(page), "make it again: python compare.py learn --out results/read"
+    assert words_of(committed) == words_of(page), (
+        "make it again: python compare.py learn --out results/read"
+    )
     assert words_of(page.replace("dampening", "damping")) != words_of(page)
 
 

@@ -332,9 +332,9 @@ def test_the_charts_say_what_they_show(agreeing: str, disagreeing: str) -> None:
     assert "The runs diverge at step 1: loss, loss." in said(
         disagreeing, "Gap between the two training losses, float64"
     )
-    assert "diverge at" not in said(agreeing, "Gap") and "Twins of one framework differ" not in said(
+    assert "diverge at" not in said(
         agreeing, "Gap"
-    )
+    ) and "Twins of one framework differ" not in said(agreeing, "Gap")
     assert "Twins of one framework differ by up to" in said(
         agreeing, "Gap between the two training losses, float32"
     )
