@@ -211,6 +211,8 @@ def announcement(wanted: Request) -> str:
     )
     data = {"auto": "CIFAR-10 or the digits", "cifar10": "CIFAR-10", "digits": "the digits"}
     verb = "Resuming" if wanted.plan is not None else "Training"
+    if wanted.keep_records:
+        verb = "Comparing"
     return (
         f"{verb} {config.model} in {names} on {data.get(wanted.data, wanted.data)}: {length} of "
         f"batch {config.batch_size}, in {' and '.join(wanted.dtypes)}{twins}"
@@ -223,7 +225,8 @@ def time_needed(wanted: Request, config: Config) -> str:
     from lockstep.common.runs import estimate
 
     needed = estimate.seconds(config, wanted.dtypes, wanted.twins, len(wanted.backends))
-    if needed is None or wanted.device == "cuda" or wanted.plan is not None:
+    known = wanted.device != "cuda" and wanted.plan is None and not wanted.keep_records
+    if needed is None or not known:
         return ""
     return f", about {estimate.duration(needed)} on two cores"
 
@@ -253,6 +256,7 @@ def prepare_and_train(
     from lockstep.common.system import storage
 
     plan, names = wanted.plan, wanted.backends
+    data.check(wanted.data, wanted.data_dir)
     terminal.line(announcement(wanted))
     dataset = data.load(wanted.data, wanted.data_dir, terminal.line, progress=not terminal.quiet)
     if plan is not None and plan.digest != dataset.digest:

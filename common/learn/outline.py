@@ -131,9 +131,9 @@ SECTIONS = (
             *both("backend.py", "Backend.upload", "Backend.gather"),
         ),
         shared=(
-            "data/sources.py:normalise",
-            "data/sources.py:permutation",
-            "data/sources.py:batch_indices",
+            "data/dataset.py:normalise",
+            "data/batches.py:permutation",
+            "data/batches.py:batch_indices",
             "data/augment.py:draw_parameters",
             "data/augment.py:crop_flip",
         ),

@@ -388,6 +388,7 @@ COMPILED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2, "mixed_bf
 
 
 # Slow: torch.compile takes half a minute for each.
+@pytest.mark.slow
 @dtypes
 def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: Callable) -> None:
     images, labels = batches(dtype)

@@ -243,6 +243,7 @@ def originals() -> dict[str, tuple[Outcome, dict[str, np.ndarray]]]:
     return {network: in_torch(network) for network in NETWORKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_both_compute_the_same_network(network: str, originals: dict[str, Any]) -> None:
     original, arrays = originals[network]

@@ -82,7 +82,7 @@ def trained() -> record.Record:
 def write_record(folder: Path, backend: str, dtype: str, final: Arrays) -> Path:
     """A run's record, with these weights at its end."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends: Any = {"weights": arrays(dtype, seed=9), "final": final, "along": {}}
+    ends: Any = {"weights": arrays(dtype, seed=9), "final": final, "parameter_history": {}}
     return record.write(
         dataclasses.replace(trained(), backend=backend, dtype=dtype, **ends), folder
     )

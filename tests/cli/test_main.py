@@ -21,7 +21,7 @@ from lockstep.backends import faults
 from lockstep.common import data
 from lockstep.common.cli import learn, parser, run
 from lockstep.common.cli.parser import COMMANDS
-from lockstep.common.data import Dataset, sources
+from lockstep.common.data import Dataset, cifar10
 from lockstep.common.runs import record, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -359,6 +359,7 @@ UNSTABLE = [
 ]
 
 
+@pytest.mark.slow
 def test_float64_runs_that_amplify_rounding_are_held_against_twins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,6 +394,7 @@ def test_a_late_fault_is_not_taken_for_chaos(
     ).exists()  # twins were asked, and could not explain it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "stage"),
     [("flatten-order", "forward"), ("momentum-089", "update"), ("classes-moved", "evaluate")],
@@ -484,6 +486,7 @@ def test_a_fault_that_is_unknown_or_cannot_show_is_refused(
     assert_one_line(capsys, word)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cifar10", [True, False], ids=["with CIFAR-10", "without"])
 def test_clean_pairs_raise_no_alarm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar10: bool
@@ -663,7 +666,7 @@ def test_an_empty_folder_gives_one_line_and_status_2(
 def test_an_altered_cifar10_file_gives_one_line_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / sources.CIFAR10_FOLDER).mkdir()
+    (tmp_path / cifar10.CIFAR10_FOLDER).mkdir()
     for name in (
         "data_batch_1",
         "data_batch_2",
@@ -672,8 +675,8 @@ def test_an_altered_cifar10_file_gives_one_line_and_status_2(
         "data_batch_5",
         "test_batch",
     ):
-        (tmp_path / sources.CIFAR10_FOLDER / name).write_bytes(b"not a batch")
-    (tmp_path / sources.CIFAR10_FOLDER / "batches.meta").write_bytes(b"not the names")
+        (tmp_path / cifar10.CIFAR10_FOLDER / name).write_bytes(b"not a batch")
+    (tmp_path / cifar10.CIFAR10_FOLDER / "batches.meta").write_bytes(b"not the names")
     assert (
         lockstep(*SHORT, "--data", "cifar10", "--data-dir", tmp_path, "--out", tmp_path / "out")
         == 2
@@ -706,6 +709,7 @@ def test_a_folder_of_pictures_with_odd_names_is_trained_on(tmp_path: Path, digit
     assert sorted(report_of(tmp_path / "out")["data"]["classes"]) == sorted(names)
 
 
+@pytest.mark.slow
 def test_the_grid_command_compares_every_combination(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,7 +191,7 @@ def test_a_run_that_is_gone_on_with_sees_the_same_images(
     # control: draws that hang on how far this call of the loop has come
     right, calls = augment.parameters_for, itertools.count()
     monkeypatch.setattr(
-        augment, "drawn", lambda c, n, indices, step: right(c, n, indices, next(calls))
+        augment, "parameters_for", lambda c, n, indices, step: right(c, n, indices, next(calls))
     )
     assert kills.pieces(backend, config, few, "float64", tmp_path, twin, stops=range(3, 4)) != {}
 

@@ -24,12 +24,12 @@ from PIL import Image
 
 from lockstep.common import data
 from lockstep.common.config import Config
-from lockstep.common.data import sources
+from lockstep.common.data import cifar10, dataset, sources, user_data
 from lockstep.common.errors import DataError
 
 GENUINE = Path(os.environ.get("LOCKSTEP_DATA") or "absent")
 needs_cifar10 = pytest.mark.skipif(
-    not (GENUINE / sources.CIFAR10_FOLDER).is_dir(), reason="needs CIFAR-10: set LOCKSTEP_DATA"
+    not (GENUINE / cifar10.CIFAR10_FOLDER).is_dir(), reason="needs CIFAR-10: set LOCKSTEP_DATA"
 )
 
 
@@ -80,7 +80,7 @@ def test_normalisation_is_the_float64_formula_rounded_once(dtype: Any) -> None:
 @pytest.mark.parametrize(
     "dtype", [np.float64, np.float32, ml_dtypes.bfloat16], ids=["float64", "float32", "bfloat16"]
 )
-@pytest.mark.parametrize("count", [0, 1, 2 * sources._BLOCK, 2 * sources._BLOCK + 7])
+@pytest.mark.parametrize("count", [0, 1, 2 * dataset._BLOCK, 2 * dataset._BLOCK + 7])
 def test_normalisation_gives_a_pixel_the_same_bits_wherever_it_stands(
     dtype: Any, count: int
 ) -> None:
@@ -402,14 +402,14 @@ def test_the_folders_train_and_test_are_the_splits(tmp_path: Path, lines: list[s
 
 
 def test_pictures_of_every_kind_are_converted_and_resized(tmp_path: Path) -> None:
-    for suffix in sources.IMAGE_SUFFIXES:
+    for suffix in user_data.IMAGE_SUFFIXES:
         paint(tmp_path / "a" / f"one{suffix.upper()}")
     palette = Image.new("P", (3, 3))
     palette.save(tmp_path / "a" / "palette.png", transparency=b"\x00\x80")
     paint(tmp_path / "b\x1b\n" / "one.png")
     images = data.load(str(tmp_path), announce=lambda line: None)
     assert images.classes == ("a", "b\x1b\n")
-    assert len(images.train_images) + len(images.test_images) == len(sources.IMAGE_SUFFIXES) + 2
+    assert len(images.train_images) + len(images.test_images) == len(user_data.IMAGE_SUFFIXES) + 2
     assert (np.abs(images.train_images[0, ..., :].astype(int) - (200, 100, 50)) < 4).all()
 
 
@@ -513,18 +513,18 @@ def test_genuine_cifar10_is_found(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "lockstep").symlink_to(GENUINE if how == "cache" else tmp_path)
     monkeypatch.setenv("LOCKSTEP_DATA", str(GENUINE if how == "environment" else tmp_path))
-    cifar10 = data.load("auto", GENUINE if how == "data_dir" else None)
-    assert (cifar10.name, cifar10.classes) == ("cifar10", sources.CIFAR10_CLASSES)
-    assert (cifar10.train_images.shape, cifar10.test_images.shape) == (
+    loaded = data.load("auto", GENUINE if how == "data_dir" else None)
+    assert (loaded.name, loaded.classes) == ("cifar10", cifar10.CIFAR10_CLASSES)
+    assert (loaded.train_images.shape, loaded.test_images.shape) == (
         (50_000, 32, 32, 3),
         (10_000, 32, 32, 3),
     )
-    assert cifar10.train_images.dtype == cifar10.test_images.dtype == np.uint8
-    assert cifar10.train_labels.dtype == cifar10.test_labels.dtype == np.int64
-    assert np.bincount(cifar10.train_labels).tolist() == [5000] * 10
-    assert np.bincount(cifar10.test_labels).tolist() == [1000] * 10
-    assert cifar10.train_images[0, 0, 0].tolist() == [59, 62, 63]  # a frog; NHWC, red first
-    assert cifar10.classes[cifar10.train_labels[0]] == "frog"
+    assert loaded.train_images.dtype == loaded.test_images.dtype == np.uint8
+    assert loaded.train_labels.dtype == loaded.test_labels.dtype == np.int64
+    assert np.bincount(loaded.train_labels).tolist() == [5000] * 10
+    assert np.bincount(loaded.test_labels).tolist() == [1000] * 10
+    assert loaded.train_images[0, 0, 0].tolist() == [59, 62, 63]  # a frog; NHWC, red first
+    assert loaded.classes[loaded.train_labels[0]] == "frog"
 
 
 @needs_cifar10
@@ -549,19 +549,19 @@ def test_genuine_cifar10_is_what_torchvision_reads() -> None:
 def test_damaged_cifar10_is_refused_and_not_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, name: str, choice: str
 ) -> None:
-    folder = tmp_path / sources.CIFAR10_FOLDER
+    folder = tmp_path / cifar10.CIFAR10_FOLDER
     folder.mkdir()
-    for file in (GENUINE / sources.CIFAR10_FOLDER).iterdir():
+    for file in (GENUINE / cifar10.CIFAR10_FOLDER).iterdir():
         if file.name != name:
             (folder / file.name).symlink_to(file)
-    content = bytearray((GENUINE / sources.CIFAR10_FOLDER / name).read_bytes())
+    content = bytearray((GENUINE / cifar10.CIFAR10_FOLDER / name).read_bytes())
     content[-2] ^= 1
     if damage != "missing":
         (folder / name).write_bytes(content if damage == "altered" else content[:-100])
     monkeypatch.setattr(pickle, "load", explode)
     message = refusal(choice, tmp_path)
     assert repr(str(folder / name)) in message
-    assert sources.REMEDY in message
+    assert cifar10.HINT in message
     with pytest.raises(
         AssertionError, match="unpickled"
     ):  # the control: undamaged files do reach pickle
@@ -576,11 +576,11 @@ def test_without_a_network_auto_falls_back_to_digits_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     monkeypatch.setenv("LOCKSTEP_OFFLINE", "0")
-    monkeypatch.setattr(sources, "CIFAR10_URL", "http://127.0.0.1:1/cifar")
+    monkeypatch.setattr(cifar10, "CIFAR10_URL", "http://127.0.0.1:1/cifar")
     assert data.load("auto", tmp_path, announce=lines.append).name == "digits"
     assert len(lines) == 1
     assert all(
-        text in lines[0] for text in ("digits", "refused", "--data-dir", sources.CIFAR10_FOLDER)
+        text in lines[0] for text in ("digits", "refused", "--data-dir", cifar10.CIFAR10_FOLDER)
     )
     assert lines[0].isprintable()
     assert "--data digits" in refusal("cifar10", tmp_path)
@@ -588,7 +588,7 @@ def test_without_a_network_auto_falls_back_to_digits_with_one_line(
 
 
 def test_offline_no_download_is_tried(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
-    monkeypatch.setattr(sources.urllib.request, "urlopen", explode)
+    monkeypatch.setattr(cifar10.urllib.request, "urlopen", explode)
     assert data.load("auto", announce=lines.append).name == "digits"
     assert "LOCKSTEP_OFFLINE" in lines[0]
     assert "LOCKSTEP_OFFLINE" in refusal("cifar10")
@@ -645,14 +645,14 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A small archive of the genuine one's form, two images to a batch."""
-    folder = tmp_path_factory.mktemp("made") / sources.CIFAR10_FOLDER
+    folder = tmp_path_factory.mktemp("made") / cifar10.CIFAR10_FOLDER
     folder.mkdir()
     for name in [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]:
         batch = {"data": np.full((2, 3072), 3, np.uint8), "labels": [4, 9]}
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     with tarfile.open(folder.parent / "made.tar.gz", "w:gz") as tar:
-        tar.add(folder, sources.CIFAR10_FOLDER)
+        tar.add(folder, cifar10.CIFAR10_FOLDER)
     return (folder.parent / "made.tar.gz").read_bytes()
 
 
@@ -669,7 +669,7 @@ def accept(archive: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
     sums = {
-        file.name: md5(file.read_bytes()) for file in (folder / sources.CIFAR10_FOLDER).iterdir()
+        file.name: md5(file.read_bytes()) for file in (folder / cifar10.CIFAR10_FOLDER).iterdir()
     }
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
     monkeypatch.setattr(
@@ -686,7 +686,7 @@ def test_what_is_unpickled_are_the_bytes_that_were_checked(
     from torchvision.datasets import CIFAR10
 
     accept(archive, tmp_path, monkeypatch)
-    genuine, batch = pickle.load, tmp_path / sources.CIFAR10_FOLDER / "test_batch"
+    genuine, batch = pickle.load, tmp_path / cifar10.CIFAR10_FOLDER / "test_batch"
 
     def load_after_a_change(*arguments: Any, **options: Any) -> Any:
         batch.write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 0]}))
@@ -694,9 +694,9 @@ def test_what_is_unpickled_are_the_bytes_that_were_checked(
 
     checked = batch.read_bytes()
     monkeypatch.setattr(pickle, "load", load_after_a_change)
-    cifar10 = data.load("cifar10", tmp_path)
-    assert cifar10.test_labels.tolist() == [4, 9]
-    assert (cifar10.test_images == 3).all()
+    loaded = data.load("cifar10", tmp_path)
+    assert loaded.test_labels.tolist() == [4, 9]
+    assert (loaded.test_images == 3).all()
     batch.write_bytes(
         checked
     )  # the control: torchvision checks a file, and opens it again after that
@@ -712,7 +712,7 @@ def test_a_download_is_unpacked_and_found_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     first = data.load("auto", announce=explode)
     assert (first.name, first.train_labels.tolist()) == ("cifar10", [4, 9] * 5)
-    assert os.listdir(tmp_path / "new" / "lockstep") == [sources.CIFAR10_FOLDER]
+    assert os.listdir(tmp_path / "new" / "lockstep") == [cifar10.CIFAR10_FOLDER]
     monkeypatch.setenv("LOCKSTEP_OFFLINE", "1")
     assert data.load("cifar10").digest == first.digest
 
@@ -747,7 +747,7 @@ def test_a_download_that_breaks_off_counts_as_no_network(
 ) -> None:
     serve(b"x" * 4000, **{"length": 4000, **answer})
     for name, value in limits.items():
-        monkeypatch.setattr(sources, name, value)
+        monkeypatch.setattr(cifar10, name, value)
     assert data.load("auto", tmp_path, announce=lines.append, progress=False).name == "digits"
     assert len(lines) == 1
     assert reason in lines[0]
@@ -764,7 +764,7 @@ def test_a_disk_that_fails_is_an_error_that_names_the_folder(
     assert "cannot be written to" in refusal("auto")
     full = Path("/dev/full")
     if full.exists():
-        monkeypatch.setattr(sources, "open", lambda path, mode: full.open(mode), raising=False)
+        monkeypatch.setattr(cifar10, "open", lambda path, mode: full.open(mode), raising=False)
         message = refusal("cifar10", tmp_path)
         assert "No space left" in message
         assert "cannot be written to" in message

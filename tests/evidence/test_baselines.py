@@ -122,8 +122,8 @@ EDGES: dict[str, tuple[Callable[[Record], Record], Callable[[Record], Record]]] 
         added("final", "conv1.kernel", 1.2e-5, KERNEL),
     ),
     "transformers": (
-        added("opening", "0/forward/conv1", 0.9e-5, KERNEL),
-        added("opening", "0/forward/conv1", 1.1e-5),
+        added("first_steps", "0/forward/conv1", 0.9e-5, KERNEL),
+        added("first_steps", "0/forward/conv1", 1.1e-5),
     ),
     "reprod_log, losses": (
         added("series", "loss", 0.9e-6 * STEPS, 3),
@@ -138,31 +138,31 @@ EDGES: dict[str, tuple[Callable[[Record], Record], Callable[[Record], Record]]] 
     "AlgoPerf, ten steps": (steered("loss", 1.0049), steered("loss", 1.0051)),
     "msprobe": (steered("loss", 1.0099), steered("loss", 1.0101)),
     "TorchDynamo RMSE": (
-        added("opening", "0/backward/conv1.kernel", 0.9e-4),
-        added("opening", "0/backward/conv1.kernel", 0.9e-2),
+        added("first_steps", "0/backward/conv1.kernel", 0.9e-4),
+        added("first_steps", "0/backward/conv1.kernel", 0.9e-2),
     ),
 }
 # More that the same rules look at, each just outside.
 OUTSIDE = [
-    ("transformers", added("opening", "0/forward/logits", -1.1e-5)),
-    ("reprod_log, ten steps", added("opening", "1/backward/fc1.bias", 1.1e-6)),
+    ("transformers", added("first_steps", "0/forward/logits", -1.1e-5)),
+    ("reprod_log, ten steps", added("first_steps", "1/backward/fc1.bias", 1.1e-6)),
     ("Keras numerical_test", added("final", "fc1.bias", -1.1e-3)),
     ("Keras numerical_test", added("series", "test_loss", 1.1e-3)),
     ("AlgoPerf, last step", steered("gradient_norm", 2.01)),
     ("AlgoPerf, last step", steered("test_loss", 2.01)),
     ("AlgoPerf, ten steps", steered("gradient_norm", 0.994)),
     ("msprobe", added("series", "loss", 0.026, 0)),  # of 2.5, at the first step only
-    ("TorchDynamo RMSE", added("opening", "0/forward/logits", 3e-3)),
-    ("TorchDynamo RMSE", added("opening", "0/loss/loss", 3e-3)),
-    ("TorchDynamo RMSE", added("opening", "0/update/fc1.bias", 3e-3)),
+    ("TorchDynamo RMSE", added("first_steps", "0/forward/logits", 3e-3)),
+    ("TorchDynamo RMSE", added("first_steps", "0/loss/loss", 3e-3)),
+    ("TorchDynamo RMSE", added("first_steps", "0/update/fc1.bias", 3e-3)),
 ]
 # What the rules do not look at.
 INSIDE = [
-    ("transformers", added("opening", "1/forward/logits", 1.0)),
+    ("transformers", added("first_steps", "1/forward/logits", 1.0)),
     ("reprod_log, ten steps", added("series", "loss", 1.0, 10)),
     ("AlgoPerf, last step", added("series", "loss", 9.0, -2)),
     ("AlgoPerf, ten steps", added("series", "loss", 9.0, 10)),
-    ("TorchDynamo RMSE", added("opening", "0/update/momentum of fc1.bias", 1.0)),
+    ("TorchDynamo RMSE", added("first_steps", "0/update/momentum of fc1.bias", 1.0)),
     (
         "Keras numerical_test",
         added("series", "loss", 0.9e-3 * 40, 5),

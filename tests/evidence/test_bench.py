@@ -574,6 +574,7 @@ def lockstep(*arguments: str | Path) -> int:
         return error.code
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_loop_and_reports_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

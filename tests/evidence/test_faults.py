@@ -44,7 +44,7 @@ def cache() -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def shorten(digits: Dataset) -> Dataset:
+def few(digits: Dataset) -> Dataset:
     return take_test_images(digits, 100)
 
 

@@ -103,10 +103,10 @@ def test_a_new_function_on_one_side_is_named(side: str, house: Path) -> None:
 
 
 def test_a_one_sided_function_that_gets_a_partner_is_named(house: Path) -> None:
-    with (house / sections.FOLDERS["flax"] / "backend.py").open("a", encoding="utf-8") as file:
+    with (house / sections.FOLDERS["flax"] / "compiled.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef to_array(batch_size: int) -> None: ...\n")
     with pytest.raises(
-        SourceError, match=r"^backend\.py:to_array is declared one-sided, and flax has it"
+        SourceError, match=r"^compiled\.py:to_array is declared one-sided, and flax has it"
     ):
         sections.check(sections.read_backends(house))
 
@@ -114,10 +114,10 @@ def test_a_one_sided_function_that_gets_a_partner_is_named(house: Path) -> None:
 def test_a_function_in_two_sections_is_named() -> None:
     twice = (
         *sections.SECTIONS,
-        sections.Section("again", "", "", sections.both("backend.py", "upcast")),
+        sections.Section("again", "", "", sections.both("losses.py", "upcast")),
     )
     with pytest.raises(
-        SourceError, match=r"^backend\.py:upcast of torch is in more than one section"
+        SourceError, match=r"^losses\.py:upcast of torch is in more than one section"
     ):
         sections.check(sections.read_backends(ROOT), twice)
 
@@ -141,8 +141,8 @@ def test_a_source_that_is_missing_or_damaged_is_one_line(house: Path) -> None:
         SourceError, match=r"^the source backends/flax_backend/models/net\.py cannot be read"
     ):
         sections.read_backends(house)
-    replace(house / "common/data/sources.py", "def normalise(", "def standardise(")
-    with pytest.raises(SourceError, match=r"^common has no data/sources\.py:normalise any more"):
+    replace(house / "common/data/dataset.py", "def normalise(", "def standardise(")
+    with pytest.raises(SourceError, match=r"^common has no data/dataset\.py:normalise any more"):
         sections.read_shared(house)
 
 

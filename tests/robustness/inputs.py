@@ -24,7 +24,7 @@ import numpy as np
 
 from lockstep.common import data
 from lockstep.common.config import Config, Schedule
-from lockstep.common.data import Dataset, sources
+from lockstep.common.data import Dataset, cifar10
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import BackendError, RecordError
 from lockstep.common.model.initial_weights import initial_weights
@@ -169,21 +169,21 @@ class Cifar10(Kind):
     def missing(cls) -> str | None:
         return (
             None
-            if (GENUINE / sources.CIFAR10_FOLDER).is_dir()
+            if (GENUINE / cifar10.CIFAR10_FOLDER).is_dir()
             else "CIFAR-10 is not there: set LOCKSTEP_DATA"
         )
 
     def valid(self, folder: Path) -> None:
-        (folder / sources.CIFAR10_FOLDER).mkdir()
+        (folder / cifar10.CIFAR10_FOLDER).mkdir()
         for name in self.FILES:
-            (folder / sources.CIFAR10_FOLDER / name).symlink_to(
-                (GENUINE / sources.CIFAR10_FOLDER / name).resolve()
+            (folder / cifar10.CIFAR10_FOLDER / name).symlink_to(
+                (GENUINE / cifar10.CIFAR10_FOLDER / name).resolve()
             )
 
     def make(self, generator: Generator, folder: Path) -> tuple[str, bool]:
         self.valid(folder)
         name = one_of(generator, [self.FILES[0], self.FILES[0], *self.FILES])
-        file = folder / sources.CIFAR10_FOLDER / name
+        file = folder / cifar10.CIFAR10_FOLDER / name
         content = file.read_bytes()
         file.unlink()
         how = one_of(generator, ["damage"] * 6 + ["missing", "other", "pickle", "odd", "large"])
@@ -192,7 +192,7 @@ class Cifar10(Kind):
             file.write_bytes(content)
         elif how == "other":
             other = one_of(generator, self.FILES)
-            file.symlink_to((GENUINE / sources.CIFAR10_FOLDER / other).resolve())
+            file.symlink_to((GENUINE / cifar10.CIFAR10_FOLDER / other).resolve())
             how = f"{other} in its place"
         elif how == "pickle":
             file.write_bytes(pickle.dumps({"data": Payload(), "labels": Payload()}))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from lockstep import cli as compare
 from lockstep.common import data, session
-from lockstep.common.data import sources
+from lockstep.common.data import cifar10, user_data
 from lockstep.common.errors import DataError, RecordError
 from lockstep.common.learn import read_report
 from lockstep.common.runs import request as plan
@@ -285,20 +285,20 @@ def test_a_large_archive_may_hold_what_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "good.npz").write_bytes(archive_with())
-    monkeypatch.setattr(sources, "MAX_UNPACKED", 100)
+    monkeypatch.setattr(user_data, "MAX_UNPACKED", 100)
     assert len(data.load(str(tmp_path / "good.npz")).train_images) == 6
-    monkeypatch.setattr(sources, "MAX_PACKED", 0)
+    monkeypatch.setattr(user_data, "MAX_PACKED", 0)
     assert "claims to hold" in refusal(tmp_path / "good.npz")
 
 
 def test_an_archive_of_too_many_classes_is_refused(tmp_path: Path) -> None:
     maker = Npz()
     maker.prepare()
-    names = np.array([str(number) for number in range(sources.MAX_CLASSES + 1)])
+    names = np.array([str(number) for number in range(user_data.MAX_CLASSES + 1)])
     np.savez(tmp_path / "many.npz", allow_pickle=False, **maker.arrays | {"classes": names})
     assert "10001 classes" in refusal(tmp_path / "many.npz")
     np.savez(tmp_path / "most.npz", allow_pickle=False, **maker.arrays | {"classes": names[:-1]})
-    assert len(data.load(str(tmp_path / "most.npz")).classes) == sources.MAX_CLASSES
+    assert len(data.load(str(tmp_path / "most.npz")).classes) == user_data.MAX_CLASSES
 
 
 # --- Pictures and folders
@@ -362,8 +362,8 @@ def test_a_machine_without_room_for_the_data_says_so_in_one_line(
 
 
 def test_a_file_of_cifar10_that_is_larger_than_any_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / sources.CIFAR10_FOLDER).mkdir()
-    with open(tmp_path / sources.CIFAR10_FOLDER / "data_batch_1", "wb") as file:
+    (tmp_path / cifar10.CIFAR10_FOLDER).mkdir()
+    with open(tmp_path / cifar10.CIFAR10_FOLDER / "data_batch_1", "wb") as file:
         file.truncate(2**40)
     assert "truncated or altered" in refusal("cifar10", tmp_path)
 

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CELL = Cell("torch", "float32", 4, steps=60, every=15)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
 def test_runs_that_are_killed_and_gone_on_with_are_equal_to_the_bit(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.robustness.kills", "--quick", "--out", str(tmp_path)]

@@ -108,6 +108,7 @@ def test_both_at_once_are_the_runs_of_one_after_the_other(whole: Path, tmp_path:
     assert not same_bits(folder, whole), "the control"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "number"),
     [(STARTING, signal.SIGINT), (BOTH, signal.SIGINT), (WAITING, signal.SIGTERM)],
@@ -132,6 +133,7 @@ def test_both_are_stopped_and_gone_on_with(
     assert same_bits(folder, whole)
 
 
+@pytest.mark.slow
 def test_what_stops_one_process_with_force_ends_the_other(whole: Path, tmp_path: Path) -> None:
     with started(BOTH, tmp_path / "run") as run:
         trainer = trainer_of(run.process.pid)

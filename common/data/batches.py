@@ -1,0 +1,48 @@
+"""The order in which a run sees its images."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from lockstep.common.config import Config
+
+ORDER_STREAM = int.from_bytes(
+    b"data", "big"
+)  # keeps the order apart from all else that is drawn from the same seed
+
+
+def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The order of one epoch: an int64 (images,) permutation, a pure function of its arguments;
+    epochs count from 0."""
+    generator = np.random.default_rng(np.random.SeedSequence((seed, ORDER_STREAM, epoch)))
+    return generator.permutation(images).astype(np.int64, copy=False)
+
+
+def batch_indices(config: Config, images: int) -> Iterator[np.ndarray]:
+    """The indices of each step's images: `config.total_steps` int64 (batch,) arrays, over all
+    epochs.
+
+    The last batch of an epoch is smaller where the batch size does not divide `images`; with
+    `drop_last` it is left out. `config` must be resolved for `images`.
+    """
+    left, per_epoch, size = config.total_steps, config.batches_per_epoch(images), config.batch_size
+    assert per_epoch > 0, "resolve() refuses a batch that is larger than the data"
+    for epoch in range(-(-left // per_epoch)):
+        order = permutation(config.seed, epoch, images)
+        for batch in range(min(left, per_epoch)):
+            yield order[batch * size : (batch + 1) * size]
+        left -= per_epoch
+
+
+def order_digest(config: Config, images: int) -> str:
+    """SHA-256, hexadecimal, of the length and content of every array that `batch_indices`
+    yields."""
+    digest = hashlib.sha256()
+    for indices in batch_indices(config, images):
+        digest.update(struct.pack("<q", len(indices)))
+        digest.update(indices.astype("<i8").tobytes())
+    return digest.hexdigest()

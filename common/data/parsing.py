@@ -1,0 +1,29 @@
+"""What goes wrong while a file is parsed, and how it is said in one line."""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import zipfile
+import zlib
+
+from lockstep.common.errors import printable
+
+# What parsers let through when they stumble over a damaged file.
+PARSE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    SyntaxError,
+    ArithmeticError,
+    MemoryError,
+)
+PARSE_ERRORS += (RuntimeError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line, without control characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return printable(text)
