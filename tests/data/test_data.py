@@ -628,7 +628,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     thread.start()
     monkeypatch.delenv("LOCKSTEP_OFFLINE")
     monkeypatch.setattr(
-        sources, "CIFAR10_URL", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        cifar10, "CIFAR10_URL", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
     )
 
     def set_answer(

@@ -320,7 +320,7 @@ def test_how_sure_the_verdict_is_depends_on_what_was_compared(
     )
     assert (
         "No twins were asked: float64" in agreeing
-        and "The losses of 2 of torch and 2 of flax part from" in agreeing
+        and "The losses of 2 of torch and 2 of flax differ from" in agreeing
     )
 
 
