@@ -14,7 +14,9 @@ from lockstep.common.system import environment
 # cores; asleep at once, they wake up slowly. `Net` at batch 32 in float32, two threads on two
 # cores, milliseconds a step for 0, 1,000 and 10,000 turns: alone 5.5, 3.6 and 3.1; beside two busy
 # processes 20, 15 and 41; two such runs at once 20 and 20, and 28 for 5,000.
-USERS_SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT")  # for what is to run as it would without this
+ORIGINAL_SPIN_COUNT = os.environ.get(
+    "GOMP_SPINCOUNT"
+)  # for what is to run as it would without this
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -36,7 +38,7 @@ def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(known)}")
     folder, cls = known[name]
     if name == "flax":
-        keep_compiled_programs()
+        enable_jax_cache()
     try:
         return getattr(importlib.import_module(f"lockstep.backends.{folder}.backend"), cls)
     except ModuleNotFoundError as error:
@@ -52,7 +54,7 @@ def build(
     return load(name)(config, classes, dtype, device, compile)
 
 
-def keep_compiled_programs() -> None:
+def enable_jax_cache() -> None:
     """Have JAX keep its compiled programs on disk, unless the user has said where, so that later
     starts are quick.
 

@@ -41,18 +41,21 @@ LOADING = {
 KIND = "safetensors file"
 MAX_HEADER = 2**22  # bytes of names and shapes; safetensors itself takes 100 MB
 # times the network: in Lockstep's own files losses and activations lie beside the weights
-OWN_ROOM = 512
+NATIVE_RATIO = 512
 
 
-class Own(NamedTuple):
-    """A kind of file of Lockstep's own."""
+class NativeFile(NamedTuple):
+    """A kind of file that Lockstep itself writes."""
 
     group: str  # what the names of the parameters begin with
     what: str
     schema: int
 
 
-OWN = (Own("final/", "record", record.SCHEMA), Own("parameters/", "checkpoint", checkpoint.SCHEMA))
+NATIVE_FILES = (
+    NativeFile("final/", "record", record.SCHEMA),
+    NativeFile("parameters/", "checkpoint", checkpoint.SCHEMA),
+)
 
 
 def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
@@ -70,9 +73,9 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
         BackendError: if the framework that it is made for is not installed.
     """
     if os.path.isdir(path):  # unlike `path.is_dir()`, without an error where the name is too long
-        return _of("flax").read_weights(path, shapes, model)
+        return files_of("flax").read_weights(path, shapes, model)
     if path.suffix.lower() in ENDINGS["torch"]:
-        return _of("torch").read_weights(path, shapes, model)
+        return files_of("torch").read_weights(path, shapes, model)
     if path.suffix.lower() in ENDINGS["safetensors"]:
         return _read_safetensors(path, shapes, model)
     check_name(path)
@@ -106,17 +109,17 @@ def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> 
         BackendError: if the framework that it is for is not installed.
     """
     if form == "safetensors":
-        tensors = _of("torch").to_own(arrays, model)
+        tensors = files_of("torch").to_native(arrays, model)
 
         from safetensors.torch import save
 
         write_atomic(path, save(tensors, metadata={"format": "pt"}))
     else:
-        _of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays, model)
+        files_of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays, model)
 
 
-def _of(name: str) -> Any:
-    """The module `files` of one backend."""
+def files_of(name: str) -> Any:
+    """The module `weight_files` of one backend."""
     backends.load(name)  # makes the settings that its framework reads when it is imported
     try:
         if name == "torch":
@@ -136,7 +139,7 @@ def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
     from safetensors import safe_open
 
     size = size_of(path)
-    check_size(path, size, size_limit(shapes, OWN_ROOM))
+    check_size(path, size, size_limit(shapes, NATIVE_RATIO))
     with reader_errors(path, KIND):
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -150,15 +153,15 @@ def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
                 for name, s in slices.items()
             }
         if {"facts", "digest"} <= metadata.keys():
-            return _read_own(path, headers, shapes)
+            return _read_native(path, headers, shapes)
         check_size(path, size, size_limit(shapes))
         if any(name.endswith(".weight") for name in headers):
-            torch = _of("torch")
+            torch = files_of("torch")
             check_headers(
-                path, torch.without_others(headers, model), torch.own_shapes(shapes, model)
+                path, torch.without_buffers(headers, model), torch.native_shapes(shapes, model)
             )
             with safe_open(path, framework="pt") as file:
-                arrays = torch.from_own({name: file.get_tensor(name) for name in headers}, model)
+                arrays = torch.from_native({name: file.get_tensor(name) for name in headers}, model)
         else:
             check_headers(path, headers, shapes)
             with safe_open(path, framework="numpy") as file:
@@ -167,17 +170,18 @@ def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
     return arrays
 
 
-def _read_own(path: Path, headers: Mapping[str, TensorHeader], shapes: Shapes) -> Arrays:
+def _read_native(path: Path, headers: Mapping[str, TensorHeader], shapes: Shapes) -> Arrays:
     """The parameters after the last step in a record or a checkpoint of Lockstep's."""
-    own = next((own for own in OWN if any(name.startswith(own.group) for name in headers)), OWN[0])
+    found = [kind for kind in NATIVE_FILES if any(name.startswith(kind.group) for name in headers)]
+    native = (found or NATIVE_FILES)[0]
     mine = {
-        name.removeprefix(own.group): claim
-        for name, claim in headers.items()
-        if name.startswith(own.group)
+        name.removeprefix(native.group): header
+        for name, header in headers.items()
+        if name.startswith(native.group)
     }
     check_headers(path, mine, shapes)
-    _, arrays = read_tensors(path, own.schema, own.what, "give another file with --weights")
-    arrays = {name: arrays[own.group + name] for name in mine}
+    _, arrays = read_tensors(path, native.schema, native.what, "give another file with --weights")
+    arrays = {name: arrays[native.group + name] for name in mine}
     check_numbers(path, arrays)
     return arrays
 

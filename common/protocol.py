@@ -93,11 +93,11 @@ class Backend(Protocol):
         """The canonical shape of every parameter and of every tensor of the model state."""
         ...
 
-    def own_names(self) -> dict[str, str]:
+    def native_names(self) -> dict[str, str]:
         """What the framework's module itself calls each of them, by canonical name."""
         ...
 
-    def dropouts(self) -> dict[str, Dropout]:
+    def dropout_layers(self) -> dict[str, Dropout]:
         """What the layers leave out in training, by the canonical names of their masks."""
         ...
 
@@ -117,7 +117,7 @@ class Backend(Protocol):
         """A data set on the device, once: uint8 images (n, 32, 32, 3) and labels (n,)."""
         ...
 
-    def gather(self, uploaded: Any, indices: np.ndarray) -> tuple[Any, Any]:
+    def batches(self, uploaded: Any, indices: np.ndarray) -> tuple[Any, Any]:
         """Batches of what was uploaded, on the device and normalised: indices int64 (steps, batch).
 
         They are bit for bit what `lockstep.common.data.normalise` makes of the same images, in the

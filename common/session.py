@@ -500,9 +500,9 @@ def choose_device(
     }  # at the same time
     views = {name: look() for name, look in (here | there).items()}
     if len(views) == 2:
-        own = {name: view.own_names for name, view in views.items()}
+        own = {name: view.native_names for name, view in views.items()}
         pairs.check_same(views["torch"].shapes, views["flax"].shapes, own)
-        pairs.check_dropout(views["torch"].dropouts, views["flax"].dropouts)
+        pairs.check_dropout(views["torch"].dropout_layers, views["flax"].dropout_layers)
     found = {name: view.device for name, view in views.items()}
     if len(set(found.values())) > 1:
         devices = ", ".join(f"{name}: {device}" for name, device in found.items())

@@ -189,13 +189,13 @@ class Training:
     def calls(self) -> Iterator[Done]:
         for indices in self.chunks:
             if self.fused:
-                images, labels = self.backend.gather(self.data, indices)
+                images, labels = self.backend.batches(self.data, indices)
                 self.state, metrics = self.backend.train_steps(self.state, images, labels)
                 self.losses = metrics.loss
             else:
                 history = []
                 for batch in indices:
-                    images, labels = self.backend.gather(self.data, batch)
+                    images, labels = self.backend.batches(self.data, batch)
                     self.state, metrics = self.backend.train_step(self.state, images, labels)
                     history.append(metrics.loss)
                 self.losses = np.array([float(loss) for loss in history])

@@ -164,7 +164,7 @@ def start(job: Job, cache: str | None) -> Worker:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
     if job.path not in OWN:  # what is not this project's runs as it would without it
-        settings["GOMP_SPINCOUNT"] = backends.USERS_SPIN_COUNT
+        settings["GOMP_SPINCOUNT"] = backends.ORIGINAL_SPIN_COUNT
     return Worker(job.path, settings, Stopwatch, job)
 
 

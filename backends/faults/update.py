@@ -27,8 +27,12 @@ def _before_the_rest(patch: SetAttr, transformation: Callable[[], Any]) -> None:
     """Put a transformation of the gradients in front of weight decay and momentum."""
     from lockstep.backends.faults.frameworks import flax_optimizer, optax
 
-    in_float32 = flax_optimizer.in_float32
-    patch(flax_optimizer, "in_float32", lambda: optax.chain(in_float32(), transformation()))
+    upcast_gradients = flax_optimizer.upcast_gradients
+    patch(
+        flax_optimizer,
+        "upcast_gradients",
+        lambda: optax.chain(upcast_gradients(), transformation()),
+    )
 
 
 def _sgd(patch: SetAttr, step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
 
 
 @contextmanager
-def recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
+def record_activations(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
     """Within the context, each layer of Flax's own keeps `input of <layer>` and `<layer>`, in the
     order of calls.
 
@@ -47,19 +47,19 @@ def recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
     ]
     layers = [(path, layer) for path, layer in layers if has_parameters(layer)]
     for path, layer in layers:
-        put(model, path, partial(keep, ".".join(map(str, path)), layer))
+        set_attribute(model, path, partial(keep, ".".join(map(str, path)), layer))
     try:
         yield seen
     finally:
         for path, layer in layers:
-            put(model, path, layer)
+            set_attribute(model, path, layer)
 
 
 def has_parameters(layer: nnx.Module) -> bool:
     return any(isinstance(value, nnx.Param) for value in vars(layer).values())
 
 
-def put(model: Any, path: tuple[Any, ...], value: Any) -> None:
+def set_attribute(model: Any, path: tuple[Any, ...], value: Any) -> None:
     """Put `value` where `path`, a sequence of attributes and list positions, leads to."""
     for part in path[:-1]:
         model = model[part] if isinstance(part, int) else getattr(model, part)

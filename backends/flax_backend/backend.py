@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from lockstep.backends.flax_backend import convert, tuning
-from lockstep.backends.flax_backend.activations import recorded
+from lockstep.backends.flax_backend.activations import record_activations
 from lockstep.backends.flax_backend.compiled import ManySteps
 from lockstep.backends.flax_backend.device import choose_device, configure_determinism
 from lockstep.backends.flax_backend.inputs import Data, Inputs
@@ -27,7 +27,7 @@ from lockstep.backends.flax_backend.optimizer import (
     restore_schedule,
 )
 from lockstep.backends.flax_backend.state import Parameters, State
-from lockstep.backends.flax_backend.user_module import build, cast_constants, examine
+from lockstep.backends.flax_backend.user_module import build, cast_constants, validate_module
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
@@ -62,7 +62,7 @@ class FlaxBackend:
         batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
         if config.model not in MODELS:
-            examine(config.model, self.network, classes)
+            validate_module(config.model, self.network, classes)
         self.optimizer = make_optimizer(config, self.dtype)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self._many_steps = ManySteps(self._step, self._compiled_step, self.device)
@@ -74,11 +74,11 @@ class FlaxBackend:
         tensors = self.network.parameters | self.network.statistics
         return {name: leaf.shape for name, leaf in tensors.items()}
 
-    def own_names(self) -> dict[str, str]:
+    def native_names(self) -> dict[str, str]:
         return {name: own for own, name in self.network.names.items()}
 
-    def dropouts(self) -> dict[str, Dropout]:
-        return self.network.dropouts
+    def dropout_layers(self) -> dict[str, Dropout]:
+        return self.network.dropout_layers
 
     def init(self, snapshot: Snapshot) -> State:
         tensors = convert.from_canonical(snapshot.parameters | snapshot.model_state)
@@ -151,8 +151,8 @@ class FlaxBackend:
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
         return self._inputs.upload(images, labels)
 
-    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return self._inputs.gather(uploaded, indices)
+    def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return self._inputs.batches(uploaded, indices)
 
     def train_steps(
         self, state: State, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
@@ -162,7 +162,7 @@ class FlaxBackend:
 
     def _masks(self, state: State, shape: tuple[int, ...]) -> Parameters:
         """What dropout keeps in the steps to come, for labels of `shape`, by canonical name."""
-        layers = self.network.dropouts
+        layers = self.network.dropout_layers
         if not layers:
             return {}  # and do not wait for `state`
         return convert.from_canonical(draw_masks(layers, self.config.seed, int(state.step), shape))
@@ -205,7 +205,7 @@ class FlaxBackend:
     ) -> tuple[tuple[jax.Array, tuple[Parameters, jax.Array]], Parameters]:
         def loss_of(parameters: Parameters) -> tuple[jax.Array, tuple[Parameters, jax.Array]]:
             model = self._model(parameters, state.model_state | masks)
-            with recorded(model) as activations:
+            with record_activations(model) as activations:
                 logits = model(images)
             return cross_entropy(logits, labels, self.config.label_smoothing), (activations, logits)
 

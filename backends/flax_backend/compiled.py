@@ -24,7 +24,7 @@ class ManySteps:
         self._step, self._compiled_step, self.device = step, compiled_step, device
         options = compiler_options(device)
         self._compiled_scan = jax.jit(self._scan, donate_argnums=0, compiler_options=options)
-        self._convolves: bool | None = None  # known once the first step is traced
+        self._has_library_convolution: bool | None = None  # known once the first step is traced
 
     def __call__(
         self, state: State, images: jax.Array, labels: jax.Array, masks: Parameters
@@ -58,10 +58,10 @@ class ManySteps:
         not where XLA's own convolution is part of the step."""
         if self.device != "cpu":
             return True
-        if self._convolves is None:
+        if self._has_library_convolution is None:
             step = self._compiled_step.trace(state, *take_batch(batches, 0))
-            self._convolves = has_library_convolution(step)
-        return not self._convolves
+            self._has_library_convolution = has_library_convolution(step)
+        return not self._has_library_convolution
 
 
 def take_batch(batches: Any, number: int) -> Any:

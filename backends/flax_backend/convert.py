@@ -40,7 +40,9 @@ def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict
     Raises:
         ConfigError: if two tensors get one name, or `declared` names what is not there.
     """
-    return pair.canonical_names({own: own.rpartition(".")[2] for own in tensors}, declared, "Flax")
+    return pair.canonical_names(
+        {native: native.rpartition(".")[2] for native in tensors}, declared, "Flax"
+    )
 
 
 def cast_to_compute(
@@ -60,8 +62,8 @@ def cast_to_compute(
 def activations_to_canonical(
     names: Mapping[str, str], activations: Mapping[str, jax.Array]
 ) -> Arrays:
-    """What `recorded` keeps, as `forward/<name>`, under canonical names; `names` are those of the
-    tensors."""
+    """What `record_activations` records, as `forward/<name>`, under canonical names and in the
+    canonical layout. `names` are those of the tensors."""
     layers = pair.layer_names(names)
     return {pair.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
 
@@ -76,19 +78,19 @@ def flatten(state: Any, names: Mapping[str, str] | None = None) -> dict[str, Any
         ".".join(map(str, path)): leaf
         for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()
     }
-    return leaves if names is None else {names[own]: leaf for own, leaf in leaves.items()}
+    return leaves if names is None else {names[native]: leaf for native, leaf in leaves.items()}
 
 
 def nest(arrays: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The inverse of `flatten`, as `nnx.merge` takes it."""
     if names is not None:
-        own_names = {name: own for own, name in names.items()}
-        arrays = {own_names.get(name, name): array for name, array in arrays.items()}
+        native_names = {name: native for native, name in names.items()}
+        arrays = {native_names.get(name, name): array for name, array in arrays.items()}
     paths = {
-        tuple(int(part) if part.isdecimal() else part for part in own.split(".")): own
-        for own in arrays
+        tuple(int(part) if part.isdecimal() else part for part in native.split(".")): native
+        for native in arrays
     }
-    return unflatten_dict({path: arrays[own] for path, own in paths.items()})
+    return unflatten_dict({path: arrays[native] for path, native in paths.items()})
 
 
 def to_numpy(array: jax.Array) -> np.ndarray:

@@ -29,7 +29,7 @@ class Inputs:
     def __init__(self, dtype: np.dtype) -> None:
         self.dtype = dtype
         self._pixel_table = jnp.asarray(normalise(np.arange(256, dtype=np.uint8), dtype))
-        self._compiled_gather = jax.jit(self._gather)
+        self._compiled_batches = jax.jit(self._batches)
 
     def images(self, images: np.ndarray | jax.Array) -> jax.Array:
         return jnp.asarray(images, self.dtype)
@@ -40,8 +40,8 @@ class Inputs:
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
         return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
 
-    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return self._compiled_gather(uploaded, indices)
+    def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return self._compiled_batches(uploaded, indices)
 
-    def _gather(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _batches(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self._pixel_table[uploaded.images[indices]], uploaded.labels[indices]

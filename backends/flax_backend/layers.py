@@ -48,7 +48,7 @@ def convolution(device: str) -> Any:
     On the CPU, XLA's convolution and its gradients are far slower than its matrix product. On a GPU
     the library's is left in place.
     """
-    return blocks_times_matrix if device == "cpu" else jax.lax.conv_general_dilated
+    return im2col_conv if device == "cpu" else jax.lax.conv_general_dilated
 
 
 def max_pooling(device: str) -> Any:
@@ -59,7 +59,7 @@ def max_pooling(device: str) -> Any:
     )
 
 
-def blocks_times_matrix(
+def im2col_conv(
     images: jax.Array,
     kernel: jax.Array,
     window_strides: Sequence[int],
@@ -105,21 +105,21 @@ def blocks_times_matrix(
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     height, width = height // 2, width // 2  # from here on, of the blocks
     # pixels by twos
-    lines = images.reshape(n, images.shape[1] // 2, 2, images.shape[2] // 2, 2 * channels)
-    lines = lines[:, :, 0], lines[:, :, 1]  # even and odd
+    row_pairs = images.reshape(n, images.shape[1] // 2, 2, images.shape[2] // 2, 2 * channels)
+    row_pairs = row_pairs[:, :, 0], row_pairs[:, :, 1]  # even and odd
     views = [
-        lines[y % 2][:, y // 2 : y // 2 + height, x : x + width]
+        row_pairs[y % 2][:, y // 2 : y // 2 + height, x : x + width]
         for y in range(kernel_height + 1)
         for x in range((kernel_width + 1) // 2)
     ]
-    rows = jnp.concatenate(views, axis=-1).reshape(n * height * width, -1)
+    patches = jnp.concatenate(views, axis=-1).reshape(n * height * width, -1)
     # with features first, XLA takes 0.7 of the time for its gradient
     kernel = kernel.transpose(3, 0, 1, 2)
-    moved = [
+    shifted = [
         jnp.pad(kernel, ((0, 0), (y, 1 - y), (x, 1 - x), (0, 0))) for y in (0, 1) for x in (0, 1)
     ]
-    matrix = jnp.concatenate(moved).reshape(4 * features, -1)
-    product = (rows @ matrix.T).reshape(n, height, width, 2, 2, features)
+    matrix = jnp.concatenate(shifted).reshape(4 * features, -1)
+    product = (patches @ matrix.T).reshape(n, height, width, 2, 2, features)
     return product.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, features)
 
 
@@ -135,15 +135,15 @@ def max_pool(x: jax.Array) -> jax.Array:
     pixels = jax.lax.split(x.reshape(n, height, width, 4, channels), (1, 1, 1, 1), axis=3)
     # after the comparisons, a step takes 1.3 times as long
     a, b, c, d = (pixel.squeeze(3) for pixel in pixels)
-    return first_of_larger(first_of_larger(a, b), first_of_larger(c, d))
+    return maximum_first(maximum_first(a, b), maximum_first(c, d))
 
 
-def first_of_larger(a: jax.Array, b: jax.Array) -> jax.Array:
+def maximum_first(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a`, unless `b` is larger, or not a number."""
     return jnp.where((a < b) | (b != b), b, a)
 
 
-def rounded_once(function: Callable[..., jax.Array], x: jax.Array, **options: Any) -> jax.Array:
+def in_float32(function: Callable[..., jax.Array], x: jax.Array, **options: Any) -> jax.Array:
     """`function(x)`; of bfloat16 in float32 and rounded at the end, as most of PyTorch's kernels do
     by themselves.
 
@@ -185,7 +185,7 @@ class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm` with the variance as PyTorch takes it: Flax's quicker one, E[x^2] - E[x]^2,
     cancels.
 
-    A user's, which `network.sum_exactly` makes one of these, keeps the variance that it was built
+    A user's, which `network.use_exact_sums` makes one of these, keeps the variance that it was built
     with.
     """
 
@@ -195,7 +195,7 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         # In bfloat16, JAX would sum the gradient of the scale in it, too: of 2,048 terms, a third
         # was lost.
-        return rounded_once(super().__call__, x, mask=mask)
+        return in_float32(super().__call__, x, mask=mask)
 
 
 class Linear(nnx.Linear):
@@ -203,7 +203,7 @@ class Linear(nnx.Linear):
     gradient in it, too.
 
     Over 32 times 65 tokens, that put it off by 3.8 % of the largest; now 0.3 %.
-    `network.sum_exactly` makes it.
+    `network.use_exact_sums` makes it.
     """
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -33,7 +33,7 @@ def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationEx
             "clip",
             clip_gradients(config.clip_norm) if config.clip_norm is not None else optax.identity(),
         ),
-        ("precision", in_float32()),
+        ("precision", upcast_gradients()),
         ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
         (
             "weight_decay",
@@ -95,7 +95,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     return lambda count: rate((jnp.asarray(count) // period).astype(jnp.float64))
 
 
-def in_float32() -> optax.GradientTransformation:
+def upcast_gradients() -> optax.GradientTransformation:
     """bfloat16 gradients as float32, so that lr is not rounded to three digits before it is used.
 
     PyTorch's kernels do the same within each operation. Parameters and momentum stay bfloat16.
@@ -115,7 +115,7 @@ def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
     `torch.nn.utils.clip_grads_with_norm_` does.
 
     `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes into the
-    gradients, so that bfloat16 ones are rounded here, before `in_float32`.
+    gradients, so that bfloat16 ones are rounded here, before `upcast_gradients`.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

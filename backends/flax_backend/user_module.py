@@ -39,7 +39,7 @@ class Network(NamedTuple):
     parameters: Any  # canonical name: shape and dtype
     statistics: Any  # likewise
     masks: Any  # canonical name: array, by which dropout keeps everything
-    dropouts: dict[str, protocol.Dropout]  # by the canonical names of their masks
+    dropout_layers: dict[str, protocol.Dropout]  # by the canonical names of their masks
     constants: Any  # nnx.State: what else the module holds
 
 
@@ -53,7 +53,7 @@ def build(model: str, classes: int, device: str) -> Network:
     if model in MODELS:
         # shapes only: no weight is drawn
         module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))
-        return take_apart(module, {})
+        return split_module(module, {})
     with pair.user_code_errors(model, "flax", "build"):
         module = network(classes, rngs=nnx.Rngs(0))
     if not isinstance(module, nnx.Module):
@@ -66,25 +66,27 @@ def build(model: str, classes: int, device: str) -> Network:
             and layer.conv_general_dilated is jax.lax.conv_general_dilated
         ):
             layer.conv_general_dilated = convolution(device)  # the same, but quicker on the CPU
-    return take_apart(module, {name: name for name in pair.load(model).names.values()})
+    return split_module(module, {name: name for name in pair.load(model).names.values()})
 
 
-def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
+def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
     for _, layer in nnx.iter_modules(module):
-        sum_exactly(layer)
+        use_exact_sums(layer)
     module.eval()
     evaluation = nnx.graphdef(module)
     module.train()
     training, parameters, statistics, _, constants = nnx.split(
         module, nnx.Param, nnx.BatchStat, Mask, ...
     )
-    masked = {
+    dropout_modules = {
         ".".join(map(str, (*path, "mask"))): m
         for path, m in nnx.iter_modules(module)
         if isinstance(m, Dropout)
     }
-    own = [*convert.flatten(parameters), *convert.flatten(statistics), *masked]
-    names = convert.canonical_names(sorted(own, key=lambda name: place(module, name)), declared)
+    native = [*convert.flatten(parameters), *convert.flatten(statistics), *dropout_modules]
+    names = convert.canonical_names(
+        sorted(native, key=lambda name: definition_order(module, name)), declared
+    )
 
     def shapes(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
         leaves = convert.flatten(state, names)
@@ -93,11 +95,11 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
             name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in ordered
         }
 
-    dropouts = {
-        names[own]: protocol.Dropout(layer.rate, layer.mask.shape[1:])
-        for own, layer in masked.items()
+    dropout_layers = {
+        names[native]: protocol.Dropout(layer.rate, layer.mask.shape[1:])
+        for native, layer in dropout_modules.items()
     }
-    masks = {name: jnp.ones((1, *dropout.shape), bool) for name, dropout in dropouts.items()}
+    masks = {name: jnp.ones((1, *dropout.shape), bool) for name, dropout in dropout_layers.items()}
     return Network(
         training,
         evaluation,
@@ -105,7 +107,7 @@ def take_apart(module: nnx.Module, declared: dict[str, str]) -> Network:
         shapes(parameters),
         shapes(statistics),
         masks,
-        dropouts,
+        dropout_layers,
         constants,
     )
 
@@ -119,7 +121,7 @@ def cast_constants(network: Network, dtype: Any) -> Network:
     return network._replace(constants=jax.tree.map(cast, network.constants))
 
 
-def sum_exactly(layer: Any) -> None:
+def use_exact_sums(layer: Any) -> None:
     """Make a layer of the library's, whose gradients JAX sums in bfloat16, one of `layers`; unless
     it is told what to compute in."""
     exact = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
@@ -134,7 +136,7 @@ def sum_exactly(layer: Any) -> None:
         layer.promote_dtype = promote_bias
 
 
-def place(module: nnx.Module, name: str) -> list[int]:
+def definition_order(module: nnx.Module, name: str) -> list[int]:
     """Where a variable stands among the definitions: `nnx` sorts by name."""
     places, node = [], vars(module)
     for part in name.split("."):
@@ -143,7 +145,7 @@ def place(module: nnx.Module, name: str) -> list[int]:
     return places
 
 
-def examine(model: str, network: Network, classes: int) -> None:
+def validate_module(model: str, network: Network, classes: int) -> None:
     """Raise ConfigError unless a user's network can be compared: it is tried twice, in training."""
     images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
     shapes = {name: leaf.shape for name, leaf in (network.parameters | network.statistics).items()}
@@ -166,27 +168,27 @@ def examine(model: str, network: Network, classes: int) -> None:
         raise ConfigError(
             f"--model {model}: flax gives {shape} for 2 images: let it give logits, {(2, classes)}"
         )
-    drawn = changes(before, module, nnx.RngState)
+    drawn = changed_variables(before, module, nnx.RngState)
     if drawn or not jnp.array_equal(outputs[0], outputs[1]):
         where = f" ({shorten(drawn)})" if drawn else ""
         raise ConfigError(
             f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
         )
-    if changed := changes(before, module, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat))):
+    if changed := changed_variables(before, module, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat))):
         raise ConfigError(
             f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"
         )
 
 
-def changes(before: nnx.Module, after: nnx.Module, kind: Any) -> list[str]:
+def changed_variables(before: nnx.Module, after: nnx.Module, kind: Any) -> list[str]:
     """The variables of one kind that are not what they were."""
     old, new = (convert.flatten(nnx.state(module, kind)) for module in (before, after))
     return [
         name
         for name in new
-        if name not in old or not bool(jnp.array_equal(bits(old[name]), bits(new[name])))
+        if name not in old or not bool(jnp.array_equal(raw_bits(old[name]), raw_bits(new[name])))
     ]
 
 
-def bits(leaf: Any) -> Any:
+def raw_bits(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

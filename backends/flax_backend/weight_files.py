@@ -52,8 +52,8 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
         if not stores:
             raise damaged_file(path, KIND, "no arrays")
         names = canonical_names(model)
-        stores = {names.get(own, own): store for own, store in stores.items()}
-        check_headers(path, read_claims(path, stores), shapes)
+        stores = {names.get(native, native): store for native, store in stores.items()}
+        check_headers(path, read_headers(path, stores), shapes)
         arrays = {name: np.array(store.read().result()) for name, store in stores.items()}
     check_numbers(path, arrays)
     return arrays
@@ -109,7 +109,7 @@ def find_checkpoint(path: Path) -> Path:
     return found[0]
 
 
-def read_claims(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, TensorHeader]:
+def read_headers(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, TensorHeader]:
     """What the checkpoint says of its arrays; their numbers are not read.
 
     Raises:

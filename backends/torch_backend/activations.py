@@ -12,7 +12,7 @@ from lockstep.backends.torch_backend.convert import ROLES
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def record_activations(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within the context, each layer of PyTorch's own keeps `input of <layer>` and `<layer>`, in
     the order of calls.
 

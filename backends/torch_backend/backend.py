@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_
 
 from lockstep.backends.torch_backend import convert, tuning
-from lockstep.backends.torch_backend.activations import recorded
+from lockstep.backends.torch_backend.activations import record_activations
 from lockstep.backends.torch_backend.compiled import ManySteps
 from lockstep.backends.torch_backend.device import choose_device, configure_determinism
 from lockstep.backends.torch_backend.inputs import Data, Inputs
@@ -26,7 +26,7 @@ from lockstep.backends.torch_backend.optimizer import (
     restore_schedule,
 )
 from lockstep.backends.torch_backend.state import State
-from lockstep.backends.torch_backend.user_module import build, empty_copy, examine
+from lockstep.backends.torch_backend.user_module import build, empty_copy, validate_module
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
@@ -59,11 +59,11 @@ class TorchBackend:
         self.compiled = tuning.compiles(config, compile)
         channels_last = tuning.channels_last(config.model, self.device)
         self._template = build(config.model, classes, self.device).to(self.dtype)
-        self._dropouts = convert.dropouts(self._template)
+        self._dropout_layers = convert.dropout_layers(self._template)
         batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._template)}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
         if config.model not in MODELS:
-            examine(config.model, self._template, classes)
+            validate_module(config.model, self._template, classes)
         self._many_steps = ManySteps(
             config, self._template, self._step, self._cast, self.device, self.compiled
         )
@@ -75,11 +75,11 @@ class TorchBackend:
         zeros = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in tensors.items()}
         return {name: array.shape for name, array in convert.to_canonical(model, zeros).items()}
 
-    def own_names(self) -> dict[str, str]:
+    def native_names(self) -> dict[str, str]:
         return {name: own for own, name in convert.canonical_names(self._template).items()}
 
-    def dropouts(self) -> dict[str, Dropout]:
-        return self._dropouts
+    def dropout_layers(self) -> dict[str, Dropout]:
+        return self._dropout_layers
 
     def init(self, snapshot: Snapshot) -> State:
         model = empty_copy(self._template, self.config.model, self.device)
@@ -110,7 +110,7 @@ class TorchBackend:
         self, state: State, images: Tensor, labels: Tensor, masks: dict[str, Tensor]
     ) -> tuple[State, Metrics]:
         model, optimizer, scheduler, step = state
-        convert.put_masks(model, masks)
+        convert.set_masks(model, masks)
         optimizer.zero_grad()
         loss = cross_entropy(self._forward(model, images), labels, self.config.label_smoothing)
         loss.backward()
@@ -144,8 +144,8 @@ class TorchBackend:
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
         return self._inputs.upload(images, labels)
 
-    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self._inputs.gather(uploaded, indices)
+    def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self._inputs.batches(uploaded, indices)
 
     def train_steps(
         self, state: State, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
@@ -156,7 +156,7 @@ class TorchBackend:
     def _masks(self, step: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """What dropout keeps in the steps from `step` on, for labels of `shape`, by PyTorch's
         names."""
-        masks = draw_masks(self._dropouts, self.config.seed, step, shape)
+        masks = draw_masks(self._dropout_layers, self.config.seed, step, shape)
         masks = convert.masks_from_canonical(self._template, masks)
         return {name: mask.to(self.device) for name, mask in masks.items()}
 
@@ -179,9 +179,9 @@ class TorchBackend:
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
         batch, batch_labels = self._inputs.images(images), self._inputs.labels(labels)
-        convert.put_masks(model, self._masks(state.step, labels.shape))
+        convert.set_masks(model, self._masks(state.step, labels.shape))
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with recorded(model) as activations:
+        with record_activations(model) as activations:
             logits = self._forward(model, batch)
         loss = cross_entropy(logits, batch_labels, self.config.label_smoothing)
         names, parameters = zip(*model.named_parameters(), strict=True)

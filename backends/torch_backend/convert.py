@@ -33,23 +33,23 @@ def to_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> Arrays:
     """PyTorch tensors by PyTorch's names (`conv1.weight`) as canonical arrays by canonical names
     (`conv1.kernel`)."""
     names, arrays = canonical_names(model), {}
-    for own, tensor in tensors.items():
-        layer, _, role = own.rpartition(".")
+    for native, tensor in tensors.items():
+        layer, _, role = native.rpartition(".")
         array = to_numpy(tensor)
-        if role_of(model, layer, role) == "kernel":
+        if flax_role(model, layer, role) == "kernel":
             array = kernel_to_canonical(model, layer, array)
-        arrays[names[own]] = np.ascontiguousarray(array)
+        arrays[names[native]] = np.ascontiguousarray(array)
     return arrays
 
 
 def from_canonical(model: nn.Module, arrays: Arrays) -> dict[str, Tensor]:
     """The inverse of `to_canonical`."""
-    own_names, tensors = {name: own for own, name in canonical_names(model).items()}, {}
+    native_names, tensors = {name: native for native, name in canonical_names(model).items()}, {}
     for name, array in arrays.items():
-        layer, _, role = own_names[name].rpartition(".")
-        if role_of(model, layer, role) == "kernel":
+        layer, _, role = native_names[name].rpartition(".")
+        if flax_role(model, layer, role) == "kernel":
             array = kernel_from_canonical(model, layer, array)
-        tensors[own_names[name]] = to_tensor(array)
+        tensors[native_names[name]] = to_tensor(array)
     return tensors
 
 
@@ -60,12 +60,16 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     Raises:
         ConfigError: if two tensors get one name, or the user's pair names what is not there.
     """
-    own = [*(name for name, _ in model.named_parameters()), *statistics(model), *masked(model)]
-    roles = {name: role_of(model, *name.rpartition(".")[::2]) for name in own}
+    native = [
+        *(name for name, _ in model.named_parameters()),
+        *statistics(model),
+        *dropout_modules(model),
+    ]
+    roles = {name: flax_role(model, *name.rpartition(".")[::2]) for name in native}
     return pair.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
 
 
-def declare(
+def attach_names(
     model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Keep with the module what its pair says of it."""
@@ -74,7 +78,7 @@ def declare(
         vars(model)["flattened"] = dict(flattened)
 
 
-def role_of(model: nn.Module, layer: str, role: str) -> str:
+def flax_role(model: nn.Module, layer: str, role: str) -> str:
     """What Flax calls a tensor, by the kind of its layer: shapes decide nothing. Others' are called
     the same."""
     kind = model.get_submodule(layer)
@@ -90,7 +94,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def masked(model: nn.Module) -> dict[str, layers.Dropout]:
+def dropout_modules(model: nn.Module) -> dict[str, layers.Dropout]:
     """The layers that leave out units, by PyTorch's names for their masks."""
     return {
         f"{name}.mask": layer
@@ -99,12 +103,12 @@ def masked(model: nn.Module) -> dict[str, layers.Dropout]:
     }
 
 
-def dropouts(model: nn.Module) -> dict[str, Dropout]:
+def dropout_layers(model: nn.Module) -> dict[str, Dropout]:
     """What they leave out, by the canonical names of their masks."""
     names, found = canonical_names(model), {}
-    for own, layer in masked(model).items():
+    for native, layer in dropout_modules(model).items():
         shape = tuple(layer.mask.shape[1:])
-        found[names[own]] = Dropout(
+        found[names[native]] = Dropout(
             layer.rate, (*shape[1:], shape[0]) if layer.channels_first else shape
         )
     return found
@@ -115,16 +119,18 @@ def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
     if not masks:
         return {}  # of most networks, in every step
     names, tensors = canonical_names(model), {}
-    for own, layer in masked(model).items():
-        mask = masks[names[own]]
-        tensors[own] = torch.from_numpy(np.moveaxis(mask, -1, -3) if layer.channels_first else mask)
+    for native, layer in dropout_modules(model).items():
+        mask = masks[names[native]]
+        tensors[native] = torch.from_numpy(
+            np.moveaxis(mask, -1, -3) if layer.channels_first else mask
+        )
     return tensors
 
 
-def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Let them keep what `masks`, from `masks_from_canonical`, says."""
-    for own, mask in masks.items():
-        model.get_submodule(own.removesuffix(".mask")).mask = mask
+    for native, mask in masks.items():
+        model.get_submodule(native.removesuffix(".mask")).mask = mask
 
 
 def cast_to_compute(
@@ -169,8 +175,8 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
 
 
 def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:
-    """What `recorded` keeps, as `forward/<name>`, under canonical names and in the canonical
-    layout."""
+    """What `record_activations` records, as `forward/<name>`, under canonical names and in the
+    canonical layout."""
     layers = pair.layer_names(canonical_names(model))
     return {
         pair.activation_key(layers, n): activation_to_canonical(model, n, a)

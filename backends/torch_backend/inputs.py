@@ -51,7 +51,7 @@ class Inputs:
         pixels = pixels if self.channels_last else pixels.movedim(-1, -3).contiguous()
         return Data(pixels, self.labels(labels))
 
-    def gather(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(indices).to(self.device)
         if self.device == "cpu":
             # In NumPy's memory, which glibc reuses from chunk to chunk; PyTorch's own it does not.

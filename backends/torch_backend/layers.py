@@ -22,17 +22,17 @@ def convolution(device: str) -> type[nn.Conv2d]:
     for the first convolution in float64: batch 32 158 in place of 91, with one thread 112 in place
     of 67; batch 128 44 in place of 14.
     """
-    return BlockConv2d if device == "cpu" else nn.Conv2d
+    return Im2colConv2d if device == "cpu" else nn.Conv2d
 
 
 def max_pooling(device: str) -> nn.MaxPool2d:
     """The largest of each 2 x 2 pixels: (n, channels, height, width) to (n, channels, height / 2,
     width / 2)."""
-    return (BlockMaxPool2d if device == "cpu" else nn.MaxPool2d)(kernel_size=2, stride=2)
+    return (Pool2x2 if device == "cpu" else nn.MaxPool2d)(kernel_size=2, stride=2)
 
 
-class BlockConv2d(nn.Conv2d):
-    """`nn.Conv2d`, by `blocks_times_matrix` where that is quicker and can do it."""
+class Im2colConv2d(nn.Conv2d):
+    """`nn.Conv2d`, by `im2col_conv` where that is quicker and can do it."""
 
     def forward(self, input: Tensor) -> Tensor:
         _, _, height, width = input.shape
@@ -47,10 +47,10 @@ class BlockConv2d(nn.Conv2d):
         odd = kernel_height % 2 == kernel_width % 2 == 1
         if not (quicker and plain and odd and height % 2 == width % 2 == 0):
             return super().forward(input)
-        return blocks_times_matrix(input, self.weight, self.bias)
+        return im2col_conv(input, self.weight, self.bias)
 
 
-def blocks_times_matrix(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def im2col_conv(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution as one matrix product, each row of which gives 2 x 2 pixels.
 
     A row holds what the four pixels see, a window that is one larger than the kernel; the matrix
@@ -63,30 +63,30 @@ def blocks_times_matrix(images: Tensor, weight: Tensor, bias: Tensor | None) -> 
     kernel_height, kernel_width, _, features = kernel.shape
     # windows by `unfold` are copied more quickly, but their gradient would be slow
     if channels <= FEW_CHANNELS:
-        lines = images.reshape(n, height, width * channels)
-        windows = lines.unfold(1, kernel_height + 1, 2).unfold(
+        row_pairs = images.reshape(n, height, width * channels)
+        windows = row_pairs.unfold(1, kernel_height + 1, 2).unfold(
             2, (kernel_width + 1) * channels, 2 * channels
         )
         _, height, width, _, _ = windows.shape  # from here on, of the blocks
     else:
         # even and odd; pixels by twos
-        lines = images.reshape(n, height // 2, 2, width // 2, 2 * channels).unbind(2)
+        row_pairs = images.reshape(n, height // 2, 2, width // 2, 2 * channels).unbind(2)
         height, width = (height - kernel_height + 1) // 2, (width - kernel_width + 1) // 2
         views = [
-            lines[y % 2][:, y // 2 : y // 2 + height, x : x + width]
+            row_pairs[y % 2][:, y // 2 : y // 2 + height, x : x + width]
             for y in range(kernel_height + 1)
             for x in range((kernel_width + 1) // 2)
         ]
         windows = torch.cat(views, dim=-1)
-    rows = windows.reshape(n * height * width, -1)
-    moved = [F.pad(kernel, (0, 0, 0, 0, x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
-    matrix = torch.stack(moved, dim=3).reshape(-1, 4 * features)
-    product = rows @ matrix if bias is None else torch.addmm(bias.repeat(4), rows, matrix)
+    patches = windows.reshape(n * height * width, -1)
+    shifted = [F.pad(kernel, (0, 0, 0, 0, x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
+    matrix = torch.stack(shifted, dim=3).reshape(-1, 4 * features)
+    product = patches @ matrix if bias is None else torch.addmm(bias.repeat(4), patches, matrix)
     product = product.reshape(n, height, width, 2, 2, features).transpose(2, 3)
     return product.reshape(n, 2 * height, 2 * width, features).permute(0, 3, 1, 2)
 
 
-class BlockMaxPool2d(nn.MaxPool2d):
+class Pool2x2(nn.MaxPool2d):
     """`nn.MaxPool2d`; compiled, by comparing twos where the windows are 2 x 2 pixels beside one
     another.
 
@@ -107,11 +107,11 @@ class BlockMaxPool2d(nn.MaxPool2d):
             .transpose(2, 3)
         )
         a, b, c, d = pixels.reshape(n, height // 2, width // 2, 4, channels).unbind(3)
-        largest = first_of_larger(first_of_larger(a, b), first_of_larger(c, d))
+        largest = maximum_first(maximum_first(a, b), maximum_first(c, d))
         return largest.permute(0, 3, 1, 2)
 
 
-def first_of_larger(a: Tensor, b: Tensor) -> Tensor:
+def maximum_first(a: Tensor, b: Tensor) -> Tensor:
     """`torch.maximum`, but that of equal ones the first gets the gradient, as in `nn.MaxPool2d`."""
     return _FirstOfLarger.apply(a, b)
 

@@ -18,8 +18,8 @@ from lockstep.common.model import pair as pairs
 
 IMAGES = (2, 3, 32, 32)  # what a user's network is tried on
 # kinds of layers with other layouts
-UNKNOWN = _ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention
-UNUSED = "num_batches_tracked"  # counts for `momentum=None`, which Flax has not
+UNSUPPORTED = _ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention
+IGNORED_BUFFERS = "num_batches_tracked"  # counts for `momentum=None`, which Flax has not
 
 
 def build(model: str, classes: int, device: str) -> nn.Module:
@@ -40,8 +40,8 @@ def build(model: str, classes: int, device: str) -> nn.Module:
             f"--model {model}: torch builds a {type(module).__name__}: let it build a torch.nn.Module"
         )
     for layer in module.modules():
-        sum_exactly(layer)
-    convert.declare(module, pair.names, pair.flattened)
+        use_exact_sums(layer)
+    convert.attach_names(module, pair.names, pair.flattened)
     return module
 
 
@@ -56,7 +56,7 @@ def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
     return copied
 
 
-def sum_exactly(layer: nn.Module) -> None:
+def use_exact_sums(layer: nn.Module) -> None:
     """Make a norm of the library's, if it has all of its parts, one of `layers`, which does the
     same."""
     exact = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
@@ -66,12 +66,12 @@ def sum_exactly(layer: nn.Module) -> None:
         layer.__class__ = exact
 
 
-def examine(model: str, module: nn.Module, classes: int) -> None:
+def validate_module(model: str, module: nn.Module, classes: int) -> None:
     """Raise ConfigError unless a user's network can be compared: it is tried on a copy, in
     training."""
     convert.canonical_names(module)
     for name, layer in module.named_modules():
-        if isinstance(layer, UNKNOWN):
+        if isinstance(layer, UNSUPPORTED):
             raise ConfigError(
                 f"--model {model}: torch's {name} is a {type(layer).__name__}, whose layout is not known"
             )
@@ -112,7 +112,7 @@ def examine(model: str, module: nn.Module, classes: int) -> None:
         )
     kept, after = convert.statistics(module), copies[0].state_dict()
     for name, tensor in module.state_dict().items():
-        tracked = name in kept or name.endswith(UNUSED)
+        tracked = name in kept or name.endswith(IGNORED_BUFFERS)
         if not tracked and not torch.equal(tensor, after[name]):
             raise ConfigError(
                 f"--model {model}: torch's forward pass changes {name}: {pairs.STATE_HINT}"

@@ -44,13 +44,13 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
     Raises:
         DataError: if the file is damaged, or does not hold exactly the network's parameters.
     """
-    room = size_limit(shapes)
-    check_size(path, size_of(path), room)
+    limit = size_limit(shapes)
+    check_size(path, size_of(path), limit)
     with reader_errors(path, KIND):
         check_headers(
-            path, without_others(read_claims(path, room), model), own_shapes(shapes, model)
+            path, without_buffers(read_headers(path, limit), model), native_shapes(shapes, model)
         )
-        arrays = from_own(torch.load(path, map_location="cpu", weights_only=True), model)
+        arrays = from_native(torch.load(path, map_location="cpu", weights_only=True), model)
     check_numbers(path, arrays)
     return arrays
 
@@ -63,11 +63,11 @@ def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
         RecordError: if the file cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save(to_own(arrays, model), buffer)
+    torch.save(to_native(arrays, model), buffer)
     write_atomic(path, buffer.getvalue())
 
 
-def read_claims(path: Path, room: int) -> dict[str, TensorHeader]:
+def read_headers(path: Path, limit: int) -> dict[str, TensorHeader]:
     """What the file says of its tensors; its numbers are not read.
 
     `weights_only` keeps a pickle from running code, but not from taking memory: it lets
@@ -75,11 +75,11 @@ def read_claims(path: Path, room: int) -> dict[str, TensorHeader]:
     """
     remedy = "save it with torch.save(model.state_dict(), FILE)"
     with zipfile.ZipFile(path) as archive:
-        check_size(path, sum(entry.file_size for entry in archive.infolist()), room)
+        check_size(path, sum(entry.file_size for entry in archive.infolist()), limit)
         [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         operations = list(pickletools.genops(archive.read(pickled)))
     made = {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"}
-    if others := shorten(name for name in sorted(made) if not belongs(name)):
+    if others := shorten(name for name in sorted(made) if not is_allowed_global(name)):
         raise DataError(f"{path} is no {KIND}, for it makes {others}: {remedy}")
     loaded = torch.load(path, map_location="meta", weights_only=True)
     entries = loaded if isinstance(loaded, dict) else {"the whole": loaded}
@@ -93,7 +93,7 @@ def read_claims(path: Path, room: int) -> dict[str, TensorHeader]:
     }
 
 
-def belongs(name: str) -> bool:
+def is_allowed_global(name: str) -> bool:
     """Whether a state dict needs what pickle calls `name`, "<module> <name>": storages, dtypes,
     what joins them."""
     module, _, name = name.partition(" ")
@@ -104,41 +104,41 @@ def belongs(name: str) -> bool:
     )
 
 
-def from_own(tensors: Mapping[str, Tensor], model: str = "net") -> Arrays:
+def from_native(tensors: Mapping[str, Tensor], model: str = "net") -> Arrays:
     """PyTorch's tensors by PyTorch's names as canonical arrays; what else a state dict has is left
     out."""
-    return convert.to_canonical(empty_model(model), without_others(tensors, model))
+    return convert.to_canonical(empty_model(model), without_buffers(tensors, model))
 
 
-def to_own(arrays: Arrays, model: str = "net") -> dict[str, Tensor]:
-    """The inverse of `from_own`: contiguous tensors on the CPU, and all else that a state dict
+def to_native(arrays: Arrays, model: str = "net") -> dict[str, Tensor]:
+    """The inverse of `from_native`: contiguous tensors on the CPU, and all else that a state dict
     has."""
     empty = empty_model(model)
     tensors = {
         name: tensor.contiguous() for name, tensor in convert.from_canonical(empty, arrays).items()
     }
-    return tensors | others_of(empty)
+    return tensors | buffers_of(empty)
 
 
-def own_shapes(shapes: Shapes, model: str = "net") -> dict[str, tuple[int, ...]]:
+def native_shapes(shapes: Shapes, model: str = "net") -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors by PyTorch's names: OIHW, and (out, in)."""
     arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
     tensors = convert.from_canonical(empty_model(model), arrays)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def without_others(entries: Mapping[str, Any], model: str) -> dict[str, Any]:
-    others = others_of(empty_model(model))
-    return {name: entry for name, entry in entries.items() if name not in others}
+def without_buffers(entries: Mapping[str, Any], model: str) -> dict[str, Any]:
+    buffers = buffers_of(empty_model(model))
+    return {name: entry for name, entry in entries.items() if name not in buffers}
 
 
-def others_of(empty: nn.Module) -> dict[str, Tensor]:
+def buffers_of(empty: nn.Module) -> dict[str, Tensor]:
     """What a state dict has besides parameters and statistics: a user's constants, and a batch
     norm's count of batches, which is 0 here, for nothing in these networks reads it."""
     known = convert.canonical_names(empty)
-    others = {name: tensor for name, tensor in empty.state_dict().items() if name not in known}
+    buffers = {name: tensor for name, tensor in empty.state_dict().items() if name not in known}
     return {
-        name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in others.items()
+        name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in buffers.items()
     }
 
 

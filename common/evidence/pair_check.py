@@ -44,7 +44,7 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
     ]
     checks = check_first_steps(Ensemble(records[0]), Ensemble(records[1]))
     losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
-    own = {side.name: side.own_names() for side in sides}
+    own = {side.name: side.native_names() for side in sides}
     gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
     checks.append(Check(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
     apart = [check for check in checks if not check.agrees]

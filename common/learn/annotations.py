@@ -139,7 +139,7 @@ NOTES = (
     Note(
         title="Which arrays are trained",
         torch=Anchor(_MAKE, "model.parameters(),"),
-        flax=Anchor("user_module.py:take_apart", "module, nnx.Param, nnx.BatchStat, Mask, ..."),
+        flax=Anchor("user_module.py:split_module", "module, nnx.Param, nnx.BatchStat, Mask, ..."),
         what=(
             "PyTorch's optimizer trains the tensors that it was given. On the Flax side, what is trained is what the "
             "loss is differentiated by: the `nnx.Param` part of the split."
@@ -507,7 +507,7 @@ NOTES = (
     Note(
         title="A learning rate in bfloat16",
         torch=Anchor(_MAKE, "lr=config.lr,"),
-        flax=Anchor(_MAKE, '("precision", in_float32()),'),
+        flax=Anchor(_MAKE, '("precision", upcast_gradients()),'),
         what=(
             "PyTorch's kernels compute a bfloat16 update in float32 and round once. optax multiplies in the precision "
             "of the gradient, so the Flax side casts gradients up first."

@@ -121,14 +121,14 @@ SECTIONS = (
         "by the functions below; each then only carries them to its device, in its own layout.",
         (
             *both("inputs.py", "Data", "Inputs", "Inputs.__init__"),
-            *both("inputs.py", "Inputs.images", "Inputs.labels", "Inputs.upload", "Inputs.gather"),
+            *both("inputs.py", "Inputs.images", "Inputs.labels", "Inputs.upload", "Inputs.batches"),
             Pair(
                 None,
-                "inputs.py:Inputs._gather",
+                "inputs.py:Inputs._batches",
                 "PyTorch does not compile this: it is two calls.",
             ),
             Pair("inputs.py:as_tensor", None, "JAX's bfloat16 is that of `ml_dtypes`."),
-            *both("backend.py", "Backend.upload", "Backend.gather"),
+            *both("backend.py", "Backend.upload", "Backend.batches"),
         ),
         shared=(
             "data/dataset.py:normalise",
@@ -152,22 +152,24 @@ SECTIONS = (
                 None,
                 "In Flax, `_model` does this, at the start of each step.",
             ),
-            *both("user_module.py", SETTINGS, "build", "examine", "sum_exactly"),
+            *both("user_module.py", SETTINGS, "build", "validate_module", "use_exact_sums"),
             Pair(
                 None,
                 "user_module.py:Network",
                 "A PyTorch module is one object, which changes its mode in place.",
             ),
-            Pair(None, "user_module.py:take_apart", "Likewise."),
+            Pair(None, "user_module.py:split_module", "Likewise."),
             Pair(
                 None,
-                "user_module.py:place",
+                "user_module.py:definition_order",
                 "PyTorch keeps the order in which a module's layers were assigned.",
             ),
-            Pair(None, "user_module.py:changes", "A PyTorch module has its `state_dict`."),
+            Pair(
+                None, "user_module.py:changed_variables", "A PyTorch module has its `state_dict`."
+            ),
             Pair(
                 None,
-                "user_module.py:bits",
+                "user_module.py:raw_bits",
                 "PyTorch's random numbers have one state, outside of all modules.",
             ),
             Pair(None, "device.py:settings", "PyTorch takes memory on a card as it needs it."),
@@ -189,17 +191,17 @@ SECTIONS = (
             *modules("models/net.py", "Net"),
             *both("layers.py", "convolution"),
             Pair(
-                "layers.py:BlockConv2d",
+                "layers.py:Im2colConv2d",
                 None,
                 "`nnx.Conv` takes a function to convolve with; PyTorch wants a layer.",
             ),
-            Pair("layers.py:BlockConv2d.forward", None, "Likewise."),
+            Pair("layers.py:Im2colConv2d.forward", None, "Likewise."),
             *both("layers.py", SETTINGS),
-            *both("layers.py", "blocks_times_matrix"),
+            *both("layers.py", "im2col_conv"),
             *both("layers.py", "max_pooling"),
-            Pair("layers.py:BlockMaxPool2d", None, "PyTorch pools by a layer, Flax by a function."),
-            Pair("layers.py:BlockMaxPool2d.forward", "layers.py:max_pool"),
-            *both("layers.py", "first_of_larger"),
+            Pair("layers.py:Pool2x2", None, "PyTorch pools by a layer, Flax by a function."),
+            Pair("layers.py:Pool2x2.forward", "layers.py:max_pool"),
+            *both("layers.py", "maximum_first"),
             Pair(
                 "layers.py:_FirstOfLarger",
                 None,
@@ -231,16 +233,14 @@ SECTIONS = (
             *modules("models/vit.py", "ViT", "Block", "Attention"),
             *modules("layers.py", "Dropout"),
             Pair(None, "layers.py:Mask", "In PyTorch a buffer, of which it has one kind only."),
-            *both("backend.py", "Backend._masks", "Backend.dropouts"),
-            Pair("convert.py:put_masks", None, "In Flax, masks are an argument of the step."),
+            *both("backend.py", "Backend._masks", "Backend.dropout_layers"),
+            Pair("convert.py:set_masks", None, "In Flax, masks are an argument of the step."),
             Pair("layers.py:BatchNorm2d", "layers.py:BatchNorm"),
             Pair("layers.py:BatchNorm2d.forward", "layers.py:BatchNorm.__call__"),
             Pair("layers.py:LayerNorm", "layers.py:LayerNorm"),
             Pair(None, "layers.py:LayerNorm.__init__", "In PyTorch, the library's."),
             Pair("layers.py:LayerNorm.forward", "layers.py:LayerNorm.__call__"),
-            Pair(
-                None, "layers.py:rounded_once", "Most of PyTorch's kernels do this by themselves."
-            ),
+            Pair(None, "layers.py:in_float32", "Most of PyTorch's kernels do this by themselves."),
             Pair(None, "layers.py:Linear", "In PyTorch, `nn.Linear`."),
             Pair(None, "layers.py:Linear.__call__", "Likewise: its kernels sum in float32."),
             Pair(None, "layers.py:Conv", "Likewise."),
@@ -270,7 +270,7 @@ SECTIONS = (
             ),
             Pair(
                 None,
-                "optimizer.py:in_float32",
+                "optimizer.py:upcast_gradients",
                 "PyTorch's kernels compute a bfloat16 update in float32 by themselves, and round once at the end.",
             ),
             Pair(
@@ -375,7 +375,7 @@ SECTIONS = (
                 "backend.py:Backend._probe",
                 "PyTorch computes eagerly, so that `probe` can read everything. Here it is a program of its own.",
             ),
-            *both("activations.py", "recorded"),
+            *both("activations.py", "record_activations"),
             Pair(None, "activations.py:" + SETTINGS, "PyTorch's are those in `convert.ROLES`."),
             Pair(
                 None,
@@ -384,7 +384,7 @@ SECTIONS = (
             ),
             Pair(
                 None,
-                "activations.py:put",
+                "activations.py:set_attribute",
                 "PyTorch has hooks; here each layer is replaced, and put back.",
             ),
         ),
@@ -398,7 +398,7 @@ SECTIONS = (
             *both(
                 "backend.py",
                 "Backend.shapes",
-                "Backend.own_names",
+                "Backend.native_names",
                 "Backend.init",
                 "Backend.export",
             ),
@@ -410,17 +410,19 @@ SECTIONS = (
                 "activations_to_canonical",
             ),
             Pair("convert.py:" + SETTINGS, None, "Canonical roles and layouts are Flax's own."),
-            Pair("convert.py:role_of", None, "Likewise."),
-            Pair("convert.py:declare", None, "Of a user's pair, Flax needs the names alone."),
+            Pair("convert.py:flax_role", None, "Likewise."),
+            Pair("convert.py:attach_names", None, "Of a user's pair, Flax needs the names alone."),
             Pair(
                 "convert.py:statistics",
                 None,
                 "In Flax, `nnx.BatchStat` is a kind of variable of its own.",
             ),
             Pair(
-                "convert.py:masked", None, "In Flax they are found where the module is taken apart."
+                "convert.py:dropout_modules",
+                None,
+                "In Flax they are found where the module is taken apart.",
             ),
-            Pair("convert.py:dropouts", None, "Likewise."),
+            Pair("convert.py:dropout_layers", None, "Likewise."),
             Pair("convert.py:masks_from_canonical", None, "In Flax, `from_canonical`."),
             Pair(
                 "convert.py:kernel_to_canonical",
@@ -458,9 +460,9 @@ SECTIONS = (
         "PyTorch keeps a state dict, Flax an Orbax checkpoint. What a file claims to hold is checked by the functions "
         "below, before its numbers are read, and these before they are used. Both become the same canonical arrays.",
         (
-            *both("weight_files.py", SETTINGS, "read_weights", "write_weights", "read_claims"),
+            *both("weight_files.py", SETTINGS, "read_weights", "write_weights", "read_headers"),
             Pair(
-                "weight_files.py:belongs",
+                "weight_files.py:is_allowed_global",
                 None,
                 "A checkpoint has no pickle, which could make anything.",
             ),
@@ -475,18 +477,18 @@ SECTIONS = (
                 "`torch.load` gives tensors without numbers, if asked.",
             ),
             Pair(
-                "weight_files.py:from_own",
+                "weight_files.py:from_native",
                 None,
                 "The names and the layout of an `nnx` state are the canonical ones.",
             ),
-            Pair("weight_files.py:to_own", None, "In Flax, `convert.nest` alone."),
-            Pair("weight_files.py:own_shapes", None, "In Flax they are the canonical ones."),
+            Pair("weight_files.py:to_native", None, "In Flax, `convert.nest` alone."),
+            Pair("weight_files.py:native_shapes", None, "In Flax they are the canonical ones."),
             Pair(
-                "weight_files.py:without_others",
+                "weight_files.py:without_buffers",
                 None,
                 "An `nnx` state holds what is asked for, and nothing else.",
             ),
-            Pair("weight_files.py:others_of", None, "Likewise."),
+            Pair("weight_files.py:buffers_of", None, "Likewise."),
             Pair("weight_files.py:empty_model", "weight_files.py:canonical_names"),
         ),
         shared=(

@@ -56,13 +56,15 @@ class ModelInfo(NamedTuple):
 
     device: str
     shapes: dict[str, tuple[int, ...]]
-    own_names: dict[str, str]
-    dropouts: dict[str, Dropout]
+    native_names: dict[str, str]
+    dropout_layers: dict[str, Dropout]
 
 
 def view(build: Build, name: str) -> ModelInfo:
     backend = build(name, "float32")
-    return ModelInfo(backend.device, backend.shapes(), backend.own_names(), backend.dropouts())
+    return ModelInfo(
+        backend.device, backend.shapes(), backend.native_names(), backend.dropout_layers()
+    )
 
 
 class WorkerProcess:

@@ -264,7 +264,7 @@ class TrainingLoop:
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
         if self.uploaded is not None:
-            return self.backend.gather(self.uploaded, indices)
+            return self.backend.batches(self.uploaded, indices)
         images = augment.batches(
             self.config, self.dataset.train_images, indices, self.step, compute_dtype(self.dtype)
         )

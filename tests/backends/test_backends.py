@@ -581,7 +581,7 @@ def test_gathered_batches_are_the_normalised_images_bit_for_bit(
         + np.arange(9, dtype=np.uint8)[:, None, None, None]
     )
     labels, indices = np.arange(9) % CLASSES, np.array([[8, 1, 1, 4], [0, 7, 2, 3]])
-    got, truth = side.gather(side.upload(images, labels), indices)
+    got, truth = side.batches(side.upload(images, labels), indices)
     got = side.probe(side.init(start(side, dtype)), got[1], truth[1])
     expected = data.normalise(images, compute_dtype(dtype))
     assert got["data/images"].tobytes() == expected[indices[1]].tobytes()
@@ -599,7 +599,7 @@ def test_gathered_batches_train_as_those_from_the_host(
 
     def after(indices: np.ndarray, gathered: bool) -> Snapshot:
         host = data.normalise(images[indices], compute_dtype(dtype)), labels[indices]
-        given = side.gather(side.upload(images, labels), indices) if gathered else host
+        given = side.batches(side.upload(images, labels), indices) if gathered else host
         return side.export(side.train_steps(side.init(start(side, dtype)), *given)[0])
 
     assert same_snapshot(after(indices, True), after(indices, False))
@@ -816,12 +816,15 @@ def test_probing_leaves_neither_hooks_nor_wrappers_behind(name: str, backend: Ca
     images, labels = batches()
     state = trained(side)
     if name == "torch":
-        model, recorded = state.model, torch_module.recorded
+        model, record_activations = state.model, torch_module.record_activations
 
         def clean() -> bool:
             return not any(module._forward_hooks for module in model.modules())
     else:
-        model, recorded = side._model(state.parameters, state.model_state), flax_module.recorded
+        model, record_activations = (
+            side._model(state.parameters, state.model_state),
+            flax_module.record_activations,
+        )
 
         def clean() -> bool:
             return all(
@@ -830,10 +833,10 @@ def test_probing_leaves_neither_hooks_nor_wrappers_behind(name: str, backend: Ca
 
     side.probe(state, images[0], labels[0])
     assert clean()
-    with recorded(model):
+    with record_activations(model):
         assert not clean()  # control: this sees them
     assert clean()
-    with pytest.raises(ZeroDivisionError), recorded(model):
+    with pytest.raises(ZeroDivisionError), record_activations(model):
         raise ZeroDivisionError
     assert clean()
 
@@ -858,11 +861,11 @@ def test_a_layer_that_is_called_twice_keeps_its_last_call_and_nested_layers_thei
         def __call__(self, x: Any) -> Any:
             return self.last(self.last(nnx.relu(self.block[0](x))))
 
-    for model, x, recorded in (
-        (Torch(), torch.ones(1, 2), torch_module.recorded),
-        (Flax(), jnp.ones((1, 2)), flax_module.recorded),
+    for model, x, record_activations in (
+        (Torch(), torch.ones(1, 2), torch_module.record_activations),
+        (Flax(), jnp.ones((1, 2)), flax_module.record_activations),
     ):
-        with recorded(model) as seen:  # pyright: ignore[reportArgumentType]
+        with record_activations(model) as seen:  # pyright: ignore[reportArgumentType]
             output = model(x)
         assert list(seen) == ["input of block.0", "block.0", "input of last", "last"]
         values = {what: array.tolist() for what, array in seen.items()}

@@ -114,7 +114,7 @@ def test_uncompiled_pytorch_convolves_in_blocks_few_channels_in_float64_only(
     layer = torch_layers.convolution("cpu")(channels, 6, 5, dtype=dtype)
     images = torch.from_numpy(drawn((2, channels, 8, 8), 0)).to(dtype)
     monkeypatch.setattr(
-        torch_layers, "blocks_times_matrix", lambda images, weight, bias: images[:1, :1, :1, :1]
+        torch_layers, "im2col_conv", lambda images, weight, bias: images[:1, :1, :1, :1]
     )
     in_blocks = torch.Size([1, 1, 1, 1])
     assert (layer(images).shape == in_blocks) is (dtype == torch.float64 and channels == 3)
@@ -137,7 +137,7 @@ def test_what_is_padded_is_the_librarys(padding: Any) -> None:
 )
 def test_what_blocks_cannot_do_is_left_to_the_library(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    blocks = torch_layers.BlockConv2d(4, 6, 3, **options)
+    blocks = torch_layers.Im2colConv2d(4, 6, 3, **options)
     plain = nn.Conv2d(4, 6, 3, **options)
     plain.load_state_dict(blocks.state_dict())
     images = torch.randn(2, 4, 12, 12)
@@ -210,7 +210,7 @@ def test_what_is_not_a_number_comes_through_pooling() -> None:
 def test_other_windows_are_left_to_the_library(options: dict[str, Any]) -> None:
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(
-        compiled(torch_layers.BlockMaxPool2d(2, **options))(images),
+        compiled(torch_layers.Pool2x2(2, **options))(images),
         nn.MaxPool2d(2, **options)(images),
     )
 
@@ -293,12 +293,12 @@ def test_flax_sums_the_gradient_of_a_bias_of_bfloat16_in_float32_and_leaves_othe
         return float(np.abs(gradient / exact - 1).max())
 
     exact = layer()
-    flax_network.sum_exactly(exact)
+    flax_network.use_exact_sums(exact)
     assert off(exact) < 4e-3  # half an ulp
     assert off(layer()) > 1e-2  # control: the library's
     for told in (layer(dtype=jnp.float32), layer(dtype=jnp.bfloat16)):
         before = type(told)
-        flax_network.sum_exactly(told)
+        flax_network.use_exact_sums(told)
         assert type(told) is before
     for shape in ((4, 8), (2, 3, 4, 4, 8)) if kind == "linear" else ((4, 4, 8), (2, 3, 4, 4, 8)):
         given = jnp.asarray(drawn(shape, 2), jnp.float32)

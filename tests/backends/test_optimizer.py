@@ -250,7 +250,7 @@ def assemble(config: Config, order: tuple[str, ...] = LINKS, **links: Any) -> An
         "clip": flax_side.clip_gradients(config.clip_norm)
         if config.clip_norm is not None
         else identity,
-        "precision": flax_side.in_float32(),
+        "precision": flax_side.upcast_gradients(),
         "maximize": optax.scale(-1.0) if config.maximize else identity,
         "weight_decay": optax.add_decayed_weights(config.weight_decay),
         "dampening": flax_side.dampen(config.dampening) if config.dampening else identity,

@@ -503,7 +503,7 @@ def long_header(path: Path) -> None:
 
 def changed(**others: Any) -> dict[str, Any]:
     """A state dict of the network with some tensors changed; None: left out."""
-    tensors: dict[str, Any] = torch_files.to_own(arrays()) | {
+    tensors: dict[str, Any] = torch_files.to_native(arrays()) | {
         name.replace("__", "."): t for name, t in others.items()
     }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

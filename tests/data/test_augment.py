@@ -142,14 +142,14 @@ def test_a_backend_is_fed_augmented_training_images_and_test_images_as_they_are(
     config = dataclasses.replace(CONFIG, drop_last=drop_last)
     backend, plain = fed(config), fed(dataclasses.replace(config, augment=None))
     given, config = dataset(IMAGES), config.resolve(IMAGES)
-    assert len(backend.batches) == config.total_steps
-    for step, (images, labels) in enumerate(backend.batches):
+    assert len(backend.fed) == config.total_steps
+    for step, (images, labels) in enumerate(backend.fed):
         expected = augment.batches(
             config, given.train_images, labels[np.newaxis], step, np.float64
         )[0]
         np.testing.assert_array_equal(images, expected)
-        np.testing.assert_array_equal(labels, plain.batches[step][1])  # in the same order
-        assert not np.array_equal(images, plain.batches[step][0])  # control
+        np.testing.assert_array_equal(labels, plain.fed[step][1])  # in the same order
+        assert not np.array_equal(images, plain.fed[step][0])  # control
     assert backend.evaluated is not None and plain.evaluated is not None
     np.testing.assert_array_equal(
         backend.evaluated[0], data.normalise(given.test_images, np.float64)
@@ -160,7 +160,7 @@ def test_a_backend_is_fed_augmented_training_images_and_test_images_as_they_are(
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_twins_see_the_same_crops_and_flips_moved_by_one_ulp(dtype: str) -> None:
     run, twin = fed(dtype=dtype), fed(twin=1, dtype=dtype)
-    for (images, labels), (moved, same) in zip(run.batches, twin.batches, strict=True):
+    for (images, labels), (moved, same) in zip(run.fed, twin.fed, strict=True):
         assert labels.tolist() == same.tolist()
         apart = np.abs(images.astype(np.float64) - moved.astype(np.float64))
         assert 0 < apart.max() <= np.finfo(dtype).eps

@@ -155,7 +155,7 @@ def test_both_say_what_they_leave_out_in_flaxs_layout(build: Callable[..., Backe
         "images.mask": Dropout(0.2, (1, 1, 1)),
         "features.1.mask": Dropout(0.5, (16,)),
     }
-    assert build("torch").dropouts() == build("flax").dropouts() == expected
+    assert build("torch").dropout_layers() == build("flax").dropout_layers() == expected
     assert not any("mask" in name for name in build("torch").shapes() | build("flax").shapes())
 
 

@@ -306,7 +306,7 @@ def test_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(
     assert norms(other) == [nn.LayerNorm]
     unshifted = nn.BatchNorm2d(16)
     unshifted.register_parameter("bias", None)  # as later versions have it with bias=False
-    user_module.sum_exactly(unshifted)
+    user_module.use_exact_sums(unshifted)
     assert type(unshifted) is nn.BatchNorm2d
 
 

@@ -42,17 +42,17 @@ class Notebook:
 
     def __init__(self, dtype: str = "float32") -> None:
         self.dtype = dtype
-        self.batches: list[tuple[np.ndarray, np.ndarray]] = []
+        self.fed: list[tuple[np.ndarray, np.ndarray]] = []
         self.calls: list[tuple[str, int]] = []  # which method, at which step
         self.evaluated: tuple[np.ndarray, np.ndarray] | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return SHAPES
 
-    def own_names(self) -> dict[str, str]:
+    def native_names(self) -> dict[str, str]:
         return {name: name for name in self.shapes()}
 
-    def dropouts(self) -> dict[str, Dropout]:
+    def dropout_layers(self) -> dict[str, Dropout]:
         return {}
 
     def init(self, snapshot: Snapshot) -> State:
@@ -75,7 +75,7 @@ class Notebook:
         self.calls.append(("upload", 0))
         return images, labels
 
-    def gather(
+    def batches(
         self, uploaded: tuple[np.ndarray, np.ndarray], indices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         images, labels = uploaded
@@ -86,7 +86,7 @@ class Notebook:
     ) -> tuple[State, Metrics]:
         assert images.ndim == 4
         self.calls.append(("train_step", state.step))
-        self.batches.append((images, labels))
+        self.fed.append((images, labels))
         return State(state.parameters, state.step + 1), Metrics(
             state.step + 1.0, state.step + 0.5, 0.25
         )
@@ -97,7 +97,7 @@ class Notebook:
         assert images.ndim == 5
         assert len(images) == len(labels)
         self.calls.append(("train_steps", state.step))
-        self.batches.extend(zip(images, labels, strict=True))
+        self.fed.extend(zip(images, labels, strict=True))
         steps = np.arange(state.step, state.step + len(images), dtype=np.float64)
         return State(state.parameters, state.step + len(images)), Metrics(
             steps + 1, steps + 0.5, 0 * steps + 0.25
@@ -176,32 +176,32 @@ def test_each_step_is_fed_its_batch_once_and_in_order(
     config = Config(batch_size=4, drop_last=drop_last, seed=3, **options)
     backend, record = run(config, images, observer, dtype)
     expected = list(data.batch_indices(config.resolve(images), images))
-    assert len(backend.batches) == len(expected) == record.steps == observer.steps
+    assert len(backend.fed) == len(expected) == record.steps == observer.steps
     pictures = data.normalise(dataset(images).train_images, compute_dtype(dtype))
-    for (batch, labels), indices in zip(backend.batches, expected, strict=True):
+    for (batch, labels), indices in zip(backend.fed, expected, strict=True):
         np.testing.assert_array_equal(labels, indices)
         assert (labels.dtype, batch.dtype) == (np.int64, compute_dtype(dtype))
         assert batch.tobytes() == pictures[indices].tobytes()
     if drop_last:
-        assert {len(labels) for _, labels in backend.batches} == {4}
+        assert {len(labels) for _, labels in backend.fed} == {4}
 
 
 @pytest.mark.parametrize("order", ["of another seed", "reversed"])
 def test_the_check_of_the_order_sees_another_order(observer: SilentObserver, order: str) -> None:
     config = Config(batch_size=4, steps=20)
-    fed = [labels.tolist() for _, labels in run(config, 43, observer)[0].batches]
+    fed = [labels.tolist() for _, labels in run(config, 43, observer)[0].fed]
     if order == "reversed":
-        others = [labels.tolist() for _, labels in reversed(run(config, 43, observer)[0].batches)]
+        others = [labels.tolist() for _, labels in reversed(run(config, 43, observer)[0].fed)]
     else:
         others = [
             labels.tolist()
-            for _, labels in run(dataclasses.replace(config, seed=1), 43, observer)[0].batches
+            for _, labels in run(dataclasses.replace(config, seed=1), 43, observer)[0].fed
         ]
     assert fed != others
 
 
 def test_two_epochs_show_every_image_twice_and_in_another_order(observer: SilentObserver) -> None:
-    fed = [labels for _, labels in run(Config(epochs=2, batch_size=4), 43, observer)[0].batches]
+    fed = [labels for _, labels in run(Config(epochs=2, batch_size=4), 43, observer)[0].fed]
     first, second = np.concatenate(fed[:11]), np.concatenate(fed[11:])
     assert sorted(first) == sorted(second) == list(range(43))
     assert first.tolist() != second.tolist()
@@ -306,7 +306,7 @@ def test_the_opening_holds_every_stage_of_the_first_two_steps(
     }
     for step in range(min(2, steps)):
         np.testing.assert_array_equal(
-            record.first_steps[f"{step}/data/labels"], backend.batches[step][1]
+            record.first_steps[f"{step}/data/labels"], backend.fed[step][1]
         )
         np.testing.assert_array_equal(
             record.first_steps[f"{step}/update/momentum of fc1.bias"], [step + 1.0] * 2
@@ -334,7 +334,7 @@ def test_activations_are_kept_of_a_batchs_first_images_and_all_else_of_the_whole
 ) -> None:
     backend, record = run(Config(batch_size=batch_size, steps=3), 160, observer)
     for step in range(2):
-        images, labels = backend.batches[step]
+        images, labels = backend.fed[step]
         kept = record.first_steps[f"{step}/forward/input of fc1"]
         assert len(kept) == min(batch_size, training.FIRST_STEPS_IMAGES)
         np.testing.assert_array_equal(kept, images[: training.FIRST_STEPS_IMAGES])
@@ -457,7 +457,7 @@ def test_a_twin_starts_within_one_ulp_and_sees_the_same_labels_and_images_within
     members = [run(config, 43, observer, dtype, twin=twin) for twin in (None, 1, 2)]
     records = [record for _, record in members]
     assert [record.twin for record in records] == [None, 1, 2]
-    own, *others = (backend.batches for backend, _ in members)
+    own, *others = (backend.fed for backend, _ in members)
     for fed in others:
         assert len(fed) == len(own)
         for (images, labels), (twins, labels_of_twin) in zip(own, fed, strict=True):
@@ -489,7 +489,7 @@ def test_the_first_steps_of_a_twin_are_those_of_the_whole_run(
     assert all(
         np.array_equal(brief.first_steps[key], whole.first_steps[key]) for key in whole.first_steps
     )
-    assert len(backend.batches) == min(steps, FIRST_STEPS)
+    assert len(backend.fed) == min(steps, FIRST_STEPS)
 
 
 def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(
@@ -500,7 +500,7 @@ def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(
     config = Config(batch_size=1, epochs=2, seed=5)
 
     def first_image(twin: int | None, seed: int = 5) -> list[bytes]:
-        fed = run(dataclasses.replace(config, seed=seed), 6, observer, twin=twin)[0].batches
+        fed = run(dataclasses.replace(config, seed=seed), 6, observer, twin=twin)[0].fed
         return [images.tobytes() for images, labels in fed if labels[0] == 0]
 
     once, again = first_image(None)
@@ -514,7 +514,7 @@ def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(
         image_perturbation_rng(5, 1),
         data.normalise(dataset(6).train_images, np.float32),
     )
-    fed = run(config, 6, observer, twin=1)[0].batches
+    fed = run(config, 6, observer, twin=1)[0].fed
     for (batch, _), indices in zip(fed[:2], data.batch_indices(config.resolve(6), 6), strict=False):
         assert batch.tobytes() == perturb_one_ulp(images[indices], generator).tobytes()
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lockstep.backends.flax_backend.layers import Dropout, LayerNorm, convolution, rounded_once
+from lockstep.backends.flax_backend.layers import Dropout, LayerNorm, convolution, in_float32
 
 
 class ConvNeXt(nnx.Module):
@@ -64,10 +64,10 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv(x)
         y = self.norm(y)
-        y = rounded_once(nnx.gelu, self.fc1(y), approximate=False)
+        y = in_float32(nnx.gelu, self.fc1(y), approximate=False)
         y = self.fc2(y)
         # gamma times y, so that the gradient of gamma, too, is summed in float32
-        y = rounded_once(lambda y: self.gamma[...].astype(y.dtype) * y, y)
+        y = in_float32(lambda y: self.gamma[...].astype(y.dtype) * y, y)
         return x + self.dropout(y)
 
 

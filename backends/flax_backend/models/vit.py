@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lockstep.backends.flax_backend.layers import Dropout, LayerNorm, convolution, rounded_once
+from lockstep.backends.flax_backend.layers import Dropout, LayerNorm, convolution, in_float32
 
 DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense layers of a block
 
@@ -64,7 +64,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.dropout1(self.attention(self.norm1(x)))
-        y = self.dropout2(rounded_once(nnx.gelu, self.fc1(self.norm2(x)), approximate=False))
+        y = self.dropout2(in_float32(nnx.gelu, self.fc1(self.norm2(x)), approximate=False))
         return x + self.dropout3(self.fc2(y))
 
 
@@ -93,6 +93,6 @@ class Attention(nnx.Module):
             self.value(x).reshape(split),
         )
         scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / (width // self.heads) ** 0.5
-        weights = rounded_once(nnx.softmax, scores, axis=-1)
+        weights = in_float32(nnx.softmax, scores, axis=-1)
         x = jnp.einsum("nhqk,nkhd->nqhd", weights, value)
         return self.out(x.reshape(n, tokens, width))
