@@ -48,10 +48,20 @@ def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
 
 
 def build(
-    config: Config, classes: int, device: str, compile: str, name: str, dtype: str
+    config: Config,
+    classes: int,
+    device: str,
+    compile: str,
+    name: str,
+    dtype: str,
+    concurrent_processes: int = 1,
 ) -> Backend:
-    """A backend; as a function of a module, so that another process can be given it."""
-    return load(name)(config, classes, dtype, device, compile)
+    """Build a backend. At module level, so that it can be pickled.
+
+    Args:
+        concurrent_processes: that train at the same time; each uses its share of the cores.
+    """
+    return load(name)(config, classes, dtype, device, compile, concurrent_processes)
 
 
 def enable_jax_cache() -> None:

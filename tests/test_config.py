@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lockstep.common.config import DTYPES, OMIT_IF_DEFAULT, RECIPES, SCHEDULES, Config, Schedule
+from lockstep.common.config import DTYPES, OMIT_IF_DEFAULT, SCHEDULES, Config, Schedule
 from lockstep.common.errors import ConfigError
+from lockstep.common.recipes import RECIPES
 
 IMAGES = 1437  # of the digits: no batch size but 1, 3, 479 and 1437 divides it
 PLATEAU = {

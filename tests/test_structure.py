@@ -326,6 +326,73 @@ def test_the_comparison_of_orders_sees_two_functions_that_changed_places() -> No
     assert (one, other) == (["a", "B", "c"], ["B", "a", "c"])
 
 
+# --- State
+
+
+def state_writes(source: str) -> list[str]:
+    """Where functions write module-level state: a `global` statement, or a module of this project
+    to whose attribute something is assigned."""
+    tree = ast.parse(source)
+    modules: set[str] = set()  # names that are modules of this project, or may be
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lockstep"):
+            modules |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {
+                alias.asname or "lockstep" for alias in node.names if alias.name[:8] == "lockstep"
+            }
+    written = []
+    for function in ast.walk(tree):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                written += node.names
+                continue
+            target = None
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                target = node
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+                target = node.args[0]
+            if target is not None and ast.unparse(target).partition(".")[0] in modules:
+                written.append(ast.unparse(node))
+    return sorted(set(written))
+
+
+@pytest.mark.parametrize(
+    "file",
+    sources(ROOT / "common") + sources(ROOT / "backends"),
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_no_function_writes_module_level_state(file: Path) -> None:
+    assert state_writes(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "written"),
+    [
+        ("global count\n    count = 1", ["count"]),
+        ("environment.sharing = 2", ["environment.sharing"]),
+        ("environment.count += 1", ["environment.count"]),
+        ("short.x, y = 1, 2", ["short.x"]),
+        ("lockstep.cli.main = None", ["lockstep.cli.main"]),
+        ("setattr(environment, 'cores', None)", ["setattr(environment, 'cores', None)"]),
+        ("del environment.cores", ["environment.cores"]),
+        ("count = environment.cores()", []),
+        ("self.environment = 1\n    os.environ['A'] = 'b'", []),
+    ],
+)
+def test_the_search_for_module_level_state_sees_every_way_to_write_it(
+    body: str, written: list[str]
+) -> None:
+    imports = (
+        "import os, lockstep.cli, lockstep.common.config as short\n"
+        "from lockstep.common.system import environment\n"
+    )
+    assert state_writes(f"{imports}def f(self):\n    {body}\n") == written
+    assert state_writes(f"{imports}if True:\n    environment.cores = 1\n") == []
+
+
 # --- The top level
 
 

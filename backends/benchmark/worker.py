@@ -1,30 +1,25 @@
-"""Processes of their own, for what must share neither threads nor memory nor compiled programs with
-anything else."""
+"""Benchmark workers: own threads, memory and compilation cache."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from lockstep import backends
 from lockstep.backends.benchmark.loops import Job, Stopwatch, smallest_backend
 from lockstep.common.config import BACKENDS
-from lockstep.common.errors import BackendError, LockstepError
+from lockstep.common.errors import BackendError
+from lockstep.common.system.process import Report, WorkerFailed, WorkerProcess
 
-PATIENCE = 10.0  # seconds that a worker has to end, before it is killed
-OWN = ("torch", "torch fused", "flax", "flax fused")
+LOCKSTEP_PATHS = ("torch", "torch fused", "flax", "flax fused")
+HINT = "free some memory, or try a smaller --batch-size or --device cpu"
 Settings = Mapping[str, str | None]  # environment variables; None removes one
 
 
 class Worker:
-    """A process in which an object lives. It waits, idle, to be asked.
-
-    Built, and closed by `with`, in the process that asks.
+    """An object in a process of its own, as a context manager.
 
     Args:
         title: for messages.
@@ -36,115 +31,54 @@ class Worker:
     """
 
     def __init__(
-        self, title: str, settings: Settings, make: Callable[..., Any], *arguments: Any
+        self, title: str, settings: Settings, make: Callable[..., object], *arguments: object
     ) -> None:
         self.title = title
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        # Not a daemon: these may have no processes of their own, such as a loader's.
-        self._process = context.Process(
-            target=_serve, args=(theirs, dict(settings), make, arguments)
-        )
         start = time.perf_counter()
         try:
-            self._process.start()
-            theirs.close()
-            self._answer()
+            self._process = WorkerProcess(_make, dict(settings), make, arguments)
+        except WorkerFailed as error:
+            raise self._failure(error) from error
+        try:
+            self._result(0)
         except BaseException:
-            self.close()
+            self._process.stop()
             raise
-        # until the object was made, the start of the process included
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.perf_counter() - start  # until the object was made, from the start on
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """What the object's method answers.
+    def ask(self, method: str, *arguments: object) -> Any:
+        """Call the object's method.
 
         Raises:
             LockstepError: what the method raised; BackendError if it was something else, or if the
                 process has ended.
         """
-        with contextlib.suppress(OSError):  # it has ended, and `_answer` says so
-            self._connection.send((method, arguments))
-        return self._answer()
+        return self._result(self._process.send(method, *arguments))
 
-    def _answer(self) -> Any:
-        remedy = "free some memory, or try a smaller --batch-size or --device cpu"
+    def _result(self, number: int) -> Any:
         try:
-            fine, answer = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(PATIENCE)
-            code = self._process.exitcode
-            how = (
-                f"was ended by signal {-code}"
-                if code is not None and code < 0
-                else f"ended with status {code}"
-            )
-            raise BackendError(
-                f"{self.title} cannot be measured here (its process {how}): {remedy}"
-            ) from None
-        if fine:
-            return answer
-        if isinstance(answer, LockstepError):
-            raise answer
-        raise BackendError(f"{self.title} cannot be measured here ({answer}): {remedy}")
+            return self._process.receive(number)
+        except WorkerFailed as error:
+            raise self._failure(error) from error
 
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process.pid is not None:
-            self._process.terminate()
-            self._process.join(PATIENCE)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join()
-        self._process.close()
-        self._connection.close()
+    def _failure(self, error: WorkerFailed) -> BackendError:
+        return BackendError(f"{self.title} cannot be measured here ({error}): {HINT}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._process.stop()
 
 
-def _serve(
-    connection: Any, settings: Settings, make: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    """The worker's side: answer (True, answer) or (False, what went wrong) until nobody asks any
-    more."""
-    # Ctrl-C reaches the whole group; who asks ends the worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end)
-    os.dup2(2, 1)  # standard output may be a report in JSON
-    # a loader's processes start as anywhere, not as this one did
-    multiprocessing.set_start_method(None, force=True)
+def _make(
+    report: Report, settings: Settings, make: Callable[..., object], arguments: tuple[object, ...]
+) -> object:
     for name, value in settings.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    fine, made = _tried(make, *arguments)
-    with contextlib.suppress(EOFError, OSError):  # who asks has gone
-        connection.send((fine, None if fine else made))
-        while fine:
-            method, given = connection.recv()
-            connection.send(_tried(getattr(made, method), *given))
-
-
-def _end(*_: object) -> NoReturn:
-    """At once, whatever is being done, and with a loader's processes: these would notice only
-    seconds later."""
-    for process in multiprocessing.active_children():
-        process.kill()
-    os._exit(0)
-
-
-def _tried(work: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
-    try:
-        return True, work(*arguments)
-    except LockstepError as error:
-        return False, error
-    except Exception as error:  # whatever it is, who asked is told in one line, and this process stays able to answer
-        reason = next(iter(str(error).splitlines()), "")
-        return False, f"{type(error).__name__}: {reason}"
+    return make(*arguments)
 
 
 def start(job: Job, cache: str | None) -> Worker:
@@ -163,7 +97,7 @@ def start(job: Job, cache: str | None) -> Worker:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-    if job.path not in OWN:  # what is not this project's runs as it would without it
+    if job.path not in LOCKSTEP_PATHS:  # other code runs as it would without this project
         settings["GOMP_SPINCOUNT"] = backends.ORIGINAL_SPIN_COUNT
     return Worker(job.path, settings, Stopwatch, job)
 

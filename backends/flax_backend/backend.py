@@ -49,8 +49,9 @@ class FlaxBackend:
         dtype: str = "float32",
         device: str = "auto",
         compile: str = "auto",  # not used: `jax.jit` always compiles
+        concurrent_processes: int = 1,
     ) -> None:
-        with tuning.limit_threads(config.batch_size):
+        with tuning.limit_threads(config.batch_size, concurrent_processes):
             self.device = choose_device(device)
         configure_determinism(self.device)
         self.config = config

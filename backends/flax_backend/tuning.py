@@ -32,14 +32,14 @@ def compiler_options(device: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def limit_threads(batch_size: int) -> Iterator[None]:
+def limit_threads(batch_size: int, concurrent_processes: int) -> Iterator[None]:
     """Limit XLA to one thread for small batches, and otherwise to this process's share of the
     cores. Works only if JAX is initialised inside the block, by the first backend of a process."""
     given = os.environ.get("NPROC")  # read by XLA when JAX starts
     if given is None and batch_size <= SMALL_BATCH:
         os.environ["NPROC"] = "1"
-    elif given is None and environment.sharing > 1:
-        os.environ["NPROC"] = str(max(1, environment.cores() // environment.sharing))
+    elif given is None and concurrent_processes > 1:
+        os.environ["NPROC"] = str(max(1, environment.cores() // concurrent_processes))
     try:
         yield
     finally:

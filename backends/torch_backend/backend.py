@@ -48,10 +48,11 @@ class TorchBackend:
         dtype: str = "float32",
         device: str = "auto",
         compile: str = "auto",
+        concurrent_processes: int = 1,
     ) -> None:
         self.device = choose_device(device)
         configure_determinism(self.device)
-        tuning.limit_threads(config.batch_size)
+        tuning.limit_threads(config.batch_size, concurrent_processes)
         self.config = config
         self.dtype = getattr(torch, numpy_dtype(dtype).name)
         self._compute_dtype = getattr(torch, compute_dtype(dtype).name)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from lockstep.common.config import Config
-from lockstep.common.system import environment
 
 EVALUATION_BATCH = 50  # images per forward pass; fewer need less memory
 ALL_THREADS = torch.get_num_threads()
@@ -49,7 +48,7 @@ def compiler_options(device: str) -> dict[str, Any] | None:
     return INDUCTOR if device == "cpu" else None
 
 
-def limit_threads(batch_size: int) -> None:
+def limit_threads(batch_size: int, concurrent_processes: int) -> None:
     """Use one thread for small batches, and otherwise this process's share of the cores."""
-    share = max(1, ALL_THREADS // environment.sharing)
+    share = max(1, ALL_THREADS // concurrent_processes)
     torch.set_num_threads(1 if batch_size <= SMALL_BATCH else share)

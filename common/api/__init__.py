@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lockstep.backends import load as load_backend
     from lockstep.cli import compare
-    from lockstep.common.config import RECIPES, Config, Schedule
+    from lockstep.common.config import Config, Schedule
     from lockstep.common.data import load as load_data
     from lockstep.common.errors import LockstepError
     from lockstep.common.model.pair import Pair
     from lockstep.common.protocol import Backend
+    from lockstep.common.recipes import RECIPES
     from lockstep.common.runs.record import read as read_record
     from lockstep.common.session import Result
     from lockstep.common.testing import same_run
@@ -27,7 +28,7 @@ _SOURCES = {
     "Config": ("common.config", "Config"),
     "LockstepError": ("common.errors", "LockstepError"),
     "Pair": ("common.model.pair", "Pair"),
-    "RECIPES": ("common.config", "RECIPES"),
+    "RECIPES": ("common.recipes", "RECIPES"),
     "Result": ("common.session", "Result"),
     "Schedule": ("common.config", "Schedule"),
     "compare": ("cli", "compare"),

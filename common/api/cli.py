@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 from lockstep import backends
 from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import main as program
-from lockstep.common.system import environment, interrupt
+from lockstep.common.system import environment
+from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.config import Config
@@ -66,8 +67,9 @@ def compare(
     """
     from lockstep.common import session
     from lockstep.common.report import Terminal
+    from lockstep.common.request import make_request
 
-    wanted = session.request(
+    request = make_request(
         config,
         recipe=recipe,
         model=model,
@@ -79,8 +81,8 @@ def compare(
         compile=compile,
         weights=None if weights is None else Path(weights),
     )
-    with interrupt.handle_signals():
-        return session.compare(wanted, PACKAGE, None if quiet else Terminal())
+    with SignalHandler() as signals:
+        return session.compare(request, PACKAGE, None if quiet else Terminal(), signals)
 
 
 def run_and_exit() -> NoReturn:

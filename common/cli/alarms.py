@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.config import DTYPES, MODELS
 from lockstep.common.errors import ConfigError, DataError, did_you_mean
+from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.evidence.false_alarms import Setting
@@ -31,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_shared(parser, "alarms")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.pairs is not None and options.pairs < 1:
         raise ConfigError("--pairs must be 1 or more")
     model = options.model or "net"
@@ -49,7 +50,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     pairs = clean.PAIRS if options.pairs is None else options.pairs
     settings = every = clean.settings(model)
     folder = "alarms" if model == "net" else f"alarms-{model}"
-    study = EvidenceCommand(options, arguments, backends, folder)
+    study = EvidenceCommand(options, invocation, folder)
     for name in dict.fromkeys(setting.data for setting in every):
         try:
             study.load(name)
@@ -66,7 +67,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
         1 if options.device == "cuda" else min(len(work_items), os.cpu_count() or 1, MAX_WORKERS)
     )
     pool = ProcessPoolExecutor(worker, multiprocessing.get_context("spawn"))
-    measure = functools.partial(clean_pairs, options, backends)
+    measure = functools.partial(clean_pairs, options, invocation.backends)
     rows = []
     with backend_errors("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
         for found in pool.map(measure, *zip(*work_items, strict=True)):
@@ -87,7 +88,9 @@ def clean_pairs(
     """The rows of one configuration; runs in another process."""
     from lockstep.common.evidence import false_alarms as clean
 
-    study = EvidenceCommand(options, [], backends, folder="alarms", quiet=True)
+    study = EvidenceCommand(
+        options, Invocation([], backends, SignalHandler()), folder="alarms", quiet=True
+    )
     lenses = DTYPES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
     return list(

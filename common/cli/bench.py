@@ -7,14 +7,12 @@ import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.config import DTYPES, Config
 from lockstep.common.system import environment
 
@@ -31,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_output(parser, "folder of the report (default: results/runs/bench/<processor>)")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     config = Config(
         batch_size=4 if options.batch_size is None else options.batch_size, seed=options.seed or 0
     )
@@ -39,11 +37,14 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     from lockstep.common.evidence import bench as speed
     from lockstep.common.evidence import plots
 
-    loops, worker = backends.module("benchmark.loops"), backends.module("benchmark.worker")
+    loops, worker = (
+        invocation.backends.module("benchmark.loops"),
+        invocation.backends.module("benchmark.worker"),
+    )
     busy, found = speed.load(), environment.describe()
     device, card = worker.find_device(options.device)
     where = card or f"{found['processor']}, {found['cores']} cores"
-    study = EvidenceCommand(options, arguments, backends, folder=f"bench/{speed.slug(where)}")
+    study = EvidenceCommand(options, invocation, folder=f"bench/{speed.slug(where)}")
     dataset = study.load(options.data)
     images = len(dataset.train_images)
     config.resolve(images)  # a batch that is larger than the data is refused

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli.output import print_json
+from lockstep.common.cli.parser import Invocation
 from lockstep.common.config import BACKENDS, Config
-from lockstep.common.session import RUNS, choose_device
+from lockstep.common.session import RUNS
 from lockstep.common.system import environment, program
 
 if TYPE_CHECKING:
@@ -34,15 +34,14 @@ class EvidenceCommand:
     def __init__(
         self,
         options: argparse.Namespace,
-        arguments: Sequence[str],
-        backends: BackendPackage,
+        invocation: Invocation,
         folder: str,
         quiet: bool = False,
     ) -> None:
         from lockstep.common.report import Terminal
         from lockstep.common.system.storage import check_writable
 
-        self.options, self.arguments, self.backends = options, arguments, backends
+        self.options, self.invocation = options, invocation
         self.folder: Path = options.out or RUNS / folder
         self.terminal = Terminal(quiet=quiet or options.quiet, aside=options.json)
         self.datasets: list[Dataset] = []
@@ -59,12 +58,21 @@ class EvidenceCommand:
         return self.datasets[-1]
 
     def build(self, name: str, config: Config, dtype: str) -> Backend:
+        from lockstep.common.runs import prepare
+
         dataset, compile = self.datasets[-1], self.options.compile
         if self.device is None:
-            self.device = choose_device(
-                self.backends, config, dataset, BACKENDS, self.terminal, self.options.device
+            self.device = prepare.choose_device(
+                self.invocation.backends,
+                config,
+                dataset,
+                BACKENDS,
+                self.terminal.line,
+                self.options.device,
             )
-        return self.backends.build(config, len(dataset.classes), self.device, compile, name, dtype)
+        return self.invocation.backends.build(
+            config, len(dataset.classes), self.device, compile, name, dtype
+        )
 
     def report(
         self,
@@ -78,7 +86,7 @@ class EvidenceCommand:
 
         report = {
             "schema": 1,
-            "command": program.typed(self.arguments),
+            "command": program.typed(self.invocation.arguments),
             "data": [{"name": dataset.name, "digest": dataset.digest} for dataset in self.datasets],
             "environment": environment.describe(),
             **facts,

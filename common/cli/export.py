@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.config import BACKENDS, DTYPES, FORMATS
 from lockstep.common.errors import ConfigError, DataError, RecordError, printable
 from lockstep.common.model import pair as pairs
@@ -31,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no hint for loading")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.run is None or options.to is None:
         raise ConfigError(
             f"export needs a run's folder and a format: {program.name()} export RUN --to torch"
@@ -40,7 +38,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
 
     from lockstep.common.runs import record
 
-    weight_files = backends.module("weight_files")
+    weight_files = invocation.backends.module("weight_files")
     path = options.out or taken.with_name(taken.stem + SUFFIX[options.to])
     endings = weight_files.ENDINGS[options.to]
     if endings and path.suffix.lower() not in endings:

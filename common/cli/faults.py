@@ -6,13 +6,11 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.errors import ConfigError
 
 
@@ -25,8 +23,8 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_shared(parser, "faults")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
-    catalogue = backends.module("faults")
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
+    catalogue = invocation.backends.module("faults")
     if options.list:
         for fault in catalogue.FAULTS:
             print(f"{fault.name:<36} {fault.stage}")
@@ -38,7 +36,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     from lockstep.common.evidence import faults as matrix
     from lockstep.common.evidence import plots, take_test_images
 
-    study = EvidenceCommand(options, arguments, backends, folder="faults")
+    study = EvidenceCommand(options, invocation, folder="faults")
     dataset = take_test_images(study.load(options.data), matrix.TEST_IMAGES)
     if (dataset.train_images == dataset.train_images[..., :1]).all():
         left_out = [fault.name for fault in chosen if fault.needs_color_images]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 
 
 def add_arguments(parser: Parser) -> None:
@@ -17,12 +15,12 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_shared(parser, "grid")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.evidence import optimizer_grid
 
     steps = optimizer_grid.STEPS if options.steps is None else options.steps
     configs = list(optimizer_grid.combinations(steps))
-    study = EvidenceCommand(options, arguments, backends, folder="grid")
+    study = EvidenceCommand(options, invocation, folder="grid")
     dataset = study.load(options.data)
     configs = [config.resolve(len(dataset.train_images)) for config in configs]
     build = functools.partial(study.build, dtype="float64")

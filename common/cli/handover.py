@@ -7,13 +7,11 @@ import argparse
 import functools
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.errors import ConfigError
 
 
@@ -22,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_shared(parser, "handover")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.evidence import handover, take_test_images
 
     steps = handover.STEPS if options.steps is None else options.steps
@@ -32,7 +30,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
             "of the program"
         )
     configs = list(handover.configurations(steps))
-    study = EvidenceCommand(options, arguments, backends, folder="handover")
+    study = EvidenceCommand(options, invocation, folder="handover")
     dataset = take_test_images(study.load(options.data), handover.TEST_IMAGES)
     configs = [config.resolve(len(dataset.train_images)) for config in configs]
     build = functools.partial(study.build, dtype="float64")

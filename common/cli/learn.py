@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.errors import ConfigError
 from lockstep.common.system import program
 
@@ -20,7 +18,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_shared(parser, "learn")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if not (ROOT / "results").is_dir() or not (ROOT / "compare.py").exists():
         raise ConfigError(
             "learn shows the source files and the measured results of a checkout: clone the "
@@ -29,8 +27,8 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
 
     from lockstep.common.learn import read_report, walk_through, write_read_page, write_walk_page
 
-    catalogue = backends.module("faults")
-    study = EvidenceCommand(options, arguments, backends, folder="learn")
+    catalogue = invocation.backends.module("faults")
+    study = EvidenceCommand(options, invocation, folder="learn")
     # What goes wrong where a difference is missed.
     report = read_report(ROOT / "results" / "faults" / "report.json")
     dataset = study.load("digits" if options.data == "auto" else options.data)

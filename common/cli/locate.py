@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.common.backends import BackendPackage
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.cli.run import add_run_options, carry_out, new_request, resume_request
 
 
@@ -24,9 +22,9 @@ def add_arguments(parser: Parser) -> None:
     add_run_options(parser)
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.run is None:
-        wanted = new_request(options, arguments)
+        request = new_request(options, invocation.arguments)
     else:
-        wanted = resume_request(options, options.run, arguments)
-    return carry_out(dataclasses.replace(wanted, keep_records=True), options, backends)
+        request = resume_request(options, options.run, invocation.arguments)
+    return carry_out(dataclasses.replace(request, keep_records=True), options, invocation)

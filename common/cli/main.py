@@ -10,8 +10,9 @@ import sys
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser
+from lockstep.common.cli.parser import Invocation
 from lockstep.common.errors import LockstepError, printable
-from lockstep.common.system import interrupt
+from lockstep.common.system.interrupt import SignalHandler
 
 
 def main(backends: BackendPackage, argv: list[str] | None = None) -> int:
@@ -24,14 +25,15 @@ def main(backends: BackendPackage, argv: list[str] | None = None) -> int:
         The exit status.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    with interrupt.handle_signals():
+    with SignalHandler() as signals:
         try:
             options = parser.parse(arguments)
-            return parser.command_module(options.command).execute(options, arguments, backends)
+            invocation = Invocation(arguments, backends, signals)
+            return parser.command_module(options.command).execute(options, invocation)
         except LockstepError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
             text = f"interrupted: {interruption}" if str(interruption) else "interrupted"
             print(text, file=sys.stderr)
-            return interrupt.status()
+            return signals.status()

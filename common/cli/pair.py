@@ -4,16 +4,13 @@ float64."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.output import print_json
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.errors import ConfigError
 from lockstep.common.model import pair as pairs
-from lockstep.common.session import choose_device
 from lockstep.common.system import program
 
 
@@ -29,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_output(parser, "folder of a report.json (default: none is written)")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     model = options.pair or options.model
     if model is None:
         raise ConfigError(f"pair needs a pair of networks: {program.name()} pair {pairs.SYNTAX}")
@@ -41,17 +38,19 @@ def execute(options: argparse.Namespace, arguments: Sequence[str], backends: Bac
     from lockstep.common import data
     from lockstep.common.evidence import pair_check
     from lockstep.common.report import Terminal, write_json
+    from lockstep.common.runs.prepare import choose_device
 
     terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     config = config.resolve(len(dataset.train_images))
-    device = choose_device(backends, config, dataset, BACKENDS, terminal, options.device)
+    backends = invocation.backends
+    device = choose_device(backends, config, dataset, BACKENDS, terminal.line, options.device)
     torch, flax = (
         backends.build(config, len(dataset.classes), device, "off", name, "float64")
         for name in BACKENDS
     )
     report = pair_check.measure(torch, flax, config, dataset)
-    report = {"schema": 1, "command": program.typed(arguments), "model": model, **report}
+    report = {"schema": 1, "command": program.typed(invocation.arguments), "model": model, **report}
     terminal.table(*pair_check.table(report))
     if options.out is not None:
         write_json(report, options.out)

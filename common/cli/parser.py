@@ -7,12 +7,13 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, DTYPES, MODELS
 from lockstep.common.errors import ConfigError, did_you_mean, nearest
 from lockstep.common.system import program
+from lockstep.common.system.interrupt import SignalHandler
 
 COMMANDS = {
     "run": "train in both frameworks and compare the two runs (the default)",
@@ -41,13 +42,19 @@ Options of each command: {program} COMMAND --help. Without a command: run.
 Exit status: 0 agree, 1 disagree, 2 wrong request, 130 or 143 stopped."""
 
 
+class Invocation(NamedTuple):
+    """What a command is given besides its options."""
+
+    arguments: Sequence[str]  # of the command line, for the report
+    backends: BackendPackage
+    signals: SignalHandler
+
+
 class Command(Protocol):
     """What a module of a command defines."""
 
     def add_arguments(self, parser: Parser) -> None: ...
-    def execute(
-        self, options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage
-    ) -> int: ...
+    def execute(self, options: argparse.Namespace, invocation: Invocation) -> int: ...
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lockstep.common import session
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.output import print_json
-from lockstep.common.cli.parser import Parser
-from lockstep.common.config import AUGMENTATIONS, BACKENDS, RECIPES, SCHEDULES, Config, Schedule
+from lockstep.common.cli.parser import Invocation, Parser
+from lockstep.common.config import AUGMENTATIONS, BACKENDS, SCHEDULES, Config, Schedule
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import pair as pairs
-from lockstep.common.session import Request
-from lockstep.common.system import interrupt
+from lockstep.common.recipes import RECIPES
+from lockstep.common.request import Request
 
 # What a run that is resumed may be given anew.
 CHANGEABLE = (
@@ -122,24 +121,26 @@ def add_run_options(parser: Parser) -> None:
     )
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.resume is not None:
-        return carry_out(resume_request(options, options.resume, arguments), options, backends)
-    return carry_out(new_request(options, arguments), options, backends)
+        request = resume_request(options, options.resume, invocation.arguments)
+    else:
+        request = new_request(options, invocation.arguments)
+    return carry_out(request, options, invocation)
 
 
-def carry_out(wanted: Request, options: argparse.Namespace, backends: BackendPackage) -> int:
+def carry_out(request: Request, options: argparse.Namespace, invocation: Invocation) -> int:
     """Compare, print what `--json` asks for, and return the exit status."""
     from lockstep.common.report import Terminal
     from lockstep.common.runs.trainer import resume_hint
 
     terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
-    result = session.compare(wanted, backends, terminal)
+    result = session.compare(request, invocation.backends, terminal, invocation.signals)
     if options.json:
         print_json(result.report)
     if result.interrupted_at is not None:
         print(f"interrupted: {resume_hint(result.folder)}", file=sys.stderr)
-        return interrupt.status()
+        return invocation.signals.status()
     return 1 if result.verdict == "disagree" else 0
 
 
@@ -191,7 +192,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
         RecordError: if there is no such run.
         DataError: if the user's pair of networks has changed since.
     """
-    from lockstep.common.runs import request as plans
+    from lockstep.common.runs import request as requests
 
     default = vars(options_of.command_parser(options.command).parse_args([]))
     given = [
@@ -205,15 +206,15 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
                 f"--{name.replace('_', '-')} cannot change when a run is resumed: it continues as "
                 "it was started, in its own folder"
             )
-    plan = plans.read(folder)
+    started = requests.read(folder)
     kept = {
-        name: getattr(options if name in given else plan, name)
+        name: getattr(options if name in given else started, name)
         for name in ("backend", "data", "device", "compile", "checkpoint_every")
         if hasattr(options, name)
     }
-    recipe = plan.restored()
-    model = plan.config["model"]
-    if plan.config.get("pair") != pairs.source_digest(model):
+    recipe = started.to_recipe()
+    model = started.config["model"]
+    if started.config.get("pair") != pairs.source_digest(model):
         raise DataError(
             f"{model} has changed since {folder} was begun: restore it, or start the run again"
         )
@@ -222,11 +223,11 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
         dtypes=recipe.dtypes,
         twins=recipe.twins,
         backends=chosen_backends(kept.pop("backend")),
-        recipe=plan.recipe,
+        recipe=started.recipe,
         data_dir=options.data_dir,
-        weights=None if plan.weights is None else Path(plan.weights),
+        weights=None if started.weights is None else Path(started.weights),
         resume=folder,
-        plan=plan,
+        resumed=started,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
         command=tuple(arguments),

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Sequence
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
-from lockstep.common.cli.parser import Parser
+from lockstep.common.cli.parser import Invocation, Parser
 
 
 def add_arguments(parser: Parser) -> None:
@@ -19,11 +17,11 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_shared(parser, "sensitivity")
 
 
-def execute(options: argparse.Namespace, arguments: Sequence[str], backends: BackendPackage) -> int:
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.evidence import plots
     from lockstep.common.evidence import sensitivity as curve
 
-    study = EvidenceCommand(options, arguments, backends, folder="sensitivity")
+    study = EvidenceCommand(options, invocation, folder="sensitivity")
     dataset = study.load(options.data)
     steps = curve.STEPS if options.steps is None else options.steps
     twins = 2 if options.twins is None else options.twins

@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lockstep.common.config import BACKENDS, DTYPES, MODELS, RECIPES, Config, Schedule
+from lockstep.common.config import BACKENDS, DTYPES, MODELS, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, baselines, judge, take_test_images, train_ensemble
+from lockstep.common.recipes import RECIPES
 from lockstep.common.verdict.check import finite
 
 # Three disjoint ranges of seeds: one to set the bounds, one to measure the rate, and one that was

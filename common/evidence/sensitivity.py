@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS, RECIPES, Config
+from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, judge, train_ensemble
+from lockstep.common.recipes import RECIPES
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.check import Check
 

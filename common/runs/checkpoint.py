@@ -24,7 +24,7 @@ from lockstep.common.runs.record import (
     is_count,
     ungrouped,
 )
-from lockstep.common.system import environment, interrupt
+from lockstep.common.system.interrupt import SignalHandler
 from lockstep.common.system.storage import flush_folder, read_tensors, write_tensors
 
 SCHEMA = 1
@@ -95,7 +95,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
     }
     path = folder / FOLDER / f"{checkpoint.stem}-{snapshot.step:010d}.safetensors"
     write_tensors(path, metadata, arrays)
-    remove(folder, checkpoint.stem, keep=KEEP_LAST)
+    remove(folder, checkpoint.stem, keep=KEEP_LAST, shared=True)
     return path
 
 
@@ -140,8 +140,11 @@ def found(folder: Path, stem: str) -> list[Path]:
     )
 
 
-def remove(folder: Path, stem: str, keep: int = 0) -> None:
-    """Remove a run's checkpoints, but the newest `keep`.
+def remove(folder: Path, stem: str, keep: int = 0, shared: bool = False) -> None:
+    """Remove a run's checkpoints, but the newest `keep`; their folder, too, if it is empty then.
+
+    Args:
+        shared: another process may write to the folder now, so it stays.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -151,21 +154,18 @@ def remove(folder: Path, stem: str, keep: int = 0) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_remove(folder, error) from error
-    remove_folder(folder)
+    if not shared:
+        remove_folder(folder)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove the folder of checkpoints, if it is empty and no other process may write to it.
+    """Remove the folder of checkpoints, if it is empty.
 
     Raises:
         RecordError: if it cannot be removed.
     """
     try:
-        if (
-            environment.sharing == 1
-            and (folder / FOLDER).is_dir()
-            and not any((folder / FOLDER).iterdir())
-        ):
+        if (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
             (folder / FOLDER).rmdir()
             flush_folder(folder)
     except OSError as error:
@@ -192,26 +192,32 @@ def for_backend(checkpoint: Checkpoint, backend: str, source: str) -> Checkpoint
 
 
 class CheckpointManager:
-    """Writes the checkpoints of a run, and tells it when to stop."""
+    """Writes the checkpoints of a run, and says when to stop it.
+
+    Args:
+        every: steps between two checkpoints; 0: only where the run is stopped.
+        signals: a signal stops the run; None: there are none.
+        stopping: whether the run should stop; None: after a signal.
+    """
 
     def __init__(
-        self, folder: Path, every: int, stopping: Callable[[], bool] = interrupt.requested
+        self,
+        folder: Path,
+        every: int,
+        signals: SignalHandler | None = None,
+        stopping: Callable[[], bool] | None = None,
     ) -> None:
-        """
-        Args:
-            every: steps between two checkpoints; 0: none but where the run is stopped.
-            stopping: whether the run should stop, as after Ctrl-C.
-        """
-        self.folder, self.every, self.stopping = folder, every, stopping
-        self.last_path: Path | None = None  # the last one
+        self.folder, self.every = folder, every
+        self.signals = SignalHandler() if signals is None else signals
+        self.stopping = self.signals.requested if stopping is None else stopping
+        self.last_path: Path | None = None
 
     def should_save(self, before: int, now: int) -> bool:
-        """Whether a checkpoint should be kept after `now` steps, where the last chance was after
-        `before`."""
+        """Whether to write one after `now` steps, if the last chance was after `before`."""
         return self.every > 0 and now // self.every > before // self.every
 
     def save(self, checkpoint: Checkpoint) -> None:
-        with interrupt.masked():
+        with self.signals.masked():
             self.last_path = write(checkpoint, self.folder)
 
 

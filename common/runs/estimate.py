@@ -1,11 +1,15 @@
-"""About how long a run will take, from speeds that were measured on two cores."""
+"""The first line of a run: what will be trained, and about how long that takes on two cores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lockstep.common.config import Config
 from lockstep.common.system import environment
+
+if TYPE_CHECKING:
+    from lockstep.common.request import Request
 
 # Steps per second at batch 32, (torch, flax), from the committed reports in results/.
 SPEEDS: dict[str, dict[str, tuple[float, float]]] = {
@@ -63,3 +67,36 @@ def duration(seconds: float) -> str:
     if seconds < 95 * 60:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.0f} hours"
+
+
+def announcement(request: Request) -> str:
+    """What will be trained, on what, for how long: the first line of a run."""
+    config = request.config
+    names = " and ".join({"torch": "PyTorch", "flax": "Flax"}[name] for name in request.backends)
+    if config.steps is not None:
+        length = f"{config.steps:,} step{'' if config.steps == 1 else 's'}"
+    else:
+        length = f"{config.epochs:,} epoch{'' if config.epochs == 1 else 's'}"
+    twins = (
+        f", each with {request.twins} twin{'' if request.twins == 1 else 's'}"
+        if request.dtypes != ("float64",)
+        else ""
+    )
+    data = {"auto": "CIFAR-10 or the digits", "cifar10": "CIFAR-10", "digits": "the digits"}
+    verb = "Resuming" if request.resumed is not None else "Training"
+    if request.keep_records:
+        verb = "Comparing"
+    return (
+        f"{verb} {config.model} in {names} on {data.get(request.data, request.data)}: {length} of "
+        f"batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"
+        f"{time_needed(request, config)}"
+    )
+
+
+def time_needed(request: Request, config: Config) -> str:
+    """ ", about so long", where that can be said."""
+    needed = seconds(config, request.dtypes, request.twins, len(request.backends))
+    known = request.device != "cuda" and request.resumed is None and not request.keep_records
+    if needed is None or not known:
+        return ""
+    return f", about {duration(needed)} on two cores"

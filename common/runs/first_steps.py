@@ -15,7 +15,7 @@ from lockstep.common.runs.training import Observer, train
 
 
 class StopAfterFirstSteps(CheckpointManager):
-    """Stops a run after its first steps, and keeps what it has then in memory."""
+    """Stops a run after its first steps; the checkpoint stays in memory."""
 
     def __init__(self) -> None:
         super().__init__(Path(), every=0, stopping=self._done)
@@ -23,7 +23,7 @@ class StopAfterFirstSteps(CheckpointManager):
         self.state: Checkpoint | None = None
 
     def _done(self) -> bool:
-        self.calls += 1  # once for each call of `train_steps`, which are of one step each there
+        self.calls += 1  # the first calls of `train_steps` are of one step each
         return self.calls >= FIRST_STEPS
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -39,11 +39,12 @@ def first_steps(
     twin: int,
     weights: Arrays | None = None,
 ) -> Record:
-    """A twin's record of the first steps, without anything later in it; for `parity.judge` only,
-    never written.
+    """A twin's record of the first steps only, for the verdict; it is never written.
 
-    Args:
-        as `lockstep.common.runs.training.train`'s.
+    Args: as of `lockstep.common.runs.training.train`.
+
+    Raises:
+        KeyboardInterrupt: after a signal.
     """
     checkpoints = StopAfterFirstSteps()
     try:
@@ -54,12 +55,12 @@ def first_steps(
             dtype,
             observer,
             twin,
-            0,
+            log_every=0,
             weights=weights,
             checkpoints=checkpoints,
-        )  # a short run
+        )  # a run that is no longer than that
     except KeyboardInterrupt:
-        if checkpoints.state is None or checkpoints.state.step < FIRST_STEPS:  # it was the user's
+        if checkpoints.state is None or checkpoints.state.step < FIRST_STEPS:  # the user's
             raise
     found = checkpoints.state
     return Record(

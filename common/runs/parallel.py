@@ -1,12 +1,7 @@
-"""Both backends at once: Flax trains in a process of its own, and each has half of the cores.
+"""Both backends at once: Flax trains in a worker process, and each has half of the cores.
 
-That process starts with the command, and imports JAX while the data are read; in the end it draws
-the pictures, while this one draws the page. The quick recipe took 25.3 s with a process for
-training only, and takes 23.5 (means of five).
-
-What goes through the pipe is to hold plain values: one string of a class of PyTorch's had the other
-process import PyTorch, for 1.3 s. Reading CIFAR-10 while PyTorch is imported gained nothing: 3.3 s
-for the two either way.
+The worker starts with the command, and imports JAX while this process reads the data; in the end it
+writes the images while this one writes the page. results/bench/LOG.md has the measurements.
 """
 
 from __future__ import annotations
@@ -15,43 +10,34 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import os
-import pickle
-import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.errors import BackendError, LockstepError
-from lockstep.common.protocol import Backend, Dropout
+from lockstep.common.protocol import Dropout
 from lockstep.common.runs import checkpoint
 from lockstep.common.runs.record import Record
-from lockstep.common.runs.trainer import Interrupted, Trainer, resume_hint, runs_and_twins
-from lockstep.common.system import environment, interrupt
+from lockstep.common.runs.trainer import Advance, Build, Interrupted, Trainer, resume_hint
+from lockstep.common.system import environment
+from lockstep.common.system.interrupt import SignalHandler
+from lockstep.common.system.process import Report, WorkerFailed, WorkerProcess
 
-# Training images from which on it pays: the other process takes some seconds to be there. Seconds
-# for the whole command on two cores, one after the other and at once: the quick recipe, 16,000
-# images, 48 and 32 (means of three runs, in turns); the tutorial's in float64 132 and 88 (1.6 and
-# 2.1 GB); 260 float32 steps of ResNet-20 with one twin a side 190 and 164, of ViT 122 and 101. With
-# threads in one process, each would wait for the other one's Python.
+if TYPE_CHECKING:
+    import numpy as np
+
+# Training images from which on it pays: the worker takes some seconds to start.
 MIN_IMAGES = 8_000
-STOP_TIMEOUT = 30.0  # seconds that the other process has to keep a checkpoint, before it is ended
-# Not by `multiprocessing`, which would run the caller's own script again, and waits for ever where
-# the process dies while it starts.
-WORKER_SOURCE = "import ast, sys; sys.path[:] = ast.literal_eval(sys.argv.pop(1)); sys.argv = sys.argv[1:]; from lockstep.common.runs.parallel import worker_main; worker_main()"
-WORKER_BACKEND = BACKENDS[-1]  # whom the other process trains
-TwinNumbers = Mapping[str, Sequence[int | None]]  # by lens: the run itself (None) and its twins
-Build = Callable[[str, str], Backend]  # by name and dtype
-Send = Callable[[str, Any], None]  # tells the process that waits: of what kind, and what
+STOP_TIMEOUT = 30.0  # seconds that the worker has to save a checkpoint, before it is ended
+WORKER_BACKEND = BACKENDS[-1]  # the one that the worker trains
+PROCESSES = 2  # that train at the same time
+T = TypeVar("T")
+TwinNumbers = Mapping[str, Sequence[int | None]]  # by dtype: the run itself (None) and its twins
 
 
 class ModelInfo(NamedTuple):
-    """What has to be known of a backend before it trains; by canonical name, as
+    """What the session has to know of a backend before it trains, as
     `lockstep.common.protocol.Backend` has it."""
 
     device: str
@@ -60,117 +46,98 @@ class ModelInfo(NamedTuple):
     dropout_layers: dict[str, Dropout]
 
 
-def view(build: Build, name: str) -> ModelInfo:
-    backend = build(name, "float32")
+def describe_model(build: Build, name: str, concurrent_processes: int = 1) -> ModelInfo:
+    backend = build(name, "float32", concurrent_processes)
     return ModelInfo(
         backend.device, backend.shapes(), backend.native_names(), backend.dropout_layers()
     )
 
 
-class WorkerProcess:
-    """Another process: it gets ready while this one reads the data, and does what it is told to
-    until the context ends.
-
-    What cannot be done there is to be done here, so that nothing depends on it: there may be no
-    such process.
+class TrainingWorker:
+    """The worker, as a context manager. It is optional; everything it does can be done in this
+    process.
 
     Args:
-        load: called there at once with the name of the backend that it is to train.
+        wanted: whether to start one.
+        load: called there at once with WORKER_BACKEND, to import its framework.
     """
 
     def __init__(self, wanted: bool, load: Callable[[str], object]) -> None:
-        self.wanted, self.load = wanted, load
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: WorkerProcess | None = None
+        if wanted:
+            with contextlib.suppress(WorkerFailed):  # the system has no room for it
+                self.process = WorkerProcess(start_commands)
+                self.process.send("preload", load)
 
     def __enter__(self) -> Self:
-        if self.wanted:
-            command = [
-                sys.executable,
-                "-c",
-                WORKER_SOURCE,
-                repr(sys.path),
-                sys.argv[0],
-            ]  # for hints
-            with contextlib.suppress(OSError):  # the system has no room for it
-                # In a session of its own, which a terminal's Ctrl-C does not reach: it is stopped
-                # by this process.
-                self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-                )
-        self.tell("prepare", self.load)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.end()
+        self.stop()
 
-    def end(self) -> None:
-        """At once."""
+    def stop(self) -> None:
+        """End it at once."""
         if self.process is not None:
-            self.process.kill()
-            with contextlib.suppress(BrokenPipeError):  # what it was still to be told
-                self.process.communicate()
+            self.process.stop()
             self.process = None
 
-    def tell(self, what: str, *arguments: Any) -> None:
-        """Have it do what the method of `WorkerCommands` does."""
-        if self.process is not None:
-            pipe: Any = self.process.stdin
-            with contextlib.suppress(OSError, ValueError):  # it has ended, or is being ended
-                pickle.dump(
-                    (what, arguments), pipe, pickle.HIGHEST_PROTOCOL
-                )  # without a copy of the images
-                pipe.flush()
+    def model_info(self, build: Build, name: str) -> Callable[[], ModelInfo]:
+        """Ask the worker to build the backend; returns a function that waits for its answer."""
+        return self._call(functools.partial(describe_model, build, name), "model_info", build, name)
 
-    def view(self, build: Build, name: str) -> Callable[[], ModelInfo]:
-        """Waits for what the function gives, which this begins."""
-        self.tell("look", build, name)
-        return lambda: self.told()[1] or view(build, name)
+    def write_images(self, write: Callable[[], object], *arguments: object) -> Callable[[], object]:
+        """Ask the worker to write the report's images; returns a function that waits for them.
 
-    def told(self) -> tuple[str, Any]:
-        """What it tells: of what kind, and what. "ended", None where it has."""
-        process: Any = self.process  # which another thread may end
-        if process is None:
-            return "ended", None
-        try:
-            return pickle.load(process.stdout)
-        except (
-            EOFError,
-            OSError,
-            ValueError,
-            pickle.UnpicklingError,
-        ):  # it has ended, or is being ended
-            process.wait()
-            return "ended", None
+        Args:
+            write: writes them in this process, if the worker cannot.
+            arguments: of `WorkerCommands.write_images`.
+        """
+        return self._call(write, "write_images", *arguments)
+
+    def _call(self, here: Callable[[], T], method: str, *arguments: object) -> Callable[[], T]:
+        process = self.process
+        number = None if process is None else process.send(method, *arguments)
+
+        def wait() -> T:
+            if process is not None and number is not None:
+                # Whatever went wrong there, it is tried here, where its error is reported.
+                with contextlib.suppress(WorkerFailed, LockstepError):
+                    return process.receive(number)
+            return here()
+
+        return wait
 
 
 class ParallelTraining:
-    """Trains `name` through all lenses in another process, within the context, and every other
-    backend in this one.
+    """Trains one backend in the worker, inside the block, and every other one in this process.
 
     Args:
-        name: None: every backend is trained in this process, and the other one is ended.
-        members: of each lens.
+        name: the worker's backend; None: all are trained in this process, and the worker is ended.
+        twins: of each precision.
     """
 
     def __init__(
-        self, trainer: Trainer, other: WorkerProcess, name: str | None, members: TwinNumbers
+        self, trainer: Trainer, worker: TrainingWorker, name: str | None, twins: TwinNumbers
     ) -> None:
-        self.trainer, self.other, self.members = trainer, other, members
-        self.name = name if other.process is not None else None
+        self.worker, self.twins = worker, twins
+        self.process = worker.process if name is not None else None
+        self.name = name if self.process is not None else None
+        self.trainer = trainer
+        if self.name is not None:
+            self.trainer = dataclasses.replace(trainer, concurrent_processes=PROCESSES)
         self._changed = threading.Condition()
-        self._finished: list[str] = []  # lenses
-        self._failure: LockstepError | Interrupted | None = None
+        self._finished: list[str] = []  # dtypes
+        self._failure: BaseException | None = None
         self._done = False
         self._stopped = False
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Self:
-        if self.name is None:
-            self.other.end()
+        if self.process is None:
+            self.worker.stop()
             return self
-        environment.sharing = 2
         try:
-            interrupt.forward_to(self._stop)
+            self.trainer.signals.forward_to(self._stop)
             self._listener.start()
         except BaseException as error:
             self.__exit__(error)
@@ -178,7 +145,7 @@ class ParallelTraining:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.name is None:
+        if self.process is None:
             return
         if any(error):
             self._stop()
@@ -187,77 +154,77 @@ class ParallelTraining:
                 self._listener.join(STOP_TIMEOUT)
         finally:
             if any(error) or self._listener.is_alive():
-                self.other.end()
+                self.worker.stop()
             if self._listener.is_alive():
-                self._listener.join()  # what it has finished is known then
-            interrupt.forward_to(None)
-            environment.sharing = 1
+                self._listener.join()  # then all that it has finished is known
+            self.trainer.signals.forward_to(None)
         checkpoint.remove_folder(self.trainer.folder)
 
     def _stop(self) -> None:
-        """Have it keep a checkpoint and end. Once: told again it ends at once."""
-        if not self._stopped and self.other.process is not None:
+        """Ask the worker to checkpoint and stop. A second request would kill it, so send only
+        one."""
+        if not self._stopped and self.process is not None:
             self._stopped = True
-            self.other.process.terminate()
+            self.process.terminate()
 
     def train(self, name: str, dtype: str) -> list[Record]:
-        """The records of one backend through one lens, as `Trainer.train`'s.
+        """The records of one backend in one precision, as `Trainer.train` returns them.
 
         Raises:
-            KeyboardInterrupt: where it was stopped.
-            LockstepError: what went wrong in the other process.
+            KeyboardInterrupt: if a signal stopped it.
+            LockstepError: what went wrong in either process.
         """
         if name != self.name:
-            return self.trainer.train(name, dtype, self.members[dtype])
+            return self.trainer.train(name, dtype, self.twins[dtype])
         try:
             with self._changed:
                 self._changed.wait_for(lambda: dtype in self._finished or self._done)
         except KeyboardInterrupt:
             raise Interrupted(f"{name} {dtype} was interrupted") from None
-        if dtype not in self._finished:
-            if self._failure is None and interrupt.requested():
-                raise Interrupted(f"{name} {dtype} was interrupted")
-            raise self._failure or self._worker_died()
-        return self.trainer.read_records(name, dtype, self.members[dtype])
+        if dtype in self._finished:
+            return self.trainer.read_records(name, dtype, self.twins[dtype])
+        if not isinstance(self._failure, WorkerFailed) and self._failure is not None:
+            raise self._failure
+        if self.trainer.signals.requested():
+            raise Interrupted(f"{name} {dtype} was interrupted")
+        hint = f"free some memory, then {resume_hint(self.trainer.folder)}"
+        raise BackendError(f"{name} cannot train here ({self._failure}): {hint}")
 
-    def finished(self, dtype: str) -> dict[str, list[Record]]:
-        """What the other process has trained through one lens; empty if it did not finish that."""
+    def finished_records(self, dtype: str) -> dict[str, list[Record]]:
+        """What the worker has trained in one precision; empty if it did not finish that."""
         if self.name is None or dtype not in self._finished:
             return {}
-        return {self.name: self.trainer.read_records(self.name, dtype, self.members[dtype])}
-
-    def _worker_died(self) -> BackendError:
-        code = self.other.process.returncode if self.other.process is not None else None
-        how = (
-            f"was ended by signal {-code}"
-            if code is not None and code < 0
-            else f"ended with status {code}"
-        )
-        remedy = f"free some memory, then {resume_hint(self.trainer.folder)}"
-        return BackendError(f"{self.name} cannot train here (its process {how}): {remedy}")
+        return {self.name: self.trainer.read_records(self.name, dtype, self.twins[dtype])}
 
     def _listen(self) -> None:
-        """Say what there is to train, and listen until all of it is."""
-        self.other.tell(
-            "train", dataclasses.replace(self.trainer, terminal=None), self.name, self.members
+        """Ask the worker to train everything, and follow it until it has."""
+        assert self.process is not None
+        trainer = dataclasses.replace(
+            self.trainer, terminal=RemoteProgress(_discard), signals=SignalHandler()
         )
-        kind = ""
-        while kind not in ("trained", "failed", "ended"):
-            kind, told = self.other.told()
-            if kind == "line":
-                with contextlib.suppress(Exception):  # such as a full disk below it
-                    self.trainer.terminal.line(told)
-            elif kind == "failed":
-                self._failure = told
+        try:
+            number = self.process.send("train", trainer, self.name, self.twins)
+            self.process.receive(number, self._follow)
+        except (WorkerFailed, LockstepError, KeyboardInterrupt) as error:
+            self._failure = error
+        with self._changed:
+            self._done = True
+            self._changed.notify_all()
+
+    def _follow(self, report: object) -> None:
+        assert isinstance(report, tuple)
+        kind, text = report
+        if kind == "line":
+            with contextlib.suppress(Exception):  # such as a full disk below standard output
+                self.trainer.terminal.line(text)
+        else:
             with self._changed:
-                self._finished += [told] if kind == "finished" else []
-                self._done = kind in ("trained", "failed", "ended")
+                self._finished.append(text)
                 self._changed.notify_all()
 
 
 def may_use_worker(config: Config, names: Sequence[str], device: str) -> bool:
-    """Whether `choose_worker_backend` may well say so of this configuration, which need not be resolved; `device`
-    may be "auto"."""
+    """Whether a worker will probably be used; asked before the data are read."""
     short = config.steps is not None and config.steps * config.batch_size < MIN_IMAGES
     return (
         len(names) == len(BACKENDS) and device != "cuda" and environment.cores() >= 2 and not short
@@ -265,119 +232,90 @@ def may_use_worker(config: Config, names: Sequence[str], device: str) -> bool:
 
 
 def choose_worker_backend(
-    trainer: Trainer, names: Sequence[str], device: str, there: Iterable[str]
+    trainer: Trainer, names: Sequence[str], device: str, found: Iterable[str]
 ) -> str | None:
-    """The backend to train beside the other one; None where it does not pay, or there are not two
-    to train.
+    """The backend to train in the worker; None if that does not pay, or there are not two to train.
 
     Args:
-        there: backends whose records need not be trained.
+        found: backends whose records need not be trained.
     """
     config = trainer.config
-    pays = config.total_steps * config.batch_size >= MIN_IMAGES and environment.cores() >= 2
-    both = len({*names} - {*there}) == len(BACKENDS)
-    return WORKER_BACKEND if pays and both and device == "cpu" else None
+    worthwhile = config.total_steps * config.batch_size >= MIN_IMAGES and environment.cores() >= 2
+    both = len({*names} - {*found}) == len(BACKENDS)
+    return WORKER_BACKEND if worthwhile and both and device == "cpu" else None
+
+
+# --- In the worker
 
 
 class RemoteProgress:
-    """A terminal elsewhere."""
+    """A terminal that passes its lines on; the caller shows the progress of its own runs only."""
 
-    def __init__(self, tell: Send) -> None:
-        self._tell = tell
+    def __init__(self, report: Report) -> None:
+        self._report = report
 
     def line(self, text: str) -> None:
-        self._tell("line", text)
+        self._report(("line", text))
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-        del title, total  # there is one bar, that of the process that started this one
+    def progress(self, title: str, total: int) -> Iterator[Advance]:
+        del title, total
         yield lambda steps, loss: None
 
 
-def worker_main() -> None:
-    """The other process: do what standard input says, and tell standard output."""
+def _discard(report: object) -> None:
+    """Not a lambda, so that it can be pickled."""
+
+
+def start_commands(report: Report) -> WorkerCommands:
+    """What `WorkerProcess` makes in the worker, which handles signals from then on.
+
+    They are deferred all the time: in the middle of an import, a library may print KeyboardInterrupt
+    and forget it.
+    """
     environment.relax_gc()
-    environment.sharing = 2
-    # Patient all the time: in the middle of an import, KeyboardInterrupt may end up where it is
-    # printed and forgotten.
-    with (
-        interrupt.handle_signals(aloud=False),
-        interrupt.deferred(),
-        os.fdopen(os.dup(1), "wb") as out,
-    ):
-        os.dup2(2, 1)  # for what else may be printed
-        work, commands = WorkerCommands(functools.partial(_tell, out)), queue.SimpleQueue()
-        threading.Thread(target=_listen, args=(commands,), daemon=True).start()
-        try:
-            while True:
-                what, arguments = commands.get()
-                getattr(work, what)(*arguments)
-        except KeyboardInterrupt:
-            sys.stderr.flush()
-            os._exit(interrupt.status())  # at once: nothing is left to be done
-
-
-def _tell(out: BinaryIO, kind: str, what: Any) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more: this process ends, too
-        pickle.dump((kind, what), out)
-        out.flush()
-
-
-def _listen(commands: queue.SimpleQueue[Any]) -> None:
-    """Until who started this process has gone: the folder may be another run's from then on."""
-    try:
-        with open(0, "rb", closefd=False) as given:
-            while True:
-                commands.put(pickle.load(given))
-    finally:
-        os._exit(1)
+    commands = WorkerCommands(report, SignalHandler(announce=False))
+    for context in (commands.signals, commands.signals.deferred()):
+        commands.until_the_end.enter_context(context)
+    return commands
 
 
 class WorkerCommands:
-    """What the other process can be told to do; it answers by `tell`."""
+    """What the worker can be asked to do."""
 
-    def __init__(self, tell: Send) -> None:
-        self.tell = tell
+    def __init__(self, report: Report, signals: SignalHandler) -> None:
+        self.report, self.signals = report, signals
+        self.until_the_end = contextlib.ExitStack()
 
-    def prepare(self, load: Callable[[str], object]) -> None:
-        with contextlib.suppress(Exception):  # whatever it is, it comes again
-            load(WORKER_BACKEND)
+    def preload(self, load: Callable[[str], object]) -> None:
+        load(WORKER_BACKEND)
 
-    def look(self, build: Build, name: str) -> None:
-        seen = None
-        with contextlib.suppress(
-            Exception
-        ):  # who asked then looks by itself, and says what is wrong
-            seen = view(build, name)
-        self.tell("seen", seen)
+    def model_info(self, build: Build, name: str) -> ModelInfo:
+        return describe_model(build, name, PROCESSES)
 
-    def train(self, trainer: Trainer, name: str, members: TwinNumbers) -> None:
-        self.trainer, self.members = (
-            dataclasses.replace(trainer, terminal=RemoteProgress(self.tell)),
-            members,
+    def train(self, trainer: Trainer, name: str, twins: TwinNumbers) -> None:
+        self.trainer = dataclasses.replace(
+            trainer, terminal=RemoteProgress(self.report), signals=self.signals
         )
-        try:
-            for dtype in members:
-                self.trainer.train(name, dtype, members[dtype])
-                self.tell("finished", dtype)
-            self.tell("trained", None)
-        except (LockstepError, Interrupted) as error:
-            self.tell("failed", error)
-        importlib.import_module(
-            "matplotlib.figure"
-        )  # half a second, in which the other backend may be training
+        self.twins = twins
+        for dtype in twins:
+            self.trainer.train(name, dtype, twins[dtype])
+            self.report(("finished", dtype))
+        # Half a second, in which the other backend may be training.
+        importlib.import_module("matplotlib.figure")
 
-    def draw(self, report: dict[str, Any], sample: np.ndarray) -> None:
-        """The pictures of what was trained."""
+    def write_images(self, report: Mapping[str, object], sample: np.ndarray) -> None:
+        """The images of a report on all that was trained.
+
+        Args:
+            sample: numbers of the training images to show, int64 (n,).
+        """
         from lockstep.common.report import write_pictures
 
-        try:
-            found = {
-                dtype: {name: self.trainer.read_records(name, dtype, members) for name in BACKENDS}
-                for dtype, members in self.members.items()
-            }
-            runs, twins = runs_and_twins(found)
-            write_pictures(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)
-            self.tell("drawn", None)
-        except Exception:  # who asked then draws by itself, and says what is wrong
-            self.tell("not drawn", None)
+        runs: dict[str, dict[str, Record]] = {}
+        twins: dict[str, dict[str, list[Record]]] = {}
+        for dtype, numbers in self.twins.items():
+            found = {name: self.trainer.read_records(name, dtype, numbers) for name in BACKENDS}
+            runs[dtype] = {name: records[0] for name, records in found.items()}
+            twins[dtype] = {name: records[1:] for name, records in found.items()}
+        write_pictures(self.trainer.folder, dict(report), runs, self.trainer.dataset, twins, sample)

@@ -1,4 +1,4 @@
-"""`run.json`: what a run was asked for, for --resume."""
+"""run.json: the options a run was started with, for --resume."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, RECIPES, Config, Recipe
+from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, Config
 from lockstep.common.errors import ConfigError, RecordError
+from lockstep.common.recipes import RECIPES, Recipe
 from lockstep.common.system.storage import write_atomic
+
+if TYPE_CHECKING:
+    from lockstep.common.data import Dataset
+    from lockstep.common.request import Request
 
 SCHEMA = 1
 FILE = "run.json"
@@ -20,8 +25,8 @@ MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run as it was begun: what decides its numbers, and what it was to be compared with."""
+class RunRequest:
+    """What decides a run's numbers, and what they are compared with."""
 
     recipe: str  # a name in RECIPES
     config: dict[str, Any]  # Config.to_json() of the resolved run
@@ -32,37 +37,56 @@ class Plan:
     digest: str  # of the data
     device: str  # the option --device
     compile: str  # the option --compile
-    checkpoint_every: int  # steps; 0: none but where the run is stopped
+    checkpoint_every: int  # steps; 0: only where the run is stopped
     weights: str | None  # the option --weights
 
-    def restored(self) -> Recipe:
-        """The recipe that was trained."""
+    def to_recipe(self) -> Recipe:
+        """The recipe that is trained."""
         return Recipe(
             RECIPES[self.recipe].summary, Config.from_json(self.config), self.dtypes, self.twins
         )
 
 
-def write(plan: Plan, folder: Path) -> None:
-    """Keep `plan` in the run's folder, whole or not at all.
+def of(request: Request, config: Config, dataset: Dataset, checkpoint_every: int) -> RunRequest:
+    """What --resume needs to know of a run.
+
+    Args:
+        config: the resolved run.
+    """
+    return RunRequest(
+        recipe=request.recipe,
+        config=config.to_json(),
+        dtypes=request.dtypes,
+        twins=request.twins,
+        backend="both" if request.backends == BACKENDS else request.backends[0],
+        data=request.data,
+        digest=dataset.digest,
+        device=request.device,
+        compile=request.compile,
+        checkpoint_every=checkpoint_every,
+        weights=None if request.weights is None else str(request.weights.absolute()),
+    )
+
+
+def write(request: RunRequest, folder: Path) -> None:
+    """Keep `request` in the run's folder, whole or not at all.
 
     Raises:
         RecordError: if the folder cannot be written.
     """
-    facts = {"schema": SCHEMA} | dataclasses.asdict(plan)
+    facts = {"schema": SCHEMA} | dataclasses.asdict(request)
     text = json.dumps(facts | {"sha256": _digest(facts)}, indent=1, sort_keys=True) + "\n"
     write_atomic(folder / FILE, text.encode())
 
 
-def read(folder: Path) -> Plan:
-    """The plan in the run's folder, checked.
+def read(folder: Path) -> RunRequest:
+    """What the run in `folder` was started with, checked.
 
     Raises:
         RecordError: if there is none, or it is damaged, or of another version.
     """
-    path, remedy = folder / FILE, "start the run again"
-    if not os.path.isfile(
-        path
-    ):  # unlike `path.is_file()`, without an error where the name is too long
+    path, hint = folder / FILE, "start the run again"
+    if not os.path.isfile(path):  # `path.is_file()` raises if the name is too long
         raise RecordError(
             f"{folder} holds no run ({FILE} is missing): name the folder of a run, or start one"
         )
@@ -71,11 +95,11 @@ def read(folder: Path) -> Plan:
             raise ValueError("too large")
         facts = json.loads(path.read_bytes())
         if facts.pop("schema") != SCHEMA:
-            raise RecordError(f"{path} is of another version of Lockstep: {remedy}")
+            raise RecordError(f"{path} is of another version of Lockstep: {hint}")
         if facts.pop("sha256") != _digest({"schema": SCHEMA} | facts):
-            raise RecordError(f"{path} is damaged (its digest does not match): {remedy}")
-        plan = Plan(**facts | {"dtypes": tuple(facts["dtypes"])})
-        problem = _problem(plan)
+            raise RecordError(f"{path} is damaged (its digest does not match): {hint}")
+        request = RunRequest(**facts | {"dtypes": tuple(facts["dtypes"])})
+        problem = _problem(request)
     except (
         ConfigError,
         OSError,
@@ -87,33 +111,34 @@ def read(folder: Path) -> Plan:
     ) as error:
         problem = type(error).__name__
     if problem:
-        raise RecordError(f"{path} cannot be used ({problem}): {remedy}")
-    return plan
+        raise RecordError(f"{path} cannot be used ({problem}): {hint}")
+    return request
 
 
-def _problem(plan: Plan) -> str | None:
+def _problem(request: RunRequest) -> str | None:
     """What is wrong with it, if anything is."""
-    Config.from_json(plan.config)
+    Config.from_json(request.config)
     texts = (
-        plan.data,
-        plan.digest,
-        plan.device,
-        plan.compile,
-        plan.recipe,
-        plan.backend,
-        plan.weights or "",
+        request.data,
+        request.digest,
+        request.device,
+        request.compile,
+        request.recipe,
+        request.backend,
+        request.weights or "",
     )
     wrong = {
         "types": not all(isinstance(text, str) for text in texts),
-        "recipe": plan.recipe not in RECIPES,
-        "dtypes": not plan.dtypes
-        or not set(plan.dtypes) <= set(DTYPES)
-        or len(set(plan.dtypes)) < len(plan.dtypes),
-        "twins": type(plan.twins) is not int or not 0 <= plan.twins <= MAX_COUNT,
-        "backend": plan.backend not in ("both", *BACKENDS),
-        "device": plan.device not in ("auto", "cpu", "cuda"),
-        "compile": plan.compile not in ("auto", "on", "off"),
-        "checkpoint_every": type(plan.checkpoint_every) is not int or plan.checkpoint_every < 0,
+        "recipe": request.recipe not in RECIPES,
+        "dtypes": not request.dtypes
+        or not set(request.dtypes) <= set(DTYPES)
+        or len(set(request.dtypes)) < len(request.dtypes),
+        "twins": type(request.twins) is not int or not 0 <= request.twins <= MAX_COUNT,
+        "backend": request.backend not in ("both", *BACKENDS),
+        "device": request.device not in ("auto", "cpu", "cuda"),
+        "compile": request.compile not in ("auto", "on", "off"),
+        "checkpoint_every": type(request.checkpoint_every) is not int
+        or request.checkpoint_every < 0,
     }
     return next((name for name, applies in wrong.items() if applies), None)
 

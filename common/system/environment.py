@@ -25,11 +25,6 @@ SOURCE_FILES = (
 )
 
 
-sharing = (
-    1  # of this project's processes that train at the same time: each has so many-th of the cores
-)
-
-
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

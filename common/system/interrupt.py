@@ -1,118 +1,140 @@
-"""Ctrl-C and SIGTERM: what is under way is brought to an end that can be gone on from; a second one
-stops at once."""
+"""Ctrl-C and SIGTERM: training stops where it can be resumed; a second signal stops it at once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from types import FrameType, TracebackType
+from typing import NoReturn, Self
 
-GRACE = 5.0  # seconds that training has to reach the end of a call; a compiler may need longer, and is stopped then
-
-_signal: int | None = None  # the one that came
-_patient = False  # whether what runs looks at `requested` by itself
-_saving = False
-_aloud = True
-_further: Callable[[], object] | None = None  # is told of the signal, too
+GRACE = 5.0  # seconds that training has to finish a chunk; a compiler that needs longer is stopped
+ANNOUNCEMENT = "Stopping after this chunk and saving a checkpoint; press Ctrl-C again to stop now."
 
 
-@contextlib.contextmanager
-def handle_signals(aloud: bool = True) -> Iterator[None]:
-    """Within the context, SIGINT and SIGTERM raise KeyboardInterrupt; within `deferred` only after a
-    while.
+class SignalHandler:
+    """The SIGINT and SIGTERM of one run of the program, as a context manager.
+
+    Inside the block the first signal raises KeyboardInterrupt; inside `deferred` it does so only
+    after GRACE seconds. The second one ends the process. Outside the block, and in any thread but
+    the main one, no signal is seen.
 
     Args:
-        aloud: whether to say so then.
+        announce: whether to print a line when a signal is deferred.
     """
-    global _signal, _aloud
-    _signal, _aloud = None, aloud
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-    before = {number: signal.signal(number, _came) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with warnings.catch_warnings():  # undoes what `_interrupt` sets
+
+    def __init__(self, announce: bool = True) -> None:
+        self.announce = announce
+        self._received: int | None = None
+        self._installed = False
+        self._deferred = False
+        self._masked = False
+        self._interrupting = False
+        self._forward: Callable[[], object] | None = None
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other one gets signals
+            self._installed = True
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            self._undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            self._silence_libraries()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._undo.close()
+        self._installed = False
+
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self._received is not None
+
+    def status(self) -> int:
+        """The exit status of an interrupted command: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + (signal.SIGINT if self._received is None else self._received)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Defer the first signal to the end of the block, or for GRACE seconds."""
+        before, self._deferred = self._deferred, True
+        try:
             yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        finally:
+            self._deferred = before
+            if self._installed:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
+    @contextlib.contextmanager
+    def masked(self) -> Iterator[None]:
+        """Raise nothing inside the block, which must be short."""
+        before, self._deferred, self._masked = self._deferred, True, True
+        try:
+            yield
+        finally:
+            self._deferred, self._masked = before, False
 
-@contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Within the context, the first signal is only noted; KeyboardInterrupt follows if the context
-    is not left soon."""
-    global _patient
-    before, _patient = _patient, True
-    try:
-        yield
-    finally:
-        _patient = before
-        if threading.current_thread() is threading.main_thread():
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    def forward_to(self, callback: Callable[[], object] | None) -> None:
+        """Forward the first signal to `callback`; None stops forwarding."""
+        self._forward = callback
+        if callback is not None and self.requested():
+            callback()
 
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_DFL)
+        if self._forward is not None:
+            self._forward()
+        if not self._deferred:
+            self._interrupt()
+        if self.announce:  # not `print`: this may come in the middle of one
+            os.write(2, f"\n{ANNOUNCEMENT}\n".encode())
+        self._undo.callback(signal.signal, signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+        signal.signal(signal.SIGALRM, self._on_timeout)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
 
-@contextlib.contextmanager
-def masked() -> Iterator[None]:
-    """Within the context, which must be short, the first signal raises nothing."""
-    global _patient, _saving
-    before, _patient, _saving = _patient, True, True
-    try:
-        yield
-    finally:
-        _patient, _saving = before, False
+    def _on_timeout(self, number: int, frame: FrameType | None) -> None:
+        if self._masked:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            return
+        if self._deferred:  # again, if a library swallows this one
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+        self._interrupt()
 
+    def _interrupt(self) -> NoReturn:
+        self._interrupting = True
+        raise KeyboardInterrupt
 
-def forward_to(tell: Callable[[], object] | None) -> None:
-    """Have the first signal tell another process as well; None: not any more."""
-    global _further
-    _further = tell
-    if tell is not None and requested():
-        tell()
+    def _silence_libraries(self) -> None:
+        """Print nothing of what KeyboardInterrupt makes libraries say.
 
+        PyTorch traces a backward pass in its anomaly mode when it compiles, and warns with a
+        "Traceback of forward call that caused the error". A filter is not enough: a library that
+        is inside `warnings.catch_warnings` removes it when it leaves. An exception that comes
+        while an object is deleted is printed, too.
+        """
+        show_warning, show_unraisable = warnings.showwarning, sys.unraisablehook
 
-def requested() -> bool:
-    """Whether a signal came."""
-    return _signal is not None
+        def show_unless_interrupting(*arguments: object, **options: object) -> None:
+            if not self._interrupting:
+                show_warning(*arguments, **options)  # type: ignore[arg-type]
 
+        def unraisable(found: sys.UnraisableHookArgs) -> None:
+            if not self._interrupting or found.exc_type is not KeyboardInterrupt:
+                show_unraisable(found)
 
-def status() -> int:
-    """The exit status of a command that was interrupted: 130 after Ctrl-C, 143 after SIGTERM."""
-    return 128 + (signal.SIGINT if _signal is None else _signal)
+        def restore() -> None:
+            warnings.showwarning, sys.unraisablehook = show_warning, show_unraisable
 
-
-def _came(number: int, frame: Any) -> None:
-    global _signal
-    _signal = number
-    for further in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(further, signal.SIG_DFL)
-    if _further is not None:
-        _further()
-    if not _patient:
-        _interrupt()
-    if _aloud:  # not `print`: this may come in the middle of one
-        os.write(2, b"\nstopping, and keeping a checkpoint; once more stops at once\n")
-    signal.signal(signal.SIGALRM, _late)
-    signal.setitimer(signal.ITIMER_REAL, GRACE)
-
-
-def _late(number: int, frame: Any) -> None:
-    if _saving:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-    else:
-        _interrupt()
-
-
-def _interrupt() -> NoReturn:
-    """Raise KeyboardInterrupt; what it makes a library warn of is not printed.
-
-    PyTorch traces a backward pass in its anomaly mode when it compiles, and would print a "Traceback
-    of forward call that caused the error".
-    """
-    warnings.simplefilter("ignore")
-    raise KeyboardInterrupt
+        self._undo.callback(restore)
+        warnings.showwarning, sys.unraisablehook = show_unless_interrupting, unraisable

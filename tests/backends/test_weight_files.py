@@ -949,7 +949,7 @@ def test_both_backends_start_from_the_file_and_agree(
     assert f"there is no {path}" in capsys.readouterr().err
     weight_files.write_weights(path, arrays("float32", seed=6), "safetensors")
     assert lockstep(*resume) == 2
-    assert f"{path} holds other weights than those {out} began with" in capsys.readouterr().err
+    assert f"{path} holds other weights than {out} started from" in capsys.readouterr().err
     before.replace(path)
     # The control: from other weights, or none, the records are not compared.
     other = exported(tmp_path / "other", "torch", arrays(seed=6), "float64")

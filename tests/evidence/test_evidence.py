@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from lockstep.backends import load
-from lockstep.common.config import MODELS, RECIPES, Config, Schedule
+from lockstep.common.config import MODELS, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import baselines, false_alarms, judge, sensitivity, train_ensemble
 from lockstep.common.evidence.false_alarms import (
@@ -28,6 +28,7 @@ from lockstep.common.evidence.false_alarms import (
 )
 from lockstep.common.evidence.plots import draw_sensitivity
 from lockstep.common.protocol import Backend
+from lockstep.common.recipes import RECIPES
 from lockstep.common.testing import same_run
 from lockstep.common.verdict import judge as verdicts
 from lockstep.common.verdict.check import Check

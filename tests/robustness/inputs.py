@@ -32,8 +32,8 @@ from lockstep.common.model.perturb import perturb_one_ulp, twin_weights
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs import checkpoint, record, request, training
 from lockstep.common.runs.ensemble import Ensemble
+from lockstep.common.runs.find import find_ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.runs.trainer import find_ensemble
 from lockstep.common.system import environment, storage
 from lockstep.common.verdict.comparison import Comparison
 from lockstep.common.verdict.judge import judge
@@ -880,9 +880,10 @@ class Records(Kind):
 
     def read(self, folder: Path, forged: bool) -> None:
         for dtype, family in self.records.items():
-            found = find_ensemble(folder, "flax", dtype, CONFIG, self.dataset, lambda line: None)
-            if not found:
+            ensemble = find_ensemble(folder, "flax", dtype, CONFIG, self.dataset, lambda line: None)
+            if ensemble is None:
                 continue  # the run is trained again
+            found = ensemble.records
             families = {"torch": list(self.others[dtype]), "flax": found}
             ensembles = {name: Ensemble.of(records) for name, records in families.items()}
             comparison = judge(ensembles, lambda name, twins: [], self.dataset.test_labels)

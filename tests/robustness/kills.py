@@ -43,10 +43,10 @@ import numpy as np
 
 from lockstep import backends
 from lockstep import cli as compare
-from lockstep.common import data, report, session
+from lockstep.common import data, report
 from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
 from lockstep.common.data import Dataset
-from lockstep.common.runs import checkpoint, record, request, training
+from lockstep.common.runs import checkpoint, prepare, record, request, training
 from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
 from lockstep.common.runs.record import Record
 from lockstep.common.system import environment, storage
@@ -182,7 +182,7 @@ class Watch:
     def install(self, pictures: bool) -> None:
         """Never undone: the process ends with the run."""
         self._named(data, "load", "loading the data")
-        self._named(session, "choose_device", "building")
+        self._named(prepare, "choose_device", "building")
         self._named(training, "evaluate", "evaluating")
         self._named(importlib.import_module("lockstep.common.verdict.judge"), "judge", "comparing")
         for name in ("write_json", "write_pictures", "write_report_page"):

@@ -1,4 +1,4 @@
-"""A checkpoint and a plan are read back bit by bit, or refused in one line; the newest is always a
+"""A checkpoint and run.json are read back bit by bit, or refused in one line; the newest is always a
 whole one."""
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from lockstep.common.model.perturb import image_perturbation_rng
 from lockstep.common.protocol import Snapshot
 from lockstep.common.runs import checkpoint, record, request, training
 from lockstep.common.runs.checkpoint import KEEP_LAST, Checkpoint, CheckpointManager
-from lockstep.common.runs.request import Plan
+from lockstep.common.runs.request import RunRequest
 from lockstep.common.system import interrupt, storage
+from lockstep.common.system.interrupt import SignalHandler
 from tests.conftest import SilentObserver
 from tests.robustness import kills
 
@@ -517,17 +518,15 @@ def test_a_signal_while_a_checkpoint_is_kept_waits_until_it_is(
     call: str,
     within: bool,
 ) -> None:
-    checkpoints = CheckpointManager(tmp_path, 1)
-    with interrupt.handle_signals():
+    with SignalHandler() as signals:
+        checkpoints = CheckpointManager(tmp_path, 1, signals)
         sent(call)
-        with interrupt.deferred() if within else tempfile.TemporaryDirectory():
+        with signals.deferred() if within else tempfile.TemporaryDirectory():
             checkpoints.save(make())
             assert checkpoints.stopping()
     assert checkpoints.last_path is not None
     assert bits(checkpoint.read(checkpoints.last_path)) == bits(make())
-    assert (
-        capfd.readouterr().err == "\nstopping, and keeping a checkpoint; once more stops at once\n"
-    )
+    assert capfd.readouterr().err == f"\n{interrupt.ANNOUNCEMENT}\n"
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "no alarm rings later"
     assert names(tmp_path / checkpoint.FOLDER) == [checkpoints.last_path.name]
 
@@ -544,8 +543,9 @@ def test_an_alarm_that_comes_while_a_checkpoint_is_kept_waits_too(
         while os.times().elapsed < deadline:
             pass
 
-    checkpoints = CheckpointManager(tmp_path, 1)
-    with interrupt.handle_signals(), pytest.raises(KeyboardInterrupt), interrupt.deferred():
+    signals = SignalHandler()
+    checkpoints = CheckpointManager(tmp_path, 1, signals)
+    with signals, pytest.raises(KeyboardInterrupt), signals.deferred():
         sent("replace")
         monkeypatch.setattr(os, "fsync", slow)
         checkpoints.save(make())
@@ -558,12 +558,12 @@ def test_an_alarm_that_comes_while_a_checkpoint_is_kept_waits_too(
 def test_outside_of_training_a_signal_stops_at_once_and_says_which() -> None:
     before = signal.getsignal(signal.SIGTERM)
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        with interrupt.handle_signals():
-            assert not interrupt.requested()
-            assert interrupt.status() == 130
+        with SignalHandler() as signals:
+            assert not signals.requested()
+            assert signals.status() == 130
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
-            assert (interrupt.requested(), interrupt.status()) == (True, status)
+            assert (signals.requested(), signals.status()) == (True, status)
             assert (
                 signal.getsignal(signal.SIGTERM)
                 == signal.getsignal(signal.SIGINT)
@@ -578,7 +578,7 @@ def test_in_a_thread_nobody_listens() -> None:
     handlers = []
 
     def work() -> None:
-        with interrupt.handle_signals(), interrupt.deferred():
+        with SignalHandler() as signals, signals.deferred():
             handlers.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -690,7 +690,7 @@ def test_a_checkpoint_between_two_calls_is_refused(
 
 
 CONFIG = Config(batch_size=4, steps=12, momentum=0.9).resolve(100)
-PLAN = Plan(
+REQUEST = RunRequest(
     recipe="quick", config=CONFIG.to_json(), dtypes=("float64", "float32"), twins=2, backend="both", data="digits",
     digest="d1", device="auto", compile="off", checkpoint_every=5, weights=None,
 )  # fmt: skip
@@ -700,21 +700,21 @@ PLAN = Plan(
     "changes",
     [{}, {"weights": "a.npz"}, {"backend": "flax", "dtypes": ("float32",)}, {"data": "猫\n"}],
 )
-def test_a_plan_is_read_back(tmp_path: Path, changes: dict[str, Any]) -> None:
-    request.write(mine := dataclasses.replace(PLAN, **changes), tmp_path / "new")
+def test_a_run_request_is_read_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    request.write(mine := dataclasses.replace(REQUEST, **changes), tmp_path / "new")
     assert request.read(tmp_path / "new") == mine
-    assert (mine.restored().config, mine.restored().dtypes, mine.restored().twins) == (
+    assert (mine.to_recipe().config, mine.to_recipe().dtypes, mine.to_recipe().twins) == (
         CONFIG,
         mine.dtypes,
         mine.twins,
     )
 
 
-def replanned(
+def rewritten_request(
     folder: Path, change: Callable[[dict[str, Any]], Any], digest: str | None = None
 ) -> None:
     """Another run.json, with the digest that belongs to it."""
-    request.write(PLAN, folder)
+    request.write(REQUEST, folder)
     facts = json.loads((folder / request.FILE).read_text())
     del facts["sha256"]
     change(facts)
@@ -724,12 +724,12 @@ def replanned(
     )
 
 
-def test_the_plan_that_these_refusals_vary_is_itself_one(tmp_path: Path) -> None:
-    replanned(tmp_path, lambda facts: None)
-    assert request.read(tmp_path) == PLAN
+def test_the_run_request_that_these_refusals_vary_is_itself_one(tmp_path: Path) -> None:
+    rewritten_request(tmp_path, lambda facts: None)
+    assert request.read(tmp_path) == REQUEST
 
 
-PLANS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+REFUSALS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("types", lambda facts: facts.update(data=3)),
     ("types", lambda facts: facts.update(weights=3)),
     ("types", lambda facts: facts.update(digest=None)),
@@ -759,12 +759,12 @@ PLANS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("said", "change"), PLANS, ids=[f"{n} {said}" for n, (said, _) in enumerate(PLANS)]
+    ("said", "change"), REFUSALS, ids=[f"{n} {said}" for n, (said, _) in enumerate(REFUSALS)]
 )
-def test_a_plan_with_a_right_digest_and_wrong_contents_is_refused(
+def test_a_run_request_with_a_right_digest_and_wrong_contents_is_refused(
     tmp_path: Path, said: str, change: Callable[..., Any]
 ) -> None:
-    replanned(tmp_path, change)
+    rewritten_request(tmp_path, change)
     with pytest.raises(RecordError) as caught:
         request.read(tmp_path)
     assert (
@@ -785,22 +785,24 @@ def test_a_plan_with_a_right_digest_and_wrong_contents_is_refused(
     ],
     ids=["empty", "no text", "a list", "a number", "deep", "large"],
 )
-def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_run_request_is_refused(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     (tmp_path / request.FILE).write_bytes(content)
     with pytest.raises(RecordError, match=rf"cannot be used \({said}\): start the run again"):
         request.read(tmp_path)
 
 
-def test_a_changed_plan_and_one_of_another_version_are_refused(tmp_path: Path) -> None:
-    replanned(tmp_path, lambda facts: None, digest="0" * 64)
+def test_a_changed_run_request_and_one_of_another_version_are_refused(tmp_path: Path) -> None:
+    rewritten_request(tmp_path, lambda facts: None, digest="0" * 64)
     with pytest.raises(RecordError, match="is damaged"):
         request.read(tmp_path)
-    replanned(tmp_path, lambda facts: facts.update(schema=2))
+    rewritten_request(tmp_path, lambda facts: facts.update(schema=2))
     with pytest.raises(RecordError, match="another version"):
         request.read(tmp_path)
 
 
-def test_a_folder_without_a_plan_holds_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_run_json_holds_no_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(
             RecordError, match=r"holds no run \(run.json is missing\): name the folder of a run"

@@ -18,10 +18,12 @@ from lockstep import backends
 from lockstep.common import data
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
+from lockstep.common.errors import RecordError
 from lockstep.common.report import write_pictures
 from lockstep.common.runs import checkpoint, parallel, record
-from lockstep.common.runs.trainer import Trainer
+from lockstep.common.runs.trainer import Build, Trainer
 from lockstep.common.system import environment
+from lockstep.common.system.interrupt import SignalHandler
 from tests.robustness import kills
 from tests.system.test_interrupt import (
     PLAIN,
@@ -36,6 +38,7 @@ from tests.system.test_interrupt import (
     started,
 )
 
+QUIET = parallel.RemoteProgress(print)
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="looks for processes in /proc"
 )
@@ -58,7 +61,7 @@ def trainer_of(pid: int) -> int:
     return next(
         child
         for child in children(pid)
-        if b"lockstep.common.runs.parallel" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"lockstep.common.system.process" in Path(f"/proc/{child}/cmdline").read_bytes()
     )
 
 
@@ -179,48 +182,53 @@ def test_a_process_that_is_not_needed_is_ended_at_once(
 ) -> None:
     config = Config(steps=1, batch_size=4).resolve(len(digits.train_images))
     trainer = Trainer(
-        tmp_path, config, digits, functools.partial(backends.build, config, 10, "cpu", "auto"), None
+        tmp_path,
+        config,
+        digits,
+        functools.partial(backends.build, config, 10, "cpu", "auto"),
+        QUIET,
     )
-    with parallel.WorkerProcess(True, backends.load) as other:
-        process = other.process
+    with parallel.TrainingWorker(True, backends.load) as worker:
+        process = worker.process
         assert process is not None and there(process.pid)
-        with parallel.ParallelTraining(trainer, other, None, {}) as training:
-            assert process.poll() == -signal.SIGKILL and training.name is other.process is None
+        with parallel.ParallelTraining(trainer, worker, None, {}) as training:
+            assert not process.alive() and training.name is worker.process is None
     with (
-        parallel.WorkerProcess(False, backends.load) as other,
-        parallel.ParallelTraining(trainer, other, "flax", {}) as training,
+        parallel.TrainingWorker(False, backends.load) as worker,
+        parallel.ParallelTraining(trainer, worker, "flax", {}) as training,
     ):
-        assert other.process is training.name is None
+        assert worker.process is training.name is None
 
     def refused(*_: object, **__: object) -> None:
         raise BlockingIOError("no more processes")
 
     monkeypatch.setattr(subprocess, "Popen", refused)
-    with parallel.WorkerProcess(True, backends.load) as other:
-        assert other.process is None
+    with parallel.TrainingWorker(True, backends.load) as worker:
+        assert worker.process is None
 
 
-def test_what_another_process_sees_is_what_this_one_does(capfd: pytest.CaptureFixture[str]) -> None:
-    def build(classes: int = 7, device: str = "cpu") -> parallel.Build:
+def test_the_worker_describes_a_network_as_this_process_does(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def build(classes: int = 7, device: str = "cpu") -> Build:
         return functools.partial(backends.build, Config(model="vit"), classes, device, "off")
 
-    here = parallel.view(build(), "flax")
-    assert here.device == "cpu" and here != parallel.view(build(classes=8), "flax")
-    with parallel.WorkerProcess(True, backends.load) as other:
-        assert other.view(build(), "flax")() == here
+    here = parallel.describe_model(build(), "flax")
+    assert here.device == "cpu" and here != parallel.describe_model(build(classes=8), "flax")
+    with parallel.TrainingWorker(True, backends.load) as worker:
+        assert worker.model_info(build(), "flax")() == here
         with pytest.raises(RuntimeError, match="absent"):  # here
-            other.view(build(device="absent"), "flax")()
-        assert other.view(build(), "flax")() == here
-        assert other.process is not None
-        other.process.kill()
-        assert other.view(build(), "flax")() == here
+            worker.model_info(build(device="absent"), "flax")()
+        assert worker.model_info(build(), "flax")() == here
+        assert worker.process is not None
+        os.kill(worker.process.pid, signal.SIGKILL)
+        assert worker.model_info(build(), "flax")() == here
     assert capfd.readouterr().err == ""
 
 
-# Whether the pictures are drawn in this process leaves a trace; and what the other one says of them
-# may be lost.
+# This process leaves a trace if it writes the images; and the worker may fail to.
 HERE = "import lockstep.common.report as r; r.write_report_page = print; r.write_pictures = lambda f, *_: (f / 'here').touch()"
-LOST = "o = lockstep.common.runs.parallel.WorkerProcess; told = o.told; o.told = lambda o: [(k.replace('drawn', ''), w) for k, w in [told(o)]][0]"
+LOST = "o = lockstep.common.runs.parallel.WorkerProcess; send = o.send; o.send = lambda o, m, *a: send(o, m.replace('write_images', 'lost'), *a)"
 
 
 @pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])
@@ -253,14 +261,18 @@ def test_the_pictures_are_drawn_by_the_other_process_if_it_can(
     assert all(picture.read_bytes() == (folder / picture.name).read_bytes() for picture in pictures)
     assert {picture.name for picture in pictures} >= {"samples.png", "losses.svg"}
 
-    told: list[tuple[str, object]] = []
-    work = parallel.WorkerCommands(lambda *what: told.append(what))
     build = functools.partial(backends.build, config, 10, "cpu", "auto")
-    work.trainer, work.members = Trainer(folder, config, digits, build, None), {"float64": [None]}
-    for path in (folder / "losses.png", folder / "flax-float64.safetensors"):
-        path.unlink()
-        work.draw(report, sample)
-    assert told == [("drawn", None), ("not drawn", None)]
+    commands = parallel.WorkerCommands(print, SignalHandler())
+    commands.trainer, commands.twins = (
+        Trainer(folder, config, digits, build, QUIET),
+        {"float64": [None]},
+    )
+    (folder / "losses.png").unlink()
+    commands.write_images(report, sample)
+    assert (folder / "losses.png").exists()
+    (folder / "flax-float64.safetensors").unlink()
+    with pytest.raises(RecordError, match="there is no record"):  # whoever asked writes them then
+        commands.write_images(report, sample)
 
 
 def test_short_runs_and_one_backend_are_trained_in_one_process(
@@ -271,7 +283,7 @@ def test_short_runs_and_one_backend_are_trained_in_one_process(
     ) -> str | None:
         config = Config(steps=steps, batch_size=4).resolve(len(digits.train_images))
         build = functools.partial(backends.build, config, 10, device, "auto")
-        trainer = Trainer(tmp_path, config, digits, build, terminal=None)
+        trainer = Trainer(tmp_path, config, digits, build, QUIET)
         return parallel.choose_worker_backend(trainer, names, device, there)
 
     def may_use_worker(
@@ -301,12 +313,10 @@ def test_short_runs_and_one_backend_are_trained_in_one_process(
 
 
 def test_the_folder_of_checkpoints_stays_while_two_processes_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (tmp_path / checkpoint.FOLDER).mkdir()
-    monkeypatch.setattr(environment, "sharing", 2)
-    checkpoint.remove(tmp_path, "torch-float64")
+    checkpoint.remove(tmp_path, "torch-float64", shared=True)
     assert (tmp_path / checkpoint.FOLDER).exists()
-    monkeypatch.setattr(environment, "sharing", 1)
-    checkpoint.remove_folder(tmp_path)
+    checkpoint.remove(tmp_path, "torch-float64")
     assert not (tmp_path / checkpoint.FOLDER).exists()

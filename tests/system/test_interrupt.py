@@ -17,7 +17,7 @@ import pytest
 from lockstep import cli as compare
 from lockstep.common.errors import RecordError
 from lockstep.common.runs import checkpoint, record
-from lockstep.common.system import storage
+from lockstep.common.system import interrupt, storage
 from tests.robustness import kills
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are others here")
@@ -224,7 +224,7 @@ def test_a_compiler_that_takes_longer_is_stopped(tmp_path: Path) -> None:
 
 # A signal in a backward pass that PyTorch traces in its anomaly mode, as its compiler does.
 TRACING = """
-import contextlib, os, signal, torch
+import contextlib, os, signal, torch, warnings
 from lockstep.common.system import interrupt
 
 class Interrupted(torch.autograd.Function):
@@ -233,7 +233,8 @@ class Interrupted(torch.autograd.Function):
         return x * 2
     @staticmethod
     def backward(ctx, gradient):
-        os.kill(os.getpid(), signal.SIGINT)
+        with warnings.catch_warnings():  # as libraries do: it restores the filters
+            os.kill(os.getpid(), signal.SIGINT)
         return gradient * 2
 
 with contextlib.suppress(KeyboardInterrupt), {context}:
@@ -244,7 +245,7 @@ with contextlib.suppress(KeyboardInterrupt), {context}:
 
 @pytest.mark.parametrize(
     ("context", "traceback"),
-    [("interrupt.handle_signals()", False), ("contextlib.nullcontext()", True)],
+    [("interrupt.SignalHandler()", False), ("contextlib.nullcontext()", True)],
     ids=["handled", "the control"],
 )
 def test_a_signal_while_the_compiler_traces_prints_no_traceback(
@@ -257,6 +258,38 @@ def test_a_signal_while_the_compiler_traces_prints_no_traceback(
     assert traceback or run.stderr == ""
 
 
+# A signal while an object is deleted: Python prints an exception that is raised there, and goes on.
+DELETING = """
+from contextlib import nullcontext
+import contextlib, os, signal, time
+from lockstep.common.system import interrupt
+
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.4)
+
+interrupt.GRACE = 0.2
+with {context} as signals:
+    with contextlib.suppress(KeyboardInterrupt), signals.deferred():
+        Deleted()
+        time.sleep(2)
+        print("it went on")
+"""
+
+
+def test_a_signal_that_a_library_swallows_comes_again_and_prints_nothing() -> None:
+    handled = run_python(DELETING.format(context="interrupt.SignalHandler(announce=False)"))
+    assert (handled.returncode, handled.stdout, handled.stderr) == (0, "", "")
+    control = run_python(DELETING.format(context="nullcontext(interrupt.SignalHandler())"))
+    assert control.stdout == "it went on\n" and "Exception ignored in" in control.stderr
+
+
+def run_python(source: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", source]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
 def test_a_second_signal_stops_at_once_and_damages_nothing(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(SAVING.format(30), folder, "--backend", "torch", SOON) as run:
@@ -264,7 +297,7 @@ def test_a_second_signal_stops_at_once_and_damages_nothing(whole: Path, tmp_path
             "another run on the same folder"
         )
         run.send(signal.SIGINT)
-        while "once more stops at once" not in run.said:
+        while interrupt.ANNOUNCEMENT not in run.said:
             time.sleep(0.01)
         began = run.send(signal.SIGINT)
         assert run.ended() == -signal.SIGINT

@@ -1,0 +1,90 @@
+"""What to train and compare: `Request`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.common.config import BACKENDS, DTYPES, Config
+from lockstep.common.errors import ConfigError
+from lockstep.common.model import pair as pairs
+from lockstep.common.recipes import recipe_named
+
+if TYPE_CHECKING:
+    from lockstep.common.runs.request import RunRequest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train, in which precisions, and where to write it."""
+
+    config: Config
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    twins: int = 2  # per backend, in every precision but float64
+    backends: tuple[str, ...] = BACKENDS  # which to train
+    recipe: str = "quick"  # the name in RECIPES that it started from, for the report
+    data: str = "auto"  # as the option --data
+    data_dir: Path | None = None
+    device: str = "auto"  # auto, cpu or cuda
+    compile: str = "auto"  # auto, on or off
+    weights: Path | None = None  # the user's own initial weights
+    out: Path | None = None  # None: a folder in results/runs
+    resume: Path | None = None  # the folder of a run to resume; it is `out`, too
+    resumed: RunRequest | None = None  # what that run was started with
+    keep_records: bool = False  # use every record that is in the folder, train only what is missing
+    log_every: int = 0  # steps between log lines; 0: none
+    checkpoint_every: int | None = None  # None: CHECKPOINT_EVERY in runs of LONG_RUN or more
+    tensorboard: Path | None = None
+    command: tuple[str, ...] = ()  # the arguments of the command line, for the report
+
+    def __post_init__(self) -> None:
+        if self.twins < 0 or (self.twins == 0 and self.dtypes != ("float64",)):
+            raise ConfigError(
+                "--twins must be 1 or more: without twins nothing says how far rounding may take "
+                "two runs"
+            )
+        for option, value in (
+            ("--log-every", self.log_every),
+            ("--checkpoint-every", self.checkpoint_every),
+        ):
+            if (value or 0) < 0:
+                raise ConfigError(f"{option} must be 0 or more")
+
+
+def make_request(
+    config: Config | None = None,
+    *,
+    recipe: str = "quick",
+    model: str | None = None,
+    dtypes: Sequence[str] | None = None,
+    twins: int | None = None,
+    **settings: Any,
+) -> Request:
+    """A request that starts from a recipe.
+
+    Args:
+        config: in place of the recipe's.
+        model: in place of the configuration's.
+        dtypes, twins: None: the recipe's.
+        settings: further fields of Request.
+
+    Raises:
+        ConfigError: if they describe no run.
+    """
+    base = recipe_named(recipe)
+    dtypes = base.dtypes if dtypes is None else tuple(dtypes)
+    if not dtypes or not set(dtypes) <= set(DTYPES):
+        raise ConfigError(f"dtypes must be some of {', '.join(DTYPES)}")
+    config = base.config if config is None else config
+    if model is not None:
+        config = dataclasses.replace(config, model=model, pair=pairs.source_digest(model))
+    return Request(
+        config=config,
+        dtypes=dtypes,
+        twins=base.twins if twins is None else twins,
+        recipe=recipe,
+        **settings,
+    )

@@ -1,0 +1,93 @@
+"""What is settled before the first step: the device, the initial weights, and a folder to write."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lockstep.common.backends import BackendPackage
+from lockstep.common.config import Config
+from lockstep.common.data import Dataset
+from lockstep.common.model import initial_weights
+from lockstep.common.model import pair as pairs
+from lockstep.common.protocol import Arrays
+from lockstep.common.runs import parallel
+from lockstep.common.runs.parallel import TrainingWorker
+from lockstep.common.system.storage import check_writable
+
+CHECKPOINT_EVERY, LONG_RUN = 1_000, 5_000  # steps between checkpoints, in runs of so many or more
+
+
+def choose_device(
+    backends: BackendPackage,
+    config: Config,
+    dataset: Dataset,
+    names: Sequence[str],
+    log: Callable[[str], None],
+    device: str,
+    worker: TrainingWorker | None = None,
+) -> str:
+    """The device for all of `names`: "auto" means the GPU only if each of them finds it.
+
+    Args:
+        log: called with a line if only one of them finds it.
+        worker: builds its backend at the same time.
+
+    Raises:
+        ConfigError: if the two networks do not have the same tensors.
+        BackendError: if a framework or the device is not there.
+    """
+    build = functools.partial(backends.build, config, len(dataset.classes), device, "off")
+    pending = {
+        name: worker.model_info(build, name)
+        if worker is not None and name == parallel.WORKER_BACKEND
+        else functools.partial(parallel.describe_model, build, name)
+        for name in names
+    }
+    own = [name for name in names if name != parallel.WORKER_BACKEND]
+    # This process builds its own before it waits for the worker.
+    found = {name: pending[name]() for name in sorted(names, key=lambda name: name not in own)}
+    if len(found) == 2:
+        torch, flax = found["torch"], found["flax"]
+        native_names = {name: info.native_names for name, info in found.items()}
+        pairs.check_same(torch.shapes, flax.shapes, native_names)
+        pairs.check_dropout(torch.dropout_layers, flax.dropout_layers)
+    devices = {name: found[name].device for name in names}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name}: {device}" for name, device in devices.items())
+        log(f"Only one framework finds a GPU ({listed}): both use the CPU")
+        return "cpu"
+    return devices[names[0]]
+
+
+def load_initial_weights(
+    path: Path, config: Config, dataset: Dataset, name: str, device: str, backends: BackendPackage
+) -> tuple[Arrays, Config]:
+    """The user's own weights, canonical, and the configuration of the run that starts from them.
+
+    Raises:
+        DataError: if they are not those of the network that is trained.
+    """
+    backend = backends.load(name)(config, len(dataset.classes), "float32", device, "off")
+    found = backends.module("weight_files").read_weights(path, backend.shapes(), config.model)
+    return found, dataclasses.replace(config, weights=initial_weights.digest(found))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RecordError if the folder cannot be written; nothing is left there."""
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    check_writable(folder)
+    with contextlib.suppress(OSError):  # another run writes there now
+        for place in made:
+            place.rmdir()
+
+
+def checkpoint_every(steps: int | None, config: Config) -> int:
+    """Steps between two checkpoints; 0: only where a run is stopped."""
+    if steps is not None:
+        return steps
+    return CHECKPOINT_EVERY if config.total_steps >= LONG_RUN else 0
