@@ -70,8 +70,7 @@ def build(model: str, classes: int, device: str) -> Network:
 
 
 def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
-    for _, layer in nnx.iter_modules(module):
-        use_exact_sums(layer)
+    module = use_exact_sums(module)
     module.eval()
     evaluation = nnx.graphdef(module)
     module.train()
@@ -121,19 +120,37 @@ def cast_constants(network: Network, dtype: Any) -> Network:
     return network._replace(constants=jax.tree.map(cast, network.constants))
 
 
-def use_exact_sums(layer: Any) -> None:
-    """Make a layer of the library's, whose gradients JAX sums in bfloat16, one of `layers`; unless
-    it is told what to compute in."""
-    exact = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
-    usual = (
-        getattr(layer, "dtype", None) is None
-        and getattr(layer, "preferred_element_type", None) is None
-    )
-    if exact is None or not usual or layer.promote_dtype is not promote_dtype:
-        return
-    layer.__class__ = exact
-    if exact is not LayerNorm:
-        layer.promote_dtype = promote_bias
+def use_exact_sums(module: nnx.Module) -> nnx.Module:
+    """The module with the library's layers whose gradients JAX sums in bfloat16 replaced, in place,
+    by those of `layers`, which sum in float32. Variables are shared with the layers replaced."""
+    exact = {id(layer): exact_layer(layer) for _, layer in nnx.iter_modules(module)}
+    exact = {key: layer for key, layer in exact.items() if layer is not None}
+
+    def swap(child: object) -> object:
+        return tuple(map(swap, child)) if type(child) is tuple else exact.get(id(child), child)
+
+    for _, node in list(nnx.iter_graph(module)):
+        children = vars(node) if isinstance(node, nnx.Module) else node
+        if isinstance(children, dict):  # the attributes of a module, or a dictionary in one
+            children.update({key: swap(child) for key, child in children.items()})
+        elif isinstance(children, list):
+            children[:] = map(swap, children)
+    return exact.get(id(module), module)
+
+
+def exact_layer(layer: nnx.Module) -> nnx.Module | None:
+    """The layer of `layers` that takes this one's place, with all its attributes; None for other
+    layers, and for one that is told what to compute in."""
+    kind = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
+    told = [getattr(layer, name, None) for name in ("dtype", "preferred_element_type")]
+    promotes = getattr(layer, "promote_dtype", None) is promote_dtype
+    if kind is None or told != [None, None] or not promotes:
+        return None
+    exact = object.__new__(kind)
+    vars(exact).update(vars(layer))
+    if kind is not LayerNorm:
+        exact.promote_dtype = promote_bias
+    return exact
 
 
 def definition_order(module: nnx.Module, name: str) -> list[int]:

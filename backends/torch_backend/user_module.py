@@ -39,8 +39,8 @@ def build(model: str, classes: int, device: str) -> nn.Module:
         raise ConfigError(
             f"--model {model}: torch builds a {type(module).__name__}: let it build a torch.nn.Module"
         )
-    for layer in module.modules():
-        use_exact_sums(layer)
+    with pairs.user_code_errors(model, "torch", "copy its module"):
+        module = use_exact_sums(module)
     convert.attach_names(module, pair.names, pair.flattened)
     return module
 
@@ -56,14 +56,29 @@ def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
     return copied
 
 
-def use_exact_sums(layer: nn.Module) -> None:
-    """Make a norm of the library's, if it has all of its parts, one of `layers`, which does the
-    same."""
-    exact = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
+def use_exact_sums(module: nn.Module) -> nn.Module:
+    """The module with the library's norms replaced by those of `layers`, which sum more exactly.
+
+    The modules around a norm are copied, so that a list of the user's own, which PyTorch does not
+    see, holds the replacement as well. Parameters, buffers and hooks are shared with `module`.
+    """
+    exact = {id(layer): exact_layer(layer) for layer in module.modules()}
+    exact = {key: layer for key, layer in exact.items() if layer is not None}
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo={**tensors, **exact}) if exact else module
+
+
+def exact_layer(layer: nn.Module) -> nn.Module | None:
+    """The norm of `layers` that takes this one's place, with all its attributes; None for other
+    layers, and for norms that lack a parameter or a statistic."""
+    kind = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
     # layer norm has the first two
     parts = "weight", "bias", "running_mean", "running_var", "momentum"
-    if exact is not None and all(getattr(layer, part, 0) is not None for part in parts):
-        layer.__class__ = exact
+    if kind is None or any(getattr(layer, part, 0) is None for part in parts):
+        return None
+    exact = kind.__new__(kind)
+    vars(exact).update(vars(layer))
+    return exact
 
 
 def validate_module(model: str, module: nn.Module, classes: int) -> None:

@@ -152,7 +152,14 @@ SECTIONS = (
                 None,
                 "In Flax, `_model` does this, at the start of each step.",
             ),
-            *both("user_module.py", SETTINGS, "build", "validate_module", "use_exact_sums"),
+            *both(
+                "user_module.py",
+                SETTINGS,
+                "build",
+                "validate_module",
+                "use_exact_sums",
+                "exact_layer",
+            ),
             Pair(
                 None,
                 "user_module.py:Network",

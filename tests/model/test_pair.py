@@ -306,8 +306,7 @@ def test_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(
     assert norms(other) == [nn.LayerNorm]
     unshifted = nn.BatchNorm2d(16)
     unshifted.register_parameter("bias", None)  # as later versions have it with bias=False
-    user_module.use_exact_sums(unshifted)
-    assert type(unshifted) is nn.BatchNorm2d
+    assert type(user_module.use_exact_sums(unshifted)) is nn.BatchNorm2d
 
 
 def test_a_pair_is_trained_compared_exported_and_read_again(
