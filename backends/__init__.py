@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 from lockstep.common.errors import BackendError
 from lockstep.common.system import environment
 
-# How many turns PyTorch's threads wait for each other before they sleep; read when it is first
-# imported, by whomever. Without a limit they wait for ever where another process wants the same
-# cores; asleep at once, they wake up slowly. `Net` at batch 32 in float32, two threads on two
-# cores, milliseconds a step for 0, 1,000 and 10,000 turns: alone 5.5, 3.6 and 3.1; beside two busy
-# processes 20, 15 and 41; two such runs at once 20 and 20, and 28 for 5,000.
-ORIGINAL_SPIN_COUNT = os.environ.get(
-    "GOMP_SPINCOUNT"
-)  # for what is to run as it would without this
+# How many turns PyTorch's threads wait for each other before they sleep; read at its first import.
+# Without a limit they take the cores from other processes, and asleep at once they wake up slowly:
+# results/bench/LOG.md.
+ORIGINAL_SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT")  # for programs without this setting
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -65,20 +61,19 @@ def build(
 
 
 def enable_jax_cache() -> None:
-    """Have JAX keep its compiled programs on disk, unless the user has said where, so that later
-    starts are quick.
+    """Let JAX cache compiled programs on disk, unless the user has chosen a folder.
 
-    Read when JAX is first imported. A program may be run by whoever can write it, so the folder is
-    the user's alone. `torch.compile` does the same of its own accord.
+    JAX reads these settings at its first import. Whoever can write a program can have it run, so
+    the folder is the user's alone. `torch.compile` has a cache of its own.
     """
     folder = environment.cache_folder() / "jax"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return  # without a place to keep them they are compiled each time
+        return  # without a cache, programs are compiled each time
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        # bytes; the least recently used go first
+        # bytes; JAX removes the least recently used programs
         os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -19,14 +19,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def global_norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """The Euclidean norm of all gradients together, in float64.
-
-    In float32, PyTorch's on the CPU is off by 8e-6 of itself for the 786,432 weights of MLP's first
-    layer.
-    """
+    """The Euclidean norm of all gradients together, in float64: PyTorch's in float32 is too
+    inexact on the CPU to compare."""
     wide = [gradient.double() for gradient in gradients if gradient is not None]
-    # Tensor by tensor on the CPU, as `foreach` does there, too; compiled, this becomes part of
-    # other loops.
+    # Tensor by tensor on the CPU, as `foreach` does there, too; the compiler can then fuse it.
     return get_total_norm(wide, foreach=False if wide[0].device.type == "cpu" else None)
 
 

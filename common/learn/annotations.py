@@ -176,7 +176,7 @@ NOTES = (
         flax=Anchor(_NET, "self.conv2 ="),
         what=(
             "Neither library flips the kernel. Both sides may therefore compute their convolution as a plain product "
-            "of patches and kernel on the CPU, where that is quicker (`layers.py`)."
+            "of patches and kernel on the CPU, where that is quicker (`kernels.py`)."
         ),
         why=(
             "For a network that learns its kernels, flipped or not is all the same; for one that is given them, it is "

@@ -20,6 +20,7 @@ from torch import nn
 from lockstep.backends.flax_backend import convert as flax_convert
 from lockstep.backends.flax_backend import layers as flax_layers
 from lockstep.backends.flax_backend import user_module as flax_network
+from lockstep.backends.torch_backend import kernels as torch_kernels
 from lockstep.backends.torch_backend import layers as torch_layers
 from lockstep.backends.torch_backend import user_module as torch_network
 
@@ -119,7 +120,7 @@ def test_uncompiled_pytorch_convolves_in_blocks_few_channels_in_float64_only(
     layer = torch_layers.convolution("cpu")(channels, 6, 5, dtype=dtype)
     images = torch.from_numpy(drawn((2, channels, 8, 8), 0)).to(dtype)
     monkeypatch.setattr(
-        torch_layers, "im2col_conv", lambda images, weight, bias: images[:1, :1, :1, :1]
+        torch_kernels, "im2col_conv", lambda images, weight, bias: images[:1, :1, :1, :1]
     )
     in_blocks = torch.Size([1, 1, 1, 1])
     assert (layer(images).shape == in_blocks) is (dtype == torch.float64 and channels == 3)
@@ -142,7 +143,7 @@ def test_what_is_padded_is_the_librarys(padding: Any) -> None:
 )
 def test_what_blocks_cannot_do_is_left_to_the_library(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    blocks = torch_layers.Im2colConv2d(4, 6, 3, **options)
+    blocks = torch_kernels.Im2colConv2d(4, 6, 3, **options)
     plain = nn.Conv2d(4, 6, 3, **options)
     plain.load_state_dict(blocks.state_dict())
     images = torch.randn(2, 4, 12, 12)
@@ -215,7 +216,7 @@ def test_what_is_not_a_number_comes_through_pooling() -> None:
 def test_other_windows_are_left_to_the_library(options: dict[str, Any]) -> None:
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(
-        compiled(torch_layers.Pool2x2(2, **options))(images),
+        compiled(torch_kernels.Pool2x2(2, **options))(images),
         nn.MaxPool2d(2, **options)(images),
     )
 
