@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 from lockstep import backends
 from lockstep.common.errors import BackendError, DataError
@@ -118,7 +119,7 @@ def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> 
         files_of({"torch": "torch", "orbax": "flax"}[form]).write_weights(path, arrays, model)
 
 
-def files_of(name: str) -> Any:
+def files_of(name: str) -> ModuleType:
     """The module `weight_files` of one backend."""
     backends.load(name)  # makes the settings that its framework reads when it is imported
     try:

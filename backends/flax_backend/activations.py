@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ def record_activations(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
     """
     seen: dict[str, jax.Array] = OrderedDict()
 
-    def keep(name: str, layer: Any, inputs: jax.Array) -> jax.Array:
+    def keep(name: str, layer: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
         seen[f"input of {name}"] = inputs
         seen[name] = layer(inputs)
         return seen[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import flax
 import jax
@@ -212,7 +212,7 @@ class FlaxBackend:
 
         return jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             **{module.__name__: module.__version__ for module in (jax, flax, optax)},
             "device": self.device,

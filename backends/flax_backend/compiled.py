@@ -3,8 +3,7 @@ backends/torch_backend/compiled.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from lockstep.backends.flax_backend.state import Parameters, State
 from lockstep.backends.flax_backend.tuning import compiler_options, has_library_convolution
 from lockstep.common.protocol import Metrics
 
+Batches = tuple[jax.Array, jax.Array, Parameters]  # images, labels, dropout masks; (steps, ...)
 Step = Callable[..., tuple[State, Metrics]]  # of a state, images, labels and dropout masks
 
 
@@ -20,7 +20,7 @@ class ManySteps:
     """Takes one training step after the other over the leading axis of the batches: in one
     compiled loop, or one by one."""
 
-    def __init__(self, step: Step, compiled_step: Any, device: str) -> None:
+    def __init__(self, step: Step, compiled_step: jax.stages.Wrapped, device: str) -> None:
         self._step, self._compiled_step, self.device = step, compiled_step, device
         options = compiler_options(device)
         self._compiled_scan = jax.jit(self._scan, donate_argnums=0, compiler_options=options)
@@ -38,7 +38,7 @@ class ManySteps:
 
     def _one_by_one(
         self, state: State, images: jax.Array, labels: jax.Array, masks: Parameters
-    ) -> tuple[State, Any]:
+    ) -> tuple[State, Iterable[tuple[jax.Array, ...]]]:
         history = []
         for number in range(len(labels)):
             batch = take_batch((images, labels, masks), number)
@@ -53,7 +53,7 @@ class ManySteps:
             lambda state, batch: self._step(state, *batch), state, (images, labels, masks)
         )
 
-    def scan_is_faster(self, state: State, batches: Any) -> bool:
+    def scan_is_faster(self, state: State, batches: Batches) -> bool:
         """Whether one program of many steps is faster than the steps one by one. On the CPU it is
         not where XLA's own convolution is part of the step."""
         if self.device != "cpu":
@@ -64,5 +64,5 @@ class ManySteps:
         return not self._has_library_convolution
 
 
-def take_batch(batches: Any, number: int) -> Any:
+def take_batch(batches: Batches, number: int) -> Batches:
     return jax.tree.map(lambda array: array[number], batches)

@@ -8,7 +8,7 @@ are called.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict
 
 
 def cast_to_compute(
-    tensors: Mapping[str, jax.Array], dtype: Any, keep: Collection[str]
+    tensors: Mapping[str, jax.Array], dtype: np.dtype, keep: Collection[str]
 ) -> dict[str, jax.Array]:
     """Tensors in the precision to compute in; gradients flow through.
 
@@ -68,20 +68,20 @@ def activations_to_canonical(
     return {pair.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
 
 
-def flatten(state: Any, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+def flatten(state: nnx.State, names: Mapping[str, str] | None = None) -> dict[str, jax.Array]:
     """An `nnx` state as a flat dictionary with dotted names: this is what gradients are taken of.
 
     Args:
         names: from `canonical_names`; None: Flax's own.
     """
-    leaves = {
-        ".".join(map(str, path)): leaf
-        for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()
-    }
+    paths = cast(dict[tuple[str | int, ...], jax.Array], flatten_dict(nnx.to_pure_dict(state)))
+    leaves = {".".join(map(str, path)): leaf for path, leaf in paths.items()}
     return leaves if names is None else {names[native]: leaf for native, leaf in leaves.items()}
 
 
-def nest(arrays: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
+def nest(
+    arrays: Mapping[str, jax.Array | np.ndarray], names: Mapping[str, str] | None = None
+) -> dict[str | int, object]:
     """The inverse of `flatten`, as `nnx.merge` takes it."""
     if names is not None:
         native_names = {name: native for native, name in names.items()}

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lockstep.backends.flax_backend.state import OptimizerState
 from lockstep.common.config import Config
 
 
-def make_optimizer(config: Config, dtype: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in
     this order:
 
@@ -101,7 +103,9 @@ def upcast_gradients() -> optax.GradientTransformation:
     PyTorch's kernels do the same within each operation. Parameters and momentum stay bfloat16.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: OptimizerState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, OptimizerState]:
         del params
         return jax.tree.map(
             lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates
@@ -118,7 +122,9 @@ def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
     gradients, so that bfloat16 ones are rounded here, before `upcast_gradients`.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: OptimizerState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, OptimizerState]:
         del params
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float64), updates))
         factor = jnp.minimum(clip_norm / (norm + 1e-6), 1.0)
@@ -139,11 +145,13 @@ def dampen(dampening: float) -> optax.GradientTransformation:
     """Scale gradients by 1 - dampening, from the second step on: PyTorch's first buffer is the
     gradient itself."""
 
-    def init(params: Any) -> DampeningState:
+    def init(params: optax.Params) -> DampeningState:
         del params
         return DampeningState(step=jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DampeningState]:
+    def update(
+        updates: optax.Updates, state: OptimizerState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, DampeningState]:
         del params
         scale = jnp.where(state.step == 0, 1.0, 1.0 - dampening)
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), DampeningState(
@@ -170,11 +178,16 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
         min_scale=schedule.min_lr / config.lr if config.lr else 0.0,
     )
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> OptimizerState:
         del params  # optax would take their dtype; PyTorch keeps lr, best and mean as Python floats
         return plateau.init(jnp.zeros((), jnp.float64))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates,
+        state: OptimizerState,
+        params: optax.Params | None = None,
+        **extra: object,
+    ) -> tuple[optax.Updates, OptimizerState]:
         scaled = jax.tree.map(lambda u: u * state.scale.astype(u.dtype), updates)
         _, state = plateau.update(updates, state, params, **extra)  # extra holds `value`, the loss
         return scaled, state
@@ -182,13 +195,13 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def learning_rate(config: Config, optimizer_state: Any) -> Any:
+def learning_rate(config: Config, optimizer_state: OptimizerState) -> Any:
     """The learning rate of the next step, float64 ()."""
     lr = make_schedule(config)(optimizer_state["sgd"][1].count)
     return lr * optimizer_state["plateau"].scale if config.schedule.kind == "plateau" else lr
 
 
-def export_schedule(config: Config, optimizer_state: Any) -> dict[str, float]:
+def export_schedule(config: Config, optimizer_state: OptimizerState) -> dict[str, float]:
     """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the
     window's `count` and `mean`. The scale, by which plateau has reduced lr, is what optax keeps;
     PyTorch keeps lr."""
@@ -206,8 +219,8 @@ def export_schedule(config: Config, optimizer_state: Any) -> dict[str, float]:
 
 
 def restore_schedule(
-    config: Config, optimizer_state: Any, schedule: dict[str, float], step: int
-) -> Any:
+    config: Config, optimizer_state: OptimizerState, schedule: dict[str, float], step: int
+) -> OptimizerState:
     """The inverse of `export_schedule`, after `step` steps: a new optimizer state."""
     trace, by_schedule = optimizer_state["sgd"]
     restored = dict(
@@ -227,12 +240,16 @@ def restore_schedule(
     return type(optimizer_state)(restored)
 
 
-def export_momentum(config: Config, optimizer_state: Any, step: int) -> dict[str, jax.Array]:
+def export_momentum(
+    config: Config, optimizer_state: OptimizerState, step: int
+) -> dict[str, jax.Array]:
     """The momentum buffers by name; empty before the first step and without momentum."""
     return dict(optimizer_state["sgd"][0].trace) if config.momentum != 0 and step > 0 else {}
 
 
-def restore_momentum(optimizer_state: Any, momentum: dict[str, jax.Array]) -> Any:
+def restore_momentum(
+    optimizer_state: OptimizerState, momentum: dict[str, jax.Array]
+) -> OptimizerState:
     """The inverse of `export_momentum`: a new optimizer state."""
     if not momentum:
         return optimizer_state

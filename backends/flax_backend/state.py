@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-Parameters = Any  # a dictionary of arrays by dotted name; optax and JAX call any such tree a pytree
+# What JAX and optax call pytrees, and give back as they were given.
+Parameters = Any  # dict[str, jax.Array]: arrays by dotted name
+OptimizerState = Any  # of `optimizer.make_optimizer`
 
 
 class State(NamedTuple):
@@ -14,5 +16,5 @@ class State(NamedTuple):
 
     parameters: Parameters
     model_state: Parameters
-    optimizer_state: Any
+    optimizer_state: OptimizerState
     step: jax.Array  # int32 ()

@@ -9,7 +9,6 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 
@@ -21,12 +20,12 @@ SMALL_BATCH = 16  # up to this batch size, one thread is faster than two
 XLA = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
-def has_library_convolution(step: Any) -> bool:
+def has_library_convolution(step: jax.stages.Traced) -> bool:
     """Whether a traced step uses XLA's own convolution, which is slow inside a loop on the CPU."""
     return jax.lax.conv_general_dilated_p.name in str(step.jaxpr)
 
 
-def compiler_options(device: str) -> dict[str, Any] | None:
+def compiler_options(device: str) -> dict[str, bool] | None:
     """What `jax.jit` is told for a loop of steps; None: its defaults."""
     return XLA if device == "cpu" and all(map(xla_has_option, XLA)) else None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -32,15 +33,15 @@ class Network(NamedTuple):
     """A module taken apart, as `nnx.split` does: what is left to describe it, and its variables'
     kinds."""
 
-    training: Any  # nnx.GraphDef, as `model.train()` leaves the module
-    evaluation: Any  # nnx.GraphDef, as `model.eval()` does
+    training: nnx.GraphDef[nnx.Module]  # as `model.train()` leaves the module
+    evaluation: nnx.GraphDef[nnx.Module]  # as `model.eval()` does
     # by Flax's own names of all parameters, statistics and masks of dropout, the canonical ones
     names: dict[str, str]
-    parameters: Any  # canonical name: shape and dtype
-    statistics: Any  # likewise
-    masks: Any  # canonical name: array, by which dropout keeps everything
+    parameters: dict[str, jax.ShapeDtypeStruct]  # by canonical name
+    statistics: dict[str, jax.ShapeDtypeStruct]  # by canonical name
+    masks: dict[str, jax.Array]  # by canonical name; with these, dropout keeps everything
     dropout_layers: dict[str, protocol.Dropout]  # by the canonical names of their masks
-    constants: Any  # nnx.State: what else the module holds
+    constants: nnx.State  # what else the module holds
 
 
 def build(model: str, classes: int, device: str) -> Network:
@@ -87,7 +88,7 @@ def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
         sorted(native, key=lambda name: definition_order(module, name)), declared
     )
 
-    def shapes(state: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes(state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         leaves = convert.flatten(state, names)
         ordered = [name for name in names.values() if name in leaves]
         return {
@@ -111,10 +112,10 @@ def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
     )
 
 
-def cast_constants(network: Network, dtype: Any) -> Network:
+def cast_constants(network: Network, dtype: np.dtype) -> Network:
     """Floating-point constants in this dtype, as `torch.nn.Module.to` makes buffers."""
 
-    def cast(leaf: Any) -> Any:
+    def cast(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return network._replace(constants=jax.tree.map(cast, network.constants))
@@ -191,13 +192,15 @@ def validate_module(model: str, network: Network, classes: int) -> None:
         raise ConfigError(
             f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
         )
-    if changed := changed_variables(before, module, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat))):
+    if changed := changed_variables(before, module, nnx.Not((nnx.RngState, nnx.BatchStat))):
         raise ConfigError(
             f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"
         )
 
 
-def changed_variables(before: nnx.Module, after: nnx.Module, kind: Any) -> list[str]:
+def changed_variables(
+    before: nnx.Module, after: nnx.Module, kind: nnx.filterlib.Filter
+) -> list[str]:
     """The variables of one kind that are not what they were."""
     old, new = (convert.flatten(nnx.state(module, kind)) for module in (before, after))
     return [
@@ -207,5 +210,5 @@ def changed_variables(before: nnx.Module, after: nnx.Module, kind: Any) -> list[
     ]
 
 
-def raw_bits(leaf: Any) -> Any:
+def raw_bits(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -6,7 +6,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -134,7 +133,7 @@ def open_arrays(folder: Path) -> dict[str, TensorStore]:
     By TensorStore, which Orbax writes with, one after the other: where an array is damaged, Orbax's
     reader leaves others behind that are still being read, and print what becomes of them.
     """
-    store: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
+    store: dict[str, object] = {"driver": "file", "path": f"{folder}/"}
     if (folder / "manifest.ocdbt").exists():
         store = {"driver": "ocdbt", "base": store}
     keys = KvStore.open(store).result().list().result()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
@@ -199,7 +199,7 @@ class TorchBackend:
             **{f"backward/{name}": array for name, array in gradients.items()},
         }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "torch": str(torch.__version__),  # a plain string, for processes without PyTorch
             "device": self.device,

@@ -5,11 +5,13 @@ The measurements behind each number are in results/bench/LOG.md.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from lockstep.common.config import Config
+
+CompilerOptions = dict[str, str | int | bool | Callable[..., object]]  # of `torch.compile`
 
 EVALUATION_BATCH = 50  # images per forward pass; fewer need less memory
 ALL_THREADS = torch.get_num_threads()
@@ -17,7 +19,7 @@ SMALL_BATCH = 16  # up to this batch size, one thread is faster than two
 LONG_RUN = 20_000  # from this many steps on, compiling for half a minute pays
 # Inductor recomputes an expression that reads at most four values at each use; a lower threshold
 # keeps the pooled images. A loop in C++ calls its kernels faster, but torch 2.11 cannot compile it.
-INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 3}
+INDUCTOR: CompilerOptions = {"realize_reads_threshold": 3}
 INDUCTOR |= {"cpp_wrapper": True} if torch.__version__ >= "2.15" else {}
 # The largest batch for which compiled steps are faster than eager ones; `SMALL_BATCH` for others.
 COMPILED_BATCH = {"net": 128} if "cpp_wrapper" in INDUCTOR else {}
@@ -43,7 +45,7 @@ def channels_last(model: str, device: str) -> bool:
     return device == "cpu" and model in CHANNELS_LAST
 
 
-def compiler_options(device: str) -> dict[str, Any] | None:
+def compiler_options(device: str) -> CompilerOptions | None:
     """What `torch.compile` is told; None: its defaults."""
     return INDUCTOR if device == "cpu" else None
 

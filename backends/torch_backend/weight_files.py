@@ -8,7 +8,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.system.storage import write_atomic
 
 KIND = "PyTorch state dict"
+Entry = TypeVar("Entry", Tensor, TensorHeader)
 
 
 def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
@@ -127,7 +128,8 @@ def native_shapes(shapes: Shapes, model: str = "net") -> dict[str, tuple[int, ..
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def without_buffers(entries: Mapping[str, Any], model: str) -> dict[str, Any]:
+def without_buffers(entries: Mapping[str, Entry], model: str) -> dict[str, Entry]:
+    """The entries of a state dict that are parameters or statistics."""
     buffers = buffers_of(empty_model(model))
     return {name: entry for name, entry in entries.items() if name not in buffers}
 
