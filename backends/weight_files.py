@@ -1,6 +1,6 @@
-"""Weights from elsewhere, for elsewhere: PyTorch's state dicts, safetensors, and Orbax checkpoints.
+"""Weight files of other programs: PyTorch's state dicts, safetensors, and Orbax checkpoints.
 
-What a file is, its ending says; a folder is an Orbax checkpoint. No framework is imported before a
+The ending tells a file's kind; a folder is an Orbax checkpoint. No framework is imported before a
 file needs it.
 """
 
@@ -29,26 +29,29 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.runs import checkpoint, record
 from lockstep.common.system.storage import read_tensors, write_atomic
 
+# endings of files, by format
 ENDINGS = {
     "torch": (".pt", ".pth", ".bin"),
     "safetensors": (".safetensors",),
     "orbax": (),
-}  # of files
+}
+# what a user writes to load the file elsewhere, by format
 LOADING = {
     "torch": "model.load_state_dict(torch.load({path!r}, weights_only=True))",
     "safetensors": "safetensors.torch.load_model(model, {path!r})",
     "orbax": "nnx.update(model, orbax.checkpoint.StandardCheckpointer().restore({path!r}))",
-}  # what to write elsewhere
+}
 KIND = "safetensors file"
 MAX_HEADER = 2**22  # bytes of names and shapes; safetensors itself takes 100 MB
-# times the network: in Lockstep's own files losses and activations lie beside the weights
+# Limit of the size of Lockstep's own files, in sizes of the network: they hold losses and
+# activations, too.
 NATIVE_RATIO = 512
 
 
 class NativeFile(NamedTuple):
     """A kind of file that Lockstep itself writes."""
 
-    group: str  # what the names of the parameters begin with
+    group: str  # prefix of the parameters' names
     what: str
     schema: int
 
@@ -64,16 +67,16 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
 
     Args:
         path: a state dict, a safetensors file in PyTorch's names and layout or in Flax's, an Orbax
-            checkpoint, or a record or checkpoint of Lockstep's own.
+            checkpoint, or one of Lockstep's own records or checkpoints.
         shapes: canonical, from `Backend.shapes`.
         model: Config.model.
 
     Raises:
         DataError: if it is missing, damaged, or does not hold exactly the network's parameters.
         RecordError: if it is Lockstep's own, and damaged, or of another version.
-        BackendError: if the framework that it is made for is not installed.
+        BackendError: if the framework of the format is not installed.
     """
-    if os.path.isdir(path):  # unlike `path.is_dir()`, without an error where the name is too long
+    if os.path.isdir(path):  # unlike `path.is_dir()`, no error for a name that is too long
         return files_of("flax").read_weights(path, shapes, model)
     if path.suffix.lower() in ENDINGS["torch"]:
         return files_of("torch").read_weights(path, shapes, model)
@@ -89,16 +92,17 @@ def check_name(path: Path) -> None:
     Raises:
         DataError: otherwise.
     """
-    size_of(path)  # is it there?
+    size_of(path)  # raises if it does not exist
     known = [ending for names in ENDINGS.values() for ending in names]
     if not os.path.isdir(path) and path.suffix.lower() not in known:
         raise DataError(
-            f"the name of {path} does not say what it is: let it end in {', '.join(known)}, or give an Orbax folder"
+            f"the name of {path} does not say what it is: "
+            f"let it end in {', '.join(known)}, or give an Orbax folder"
         )
 
 
 def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> None:
-    """Keep canonical parameters for use elsewhere, whole or not at all.
+    """Write canonical parameters for use elsewhere, atomically.
 
     Args:
         model: Config.model.
@@ -106,8 +110,8 @@ def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> 
             `safetensors.torch.load_model`.
 
     Raises:
-        RecordError: if it cannot be written, or is an Orbax folder that is there already.
-        BackendError: if the framework that it is for is not installed.
+        RecordError: if it cannot be written, or is an Orbax folder that exists.
+        BackendError: if the framework of the format is not installed.
     """
     if form == "safetensors":
         tensors = files_of("torch").to_native(arrays, model)
@@ -121,7 +125,7 @@ def write_weights(path: Path, arrays: Arrays, form: str, model: str = "net") -> 
 
 def files_of(name: str) -> ModuleType:
     """The module `weight_files` of one backend."""
-    backends.load(name)  # makes the settings that its framework reads when it is imported
+    backends.load(name)  # sets what its framework reads at its first import
     try:
         if name == "torch":
             from lockstep.backends.torch_backend import weight_files
@@ -135,8 +139,8 @@ def files_of(name: str) -> ModuleType:
 
 
 def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
-    """With names that end in `.weight` a file is PyTorch's, else its layout is canonical; shapes
-    decide nothing."""
+    """Names that end in `.weight` make a file PyTorch's; others are canonical. Shapes decide
+    nothing."""
     from safetensors import safe_open
 
     size = size_of(path)
@@ -172,7 +176,7 @@ def _read_safetensors(path: Path, shapes: Shapes, model: str) -> Arrays:
 
 
 def _read_native(path: Path, headers: Mapping[str, TensorHeader], shapes: Shapes) -> Arrays:
-    """The parameters after the last step in a record or a checkpoint of Lockstep's."""
+    """The parameters after the last step in one of Lockstep's records or checkpoints."""
     found = [kind for kind in NATIVE_FILES if any(name.startswith(kind.group) for name in headers)]
     native = (found or NATIVE_FILES)[0]
     mine = {

@@ -1,4 +1,5 @@
-"""What goes into and comes out of each layer of a `flax.nnx.Module`."""
+"""The inputs and outputs of each layer of a `flax.nnx.Module`. Reads next to
+backends/torch_backend/activations.py."""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ LAYERS = (
 
 @contextmanager
 def record_activations(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
-    """Within the context, each layer of Flax's own keeps `input of <layer>` and `<layer>`, in the
-    order of calls.
+    """Record `input of <layer>` and `<layer>` of Flax's own layers with parameters, in the order of
+    calls; of a layer that is called twice, the last call.
 
-    A layer that is called twice keeps the last call, one without parameters none, and so do a
-    user's own, whose axes nobody knows. `nnx` has no hooks: each layer is replaced by one that
-    calls it. In a `jax.jit` these are traced values, to be returned from it; it sorts plain
-    dictionaries, not ordered ones.
+    A user's own layers are left out, since the order of their axes is unknown. `nnx` has no hooks:
+    within the block, a function that calls the layer takes its place. Inside `jax.jit` the values
+    are traced and must be returned; it would sort a plain dictionary, and keeps the order of this
+    one.
     """
     seen: dict[str, jax.Array] = OrderedDict()
 
@@ -60,7 +61,7 @@ def has_parameters(layer: nnx.Module) -> bool:
 
 
 def set_attribute(model: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Put `value` where `path`, a sequence of attributes and list positions, leads to."""
+    """Set what `path` leads to, a sequence of attributes and list positions, to `value`."""
     for part in path[:-1]:
         model = model[part] if isinstance(part, int) else getattr(model, part)
     if isinstance(path[-1], int):

@@ -128,7 +128,7 @@ class FlaxBackend:
     def _forward(
         self, parameters: Parameters, model_state: Parameters, images: jax.Array
     ) -> tuple[jax.Array, Parameters]:
-        """Logits, and the model state that the forward pass leaves behind."""
+        """Logits, and the new model state."""
         model = self._model(parameters, model_state)
         logits = model(images)
         return logits, convert.flatten(nnx.state(model, nnx.BatchStat), self.network.names)
@@ -162,10 +162,10 @@ class FlaxBackend:
         return self._many_steps(state, images, labels, self._masks(state, labels.shape))
 
     def _masks(self, state: State, shape: tuple[int, ...]) -> Parameters:
-        """What dropout keeps in the steps to come, for labels of `shape`, by canonical name."""
+        """Masks of dropout for the next steps, for labels of `shape`, by canonical name."""
         layers = self.network.dropout_layers
         if not layers:
-            return {}  # and do not wait for `state`
+            return {}  # without waiting for `state`
         return convert.from_canonical(draw_masks(layers, self.config.seed, int(state.step), shape))
 
     # --- Looking without touching

@@ -17,8 +17,8 @@ Step = Callable[..., tuple[State, Metrics]]  # of a state, images, labels and dr
 
 
 class ManySteps:
-    """Takes one training step after the other over the leading axis of the batches: in one
-    compiled loop, or one by one."""
+    """Takes a training step for each batch along the leading axis: in one compiled loop, or one by
+    one."""
 
     def __init__(self, step: Step, compiled_step: jax.stages.Wrapped, device: str) -> None:
         self._step, self._compiled_step, self.device = step, compiled_step, device
@@ -29,7 +29,8 @@ class ManySteps:
     def __call__(
         self, state: State, images: jax.Array, labels: jax.Array, masks: Parameters
     ) -> tuple[State, Metrics]:
-        """Train on the batches: images (steps, batch, ...), labels and masks likewise."""
+        """Train on images (steps, batch, height, width, channels), labels (steps, batch) and masks
+        (steps, batch, ...)."""
         if self.scan_is_faster(state, (images, labels, masks)):
             state, metrics = self._compiled_scan(state, images, labels, masks)
         else:
@@ -54,8 +55,8 @@ class ManySteps:
         )
 
     def scan_is_faster(self, state: State, batches: Batches) -> bool:
-        """Whether one program of many steps is faster than the steps one by one. On the CPU it is
-        not where XLA's own convolution is part of the step."""
+        """Whether one program is faster than steps one by one: on the CPU, unless the step uses
+        XLA's own convolution."""
         if self.device != "cpu":
             return True
         if self._has_library_convolution is None:
@@ -65,4 +66,5 @@ class ManySteps:
 
 
 def take_batch(batches: Batches, number: int) -> Batches:
+    """Images, labels and masks of one step."""
     return jax.tree.map(lambda array: array[number], batches)

@@ -1,8 +1,8 @@
-"""Between Flax's layout and the canonical one. They are the same: kernels are HWIO and (in, out),
-names are dotted.
+"""Between Flax's layout and the canonical one, which are the same: kernels are HWIO and (in, out),
+names are dotted. Reads next to backends/torch_backend/convert.py.
 
-What is left is where the arrays live, `nnx`'s nested dictionaries, and what else a list's positions
-are called.
+What remains is to copy between host and device, to nest and flatten dictionaries for `nnx`, and to
+rename what a user's pair renames.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def from_canonical(arrays: Arrays) -> dict[str, jax.Array]:
 
 
 def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict[str, str]:
-    """By Flax's own dotted names of all parameters, statistics and masks of dropout, the canonical
-    ones.
+    """The canonical names of all parameters, statistics and masks of dropout, by Flax's own.
 
     Args:
-        declared: Flax's layers, with their canonical names, where the user has named them.
+        tensors: Flax's own dotted names.
+        declared: canonical names of Flax's layers, where the user's pair gives them.
 
     Raises:
-        ConfigError: if two tensors get one name, or `declared` names what is not there.
+        ConfigError: if two tensors get one name, or `declared` names one that does not exist.
     """
     return pair.canonical_names(
         {native: native.rpartition(".")[2] for native in tensors}, declared, "Flax"
@@ -69,7 +69,8 @@ def activations_to_canonical(
 
 
 def flatten(state: nnx.State, names: Mapping[str, str] | None = None) -> dict[str, jax.Array]:
-    """An `nnx` state as a flat dictionary with dotted names: this is what gradients are taken of.
+    """An `nnx` state as a flat dictionary with dotted names; gradients are taken with respect to
+    such dictionaries.
 
     Args:
         names: from `canonical_names`; None: Flax's own.

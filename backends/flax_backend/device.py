@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 
-# XLA reads these once, when JAX starts.
-# leave PyTorch its share of the card
+# XLA reads these once, when JAX starts. Without the first, it leaves PyTorch no memory on the card.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
@@ -24,7 +23,8 @@ def choose_device(device: str) -> str:
     available = any(found.platform == "gpu" for found in jax.devices())
     if device == "cuda" and not available:
         raise BackendError(
-            "JAX finds no CUDA device here: use --device cpu, or install it: pip install -e '.[gpu]'"
+            "JAX finds no CUDA device here: use --device cpu, or install JAX for CUDA: "
+            "pip install -e '.[gpu]'"
         )
     if device == "auto":
         return "cuda" if available else "cpu"

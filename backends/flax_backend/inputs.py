@@ -20,7 +20,7 @@ class Data(NamedTuple):
 
 
 class Inputs:
-    """From NumPy's arrays, images with the channels last, to JAX's; the layout stays.
+    """From NumPy's arrays, images with the channels last, to JAX's, in the same layout.
 
     Args:
         dtype: of normalised images.

@@ -1,6 +1,6 @@
-"""The layers that the networks are built of, where they are not the library's own: convolution and
-pooling as fast as the device has them; norms, dense layers and dropout as PyTorch computes them.
-Equal to `flax.nnx` up to rounding. Reads next to backends/torch_backend/layers.py."""
+"""Layers of the networks that are not the library's own: convolution and pooling that are fast on
+the device; norms, dense layers and dropout as PyTorch computes them. Equal to `flax.nnx` up to
+rounding. Reads next to backends/torch_backend/layers.py."""
 
 from __future__ import annotations
 

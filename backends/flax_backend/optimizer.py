@@ -1,5 +1,5 @@
 """`optax.sgd`, completed to what `torch.optim.SGD` does, and optax's schedules, set up from a
-`Config`."""
+`Config`. Reads next to backends/torch_backend/optimizer.py."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformat
     p <- p - lr g                    the sign is in the update: optax.apply_updates adds
 
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_;
-    `optax.sgd` knows the last three lines, less dampening.
+    `optax.sgd` has the last three lines, without dampening.
     """
-    # without a buffer, PyTorch ignores dampening
+    # Without a momentum buffer, PyTorch ignores dampening.
     dampens = config.momentum != 0 and config.dampening != 0
     return optax.named_chain(
         (
@@ -67,8 +67,8 @@ def make_schedule(config: Config) -> optax.Schedule:
     period = 1  # steps between two learning rates
     match schedule.kind:
         case "step":
-            # not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period
-            # instead, and 49 * (1 / 49) is less than 1, so that lr would decay one step late
+            # Not with `staircase`, which takes floor(count / period): XLA multiplies by 1 / period
+            # instead, and 49 * (1 / 49) is less than 1, so lr would decay one step late.
             period = schedule.period
             rate = optax.exponential_decay(lr, transition_steps=1, decay_rate=schedule.gamma)
         case "multistep":
@@ -81,9 +81,7 @@ def make_schedule(config: Config) -> optax.Schedule:
             rate = optax.cosine_decay_schedule(
                 lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0
             )
-        case (
-            "warmup-cosine"
-        ):  # the cosine's first step is the one after the warm-up, at `lr` itself
+        case "warmup-cosine":  # the cosine starts at `lr` in the first step after the warm-up
             rising = optax.linear_schedule(lr * schedule.start, lr, schedule.warmup)
             falling = optax.cosine_decay_schedule(
                 lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0
@@ -91,14 +89,14 @@ def make_schedule(config: Config) -> optax.Schedule:
             rate = optax.join_schedules([rising, falling], boundaries=[schedule.warmup])
         case _:  # constant; plateau, whose factor is applied after `optax.sgd`
             rate = optax.constant_schedule(lr)
-    # optax counts in int32, and int32 divided by int32 is float32 in JAX, whatever the parameters
-    # are: lr would be off by 1e-8. PyTorch computes lr as a Python float, so the count is made
-    # float64 first.
+    # optax counts in int32, and JAX divides int32 by int32 in float32, whatever the dtype of the
+    # parameters: lr would be off by 1e-8. PyTorch computes lr as a Python float, so convert the
+    # count to float64 first.
     return lambda count: rate((jnp.asarray(count) // period).astype(jnp.float64))
 
 
 def upcast_gradients() -> optax.GradientTransformation:
-    """bfloat16 gradients as float32, so that lr is not rounded to three digits before it is used.
+    """Cast bfloat16 gradients to float32, so that lr is not rounded to three digits before its use.
 
     PyTorch's kernels do the same within each operation. Parameters and momentum stay bfloat16.
     """
@@ -118,8 +116,8 @@ def clip_gradients(clip_norm: float) -> optax.GradientTransformation:
     """Scale all gradients down to a norm of `clip_norm` together, as
     `torch.nn.utils.clip_grads_with_norm_` does.
 
-    `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes into the
-    gradients, so that bfloat16 ones are rounded here, before `upcast_gradients`.
+    `optax.clip_by_global_norm` divides by the norm itself, without 1e-6. PyTorch writes the result
+    into the gradients, so bfloat16 is rounded here, before `upcast_gradients`.
     """
 
     def update(
@@ -179,7 +177,7 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
     )
 
     def init(params: optax.Params) -> OptimizerState:
-        del params  # optax would take their dtype; PyTorch keeps lr, best and mean as Python floats
+        del params  # optax would use their dtype; PyTorch has lr, best and mean as Python floats
         return plateau.init(jnp.zeros((), jnp.float64))
 
     def update(
@@ -189,7 +187,7 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
         **extra: object,
     ) -> tuple[optax.Updates, OptimizerState]:
         scaled = jax.tree.map(lambda u: u * state.scale.astype(u.dtype), updates)
-        _, state = plateau.update(updates, state, params, **extra)  # extra holds `value`, the loss
+        _, state = plateau.update(updates, state, params, **extra)  # `extra` is the loss, `value`
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -202,9 +200,9 @@ def learning_rate(config: Config, optimizer_state: OptimizerState) -> Any:
 
 
 def export_schedule(config: Config, optimizer_state: OptimizerState) -> dict[str, float]:
-    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the
-    window's `count` and `mean`. The scale, by which plateau has reduced lr, is what optax keeps;
-    PyTorch keeps lr."""
+    """The schedule's state, canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and
+    `cooldown`, and the window's `count` and `mean`. The scale, by which plateau has reduced lr, is
+    optax's; PyTorch stores lr."""
     lr = float(learning_rate(config, optimizer_state))
     if config.schedule.kind != "plateau":
         return {"lr": lr}

@@ -1,4 +1,4 @@
-"""What training in JAX changes. Reads next to backends/torch_backend/state.py."""
+"""The training state in JAX. Reads next to backends/torch_backend/state.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-# What JAX and optax call pytrees, and give back as they were given.
+# Pytrees: JAX and optax return them with the structure that they were given.
 Parameters = Any  # dict[str, jax.Array]: arrays by dotted name
 OptimizerState = Any  # of `optimizer.make_optimizer`
 

@@ -26,7 +26,7 @@ def has_library_convolution(step: jax.stages.Traced) -> bool:
 
 
 def compiler_options(device: str) -> dict[str, bool] | None:
-    """What `jax.jit` is told for a loop of steps; None: its defaults."""
+    """Options of `jax.jit` for a loop of steps; None: its defaults."""
     return XLA if device == "cpu" and all(map(xla_has_option, XLA)) else None
 
 

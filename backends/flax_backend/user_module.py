@@ -26,16 +26,15 @@ from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
 
-IMAGES = (2, 32, 32, 3)  # what a user's network is tried on
+IMAGES = (2, 32, 32, 3)  # the batch for a trial of a user's network
 
 
 class Network(NamedTuple):
-    """A module taken apart, as `nnx.split` does: what is left to describe it, and its variables'
-    kinds."""
+    """A module split as by `nnx.split`: its structure, and its variables by kind."""
 
     training: nnx.GraphDef[nnx.Module]  # as `model.train()` leaves the module
     evaluation: nnx.GraphDef[nnx.Module]  # as `model.eval()` does
-    # by Flax's own names of all parameters, statistics and masks of dropout, the canonical ones
+    # canonical names of all parameters, statistics and masks of dropout, by Flax's own
     names: dict[str, str]
     parameters: dict[str, jax.ShapeDtypeStruct]  # by canonical name
     statistics: dict[str, jax.ShapeDtypeStruct]  # by canonical name
@@ -48,7 +47,7 @@ def build(model: str, classes: int, device: str) -> Network:
     """The network that `--model` names, without weights.
 
     Raises:
-        ConfigError: if the user's cannot be built, or is not one that can be compared.
+        ConfigError: if the user's network cannot be built, or cannot be compared.
     """
     network = pair.network(model, "flax")
     if model in MODELS:
@@ -59,14 +58,15 @@ def build(model: str, classes: int, device: str) -> Network:
         module = network(classes, rngs=nnx.Rngs(0))
     if not isinstance(module, nnx.Module):
         raise ConfigError(
-            f"--model {model}: flax builds a {type(module).__name__}: let it build a flax.nnx.Module"
+            f"--model {model}: flax builds a {type(module).__name__}: "
+            "let it build a flax.nnx.Module"
         )
     for _, layer in nnx.iter_modules(module):
         if (
             isinstance(layer, nnx.Conv)
             and layer.conv_general_dilated is jax.lax.conv_general_dilated
         ):
-            layer.conv_general_dilated = convolution(device)  # the same, but quicker on the CPU
+            layer.conv_general_dilated = convolution(device)  # faster on the CPU
     return split_module(module, {name: name for name in pair.load(model).names.values()})
 
 
@@ -113,7 +113,7 @@ def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
 
 
 def cast_constants(network: Network, dtype: np.dtype) -> Network:
-    """Floating-point constants in this dtype, as `torch.nn.Module.to` makes buffers."""
+    """Cast floating-point constants to this dtype, as `torch.nn.Module.to` does with buffers."""
 
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -122,8 +122,9 @@ def cast_constants(network: Network, dtype: np.dtype) -> Network:
 
 
 def use_exact_sums(module: nnx.Module) -> nnx.Module:
-    """The module with the library's layers whose gradients JAX sums in bfloat16 replaced, in place,
-    by those of `layers`, which sum in float32. Variables are shared with the layers replaced."""
+    """Replace, in place, the library's layers whose gradients JAX sums in bfloat16 by those of
+    `layers`, which sum in float32 and share the layers' variables. Returns the module, or its
+    replacement."""
     exact = {id(layer): exact_layer(layer) for _, layer in nnx.iter_modules(module)}
     exact = {key: layer for key, layer in exact.items() if layer is not None}
 
@@ -140,12 +141,12 @@ def use_exact_sums(module: nnx.Module) -> nnx.Module:
 
 
 def exact_layer(layer: nnx.Module) -> nnx.Module | None:
-    """The layer of `layers` that takes this one's place, with all its attributes; None for other
-    layers, and for one that is told what to compute in."""
+    """The replacement for a layer, with all its attributes; None for other layers, and for one with
+    a dtype to compute in."""
     kind = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
-    told = [getattr(layer, name, None) for name in ("dtype", "preferred_element_type")]
+    dtypes = [getattr(layer, name, None) for name in ("dtype", "preferred_element_type")]
     promotes = getattr(layer, "promote_dtype", None) is promote_dtype
-    if kind is None or told != [None, None] or not promotes:
+    if kind is None or dtypes != [None, None] or not promotes:
         return None
     exact = object.__new__(kind)
     vars(exact).update(vars(layer))
@@ -155,7 +156,7 @@ def exact_layer(layer: nnx.Module) -> nnx.Module | None:
 
 
 def definition_order(module: nnx.Module, name: str) -> list[int]:
-    """Where a variable stands among the definitions: `nnx` sorts by name."""
+    """A key to sort variables in the order of their definition; `nnx` sorts them by name."""
     places, node = [], vars(module)
     for part in name.split("."):
         places.append(list(node).index(part) if part in node else 0)
@@ -164,7 +165,7 @@ def definition_order(module: nnx.Module, name: str) -> list[int]:
 
 
 def validate_module(model: str, network: Network, classes: int) -> None:
-    """Raise ConfigError unless a user's network can be compared: it is tried twice, in training."""
+    """Raise ConfigError unless a user's network can be compared: two trials, in training mode."""
     images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
     shapes = {name: leaf.shape for name, leaf in (network.parameters | network.statistics).items()}
     tensors = {
@@ -201,7 +202,7 @@ def validate_module(model: str, network: Network, classes: int) -> None:
 def changed_variables(
     before: nnx.Module, after: nnx.Module, kind: nnx.filterlib.Filter
 ) -> list[str]:
-    """The variables of one kind that are not what they were."""
+    """The names of the variables of one kind that differ between the two, or are new."""
     old, new = (convert.flatten(nnx.state(module, kind)) for module in (before, after))
     return [
         name
@@ -211,4 +212,5 @@ def changed_variables(
 
 
 def raw_bits(leaf: jax.Array) -> jax.Array:
+    """An array that can be compared: of random keys, their bits."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -1,4 +1,4 @@
-"""Weights from and for Flax elsewhere: an Orbax checkpoint. Reads beside
+"""Flax's weight files: Orbax checkpoints. Reads next to
 backends/torch_backend/weight_files.py."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.system.storage import flush_folder
 
 KIND = "Orbax checkpoint"
-MARK = "_METADATA"  # the file that makes a folder a checkpoint
+MARK = "_METADATA"  # the file that marks a folder as a checkpoint
 
 
 def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
@@ -59,14 +59,13 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
 
 
 def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
-    """Keep canonical parameters as an Orbax checkpoint, whole or not at all, for
+    """Write canonical parameters as an Orbax checkpoint, atomically, for
     `StandardCheckpointer.restore`.
 
     Raises:
-        RecordError: if the folder cannot be written, or is there already: like Orbax, this replaces
-            none.
+        RecordError: if the folder cannot be written, or exists: like Orbax, this replaces none.
     """
-    path = path.resolve()  # Orbax wants it so
+    path = path.resolve()  # Orbax takes absolute paths only
     try:
         if path.exists():
             raise RecordError(
@@ -88,18 +87,18 @@ def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
 
 
 def canonical_names(model: str) -> dict[str, str]:
-    """By Flax's own names, which do not depend on the number of classes."""
+    """The canonical names by Flax's own, which do not depend on the number of classes."""
     return build(model, 1, "cpu").names
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of the checkpoint in `path`: itself, or the only one in it, as where a manager
-    keeps one step.
+    """The checkpoint's folder: `path` itself, or the only checkpoint in it, as a manager that keeps
+    one step writes it.
 
     Raises:
         DataError: if there is none, or more than one.
     """
-    size_of(path)  # what can be looked at
+    size_of(path)  # raises if it cannot be read
     path = path.resolve()
     found = [path] if (path / MARK).exists() else sorted(mark.parent for mark in path.rglob(MARK))
     if len(found) != 1:
@@ -109,11 +108,11 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_headers(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, TensorHeader]:
-    """What the checkpoint says of its arrays; their numbers are not read.
+    """Shapes and dtypes of the checkpoint's arrays; their numbers are not read.
 
     Raises:
-        DataError: if an array is kept in pieces that are larger than itself: a small file may then
-            take any memory.
+        DataError: if an array is stored in pieces that are larger than itself: a small file could
+            then need any amount of memory.
     """
     headers = {}
     for name, store in stores.items():
@@ -127,11 +126,10 @@ def read_headers(path: Path, stores: Mapping[str, TensorStore]) -> dict[str, Ten
 
 
 def open_arrays(folder: Path) -> dict[str, TensorStore]:
-    """The arrays of a checkpoint by dotted name; an `nnx.State` that was saved as it is has one
-    level more, `value`.
+    """The arrays of a checkpoint by dotted name, without the last level `value` of an `nnx.State`.
 
-    By TensorStore, which Orbax writes with, one after the other: where an array is damaged, Orbax's
-    reader leaves others behind that are still being read, and print what becomes of them.
+    Read one by one with TensorStore, with which Orbax writes: at a damaged array, Orbax's reader
+    would leave reads of others running, which print their errors later.
     """
     store: dict[str, object] = {"driver": "file", "path": f"{folder}/"}
     if (folder / "manifest.ocdbt").exists():

@@ -1,4 +1,5 @@
-"""What goes into and comes out of each layer of a `torch.nn.Module`."""
+"""The inputs and outputs of each layer of a `torch.nn.Module`. Reads next to
+backends/flax_backend/activations.py."""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ from lockstep.backends.torch_backend.convert import ROLES
 
 @contextmanager
 def record_activations(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the context, each layer of PyTorch's own keeps `input of <layer>` and `<layer>`, in
-    the order of calls.
+    """Record `input of <layer>` and `<layer>` of PyTorch's own layers with parameters, in the order
+    of calls; of a layer that is called twice, the last call.
 
-    A layer that is called twice keeps the last call, one without parameters none, and so do a
-    user's own, whose axes nobody knows. PyTorch has hooks for this.
+    A user's own layers are left out, since the order of their axes is unknown. PyTorch has hooks
+    for this.
     """
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # copies, for what comes next may write into them, as `ReLU(inplace=True)` does
+            # Copies: the next layer may write into them, as `ReLU(inplace=True)` does.
             seen[f"input of {name}"], seen[name] = inputs[0].clone(), output.clone()
 
         return hook

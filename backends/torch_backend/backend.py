@@ -124,7 +124,7 @@ class TorchBackend:
         return State(model, optimizer, scheduler, step + 1), metrics
 
     def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Logits; in mixed precision of parameters that are rounded for this pass only."""
+        """Logits; in mixed precision, with parameters rounded for this pass only."""
         if self._compute_dtype == self.dtype:
             return model(images)
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -155,7 +155,7 @@ class TorchBackend:
         return self._many_steps(state, images, labels, self._masks(state.step, labels.shape))
 
     def _masks(self, step: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """What dropout keeps in the steps from `step` on, for labels of `shape`, by PyTorch's
+        """Masks of dropout for the steps from `step` on, for labels of `shape`, by PyTorch's
         names."""
         masks = draw_masks(self._dropout_layers, self.config.seed, step, shape)
         masks = convert.masks_from_canonical(self._template, masks)
@@ -188,7 +188,7 @@ class TorchBackend:
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         gradients = convert.to_canonical(model, gradients)
-        for name, buffer in model.named_buffers():  # the forward pass wrote into its statistics
+        for name, buffer in model.named_buffers():  # the forward pass has updated the statistics
             buffer.copy_(before[name])
         return {
             "data/images": convert.to_numpy(batch.permute(0, 2, 3, 1)),
@@ -201,7 +201,9 @@ class TorchBackend:
 
     def describe(self) -> dict[str, object]:
         return {
-            "torch": str(torch.__version__),  # a plain string, for processes without PyTorch
+            "torch": str(
+                torch.__version__
+            ),  # a plain string, which can be unpickled without PyTorch
             "device": self.device,
             "device_name": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "compiled": self.compiled,

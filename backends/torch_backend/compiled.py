@@ -1,5 +1,5 @@
-"""Many steps as one compiled program: the same step as `TorchBackend.train_step`, without side
-effects. Reads next to backends/flax_backend/compiled.py.
+"""Many steps as one compiled program: the step of `TorchBackend._step` without side effects. Reads
+next to backends/flax_backend/compiled.py.
 
 `torch.compile` cannot trace `loss.backward` and `SGD.step` as a whole, so this step takes its
 gradients with `torch.func` and calls `sgd`, the function behind `SGD.step`.
@@ -33,8 +33,8 @@ Batch = tuple[Tensor, Tensor, dict[str, Tensor], Tensor]  # images, labels, drop
 
 
 class ManySteps:
-    """Takes one training step after the other over the leading axis of the batches: in one
-    compiled loop, or one by one."""
+    """Takes a training step for each batch along the leading axis: in one compiled loop, or one by
+    one."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ManySteps:
     ) -> None:
         self.config, self.template, self.step, self.cast = config, template, step, cast
         self.device, self.compiled = device, compiled
-        # All backends of a process share the programs of `_scan`.
+        # All backends of a process share the compiled versions of `_scan`: allow for many.
         torch._dynamo.config.recompile_limit = 1024
         self._compiled_scan = torch.compile(
             self._scan, fullgraph=True, dynamic=False, options=compiler_options(device)
@@ -56,12 +56,13 @@ class ManySteps:
     def __call__(
         self, state: State, images: Tensor, labels: Tensor, masks: Masks
     ) -> tuple[State, Metrics]:
-        """Train on the batches: images (steps, batch, ...), labels and masks likewise."""
+        """Train on images (steps, batch, channels, height, width), labels (steps, batch) and masks
+        (steps, batch, ...)."""
         if not self.compiled or len(labels) == 1:
             return self._one_by_one(state, images, labels, masks)
         if state.step > 0:
             return self._as_one_program(state, images, labels, masks)
-        # The first step makes the momentum buffers, so it is taken alone.
+        # The first step creates the momentum buffers, so it is taken alone.
         batches = images, labels, masks
         state, first = self(state, *tree_map(lambda tensor: tensor[:1], batches))
         state, others = self(state, *tree_map(lambda tensor: tensor[1:], batches))
@@ -99,7 +100,7 @@ class ManySteps:
         return State(model, optimizer, scheduler, step + len(labels)), metrics
 
     def _scan(self, carry: Carry, batches: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
-        """PyTorch's `lax.scan`. It is a prototype, so tests compare it with single steps."""
+        """PyTorch's counterpart of `lax.scan`, a prototype: tests compare it with single steps."""
         return scan(self._functional_step, carry, batches)
 
     def _functional_step(self, carry: Carry, batch: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
@@ -120,7 +121,7 @@ class ManySteps:
         if self.config.clip_norm is not None:  # as `clip_grads_with_norm_` does
             factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {name: gradient * factor for name, gradient in gradients.items()}
-        # `sgd` writes into the parameters and the momentum that it is given.
+        # `sgd` writes into its arguments.
         parameters = {name: parameter.clone() for name, parameter in parameters.items()}
         momentum = {name: buffer.clone() for name, buffer in momentum.items()}
         sgd(

@@ -1,8 +1,8 @@
-"""Between PyTorch's layout and the canonical one: names, axes, and the order that a flatten leaves
-behind.
+"""Between PyTorch's layout and the canonical one: names, axes, and the order of rows after a
+flatten. Reads next to backends/flax_backend/convert.py.
 
-A parameter, its gradient and its momentum buffer share a shape, so the same two functions carry all
-three.
+A parameter, its gradient and its momentum buffer share a shape, so the same two functions convert
+all three.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from lockstep.backends.torch_backend import layers
 from lockstep.common.model import pair
 from lockstep.common.protocol import Arrays, Dropout
 
-CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)  # layers whose activations have them in axis 1
+# layers whose activations have the channels in axis 1
+CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+# Flax's names for PyTorch's tensors, by the kind of the layer
 ROLES = (
     (_NormBase, {"weight": "scale", "running_mean": "mean", "running_var": "var"}),
     ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), {"weight": "scale"}),
     ((_ConvNd, nn.Linear), {"weight": "kernel"}),
     (nn.Embedding, {"weight": "embedding"}),
-)  # by kind of layer, what Flax calls what PyTorch calls by this name
+)
 
 
 def to_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> Arrays:
@@ -54,11 +56,10 @@ def from_canonical(model: nn.Module, arrays: Arrays) -> dict[str, Tensor]:
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """By PyTorch's own names of all parameters, statistics and masks of dropout, the canonical
-    ones.
+    """The canonical names of all parameters, statistics and masks of dropout, by PyTorch's own.
 
     Raises:
-        ConfigError: if two tensors get one name, or the user's pair names what is not there.
+        ConfigError: if two tensors get one name, or the user's pair names one that does not exist.
     """
     native = [
         *(name for name, _ in model.named_parameters()),
@@ -72,15 +73,15 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 def attach_names(
     model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Keep with the module what its pair says of it."""
+    """Attach the names and the flattened shapes of the user's pair to the module."""
     vars(model)["flax_names"] = dict(names)
     if flattened:
         vars(model)["flattened"] = dict(flattened)
 
 
 def flax_role(model: nn.Module, layer: str, role: str) -> str:
-    """What Flax calls a tensor, by the kind of its layer: shapes decide nothing. Others' are called
-    the same."""
+    """Flax's name for a tensor, by the kind of its layer, never by shapes; PyTorch's name in other
+    layers."""
     kind = model.get_submodule(layer)
     return next((names.get(role, role) for kinds, names in ROLES if isinstance(kind, kinds)), role)
 
@@ -95,7 +96,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def dropout_modules(model: nn.Module) -> dict[str, layers.Dropout]:
-    """The layers that leave out units, by PyTorch's names for their masks."""
+    """The dropout layers, by PyTorch's names for their masks."""
     return {
         f"{name}.mask": layer
         for name, layer in model.named_modules()
@@ -104,7 +105,7 @@ def dropout_modules(model: nn.Module) -> dict[str, layers.Dropout]:
 
 
 def dropout_layers(model: nn.Module) -> dict[str, Dropout]:
-    """What they leave out, by the canonical names of their masks."""
+    """What the dropout layers leave out, by the canonical names of their masks."""
     names, found = canonical_names(model), {}
     for native, layer in dropout_modules(model).items():
         shape = tuple(layer.mask.shape[1:])
@@ -115,9 +116,9 @@ def dropout_layers(model: nn.Module) -> dict[str, Dropout]:
 
 
 def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
-    """What they are to keep, by PyTorch's names, in PyTorch's layout."""
+    """Masks of dropout by PyTorch's names and in PyTorch's layout."""
     if not masks:
-        return {}  # of most networks, in every step
+        return {}  # most networks, in every step: do not look for names
     names, tensors = canonical_names(model), {}
     for native, layer in dropout_modules(model).items():
         mask = masks[names[native]]
@@ -128,7 +129,7 @@ def masks_from_canonical(model: nn.Module, masks: Arrays) -> dict[str, Tensor]:
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Let them keep what `masks`, from `masks_from_canonical`, says."""
+    """Set the masks of the dropout layers to those from `masks_from_canonical`."""
     for native, mask in masks.items():
         model.get_submodule(native.removesuffix(".mask")).mask = mask
 
@@ -185,7 +186,7 @@ def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]
 
 
 def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> np.ndarray:
-    """NCHW to NHWC, and what a flatten made of it likewise; `name` is `<layer>` or `input of
+    """NCHW to NHWC, and a flattened NCHW to a flattened NHWC; `name` is `<layer>` or `input of
     <layer>`."""
     array = to_numpy(activation)
     layer = name.removeprefix(pair.INPUT_PREFIX)
@@ -200,7 +201,7 @@ def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> 
 
 
 def flattened(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The dense layers that follow a flatten, and the (channels, height, width) that it unrolls."""
+    """The dense layers after a flatten, with the (channels, height, width) that it flattens."""
     return getattr(model, "flattened", {})
 
 

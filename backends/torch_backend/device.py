@@ -27,10 +27,10 @@ def choose_device(device: str) -> str:
 
 def configure_determinism(device: str) -> None:
     """Full float32 and deterministic kernels: TF32 keeps three digits of a float32's seven."""
-    # what cuBLAS needs to be deterministic
+    # cuBLAS is deterministic only with this
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    # on the CPU they are; inductor would be half as fast
+    # The CPU's kernels are deterministic; Inductor would be half as fast.
     torch.use_deterministic_algorithms(device == "cuda")

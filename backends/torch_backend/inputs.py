@@ -35,7 +35,8 @@ class Inputs:
         self._pixel_table = as_tensor(table).to(device)
 
     def images(self, images: np.ndarray | Tensor) -> Tensor:
-        """(..., height, width, channels) to (..., channels, height, width); a tensor as it is."""
+        """(..., height, width, channels) to (..., channels, height, width); tensors are returned
+        unchanged."""
         if isinstance(images, Tensor):
             return images
         images = as_tensor(images).to(self.device).movedim(-1, -3)
@@ -54,7 +55,7 @@ class Inputs:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(indices).to(self.device)
         if self.device == "cpu":
-            # In NumPy's memory, which glibc reuses from chunk to chunk; PyTorch's own it does not.
+            # In NumPy's memory, which glibc reuses from chunk to chunk, unlike PyTorch's.
             images = as_tensor(normalise(uploaded.images.numpy()[indices], self.dtype))
             images = images.movedim(-1, -3) if self.channels_last else images
             return images, uploaded.labels[chosen]
@@ -64,8 +65,8 @@ class Inputs:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """The same memory as a tensor; bfloat16 is `ml_dtypes`' in NumPy, which PyTorch does not
-    know."""
+    """A tensor that shares the array's memory. NumPy's bfloat16 is `ml_dtypes`', which PyTorch does
+    not know."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

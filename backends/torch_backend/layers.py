@@ -1,6 +1,6 @@
-"""The layers that the networks are built of, where they are not the library's own: convolution and
-pooling as fast as the device has them, norms with accurate sums, and dropout with given masks. Equal
-to `torch.nn` up to rounding. Reads next to backends/flax_backend/layers.py."""
+"""Layers of the networks that are not the library's own: convolution and pooling that are fast on
+the device, norms with accurate sums, and dropout with given masks. Equal to `torch.nn` up to
+rounding. Reads next to backends/flax_backend/layers.py."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def max_pooling(device: str) -> nn.MaxPool2d:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d`; uncompiled in float64 on the CPU, the sums are taken in stages, as PyTorch's
-    other sums are.
+    """`nn.BatchNorm2d`; uncompiled in float64 on the CPU, sums are taken in stages, like PyTorch's
+    other sums.
 
     There the library adds one value after the other, and a deep network amplifies the rounding.
     Twins do not show it, since all sums of one side are off in the same way. In float32 the library

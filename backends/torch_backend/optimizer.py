@@ -1,4 +1,5 @@
-"""`torch.optim.SGD` and the schedulers of `torch.optim.lr_scheduler`, set up from a `Config`."""
+"""`torch.optim.SGD` and the schedulers of `torch.optim.lr_scheduler`, set up from a `Config`. Reads
+next to backends/flax_backend/optimizer.py."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in
     this order:
 
-    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together: in the
-    backend's `_step` g <- -g                          with maximize
+    g <- g min(1, clip_norm / (|g| + 1e-6))   with clip_norm, |g| of all gradients together; this
+                                     line is in the backend's `_step`
+    g <- -g                          with maximize
     g <- g + weight_decay p
     b <- g on the first step, else momentum b + (1 - dampening) g
     g <- g + momentum b              with nesterov, else b; without momentum, g as it is
@@ -36,8 +38,8 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
 
 
 def make_schedule(config: Config, optimizer: SGD) -> Any:
-    """The scheduler that sets `lr` in the optimizer; each of its steps follows one optimizer step
-    (or window)."""
+    """The scheduler that sets `lr` in the optimizer; stepped once per optimizer step, plateau once
+    per window."""
     schedule = cast(Any, config.schedule)  # resolved, so that no option is None
     match schedule.kind:
         case "constant":
@@ -50,9 +52,7 @@ def make_schedule(config: Config, optimizer: SGD) -> Any:
             return lr_scheduler.ExponentialLR(optimizer, schedule.gamma)
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
-        case (
-            "warmup-cosine"
-        ):  # the cosine's first step is the one after the warm-up, at `lr` itself
+        case "warmup-cosine":  # the cosine starts at `lr` in the first step after the warm-up
             rising = lr_scheduler.LinearLR(optimizer, schedule.start, total_iters=schedule.warmup)
             falling = lr_scheduler.CosineAnnealingLR(optimizer, schedule.period, schedule.min_lr)
             return lr_scheduler.SequentialLR(
@@ -81,8 +81,7 @@ class Scheduler:
         self.window = config.schedule.window if config.schedule.kind == "plateau" else None
         self.warmup = config.schedule.warmup if config.schedule.kind == "warmup-cosine" else None
         self.count = 0  # steps of the window so far
-        # of their losses; left on the device until the window is full
-        self.mean: Tensor | float = 0.0
+        self.mean: Tensor | float = 0.0  # of their losses; on the device until the window is full
 
     @property
     def lr(self) -> float:
@@ -100,8 +99,8 @@ class Scheduler:
             self.count, self.mean = 0, 0.0
 
     def advance(self, steps: int) -> np.ndarray:
-        """The learning rates of the next steps, float64 (steps,), and the schedule beyond them; not
-        for plateau."""
+        """Step the schedule `steps` times; returns their learning rates, float64 (steps,). Not for
+        plateau."""
         rates = []
         for _ in range(steps):
             rates.append(self.lr)
@@ -110,9 +109,9 @@ class Scheduler:
 
 
 def export_schedule(scheduler: Scheduler) -> dict[str, float]:
-    """Canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and `cooldown`, and the
-    window's `count` and `mean`. The scale, by which plateau has reduced lr, is what optax keeps;
-    PyTorch keeps lr."""
+    """The schedule's state, canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and
+    `cooldown`, and the window's `count` and `mean`. The scale, by which plateau has reduced lr, is
+    optax's; PyTorch stores lr."""
     if scheduler.window is None:
         return {"lr": scheduler.lr}
     plateau = scheduler.schedule

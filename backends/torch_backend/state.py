@@ -1,4 +1,4 @@
-"""What training in PyTorch changes. Reads next to backends/flax_backend/state.py."""
+"""The training state in PyTorch. Reads next to backends/flax_backend/state.py."""
 
 from __future__ import annotations
 

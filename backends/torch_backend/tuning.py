@@ -41,12 +41,12 @@ def compiles(config: Config, requested: str) -> bool:
 
 
 def channels_last(model: str, device: str) -> bool:
-    """Whether images lie as NumPy has them, with the channels last."""
+    """Whether images are laid out as in NumPy, with the channels last."""
     return device == "cpu" and model in CHANNELS_LAST
 
 
 def compiler_options(device: str) -> CompilerOptions | None:
-    """What `torch.compile` is told; None: its defaults."""
+    """Options of `torch.compile`; None: its defaults."""
     return INDUCTOR if device == "cpu" else None
 
 

@@ -16,17 +16,17 @@ from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair as pairs
 
-IMAGES = (2, 3, 32, 32)  # what a user's network is tried on
-# kinds of layers with other layouts
+IMAGES = (2, 3, 32, 32)  # the batch for a trial of a user's network
+# layers whose layouts differ by more than axes
 UNSUPPORTED = _ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention
-IGNORED_BUFFERS = "num_batches_tracked"  # counts for `momentum=None`, which Flax has not
+IGNORED_BUFFERS = "num_batches_tracked"  # for `momentum=None`, which Flax does not have
 
 
 def build(model: str, classes: int, device: str) -> nn.Module:
-    """The network that `--model` names, on the CPU, with weights that nobody uses.
+    """The network that `--model` names, on the CPU, with weights that are not used.
 
     Raises:
-        ConfigError: if the user's cannot be built, or is not one that can be compared.
+        ConfigError: if the user's network cannot be built, or cannot be compared.
     """
     network = pairs.network(model, "torch")
     if model in MODELS:
@@ -37,7 +37,8 @@ def build(model: str, classes: int, device: str) -> nn.Module:
         module = network(classes)
     if not isinstance(module, nn.Module):
         raise ConfigError(
-            f"--model {model}: torch builds a {type(module).__name__}: let it build a torch.nn.Module"
+            f"--model {model}: torch builds a {type(module).__name__}: "
+            "let it build a torch.nn.Module"
         )
     with pairs.user_code_errors(model, "torch", "copy its module"):
         module = use_exact_sums(module)
@@ -46,9 +47,9 @@ def build(model: str, classes: int, device: str) -> nn.Module:
 
 
 def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
-    """The network on the device, for weights to be loaded into."""
+    """A copy of the network on the device, to load weights into."""
     copied = copy.deepcopy(template)
-    if model not in MODELS:  # it may have constants of its own
+    if model not in MODELS:  # it may have constants
         return copied.to(device)
     copied.to_empty(device=device)
     for buffer in copied.buffers():
@@ -57,10 +58,11 @@ def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
 
 
 def use_exact_sums(module: nn.Module) -> nn.Module:
-    """The module with the library's norms replaced by those of `layers`, which sum more exactly.
+    """A copy of the module in which the norms of `layers`, whose sums are more exact, replace the
+    library's; the module itself if it has none.
 
-    The modules around a norm are copied, so that a list of the user's own, which PyTorch does not
-    see, holds the replacement as well. Parameters, buffers and hooks are shared with `module`.
+    A copy, so that plain lists and other attributes that refer to a norm get the replacement as
+    well. Parameters, buffers and hooks are shared with `module`.
     """
     exact = {id(layer): exact_layer(layer) for layer in module.modules()}
     exact = {key: layer for key, layer in exact.items() if layer is not None}
@@ -69,10 +71,10 @@ def use_exact_sums(module: nn.Module) -> nn.Module:
 
 
 def exact_layer(layer: nn.Module) -> nn.Module | None:
-    """The norm of `layers` that takes this one's place, with all its attributes; None for other
-    layers, and for norms that lack a parameter or a statistic."""
+    """The replacement for a norm, with all its attributes; None for other layers, and for a norm
+    without one of its parameters or statistics."""
     kind = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
-    # layer norm has the first two
+    # A layer norm has the first two only.
     parts = "weight", "bias", "running_mean", "running_var", "momentum"
     if kind is None or any(getattr(layer, part, 0) is None for part in parts):
         return None
@@ -82,19 +84,21 @@ def exact_layer(layer: nn.Module) -> nn.Module | None:
 
 
 def validate_module(model: str, module: nn.Module, classes: int) -> None:
-    """Raise ConfigError unless a user's network can be compared: it is tried on a copy, in
-    training."""
+    """Raise ConfigError unless a user's network can be compared: two trials, on copies in training
+    mode."""
     convert.canonical_names(module)
     for name, layer in module.named_modules():
         if isinstance(layer, UNSUPPORTED):
             raise ConfigError(
-                f"--model {model}: torch's {name} is a {type(layer).__name__}, whose layout is not known"
+                f"--model {model}: torch's {name} is a {type(layer).__name__}, "
+                "whose layout is not known"
             )
     for name, shape in convert.flattened(module).items():
         layer = dict(module.named_modules()).get(name)
         if not isinstance(layer, nn.Linear) or layer.in_features != math.prod(shape):
             raise ConfigError(
-                f"--model {model}: flattened says {name} follows a flatten of {shape}, which does not fit"
+                f"--model {model}: flattened says {name} follows a flatten of {shape}, "
+                "which does not fit"
             )
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=dtype).reshape(IMAGES)

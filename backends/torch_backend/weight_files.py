@@ -1,4 +1,4 @@
-"""Weights from and for PyTorch elsewhere: a state dict. Reads beside
+"""PyTorch's weight files: state dicts. Reads next to
 backends/flax_backend/weight_files.py."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_weights(path: Path, shapes: Shapes, model: str = "net") -> Arrays:
 
 
 def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
-    """Keep canonical parameters as a state dict, whole or not at all, for `torch.load(path,
+    """Write canonical parameters as a state dict, atomically, for `torch.load(path,
     weights_only=True)`.
 
     Raises:
@@ -69,10 +69,10 @@ def write_weights(path: Path, arrays: Arrays, model: str = "net") -> None:
 
 
 def read_headers(path: Path, limit: int) -> dict[str, TensorHeader]:
-    """What the file says of its tensors; its numbers are not read.
+    """Shapes and dtypes of the file's tensors; their numbers are not read.
 
-    `weights_only` keeps a pickle from running code, but not from taking memory: it lets
-    `bytearray(10**11)` pass, and a few bytes of a zip archive may unpack to many.
+    `weights_only` keeps a pickle from running code, but not from taking memory: it permits
+    `bytearray(10**11)`, and a few bytes of a zip archive can unpack to many.
     """
     remedy = "save it with torch.save(model.state_dict(), FILE)"
     with zipfile.ZipFile(path) as archive:
@@ -95,8 +95,8 @@ def read_headers(path: Path, limit: int) -> dict[str, TensorHeader]:
 
 
 def is_allowed_global(name: str) -> bool:
-    """Whether a state dict needs what pickle calls `name`, "<module> <name>": storages, dtypes,
-    what joins them."""
+    """Whether a state dict may import `name`, "<module> <name>" in pickle: a storage, a dtype, or a
+    function that rebuilds a tensor."""
     module, _, name = name.partition(" ")
     if module in ("torch", "torch.storage"):
         return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
@@ -106,14 +106,12 @@ def is_allowed_global(name: str) -> bool:
 
 
 def from_native(tensors: Mapping[str, Tensor], model: str = "net") -> Arrays:
-    """PyTorch's tensors by PyTorch's names as canonical arrays; what else a state dict has is left
-    out."""
+    """Canonical arrays from a state dict; its other entries are left out."""
     return convert.to_canonical(empty_model(model), without_buffers(tensors, model))
 
 
 def to_native(arrays: Arrays, model: str = "net") -> dict[str, Tensor]:
-    """The inverse of `from_native`: contiguous tensors on the CPU, and all else that a state dict
-    has."""
+    """A whole state dict from canonical arrays: contiguous tensors on the CPU."""
     empty = empty_model(model)
     tensors = {
         name: tensor.contiguous() for name, tensor in convert.from_canonical(empty, arrays).items()
@@ -135,8 +133,8 @@ def without_buffers(entries: Mapping[str, Entry], model: str) -> dict[str, Entry
 
 
 def buffers_of(empty: nn.Module) -> dict[str, Tensor]:
-    """What a state dict has besides parameters and statistics: a user's constants, and a batch
-    norm's count of batches, which is 0 here, for nothing in these networks reads it."""
+    """The other entries of a state dict: a user's constants, and a batch norm's count of batches,
+    which is 0 here, since nothing in these networks reads it."""
     known = convert.canonical_names(empty)
     buffers = {name: tensor for name, tensor in empty.state_dict().items() if name not in known}
     return {

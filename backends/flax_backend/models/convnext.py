@@ -58,7 +58,7 @@ class Block(nnx.Module):
         self.fc1 = nnx.Linear(channels, 4 * channels, rngs=rngs)
         self.fc2 = nnx.Linear(4 * channels, channels, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((channels,), 1e-6))  # layer scale
-        # of all of an image's branch: stochastic depth
+        # leaves out an image's whole branch: stochastic depth
         self.dropout = Dropout(depth_rate, (1, 1, 1))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ class Block(nnx.Module):
         y = self.norm(y)
         y = in_float32(nnx.gelu, self.fc1(y), approximate=False)
         y = self.fc2(y)
-        # gamma times y, so that the gradient of gamma, too, is summed in float32
+        # gamma times y; in float32, so that the gradient of gamma is summed in it, too
         y = in_float32(lambda y: self.gamma[...].astype(y.dtype) * y, y)
         return x + self.dropout(y)
 

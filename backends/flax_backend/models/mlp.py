@@ -10,7 +10,7 @@ class MLP(nnx.Module):
     """Images (n, 32, 32, 3) to logits (n, classes), by three dense layers."""
 
     def __init__(self, classes: int, device: str, rngs: nnx.Rngs) -> None:
-        del device  # it chooses a convolution, and here is none
+        del device  # it chooses a convolution; there is none here
         self.fc1 = nnx.Linear(32 * 32 * 3, 256, rngs=rngs)
         self.fc2 = nnx.Linear(256, 128, rngs=rngs)
         self.fc3 = nnx.Linear(128, classes, rngs=rngs)

@@ -48,7 +48,7 @@ class Block(nnx.Module):
             nnx.Conv, use_bias=False, conv_general_dilated=convolution(device), rngs=rngs
         )
         self.stride = 1 if before == after else 2
-        # padding="SAME" would, with two strides, pad 0 on one side and 1 on the other
+        # padding="SAME" would, with a stride of 2, pad 0 on one side and 1 on the other
         self.conv1 = Conv(before, after, kernel_size=(3, 3), strides=self.stride, padding=1)
         self.bn1 = BatchNorm(after, epsilon=1e-5, momentum=0.9, rngs=rngs)
         self.conv2 = Conv(after, after, kernel_size=(3, 3), padding=1)

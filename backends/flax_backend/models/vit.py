@@ -12,7 +12,7 @@ from flax import nnx
 
 from lockstep.backends.flax_backend.layers import Dropout, LayerNorm, convolution, in_float32
 
-DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense layers of a block
+DROPOUT = 0.1  # after embedding, attention and each dense layer of a block
 
 
 class ViT(nnx.Module):
@@ -46,7 +46,7 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return self.fc(x[:, 0])  # what has become of the token
+        return self.fc(x[:, 0])  # the class token
 
 
 class Block(nnx.Module):
@@ -78,8 +78,8 @@ class Attention(nnx.Module):
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.query = nnx.Linear(width, width, rngs=rngs)
-        # A key's bias would add the same to all scores of a query, and change no weight: its
-        # gradient is rounding.
+        # Without a bias: it would add the same to all scores of a query and change no weight, and
+        # its gradient would be rounding error.
         self.key = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.value = nnx.Linear(width, width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)

@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))  # layer scale
-        # of all of an image's branch: stochastic depth
+        # leaves out an image's whole branch: stochastic depth
         self.dropout = Dropout(depth_rate, (1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Downsample(nn.Module):
 
 def channels_last(x: Tensor) -> Tensor:
     """(n, channels, height, width) to (n, height, width, channels), as layer norm and dense layers
-    want it."""
+    take it."""
     return x.permute(0, 2, 3, 1)
 
 

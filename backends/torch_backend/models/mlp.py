@@ -12,11 +12,11 @@ class MLP(nn.Module):
 
     def __init__(self, classes: int, device: str = "cpu") -> None:
         super().__init__()
-        del device  # it chooses a convolution, and here is none
+        del device  # it chooses a convolution; there is none here
         self.fc1 = nn.Linear(3 * 32 * 32, 256)
         self.fc2 = nn.Linear(256, 128)
         self.fc3 = nn.Linear(128, classes)
-        # what is flattened before fc1, (channels, height, width): see convert.py
+        # (channels, height, width) before the flatten: see convert.py
         self.flattened = {"fc1": (3, 32, 32)}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Net(nn.Module):
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)
-        # what is flattened before fc1, (channels, height, width): see convert.py
+        # (channels, height, width) before the flatten: see convert.py
         self.flattened = {"fc1": (16, 5, 5)}
 
     def forward(self, x: Tensor) -> Tensor:

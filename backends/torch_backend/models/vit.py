@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lockstep.backends.torch_backend.layers import Dropout, LayerNorm, convolution
 
-DROPOUT = 0.1  # of embedded patches, of what attention gives, and in the dense layers of a block
+DROPOUT = 0.1  # after embedding, attention and each dense layer of a block
 
 
 class ViT(nn.Module):
@@ -37,7 +37,7 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return self.fc(x[:, 0])  # what has become of the token
+        return self.fc(x[:, 0])  # the class token
 
 
 class Block(nn.Module):
@@ -71,8 +71,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width)
-        # A key's bias would add the same to all scores of a query, and change no weight: its
-        # gradient is rounding.
+        # Without a bias: it would add the same to all scores of a query and change no weight, and
+        # its gradient would be rounding error.
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
