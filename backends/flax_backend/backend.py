@@ -57,9 +57,8 @@ class FlaxBackend:
         self.config = config
         self.dtype = numpy_dtype(dtype)
         self._compute_dtype = compute_dtype(dtype)
-        self.network = cast_constants(
-            build(config.model, classes, self.device), self._compute_dtype
-        )
+        network = build(config.model, classes, self.device)
+        self.network = cast_constants(network, self._compute_dtype)
         batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
         if config.model not in MODELS:
@@ -89,10 +88,8 @@ class FlaxBackend:
         if snapshot.step > 0:
             momentum = convert.from_canonical(snapshot.momentum)
             optimizer_state = restore_momentum(optimizer_state, momentum)
-            schedule = snapshot.schedule
-            optimizer_state = restore_schedule(
-                self.config, optimizer_state, schedule, snapshot.step
-            )
+            schedule, step = snapshot.schedule, snapshot.step
+            optimizer_state = restore_schedule(self.config, optimizer_state, schedule, step)
         step = jnp.asarray(snapshot.step, jnp.int32)
         return State(parameters, model_state, optimizer_state, step)
 
