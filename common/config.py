@@ -5,35 +5,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lockstep.common.errors import ConfigError, did_you_mean, nearest
 
 BACKENDS = ("torch", "flax")
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
-DTYPES = (
-    "float64",
-    "float32",
-    "bfloat16",
-    "mixed_bfloat16",
-)  # the lenses; the last one by Keras' name
+DTYPES = ("float64", "float32", "bfloat16", "mixed_bfloat16")  # the last one by Keras' name
+# Lockstep's networks, and where they are in the folder of either backend.
 MODELS = {
     "net": "net:Net",
     "mlp": "mlp:MLP",
     "resnet20": "resnet20:ResNet20",
     "convnext": "convnext:ConvNeXt",
     "vit": "vit:ViT",
-}  # the networks that Lockstep has, and where they are in the folder of either backend
+}
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 AUGMENTATIONS = ("crop-flip",)
-# Left out of a configuration's JSON where they have their default, so that runs from before they
-# were there keep their fingerprints.
+# Omitted from a configuration's JSON if they have their default: older runs, which did not have
+# them, keep their fingerprints.
 OMIT_IF_DEFAULT = ("weights", "pair", "clip_norm", "label_smoothing", "augment")
 
-# Which options each schedule takes. All counts are in optimizer steps, but `patience` and
-# `cooldown`, in windows.
+# Which options each schedule takes. All counts are in optimizer steps, except those of `patience`
+# and `cooldown`, which are in windows.
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "constant": (),
     "step": ("period", "gamma"),
@@ -45,9 +42,12 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _require(condition: bool, message: str) -> None:
+def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+Option = int | float | tuple[int, ...] | None  # the value of a schedule's option
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,14 @@ class Schedule:
     """
 
     kind: str = "constant"  # one of SCHEDULES
-    period: int | None = (
-        None  # steps between two decays (step), or until `min_lr` is reached (cosine, after a warm-up)
-    )
+    # Steps between two decays (step), or until `min_lr` is reached (cosine, after a warm-up).
+    period: int | None = None
     milestones: tuple[int, ...] | None = None  # steps at which to decay
     gamma: float | None = None  # factor of one decay; exponential: of one step
     window: int | None = None  # plateau: steps whose mean training loss is one observation
-    patience: int | None = None  # plateau: windows without improvement that are put up with
+    patience: int | None = None  # plateau: windows without improvement that are tolerated
     threshold: float | None = None  # plateau: relative improvement that counts as one
-    cooldown: int | None = None  # plateau: windows after a decay in which nothing is counted
+    cooldown: int | None = None  # plateau: windows after a decay that are not counted
     min_lr: float | None = None  # the floor of the learning rate; of a warm-up, where it ends
     warmup: int | None = None  # warmup-cosine: steps in which the learning rate rises in a line
     start: float | None = None  # warmup-cosine: the first learning rate, as a share of `lr`
@@ -85,39 +84,39 @@ class Schedule:
                 )
         for field in ("period", "window", "warmup"):
             value = getattr(self, field)
-            _require(
+            _check(
                 value is None or 1 <= value <= MAX_COUNT,
                 f"schedule: {field} must be 1 or more, at most {MAX_COUNT}",
             )
         for field in ("patience", "cooldown", "min_lr"):
             value = getattr(self, field)
-            _require(
+            _check(
                 value is None or 0 <= value < MAX_COUNT,
                 f"schedule: {field} must be 0 or more, below {MAX_COUNT}",
             )
-        _require(
+        _check(
             self.threshold is None or 0 < self.threshold < 1,
             "schedule: threshold must lie between 0 and 1",
         )
         for field in ("gamma", "start"):
             value = getattr(self, field)
-            _require(
+            _check(
                 value is None or 0 < value <= 1, f"schedule: {field} must be above 0 and at most 1"
             )
-        _require(
+        _check(
             self.kind != "plateau" or self.gamma is None or self.gamma < 1,
             "schedule: plateau needs gamma below 1",
         )
-        stones = self.milestones
-        if stones is not None:
-            rising = bool(stones) and list(stones) == sorted(set(stones))
-            within = rising and stones[0] >= 1 and stones[-1] <= MAX_COUNT
-            _require(
+        milestones = self.milestones
+        if milestones is not None:
+            rising = bool(milestones) and list(milestones) == sorted(set(milestones))
+            within = rising and milestones[0] >= 1 and milestones[-1] <= MAX_COUNT
+            _check(
                 within,
                 f"schedule: milestones must rise from 1 to at most {MAX_COUNT}, as in 100+200",
             )
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Option]:
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -127,7 +126,7 @@ class Schedule:
     def resolve(self, steps: int) -> Schedule:
         """Fill in what was left out, for a run of `steps` steps."""
         warmup = max(1, steps // 20) if self.warmup is None else self.warmup
-        defaults: dict[str, dict[str, Any]] = {
+        defaults: dict[str, dict[str, Option]] = {
             "constant": {},
             "step": {"period": max(1, steps // 3), "gamma": 0.1},
             "multistep": {"milestones": (max(1, steps // 2), max(2, 3 * steps // 4)), "gamma": 0.1},
@@ -153,7 +152,7 @@ class Schedule:
             for name, value in defaults[self.kind].items()
             if getattr(self, name) is None
         }
-        return replace(self, **missing)
+        return _replace(self, missing)
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -163,7 +162,7 @@ class Schedule:
             ConfigError: for anything else.
         """
         kind, _, rest = text.partition(":")
-        options: dict[str, Any] = {}
+        options: dict[str, Option] = {}
         for item in filter(None, rest.split(",")):
             name, equals, value = item.partition("=")
             if not equals or name not in {field.name for field in dataclasses.fields(cls)} - {
@@ -179,14 +178,14 @@ class Schedule:
                 )
             try:
                 if name == "milestones":
-                    options[name] = tuple(int(stone) for stone in value.split("+"))
+                    options[name] = tuple(int(step) for step in value.split("+"))
                 elif name in ("period", "window", "patience", "cooldown", "warmup"):
                     options[name] = int(value)
                 else:
                     options[name] = float(value)
             except ValueError:
                 raise ConfigError(f"schedule option {item!r}: {value!r} is not a number") from None
-        return cls(kind, **options)
+        return _replace(cls(kind), options)
 
 
 @dataclass(frozen=True)
@@ -198,51 +197,43 @@ class Config:
         ConfigError: if the fields contradict each other.
     """
 
-    model: str = "net"  # which network: a name, or a user's pair, PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME
+    # Which network: a name, or a user's pair, PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME.
+    model: str = "net"
     epochs: int = 1  # passes over the training images
     steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
     batch_size: int = 4  # images per step
-    drop_last: bool = (
-        False  # leave out the last batch of an epoch where it is smaller than the others
-    )
+    drop_last: bool = False  # leave out an epoch's last batch if it is smaller than the others
     lr: float = 0.001  # learning rate, per step
     momentum: float = 0.0  # factor of the momentum buffer; 0: no buffer
     dampening: float = 0.0  # share of the gradient kept out of the buffer, from the second step on
     weight_decay: float = 0.0  # L2 penalty, added to the gradient before momentum
     nesterov: bool = False  # look one momentum step ahead
     maximize: bool = False  # climb instead of descending
-    clip_norm: float | None = (
-        None  # largest norm of all gradients together, which are scaled down to it; None: any
-    )
-    label_smoothing: float = (
-        0.0  # share of each label that the training loss spreads evenly over all classes
-    )
-    augment: str | None = (
-        None  # one of AUGMENTATIONS, for training images; None: they stay as they are
-    )
+    # Largest norm of all gradients together, which are scaled down to it; None: no limit.
+    clip_norm: float | None = None
+    # Share of each label that the training loss spreads evenly over all classes.
+    label_smoothing: float = 0.0
+    augment: str | None = None  # one of AUGMENTATIONS, of training images; None: unchanged
     schedule: Schedule = Schedule()
-    seed: int = (
-        0  # of the initial weights, the order of the batches, their augmentation and the twins
-    )
-    weights: str | None = (
-        None  # digest of the user's initial weights, read by --weights; None: drawn from `seed`
-    )
-    pair: str | None = (
-        None  # digest of the file that the user's `model` is in; None: one of Lockstep's own
-    )
+    seed: int = 0  # of the initial weights, the order of the batches, their augmentation, the twins
+    # SHA-256 of the user's initial weights, read by --weights; None: drawn from `seed`.
+    weights: str | None = None
+    # SHA-256 of the file that the user's `model` is in; None: one of Lockstep's own.
+    pair: str | None = None
 
     def __post_init__(self) -> None:
         known = self.pair is not None or self.model in MODELS
-        _require(
+        _check(
             known,
-            f"unknown model {self.model!r}: {did_you_mean(self.model, MODELS)}, or a pair of your own",
+            f"unknown model {self.model!r}: {did_you_mean(self.model, MODELS)}, "
+            "or a pair of your own",
         )
-        _require(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
-        _require(
+        _check(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
+        _check(
             self.steps is None or 1 <= self.steps <= MAX_COUNT,
             f"--steps must be 1 or more, at most {MAX_COUNT}: a run of no steps shows nothing",
         )
-        _require(self.batch_size >= 1, "--batch-size must be 1 or more")
+        _check(self.batch_size >= 1, "--batch-size must be 1 or more")
         for field, least in (
             ("lr", 0),
             ("momentum", 0),
@@ -250,24 +241,27 @@ class Config:
             ("weight_decay", 0),
         ):
             within = least <= getattr(self, field) <= MAX_NUMBER
-            _require(
+            _check(
                 within,
-                f"--{field.replace('_', '-')} must be a number between {least:g} and {MAX_NUMBER:g}",
+                f"--{field.replace('_', '-')} must be a number between {least:g} and "
+                f"{MAX_NUMBER:g}",
             )
-        _require(
+        _check(
             self.clip_norm is None or 0 < self.clip_norm <= MAX_NUMBER,
-            f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: leave it out, and nothing is clipped",
+            f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: without the option, "
+            "nothing is clipped",
         )
-        _require(0 <= self.label_smoothing < 1, "--label-smoothing must be 0 or more, below 1")
+        _check(0 <= self.label_smoothing < 1, "--label-smoothing must be 0 or more, below 1")
         known = ", ".join(AUGMENTATIONS)
-        _require(
+        _check(
             self.augment in (None, *AUGMENTATIONS),
             f"unknown --augment {self.augment!r}: choose {known}, or none",
         )
-        _require(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
+        _check(0 <= self.seed < 2**32, "--seed must lie between 0 and 4294967295")
         if self.schedule.min_lr is not None and self.schedule.min_lr > self.lr:
             raise ConfigError(
-                f"schedule: min_lr {self.schedule.min_lr:g} is above --lr {self.lr:g}: choose a smaller one"
+                f"schedule: min_lr {self.schedule.min_lr:g} is above --lr {self.lr:g}: choose a "
+                "smaller one"
             )
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ConfigError(
@@ -296,12 +290,13 @@ class Config:
             raise ConfigError(f"{steps} steps are more than {MAX_COUNT}: choose fewer --epochs")
         epochs = -(-steps // self.batches_per_epoch(images))
         schedule = self.schedule.resolve(steps)
-        falling = steps - (schedule.warmup or 0)
-        if "cosine" in schedule.kind and schedule.period is not None and schedule.period < falling:
-            # PyTorch's would climb again after `period`, optax's would stay down
-            than = "the run" if schedule.warmup is None else "the run after its warm-up"
+        decay_steps, period = steps - (schedule.warmup or 0), schedule.period
+        if "cosine" in schedule.kind and period is not None and period < decay_steps:
+            # PyTorch's learning rate would rise again after `period`, optax's would stay
+            run = "the run" if schedule.warmup is None else "the run after its warm-up"
             raise ConfigError(
-                f"schedule: cosine's period {schedule.period} is shorter than {than}: give {falling} or more"
+                f"schedule: cosine's period {period} is shorter than {run}: give {decay_steps} or "
+                "more"
             )
         return replace(self, epochs=epochs, steps=steps, schedule=schedule)
 
@@ -312,8 +307,8 @@ class Config:
         return self.steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings; schedule options that do not apply are left out, and defaults
-        of OMIT_IF_DEFAULT."""
+        """Plain numbers and strings, without schedule options that do not apply and without the
+        defaults of OMIT_IF_DEFAULT."""
         fields = dataclasses.asdict(self)
         for name in OMIT_IF_DEFAULT:
             if fields[name] == getattr(type(self), name):
@@ -324,7 +319,7 @@ class Config:
         return json.loads(json.dumps(fields))
 
     @classmethod
-    def from_json(cls, fields: Any) -> Config:
+    def from_json(cls, fields: object) -> Config:
         """The inverse of `to_json`.
 
         Raises:
@@ -334,31 +329,33 @@ class Config:
         return _from_json(cls, fields)
 
     def fingerprint(self, data_digest: str) -> str:
-        """Twelve hexadecimal digits that two runs share when they are meant to give the same
-        numbers."""
+        """Twelve hexadecimal digits, equal for two runs that should give the same numbers."""
         text = json.dumps([self.to_json(), data_digest], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _from_json(cls: Any, fields: Any) -> Any:
-    """A Config or a Schedule of the fields that `to_json` left; those that it leaves out have their
-    default."""
-    kinds = get_type_hints(cls)
-    if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
-        raise ConfigError(f"{cls.__name__} has the fields {', '.join(kinds)}, and no others")
-    values = {}
-    for name, kind in kinds.items():
-        options, value = (
-            get_args(kind) or (kind,),
-            fields.get(name, getattr(cls, name) if name in OMIT_IF_DEFAULT else None),
-        )
+def _replace(schedule: Schedule, options: Mapping[str, Option]) -> Schedule:
+    """`schedule` with other options."""
+    values: dict[str, Any] = dict(options)
+    return replace(schedule, **values)
+
+
+T = TypeVar("T", Schedule, Config)
+
+
+def _from_json(cls: type[T], fields: object) -> T:
+    """A Config or a Schedule from its JSON; a field that `to_json` omits has its default."""
+    types = get_type_hints(cls)
+    if not isinstance(fields, dict) or not fields.keys() <= types.keys():
+        raise ConfigError(f"{cls.__name__} has the fields {', '.join(types)}, and no others")
+    values: dict[str, Any] = {}
+    for name, kind in types.items():
+        default = getattr(cls, name) if name in OMIT_IF_DEFAULT else None
+        options, value = get_args(kind) or (kind,), fields.get(name, default)
+        is_tuple = get_origin(options[0]) is tuple
         if kind is Schedule:
             value = _from_json(Schedule, value)
-        elif (
-            get_origin(options[0]) is tuple
-            and isinstance(value, list)
-            and all(type(item) is int for item in value)
-        ):
+        elif is_tuple and isinstance(value, list) and all(type(item) is int for item in value):
             value = tuple(value)
         allowed = [get_origin(option) or option for option in options]
         if type(value) not in (*allowed, int if float in allowed else None):

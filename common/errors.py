@@ -1,5 +1,5 @@
-"""The errors a user can cause. Each message names the remedy; the command line prints it and exits
-with 2."""
+"""The errors that a user can cause. Each message says what to do; the command line prints it and
+exits with 2."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ MAX_SHOWN = 4  # names in one line
 
 
 class LockstepError(Exception):
-    """A request that cannot be carried out. Subclasses say which part of it; the message says what
-    to do."""
+    """A request that cannot be carried out; the message says what to do."""
 
 
 class ConfigError(LockstepError):
-    """An option, or a combination of options, that describes no run."""
+    """An option, or a combination of options, that does not describe a run."""
 
 
 class DataError(LockstepError):
-    """Data that is missing, damaged, or not what the run needs."""
+    """Data that are missing, damaged, or unsuitable for the run."""
 
 
 class RecordError(LockstepError):
@@ -26,23 +25,23 @@ class RecordError(LockstepError):
 
 
 class BackendError(LockstepError):
-    """A framework or device that is not there."""
+    """A framework or device that is not there, or cannot train the network."""
 
 
 def printable(text: object) -> str:
-    """One line that cannot command the terminal, whatever a file or an option was called."""
+    """One line without control characters, whatever a file or an option is called."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The word that was probably meant; None if none is near."""
+    """The word that was probably meant; None if none is similar."""
     import difflib  # only after an error
 
     return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A proposal for a misspelt word, and all words there are."""
+    """The word that was probably meant, if any, and all known words."""
     known = list(known)
     proposal = nearest(word, known)
     there_are = f"choose one of {', '.join(known)}"
@@ -50,8 +49,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def shorten(names: Iterable[str], between: str = ", ") -> str:
-    """Some names in one line, none of them longer than half of it, and none that commands the
-    terminal."""
+    """The first names, shortened, without control characters, and how many more there are."""
     names = [printable(name) for name in names]
     names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
     more = f"{between}and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""

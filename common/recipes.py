@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from lockstep.common.config import Config, Schedule
 from lockstep.common.errors import ConfigError, did_you_mean
@@ -19,8 +18,15 @@ class Recipe:
     twins: int = 2
 
 
-_SHORT: Any = {"steps": 300, "batch_size": 32, "momentum": 0.9}
-_AUGMENTED: Any = {"augment": "crop-flip", "schedule": Schedule("warmup-cosine", warmup=30)}
+# 300 steps of batch 32, with momentum.
+_SHORT = Config(steps=300, batch_size=32, momentum=0.9)
+_AUGMENTED = replace(
+    _SHORT,
+    weight_decay=1e-4,
+    augment="crop-flip",
+    schedule=Schedule("warmup-cosine", warmup=30),
+)
+_REGULARISED = replace(_AUGMENTED, lr=0.1, label_smoothing=0.1, clip_norm=1.0)
 
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(
@@ -35,37 +41,17 @@ RECIPES: dict[str, Recipe] = {
         "plain SGD, as in PyTorch's 'Neural Networks': batch 4, lr 0.01, 3 epochs",
         Config(epochs=3, batch_size=4, lr=0.01),
     ),
-    "mlp": Recipe("300 steps of batch 32", Config(model="mlp", lr=0.01, **_SHORT)),
+    "mlp": Recipe("300 steps of batch 32", replace(_SHORT, model="mlp", lr=0.01)),
     "resnet20": Recipe(
         "300 steps of batch 32: weight decay, random crops and flips, warm-up and cosine",
         # At lr 0.1, float64's rounding grows from 1e-15 to 1e-2 of the loss in 60 steps; at 0.01 to
         # 3e-14 in 300.
-        Config(model="resnet20", lr=0.01, weight_decay=1e-4, **_SHORT, **_AUGMENTED),
+        replace(_AUGMENTED, model="resnet20", lr=0.01),
     ),
     "convnext": Recipe(
-        "the same, with label smoothing and clipping",
-        Config(
-            model="convnext",
-            lr=0.1,
-            weight_decay=1e-4,
-            label_smoothing=0.1,
-            clip_norm=1.0,
-            **_SHORT,
-            **_AUGMENTED,
-        ),
+        "the same, with label smoothing and clipping", replace(_REGULARISED, model="convnext")
     ),
-    "vit": Recipe(
-        "the same",
-        Config(
-            model="vit",
-            lr=0.1,
-            weight_decay=1e-4,
-            label_smoothing=0.1,
-            clip_norm=1.0,
-            **_SHORT,
-            **_AUGMENTED,
-        ),
-    ),
+    "vit": Recipe("the same", replace(_REGULARISED, model="vit")),
 }
 
 

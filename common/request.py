@@ -1,4 +1,4 @@
-"""What to train and compare: `Request`."""
+"""What to train and compare, `Request`, and what was found, `Result`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from lockstep.common.recipes import recipe_named
 if TYPE_CHECKING:
     from lockstep.common.runs.request import RunRequest
 
+Report = dict[str, Any]  # report.json
+
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, in which precisions, and where to write it."""
+    """What to train, in which precisions, and where to write the reports."""
 
     config: Config
     dtypes: tuple[str, ...] = ("float64", "float32")
@@ -34,7 +36,7 @@ class Request:
     out: Path | None = None  # None: a folder in results/runs
     resume: Path | None = None  # the folder of a run to resume; it is `out`, too
     resumed: RunRequest | None = None  # what that run was started with
-    keep_records: bool = False  # use every record that is in the folder, train only what is missing
+    keep_records: bool = False  # use the folder's records, train only what is missing
     log_every: int = 0  # steps between log lines; 0: none
     checkpoint_every: int | None = None  # None: CHECKPOINT_EVERY in runs of LONG_RUN or more
     tensorboard: Path | None = None
@@ -42,10 +44,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.twins < 0 or (self.twins == 0 and self.dtypes != ("float64",)):
-            raise ConfigError(
-                "--twins must be 1 or more: without twins nothing says how far rounding may take "
-                "two runs"
-            )
+            raise ConfigError("--twins must be 1 or more: the bounds come from the twins")
         for option, value in (
             ("--log-every", self.log_every),
             ("--checkpoint-every", self.checkpoint_every),
@@ -88,3 +87,51 @@ def make_request(
         recipe=recipe,
         **settings,
     )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison found. It is true if the runs agree."""
+
+    report: Report
+    folder: Path  # with report.json, report.html and the records
+
+    def __bool__(self) -> bool:
+        return self.verdict == "agree"
+
+    def __repr__(self) -> str:
+        return f"{self.sentence} Report: {self.folder}"
+
+    @property
+    def verdict(self) -> str:
+        """ "agree", "disagree", or "single": there was nothing to compare with."""
+        return self.report["verdict"]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words."""
+        from lockstep.common.report import sentence
+
+        return sentence(self.report)
+
+    @property
+    def interrupted_at(self) -> str | None:
+        """Where the run was stopped, if it was."""
+        return self.report["cut_short"]
+
+    @property
+    def place(self) -> str | None:
+        """Where the runs differ first: stage, step and tensor. None if they agree."""
+        located = self._located()
+        return located["message"] if located else None
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """What usually causes such a difference, the likeliest first."""
+        located = self._located()
+        return tuple(located["causes"]) if located else ()
+
+    def _located(self) -> Report | None:
+        return next(
+            (found["located"] for found in self.report["lenses"] if "located" in found), None
+        )

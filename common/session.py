@@ -11,14 +11,12 @@ import importlib
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, Config
-from lockstep.common.errors import DataError
-from lockstep.common.request import Request
+from lockstep.common.request import Report, Request, Result
 from lockstep.common.system import environment, program
 from lockstep.common.system.interrupt import SignalHandler
 
@@ -33,55 +31,6 @@ if TYPE_CHECKING:
     from lockstep.common.verdict.comparison import Comparison
 
 RUNS = Path("results/runs")  # where reports go unless the user names a folder
-Report = dict[str, Any]  # report.json
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a comparison found. It is true if the runs agree."""
-
-    report: Report
-    folder: Path  # with report.json, report.html and the records
-
-    def __bool__(self) -> bool:
-        return self.verdict == "agree"
-
-    def __repr__(self) -> str:
-        return f"{self.sentence} Report: {self.folder}"
-
-    @property
-    def verdict(self) -> str:
-        """ "agree", "disagree", or "single": there was nothing to compare with."""
-        return self.report["verdict"]
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in plain words."""
-        from lockstep.common.report import sentence
-
-        return sentence(self.report)
-
-    @property
-    def interrupted_at(self) -> str | None:
-        """Where the run was stopped, if it was."""
-        return self.report["cut_short"]
-
-    @property
-    def place(self) -> str | None:
-        """Where the runs differ first: stage, step and tensor. None if they agree."""
-        located = self._located()
-        return located["message"] if located else None
-
-    @property
-    def causes(self) -> tuple[str, ...]:
-        """What usually causes such a difference, the likeliest first."""
-        located = self._located()
-        return tuple(located["causes"]) if located else ()
-
-    def _located(self) -> Report | None:
-        return next(
-            (found["located"] for found in self.report["lenses"] if "located" in found), None
-        )
 
 
 def compare(
@@ -139,10 +88,7 @@ def prepare_and_train(
     terminal.line(estimate.announcement(request))
     dataset = data.load(request.data, request.data_dir, terminal.line, progress=not terminal.quiet)
     config = request.config.resolve(len(dataset.train_images))
-    if request.resumed is not None and request.resumed.digest != dataset.digest:
-        raise DataError(
-            f"{request.resume} was trained on other data than {dataset.name}: name them with --data"
-        )
+    prepare.check_same_data(request, dataset)
     if request.config.steps is None:
         terminal.line(f"{config.total_steps:,} steps{estimate.time_needed(request, config)}")
     device = prepare.choose_device(
@@ -153,17 +99,12 @@ def prepare_and_train(
         weights, config = prepare.load_initial_weights(
             request.weights, config, dataset, names[0], device, backends
         )
-        if request.resumed is not None and request.resumed.config != config.to_json():
-            raise DataError(
-                f"{request.weights} holds other weights than {request.resume} started from: "
-                "restore it"
-            )
-    folder = request.resume or request.out
-    folder = folder or RUNS / f"{request.recipe}-{config.fingerprint(dataset.digest)}"
+        prepare.check_same_weights(request, config)
+    default = RUNS / f"{request.recipe}-{config.fingerprint(dataset.digest)}"
+    folder = request.resume or request.out or default
     with storage.lock_folder(folder):
         existing = [name for name in BACKENDS if name not in names or request.keep_records]
         found = find_runs(folder, request.dtypes, existing, config, dataset, terminal.line)
-        every = prepare.checkpoint_every(request.checkpoint_every, config)
         trainer = Trainer(
             folder,
             config,
@@ -174,14 +115,14 @@ def prepare_and_train(
             terminal,
             weights,
             request.log_every,
-            every,
+            prepare.checkpoint_every(request.checkpoint_every, config),
             resumed=request.resumed is not None,
             continue_other_backend=request.resumed is not None and len(names) == 1,
             signals=signals,
         )
         if request.resumed is None and not request.keep_records:
             trainer.check_not_overwriting(names, request.dtypes)
-            requests.write(requests.of(request, config, dataset, every), folder)
+            requests.write(requests.of(request, trainer), folder)
         try:
             return train_and_compare(request, trainer, found, device, worker, terminal)
         except KeyboardInterrupt as interruption:

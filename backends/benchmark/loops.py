@@ -160,7 +160,7 @@ class Training:
         from lockstep.common.dtypes import compute_dtype
         from lockstep.common.model.initial_weights import initial_weights
         from lockstep.common.protocol import Snapshot
-        from lockstep.common.runs import training
+        from lockstep.common.runs.chunks import chunks
         from lockstep.common.runs.record import FIRST_STEPS
 
         steps = FIRST_STEPS + ENDLESS
@@ -180,7 +180,7 @@ class Training:
         self.data = self.backend.upload(images, labels)
         weights = initial_weights(self.backend.shapes(), job.seed, job.dtype)
         self.state = self.backend.init(Snapshot.start(weights))
-        self.chunks = training.chunks(
+        self.chunks = chunks(
             config, len(images), bytes_per_image=3072 * compute_dtype(job.dtype).itemsize
         )
         # chunks of one step; the next one is as long as all others will be

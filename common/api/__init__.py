@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lockstep.common.model.pair import Pair
     from lockstep.common.protocol import Backend
     from lockstep.common.recipes import RECIPES
+    from lockstep.common.request import Result
     from lockstep.common.runs.record import read as read_record
-    from lockstep.common.session import Result
     from lockstep.common.testing import same_run
 
 __version__ = "0.2.0"
@@ -29,7 +29,7 @@ _SOURCES = {
     "LockstepError": ("common.errors", "LockstepError"),
     "Pair": ("common.model.pair", "Pair"),
     "RECIPES": ("common.recipes", "RECIPES"),
-    "Result": ("common.session", "Result"),
+    "Result": ("common.request", "Result"),
     "Schedule": ("common.config", "Schedule"),
     "compare": ("cli", "compare"),
     "load_backend": ("backends", "load"),

@@ -17,7 +17,7 @@ from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.config import Config
-    from lockstep.common.session import Result
+    from lockstep.common.request import Result
 
 
 def backend_module(name: str) -> ModuleType:

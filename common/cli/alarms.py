@@ -1,4 +1,4 @@
-"""`alarms`: pairs of correct runs: how often does Lockstep say that they differ?"""
+"""`alarms`: compare correct runs and count false alarms."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import functools
 import math
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
@@ -59,7 +59,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             if not settings:
                 raise
             study.terminal.line(
-                f"Left out, for want of {name}: {len(every) - len(settings)} configurations ({error})"
+                f"Without {name}, {len(every) - len(settings)} configurations are skipped: {error}"
             )
     first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
     work_items = list(clean.work_items(settings, pairs, first))
@@ -84,7 +84,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
 def clean_pairs(
     options: argparse.Namespace, backends: BackendPackage, setting: Setting, seeds: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> list[Mapping[str, object]]:
     """The rows of one configuration; runs in another process."""
     from lockstep.common.evidence import false_alarms as clean
 

@@ -1,4 +1,4 @@
-"""`bench`: speed of the tutorial's loop and of both backends, single steps and fused, in turns."""
+"""`bench`: the speed of the tutorial's loop and of both backends, step by step and fused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import math
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
@@ -60,7 +60,9 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     ) as folder:
         loops.write_images(dataset.train_images, dataset.train_labels, Path(folder))
 
-        def start(path: str, batch_size: int, images: int, cache: str | None) -> Any:
+        def start(
+            path: str, batch_size: int, images: int, cache: str | None
+        ) -> AbstractContextManager[speed.Worker]:
             classes = len(dataset.classes)
             job = loops.Job(
                 path, batch_size, images, classes, dtype, device, config.seed, Path(folder)

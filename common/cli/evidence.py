@@ -1,11 +1,11 @@
-"""What the commands that make evidence share: data, device, backends, and a report of rows."""
+"""What the evidence commands share: data, device, backends, and a report of rows."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockstep.common.cli.output import print_json
 from lockstep.common.cli.parser import Invocation
@@ -21,7 +21,7 @@ Table = tuple[Sequence[str], Iterable[Sequence[str]]]  # columns and rows
 
 
 class EvidenceCommand:
-    """One command that makes evidence.
+    """One evidence command.
 
     Args:
         folder: in results/runs, unless `--out` names another one.
@@ -76,8 +76,8 @@ class EvidenceCommand:
 
     def report(
         self,
-        facts: dict[str, Any],
-        rows: Sequence[Any],
+        facts: Mapping[str, object],
+        rows: Sequence[Mapping[str, object]],
         table: Table,
         draw: Callable[[Path], object] | None = None,
     ) -> None:

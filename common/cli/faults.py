@@ -1,12 +1,10 @@
-"""`faults`: every known mistake, or those asked for, put into the Flax side: is it found, and
-where?"""
+"""`faults`: insert known mistakes into the Flax side and see which are found, and where."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import math
-from typing import Any
 
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
@@ -42,21 +40,20 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         left_out = [fault.name for fault in chosen if fault.needs_color_images]
         chosen = [fault for fault in chosen if not fault.needs_color_images]
         if left_out:
-            study.terminal.line(f"Left out, for {dataset.name} is grey: {', '.join(left_out)}")
+            study.terminal.line(
+                f"Skipped, since {dataset.name} has no colours: {', '.join(left_out)}"
+            )
         if not chosen:
             raise ConfigError(
-                "there is no fault left to run: choose other ones, or data in colour "
-                "(--data cifar10)"
+                "no fault is left to run: choose others, or data in colour (--data cifar10)"
             )
     lenses = matrix.LENSES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
-    cache: dict[Any, Any] = {}
     rows = []
+    measure = functools.partial(matrix.measure, cache={}, lenses=lenses, twins=twins)
     with study.terminal.progress("faults", len(chosen)) as advance:
         for fault in chosen:
-            rows.append(
-                matrix.measure(fault, dataset, study.build, catalogue.inject, cache, lenses, twins)
-            )
+            rows.append(measure(fault, dataset, study.build, catalogue.inject))
             advance(1, math.nan)
     summary = matrix.summary(rows)
     study.report(

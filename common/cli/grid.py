@@ -1,4 +1,4 @@
-"""`grid`: both backends through every legal combination of the optimizer's options."""
+"""`grid`: compare every combination of the optimizer's options."""
 
 from __future__ import annotations
 

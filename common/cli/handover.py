@@ -1,5 +1,5 @@
-"""`handover`: runs that one backend starts and the other finishes, compared with runs that are not
-interrupted."""
+"""`handover`: compare runs that one backend starts and the other finishes with uninterrupted
+runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     steps = handover.STEPS if options.steps is None else options.steps
     if steps < handover.MIN_STEPS:
         raise ConfigError(
-            f"--steps must be {handover.MIN_STEPS} or more: shorter runs are one call "
-            "of the program"
+            f"--steps must be {handover.MIN_STEPS} or more: a shorter run is one chunk, "
+            "which cannot be handed over"
         )
     configs = list(handover.configurations(steps))
     study = EvidenceCommand(options, invocation, folder="handover")

@@ -1,4 +1,4 @@
-"""`learn`: two pages to learn from: the two backends next to each other, and one step in numbers."""
+"""`learn`: two pages to learn from, the two backends side by side, and one step in numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
     catalogue = invocation.backends.module("faults")
     study = EvidenceCommand(options, invocation, folder="learn")
-    # What goes wrong where a difference is missed.
+    # What goes wrong if a difference is missed.
     report = read_report(ROOT / "results" / "faults" / "report.json")
     dataset = study.load("digits" if options.data == "auto" else options.data)
     write_read_page(

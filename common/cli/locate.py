@@ -1,4 +1,4 @@
-"""`locate`: where two runs differ first, from their records if they are there."""
+"""`locate`: find the first tensor in which two runs differ, from their records if they exist."""
 
 from __future__ import annotations
 

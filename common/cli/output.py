@@ -1,12 +1,12 @@
-"""What commands print besides the terminal's lines."""
+"""The report on standard output."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 
-def print_json(report: dict[str, Any]) -> None:
-    """The report, as its file holds it, on standard output."""
+def print_json(report: Mapping[str, object]) -> None:
+    """Print the report as report.json has it."""
     from lockstep.common.report import to_json
 
-    print(to_json(report), end="", flush=True)
+    print(to_json(dict(report)), end="", flush=True)

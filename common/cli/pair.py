@@ -1,5 +1,4 @@
-"""`pair`: whether two networks are one: names, shapes, and what both compute of one batch, in
-float64."""
+"""`pair`: check that two networks are the same: names, shapes, and one batch in float64."""
 
 from __future__ import annotations
 

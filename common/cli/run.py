@@ -18,7 +18,7 @@ from lockstep.common.model import pair as pairs
 from lockstep.common.recipes import RECIPES
 from lockstep.common.request import Request
 
-# What a run that is resumed may be given anew.
+# The options that may change when a run is resumed.
 CHANGEABLE = (
     "resume", "run", "backend", "data", "data_dir", "device", "compile", "log_every",
     "tensorboard", "checkpoint_every", "quiet", "verbose", "json", "command",
@@ -56,6 +56,28 @@ def add_run_options(parser: Parser) -> None:
     )
     options_of.add_data(parser)
 
+    add_training_options(parser)
+    group = parser.add_argument_group("the comparison")
+    options_of.add_dtype(group, "one precision only (default: the recipe's)")
+    options_of.add_twins(group)
+    options_of.add_device(parser)
+    options_of.add_output(
+        parser, "folder of the run (default: results/runs/<recipe>-<fingerprint>)"
+    )
+    group = parser.add_argument_group("log")
+    group.add_argument(
+        "--log-every", type=int, default=2000, metavar="N", help="steps between log lines; 0: none"
+    )
+    group.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="DIR",
+        help="write losses, gaps and images for TensorBoard, too",
+    )
+
+
+def add_training_options(parser: Parser) -> None:
+    """What is trained: the options that override the recipe."""
     group = parser.add_argument_group("the run (each option overrides the recipe)")
     options_of.add_model(group)
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
@@ -99,25 +121,6 @@ def add_run_options(parser: Parser) -> None:
         metavar="FILE",
         help="start from these: a PyTorch state dict (.pt, .pth), safetensors, or the folder of "
         "an Orbax checkpoint",
-    )
-
-    group = parser.add_argument_group("the comparison")
-    options_of.add_dtype(group, "one precision only (default: the recipe's)")
-    options_of.add_twins(group)
-
-    options_of.add_device(parser)
-    options_of.add_output(
-        parser, "folder of the run (default: results/runs/<recipe>-<fingerprint>)"
-    )
-    group = parser.add_argument_group("log")
-    group.add_argument(
-        "--log-every", type=int, default=2000, metavar="N", help="steps between log lines; 0: none"
-    )
-    group.add_argument(
-        "--tensorboard",
-        type=Path,
-        metavar="DIR",
-        help="write losses, gaps and images for TensorBoard, too",
     )
 
 
@@ -188,7 +191,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
     """The request that the run in `folder` was started with.
 
     Raises:
-        ConfigError: for an option that a run cannot change on its way.
+        ConfigError: for an option that cannot change when a run is resumed.
         RecordError: if there is no such run.
         DataError: if the user's pair of networks has changed since.
     """
@@ -216,7 +219,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
     model = started.config["model"]
     if started.config.get("pair") != pairs.source_digest(model):
         raise DataError(
-            f"{model} has changed since {folder} was begun: restore it, or start the run again"
+            f"{model} has changed since {folder} was started: restore it, or start the run again"
         )
     return Request(
         config=recipe.config,

@@ -1,4 +1,4 @@
-"""`sensitivity`: a learning rate that is wrong by a tenth, a hundredth, ...: when is it seen?"""
+"""`sensitivity`: find the smallest error of the learning rate that is seen."""
 
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
-"""A run as far as it has come: what is kept of it on the way, and what either backend can go on
-from."""
+"""Checkpoints of an unfinished run, from which either backend can resume."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,15 +15,21 @@ from lockstep.common.errors import RecordError
 from lockstep.common.model.perturb import image_perturbation_rng
 from lockstep.common.protocol import STAGES, Arrays, Snapshot
 from lockstep.common.runs.record import (
+    Check,
+    Segment,
+    all_finite,
+    are_names,
     fields_of,
     file_name,
     file_stem,
+    first_problem,
     grouped,
     is_count,
+    same_tensors,
     ungrouped,
 )
 from lockstep.common.system.interrupt import SignalHandler
-from lockstep.common.system.storage import flush_folder, read_tensors, write_tensors
+from lockstep.common.system.storage import JsonObject, flush_folder, read_tensors, write_tensors
 
 SCHEMA = 1
 FOLDER = "checkpoints"  # in the run's folder
@@ -35,19 +39,20 @@ HINT = "delete it to resume from the one before, or delete the folder to start a
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One run of one backend through one lens, up to some step. The order of its batches needs no
-    keeping: it is a function of the seed, the epoch and the step."""
+    """One run of one backend in one precision, up to some step.
 
-    backend: str  # who took the last step
-    dtype: str  # the lens
+    It need not hold the order of the batches: that is a function of seed, epoch and step.
+    """
+
+    backend: str  # the one that took the last step
+    dtype: str
     twin: int | None  # None: the run itself; 1, 2, ...: its twins
-    config: dict[str, Any]  # Config.to_json() of the resolved run
-    data: dict[str, Any]  # train.describe()
-    source: str  # machine.source_digest(backend): the code that made it
-    segments: list[dict[str, Any]]  # "backend", and "stop", one past the last step it took
+    config: JsonObject  # Config.to_json() of the resolved run
+    data: JsonObject  # training.describe()
+    source: str  # environment.source_digest(backend): the code that made it
+    segments: list[Segment]
     layers: list[str]  # the tensors of the forward pass, in the order of the calls
-    # Of a twin: the state of the random numbers that perturb its images.
-    perturbation_rng_state: dict[str, Any] | None
+    perturbation_rng_state: JsonObject | None  # of a twin, whose images are perturbed
     seconds: float  # wall time of the training steps
     loss: np.ndarray  # float64 (steps done,), as in the record
     gradient_norm: np.ndarray  # float64 (steps done,)
@@ -64,7 +69,7 @@ class Checkpoint:
 
     @property
     def stem(self) -> str:
-        """The name of the run's files, without ending."""
+        """The name of the run's files, without its ending."""
         return file_stem(self.backend, self.dtype, self.twin)
 
 
@@ -77,8 +82,8 @@ METADATA = tuple(
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Keep `checkpoint` in the run's folder, whole or not at all; once it is durable, the oldest
-    ones are removed.
+    """Write `checkpoint` to the run's folder, completely or not at all; then remove the oldest
+    ones.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -100,8 +105,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, checked: nothing is missing, of another shape or dtype, or not
-    finite.
+    """The checkpoint in `path`, checked: complete, of the right shapes and dtypes, and finite.
 
     Raises:
         RecordError: if it is missing, damaged, or of another version.
@@ -109,12 +113,12 @@ def read(path: Path) -> Checkpoint:
     metadata, arrays = read_tensors(path, SCHEMA, "checkpoint", HINT)
     try:
         series = {name: arrays.pop(name) for name in _SERIES}
-        groups: dict[str, Any] = grouped(arrays, (*_GROUPS, *_STATE, "schedule"))
+        groups: JsonObject = dict(grouped(arrays, (*_GROUPS, *_STATE, "schedule")))
         schedule = {name: float(array) for name, array in groups.pop("schedule").items()}
         state = {name: groups.pop(name) for name in _STATE}
         snapshot = Snapshot(**state, schedule=schedule, step=metadata.pop("step"))
         checkpoint = Checkpoint(**fields_of(metadata), **series, **groups, snapshot=snapshot)
-        problem = _problem(checkpoint)
+        problem = first_problem(_checks(checkpoint))
     except (
         ArithmeticError,
         AttributeError,
@@ -179,16 +183,12 @@ def _cannot_remove(folder: Path, error: OSError) -> RecordError:
 
 
 def for_backend(checkpoint: Checkpoint, backend: str, source: str) -> Checkpoint:
-    """The same state for another backend to go on from.
+    """The same state, from which another backend resumes.
 
     Args:
-        source: machine.source_digest(backend).
+        source: environment.source_digest(backend).
     """
-    changed: dict[str, Any] = {
-        name: getattr(checkpoint, name) for name in (*METADATA, *_SERIES, *_GROUPS, "snapshot")
-    }
-    changed |= {"backend": backend, "source": source}
-    return Checkpoint(**changed)
+    return replace(checkpoint, backend=backend, source=source)
 
 
 class CheckpointManager:
@@ -225,26 +225,26 @@ class CheckpointManager:
 
 
 def is_finite(snapshot: Snapshot) -> bool:
-    """Whether every parameter, momentum buffer and statistic is."""
-    groups = (snapshot.parameters, snapshot.model_state, snapshot.momentum)
-    return all(bool(np.isfinite(array).all()) for group in groups for array in group.values())
+    """Whether every parameter, momentum buffer and statistic is finite."""
+    return all(map(all_finite, (snapshot.parameters, snapshot.model_state, snapshot.momentum)))
 
 
 def check(
     checkpoint: Checkpoint,
-    config: dict[str, Any],
-    data: dict[str, Any],
+    config: JsonObject,
+    data: Mapping[str, object],
     shapes: dict[str, tuple[int, ...]] | None,
     source: str,
 ) -> None:
-    """Raise RecordError unless the run of this configuration, data and network can go on from
+    """Raise RecordError unless the run of this configuration, data and network can resume from
     `checkpoint`.
 
     Args:
-        shapes: Backend.shapes(); None: not looked at.
-        source: machine.source_digest(checkpoint.backend), as it is now.
+        shapes: Backend.shapes(); None: not compared.
+        source: environment.source_digest(checkpoint.backend), as it is now.
     """
-    location = {"name": data["name"]}  # the same data may lie elsewhere
+    # The same data may have another name, such as the path of their folder.
+    location = {"name": data["name"]}
     mismatches = [
         ("is of a run with another configuration", checkpoint.config != config),
         ("is of a run on other data", checkpoint.data | location != data),
@@ -257,84 +257,65 @@ def check(
     for problem, applies in mismatches:
         if applies:
             raise RecordError(
-                f"the checkpoint of {checkpoint.stem} after step {checkpoint.step} {problem}: start the run again, in "
-                "another folder (--out), or delete the folder's checkpoints"
+                f"the checkpoint of {checkpoint.stem} after step {checkpoint.step} {problem}: "
+                "start the run again, in another folder (--out), or delete the folder's checkpoints"
             )
 
 
-def _problem(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with it, if anything is."""
-    return next((problem for problem, wrong in _checks(checkpoint) if wrong()), None)
+def _checks(c: Checkpoint) -> Iterator[Check]:
+    """What may be wrong with a checkpoint; each check relies on those before it."""
+    yield from _metadata_checks(c)
+    yield from _tensor_checks(c)
 
 
-def _checks(c: Checkpoint) -> list[tuple[str, Callable[[], bool]]]:
-    """What may be wrong, in an order in which each check may rely on those before it."""
-    s, kind = c.snapshot, numpy_dtype
-
-    def mismatches(arrays: Arrays, like: Arrays) -> bool:
-        one, other = (
-            {name: (a.shape, a.dtype) for name, a in tensors.items()} for tensors in (arrays, like)
-        )
-        return one != other
-
-    def nonfinite(arrays: Arrays) -> bool:
-        return not all(bool(np.isfinite(array).all()) for array in arrays.values())
-
+def _metadata_checks(c: Checkpoint) -> list[Check]:
+    steps = c.snapshot.step
     return [
         ("backend", lambda: c.backend not in BACKENDS),
         ("dtype", lambda: c.dtype not in DTYPES),
         ("twin", lambda: c.twin is not None and not is_count(c.twin, 1)),
-        ("step", lambda: not is_count(s.step, 0)),
-        (
-            "config",
-            lambda: (
-                not isinstance(c.config, dict) or not isinstance(c.config["schedule"]["kind"], str)
-            ),
-        ),
+        ("step", lambda: not is_count(steps, 0)),
+        ("config", lambda: not _is_config(c.config)),
         ("data", lambda: not isinstance(c.data, dict)),
         ("source", lambda: not isinstance(c.source, str)),
         ("seconds", lambda: type(c.seconds) is not float or not 0 <= c.seconds < np.inf),
-        (
-            "layers",
-            lambda: (
-                not isinstance(c.layers, list)
-                or not all(isinstance(name, str) for name in c.layers)
-            ),
-        ),
-        ("segments", lambda: not _valid_segments(c.segments, s.step)),
+        ("layers", lambda: not are_names(c.layers)),
+        ("segments", lambda: not _valid_segments(c.segments, steps)),
         ("perturbation_rng_state", lambda: not _valid_rng_state(c)),
-        ("loss", lambda: not _series(c.loss, s.step)),
-        ("gradient_norm", lambda: not _norms(c.gradient_norm, s.step)),
-        ("lr", lambda: not _series(c.lr, s.step)),
-        (
-            "weights",
-            lambda: (
-                not c.weights or any(array.dtype != kind(c.dtype) for array in c.weights.values())
-            ),
-        ),
-        ("weights, not finite", lambda: nonfinite(c.weights)),
-        ("model state, not finite", lambda: nonfinite(s.model_state)),
-        ("parameters", lambda: not s.parameters or mismatches(s.tensors, c.weights)),
-        ("parameters, not finite", lambda: nonfinite(s.parameters)),
-        (
-            "momentum",
-            lambda: mismatches(
-                s.momentum, s.parameters if s.step > 0 and c.config["momentum"] != 0 else {}
-            ),
-        ),
-        ("momentum, not finite", lambda: nonfinite(s.momentum)),
-        ("schedule", lambda: s.schedule.keys() != _schedule(c)),
-        (
-            "schedule, not finite",
-            lambda: any(not np.isfinite(x) for name, x in s.schedule.items() if name != "best"),
-        ),
-        ("schedule, best", lambda: s.schedule.get("best", 0.0) != s.schedule.get("best", 0.0)),
-        ("first_steps", lambda: not all(_is_first_steps_key(key) for key in c.first_steps)),
-        (
-            "parameter_history",
-            lambda: not all(key.partition("/")[0].isdecimal() for key in c.parameter_history),
-        ),
+        ("loss", lambda: not _series(c.loss, steps)),
+        ("gradient_norm", lambda: not _norms(c.gradient_norm, steps)),
+        ("lr", lambda: not _series(c.lr, steps)),
     ]
+
+
+def _tensor_checks(c: Checkpoint) -> list[Check]:
+    s, weights = c.snapshot, c.weights.values()
+
+    def expected_momentum() -> Arrays:
+        return s.parameters if s.step > 0 and c.config["momentum"] != 0 else {}
+
+    def schedule_is_finite() -> bool:
+        # Before the first observation, the best loss is infinite.
+        return all(np.isfinite(x) for name, x in s.schedule.items() if name != "best")
+
+    return [
+        ("weights", lambda: not weights or any(a.dtype != numpy_dtype(c.dtype) for a in weights)),
+        ("weights, not finite", lambda: not all_finite(c.weights)),
+        ("model state, not finite", lambda: not all_finite(s.model_state)),
+        ("parameters", lambda: not s.parameters or not same_tensors(s.tensors, c.weights)),
+        ("parameters, not finite", lambda: not all_finite(s.parameters)),
+        ("momentum", lambda: not same_tensors(s.momentum, expected_momentum())),
+        ("momentum, not finite", lambda: not all_finite(s.momentum)),
+        ("schedule", lambda: s.schedule.keys() != _schedule(c)),
+        ("schedule, not finite", lambda: not schedule_is_finite()),
+        ("schedule, best", lambda: bool(np.isnan(s.schedule.get("best", 0.0)))),
+        ("first_steps", lambda: not all(map(_is_first_steps_key, c.first_steps))),
+        ("parameter_history", lambda: not all(map(_is_history_key, c.parameter_history))),
+    ]
+
+
+def _is_config(config: object) -> bool:
+    return isinstance(config, dict) and isinstance(config["schedule"]["kind"], str)
 
 
 def _series(array: np.ndarray, steps: int) -> bool:
@@ -342,21 +323,21 @@ def _series(array: np.ndarray, steps: int) -> bool:
 
 
 def _norms(array: np.ndarray, steps: int) -> bool:
-    """Their squares may overflow where the loss is finite."""
+    """The squares may overflow where the loss is finite."""
     return array.dtype == np.float64 and array.shape == (steps,) and bool((array >= 0).all())
 
 
-def _valid_segments(segments: list[dict[str, Any]], steps: int) -> bool:
+def _valid_segments(segments: list[Segment], steps: int) -> bool:
     stops = [0, *(segment["stop"] for segment in segments)]
-    whole = all(
+    valid = all(
         is_count(segment["stop"], 1) and segment["backend"] in BACKENDS and len(segment) == 2
         for segment in segments
     )
-    return whole and stops == sorted(set(stops)) and stops[-1] == steps
+    return valid and stops == sorted(set(stops)) and stops[-1] == steps
 
 
 def _valid_rng_state(checkpoint: Checkpoint) -> bool:
-    """A twin has the state of a generator that NumPy takes, and the run itself has none."""
+    """A twin has a state that NumPy's generator accepts; the run itself has none."""
     if checkpoint.twin is None or checkpoint.perturbation_rng_state is None:
         return checkpoint.twin is None and checkpoint.perturbation_rng_state is None
     image_perturbation_rng(0, 1).bit_generator.state = checkpoint.perturbation_rng_state
@@ -364,7 +345,7 @@ def _valid_rng_state(checkpoint: Checkpoint) -> bool:
 
 
 def _schedule(checkpoint: Checkpoint) -> set[str]:
-    """The numbers that the schedule has, by name."""
+    """The names of the schedule's numbers."""
     if checkpoint.step == 0:
         return set()
     counters = {"scale", "best", "bad", "cooldown", "count", "mean"}
@@ -374,3 +355,7 @@ def _schedule(checkpoint: Checkpoint) -> set[str]:
 def _is_first_steps_key(key: str) -> bool:
     step, stage, _ = key.split("/", 2)
     return step.isdecimal() and stage in STAGES
+
+
+def _is_history_key(key: str) -> bool:
+    return key.partition("/")[0].isdecimal()

@@ -270,8 +270,8 @@ def _discard(report: object) -> None:
 def start_commands(report: Report) -> WorkerCommands:
     """What `WorkerProcess` makes in the worker, which handles signals from then on.
 
-    They are deferred all the time: in the middle of an import, a library may print KeyboardInterrupt
-    and forget it.
+    They are deferred all the time: in the middle of an import, a library may print
+    KeyboardInterrupt and forget it.
     """
     environment.relax_gc()
     commands = WorkerCommands(report, SignalHandler(announce=False))

@@ -12,9 +12,11 @@ from pathlib import Path
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
+from lockstep.common.errors import DataError
 from lockstep.common.model import initial_weights
 from lockstep.common.model import pair as pairs
 from lockstep.common.protocol import Arrays
+from lockstep.common.request import Request
 from lockstep.common.runs import parallel
 from lockstep.common.runs.parallel import TrainingWorker
 from lockstep.common.system.storage import check_writable
@@ -75,6 +77,26 @@ def load_initial_weights(
     backend = backends.load(name)(config, len(dataset.classes), "float32", device, "off")
     found = backends.module("weight_files").read_weights(path, backend.shapes(), config.model)
     return found, dataclasses.replace(config, weights=initial_weights.digest(found))
+
+
+def check_same_data(request: Request, dataset: Dataset) -> None:
+    """Raise DataError if a run that is resumed was trained on other data."""
+    if request.resumed is not None and request.resumed.digest != dataset.digest:
+        raise DataError(
+            f"{request.resume} was trained on other data than {dataset.name}: name them with --data"
+        )
+
+
+def check_same_weights(request: Request, config: Config) -> None:
+    """Raise DataError if a run that is resumed started from other weights.
+
+    Args:
+        config: the run that starts from the weights of today.
+    """
+    if request.resumed is not None and request.resumed.config != config.to_json():
+        raise DataError(
+            f"{request.weights} holds other weights than {request.resume} started from: restore it"
+        )
 
 
 def check_folder(folder: Path) -> None:

@@ -1,14 +1,13 @@
-"""What one training run leaves behind, and how it is kept: one safetensors file per run, checked
-before it is used."""
+"""The record of a finished run: one safetensors file, checked before it is used."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -16,51 +15,50 @@ from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, Config
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.protocol import STAGES, Arrays
-from lockstep.common.system.storage import MAX_BYTES, read_tensors, write_tensors
+from lockstep.common.system.storage import MAX_BYTES, JsonObject, read_tensors, write_tensors
 
 SCHEMA = 2
-FIRST_STEPS = (
-    2  # steps recorded tensor by tensor; two, since momentum and dampening first act in the second
-)
+# Steps recorded tensor by tensor; two, since momentum and dampening first act in the second.
+FIRST_STEPS = 2
+Check = tuple[str, Callable[[], bool]]  # what may be wrong, and whether it is
+
+
+class Segment(TypedDict):
+    """Consecutive steps that one backend took."""
+
+    backend: str
+    stop: int  # one past the last step
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run of one backend through one lens."""
+    """One run of one backend in one precision."""
 
     backend: str  # "torch" or "flax"
-    dtype: str  # the lens
+    dtype: str
     twin: int | None  # None: the run itself; 1, 2, ...: its twins
-    config: dict[str, Any]  # Config.to_json() of the resolved run
-    data: dict[str, Any]  # name, digest, order, sizes, classes
-    environment: dict[str, Any]  # Backend.describe()
-    source: str  # machine.source_digest(backend): the code that made it
+    config: JsonObject  # Config.to_json() of the resolved run
+    data: JsonObject  # training.describe()
+    environment: JsonObject  # Backend.describe()
+    source: str  # environment.source_digest(backend): the code that made it
     loss: np.ndarray  # float64 (steps,): mean cross entropy of each batch, nats
     gradient_norm: np.ndarray  # float64 (steps,)
     lr: np.ndarray  # float64 (steps,)
     predictions: np.ndarray  # int64 (test images,)
     test_loss: float  # mean cross entropy over the test images, nats
     seconds: float  # wall time of the training steps, compilation included
-    steps_per_second: (
-        float  # after the first chunk, which compiles; of all steps where there is no other
-    )
-    weights: Arrays = field(
-        default_factory=dict
-    )  # initial parameters and model state, as the backend held them
-    first_steps: Arrays = field(
-        default_factory=dict
-    )  # "<step>/<stage>/<tensor>" of the first steps
-    layers: list[str] = field(
-        default_factory=list
-    )  # the tensors of the forward pass, in the order of the calls
-    parameter_history: Arrays = field(
-        default_factory=dict
-    )  # "<steps done>/<parameter>", about once per window
+    steps_per_second: float  # without the first chunk, which compiles, if there are others
+    # Initial parameters and model state, as the backend held them.
+    weights: Arrays = field(default_factory=dict)
+    # "<step>/<stage>/<tensor>" of the first steps.
+    first_steps: Arrays = field(default_factory=dict)
+    # The tensors of the forward pass, in the order of the calls.
+    layers: list[str] = field(default_factory=list)
+    # "<steps done>/<parameter>", about once per window.
+    parameter_history: Arrays = field(default_factory=dict)
     final: Arrays = field(default_factory=dict)  # parameters and model state after the last step
     nonfinite_step: int | None = None  # the step whose loss was not finite, where training ended
-    segments: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # "backend", and "stop", one past the last step it took
+    segments: list[Segment] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -73,13 +71,13 @@ class Record:
 
 
 def windows(steps: int) -> list[tuple[int, int]]:
-    """Cut `steps` at 1, 3, 10, 30, 100, ...: (start, stop) pairs; what is left over belongs to the
-    last whole one."""
-    edges = [0, 1]
-    while (edge := (1, 3)[len(edges) % 2 == 0] * 10 ** ((len(edges) - 1) // 2)) <= steps:
-        edges.append(edge)
-    edges = [*edges[:-1], steps] if steps > 1 else edges
-    return list(itertools.pairwise(edges))
+    """Split the run into windows [0, 1), [1, 3), [3, 10), [10, 30), ...: (start, stop) pairs; the
+    remainder joins the last."""
+    bounds = [0, 1]
+    while (bound := (1, 3)[len(bounds) % 2 == 0] * 10 ** ((len(bounds) - 1) // 2)) <= steps:
+        bounds.append(bound)
+    bounds = [*bounds[:-1], steps] if steps > 1 else bounds
+    return list(itertools.pairwise(bounds))
 
 
 def file_stem(backend: str, dtype: str, twin: int | None = None) -> str:
@@ -101,7 +99,7 @@ METADATA = tuple(f.name for f in fields(Record) if f.name not in SERIES + ARRAY_
 
 
 def write(record: Record, folder: Path) -> Path:
-    """Keep `record` in `folder`, whole or not at all.
+    """Write `record` to `folder`, completely or not at all.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -116,8 +114,7 @@ def write(record: Record, folder: Path) -> Path:
 
 
 def read(path: Path, max_bytes: float = MAX_BYTES) -> Record:
-    """The record in `path`, checked: nothing is missing, or of another type, shape or dtype, or not
-    finite where it is to be.
+    """The record in `path`, checked: complete, of the right types, shapes and dtypes, and finite.
 
     Args:
         max_bytes: a larger file is refused.
@@ -128,10 +125,10 @@ def read(path: Path, max_bytes: float = MAX_BYTES) -> Record:
     hint = "delete it and run that backend again"
     metadata, arrays = read_tensors(path, SCHEMA, "record", hint, max_bytes)
     try:
-        series: dict[str, Any] = {name: arrays.pop(name) for name in SERIES}
-        groups: dict[str, Any] = grouped(arrays, ARRAY_GROUPS)
+        series = {name: arrays.pop(name) for name in SERIES}
+        groups: JsonObject = dict(grouped(arrays, ARRAY_GROUPS))
         found = Record(**fields_of(metadata), **series, **groups)
-        problem = next((problem for problem, wrong in _checks(found) if wrong()), None)
+        problem = first_problem(_checks(found))
     except (
         ConfigError,
         ArithmeticError,
@@ -151,7 +148,7 @@ def file_name(field: str) -> str:
     return FILE_NAMES.get(field, field)
 
 
-def fields_of(metadata: dict[str, Any]) -> dict[str, Any]:
+def fields_of(metadata: JsonObject) -> JsonObject:
     """Metadata of a file, by the names of the fields.
 
     Raises:
@@ -188,14 +185,19 @@ def grouped(arrays: Arrays, groups: Sequence[str]) -> dict[str, Arrays]:
 ALLOWED_DTYPES = ("float64", "float32", "bfloat16", "int64", "int32")
 
 
-def _checks(r: Record) -> list[tuple[str, Callable[[], bool]]]:
-    """What may be wrong with a record, in an order in which each check may rely on those before
-    it."""
-    like = {name: (array.shape, array.dtype) for name, array in r.weights.items()}
+def first_problem(checks: Iterable[Check]) -> str | None:
+    """The name of the first check that finds something wrong."""
+    return next((problem for problem, wrong in checks if wrong()), None)
 
-    def mismatches(arrays: Arrays) -> bool:
-        return {name: (array.shape, array.dtype) for name, array in arrays.items()} != like
 
+def _checks(r: Record) -> Iterator[Check]:
+    """What may be wrong with a record; each check relies on those before it."""
+    yield from _metadata_checks(r)
+    yield from _series_checks(r)
+    yield from _tensor_checks(r)
+
+
+def _metadata_checks(r: Record) -> list[Check]:
     return [
         ("backend", lambda: r.backend not in BACKENDS),
         ("dtype", lambda: r.dtype not in DTYPES),
@@ -204,68 +206,65 @@ def _checks(r: Record) -> list[tuple[str, Callable[[], bool]]]:
         ("data", lambda: not _is_data(r.data)),
         ("environment", lambda: not isinstance(r.environment, dict)),
         ("source", lambda: not isinstance(r.source, str)),
-        (
-            "times",
-            lambda: (
-                not _is_time(r.seconds)
-                or not (_is_time(r.steps_per_second) or _is_nan(r.steps_per_second))
-            ),
-        ),
-        (
-            "layers",
-            lambda: (
-                not isinstance(r.layers, list)
-                or not all(isinstance(name, str) for name in r.layers)
-            ),
-        ),
-        (
-            "nonfinite_step",
-            lambda: (
-                r.nonfinite_step is not None
-                and not is_count(r.nonfinite_step, 0, r.config["steps"] - 1)
-            ),
-        ),
+        ("times", lambda: not _is_time(r.seconds) or not _is_speed(r.steps_per_second)),
+        ("layers", lambda: not are_names(r.layers)),
+        ("nonfinite_step", lambda: not _is_step(r.nonfinite_step, r.config["steps"])),
         ("segments", lambda: not _valid_segments(r.segments, r.config["steps"], r.nonfinite_step)),
+    ]
+
+
+def _series_checks(r: Record) -> list[Check]:
+    def taken() -> int:
+        """Steps that were taken."""
+        return r.steps if r.nonfinite_step is None else r.nonfinite_step + 1
+
+    return [
         ("loss", lambda: not _is_series(r.loss, r.config["steps"])),
         ("gradient_norm", lambda: not _is_series(r.gradient_norm, r.config["steps"])),
         ("lr", lambda: not _is_series(r.lr, r.config["steps"])),
         ("loss, not finite", lambda: not _finite_until(r.loss, r.nonfinite_step)),
-        (
-            "lr, not finite",
-            lambda: (
-                not np.isfinite(
-                    r.lr[: r.steps if r.nonfinite_step is None else r.nonfinite_step + 1]
-                ).all()
-            ),
-        ),
+        ("lr, not finite", lambda: not np.isfinite(r.lr[: taken()]).all()),
         ("gradient_norm, not a number", lambda: not _are_norms(r.gradient_norm, r.nonfinite_step)),
         ("test_loss", lambda: type(r.test_loss) is not float),
         ("predictions", lambda: not _are_predictions(r.predictions, r.data)),
-        (
-            "weights",
-            lambda: (
-                not like or any(array.dtype != numpy_dtype(r.dtype) for array in r.weights.values())
-            ),
-        ),
-        (
-            "weights, not finite",
-            lambda: not all(np.isfinite(array).all() for array in r.weights.values()),
-        ),
-        ("final", lambda: mismatches(r.final)),
+    ]
+
+
+def _tensor_checks(r: Record) -> list[Check]:
+    dtype, weights, first_steps = r.dtype, r.weights.values(), r.first_steps.items()
+    return [
+        ("weights", lambda: not r.weights or any(a.dtype != numpy_dtype(dtype) for a in weights)),
+        ("weights, not finite", lambda: not all_finite(r.weights)),
+        ("final", lambda: not same_tensors(r.final, r.weights)),
         (
             "first_steps",
             lambda: (
-                not r.first_steps
-                or not all(
-                    _is_first_steps_tensor(key, array) for key, array in r.first_steps.items()
-                )
+                not first_steps
+                or not all(_is_first_steps_tensor(key, array) for key, array in first_steps)
             ),
         ),
         (
             "parameter_history",
-            lambda: any(mismatches(arrays) for arrays in parameters_by_step(r).values()),
+            lambda: not all(same_tensors(a, r.weights) for a in parameters_by_step(r).values()),
         ),
     ]
+
+
+def same_tensors(arrays: Arrays, expected: Arrays) -> bool:
+    """Whether both have the same names, shapes and dtypes."""
+    found, wanted = (
+        {name: (array.shape, array.dtype) for name, array in tensors.items()}
+        for tensors in (arrays, expected)
+    )
+    return found == wanted
+
+
+def all_finite(arrays: Arrays) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays.values())
+
+
+def are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def is_count(value: object, least: int, most: int = MAX_COUNT) -> bool:
@@ -277,12 +276,18 @@ def _is_time(value: object) -> bool:
     return type(value) is float and 0 <= value < np.inf
 
 
-def _is_nan(value: object) -> bool:
-    return type(value) is float and value != value
+def _is_speed(value: object) -> bool:
+    """NaN is one, too: of a run that took no step."""
+    return _is_time(value) or (type(value) is float and value != value)
+
+
+def _is_step(value: object, steps: int) -> bool:
+    """Whether it is the number of a step of the run, or None."""
+    return value is None or is_count(value, 0, steps - 1)
 
 
 def _is_data(data: object) -> bool:
-    """What `train.describe` makes."""
+    """Whether it is what `training.describe` returns."""
     if not isinstance(data, dict) or data.keys() != {"name", "digest", "order", "sizes", "classes"}:
         return False
     sizes, classes = data["sizes"], data["classes"]
@@ -290,17 +295,14 @@ def _is_data(data: object) -> bool:
         all(isinstance(data[name], str) for name in ("name", "digest", "order"))
         and (isinstance(sizes, dict) and sizes.keys() == {"train", "test"})
         and all(is_count(size, 1) for size in sizes.values())
-        and (
-            isinstance(classes, list)
-            and len(classes) >= 2
-            and all(isinstance(name, str) for name in classes)
-        )
+        and are_names(classes)
+        and len(classes) >= 2
     )
 
 
 def _valid_segments(segments: object, steps: int, nonfinite_step: int | None) -> bool:
-    """Who took the steps, one after the other; a run whose loss was not finite ended before its
-    last step."""
+    """Whether they follow each other up to the last step; a run whose loss was not finite ended
+    before that."""
     if not isinstance(segments, list) or not all(
         isinstance(segment, dict) and len(segment) == 2 for segment in segments
     ):
@@ -331,13 +333,12 @@ def _finite_until(loss: np.ndarray, nonfinite_step: int | None) -> bool:
 
 
 def _are_norms(norms: np.ndarray, nonfinite_step: int | None) -> bool:
-    """Squares may overflow where a loss is finite; what is not even a number shows in the next
-    loss."""
+    """Squares may overflow where the loss is finite; a NaN makes the next loss NaN."""
     last = len(norms) if nonfinite_step is None else nonfinite_step
     return bool((norms[: max(0, last - 1)] >= 0).all() and not (norms < 0).any())
 
 
-def _are_predictions(predictions: np.ndarray, data: dict[str, Any]) -> bool:
+def _are_predictions(predictions: np.ndarray, data: JsonObject) -> bool:
     right = predictions.dtype == np.int64 and predictions.shape == (data["sizes"]["test"],)
     return right and bool(predictions.min() >= 0 and predictions.max() < len(data["classes"]))
 
@@ -352,7 +353,8 @@ def parameters_by_step(record: Record) -> dict[int, Arrays]:
     """The parameters along the run by the number of steps done.
 
     Raises:
-        ValueError: for a key that is not "<steps done>/<parameter>", of steps that the run has.
+        ValueError: for a key that is not "<steps done>/<parameter>", or a step that the run does
+            not have.
     """
     found: dict[int, Arrays] = {}
     for key, array in record.parameter_history.items():

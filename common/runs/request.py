@@ -8,16 +8,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, Config
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.recipes import RECIPES, Recipe
-from lockstep.common.system.storage import write_atomic
+from lockstep.common.system.storage import JsonObject, write_atomic
 
 if TYPE_CHECKING:
-    from lockstep.common.data import Dataset
     from lockstep.common.request import Request
+    from lockstep.common.runs.trainer import Trainer
 
 SCHEMA = 1
 FILE = "run.json"
@@ -29,7 +29,7 @@ class RunRequest:
     """What decides a run's numbers, and what they are compared with."""
 
     recipe: str  # a name in RECIPES
-    config: dict[str, Any]  # Config.to_json() of the resolved run
+    config: JsonObject  # Config.to_json() of the resolved run
     dtypes: tuple[str, ...]
     twins: int
     backend: str  # "both", "torch" or "flax"
@@ -47,23 +47,19 @@ class RunRequest:
         )
 
 
-def of(request: Request, config: Config, dataset: Dataset, checkpoint_every: int) -> RunRequest:
-    """What --resume needs to know of a run.
-
-    Args:
-        config: the resolved run.
-    """
+def of(request: Request, trainer: Trainer) -> RunRequest:
+    """What --resume needs to know of a run."""
     return RunRequest(
         recipe=request.recipe,
-        config=config.to_json(),
+        config=trainer.config.to_json(),
         dtypes=request.dtypes,
         twins=request.twins,
         backend="both" if request.backends == BACKENDS else request.backends[0],
         data=request.data,
-        digest=dataset.digest,
+        digest=trainer.dataset.digest,
         device=request.device,
         compile=request.compile,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=trainer.checkpoint_every,
         weights=None if request.weights is None else str(request.weights.absolute()),
     )
 
@@ -143,5 +139,5 @@ def _problem(request: RunRequest) -> str | None:
     return next((name for name, applies in wrong.items() if applies), None)
 
 
-def _digest(facts: dict[str, Any]) -> str:
+def _digest(facts: JsonObject) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,26 +19,14 @@ from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp, twin_weights
 from lockstep.common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
 from lockstep.common.runs.checkpoint import HINT, Checkpoint, CheckpointManager, check, is_finite
+from lockstep.common.runs.chunks import chunks
+from lockstep.common.runs.log import Observer, TrainingLog
 from lockstep.common.runs.record import FIRST_STEPS, Record, windows
 from lockstep.common.system import environment
 
 FIRST_STEPS_IMAGES = 8  # of a batch, whose activations are recorded
-TEST_CHUNK = (
-    1000  # test images at a time: in float64 25 MB, in place of 245 of CIFAR-10, and 0.4 s less
-)
-SNAPSHOT_SECONDS = (
-    1.0  # at most so much work is lost where training is interrupted in the middle of a call
-)
-CHUNK_STEPS = 250  # at most so many steps in one call of train_steps ...
-CHUNK_BYTES = 8 * 2**20  # ... whose images take at most so much memory
-
-
-class Observer(Protocol):
-    """Who is told how a run is going on."""
-
-    def line(self, text: str, /) -> None: ...
-
-    def advance(self, steps: int, loss: float, /) -> None: ...
+TEST_CHUNK = 1000  # test images at a time, to save memory
+SNAPSHOT_SECONDS = 1.0  # at most so much work is lost if a chunk is interrupted
 
 
 def train(
@@ -56,19 +44,18 @@ def train(
 ) -> Record:
     """Train once and evaluate on the test images.
 
-    A loss that is not finite ends the training: the record then has the last good state, evaluated,
-    and NaN for the steps that were not taken.
+    A loss that is not finite ends the training: the record then has the last finite state,
+    evaluated, and NaN for the steps that were not taken.
 
     Args:
         config: the run, resolved for this data set.
-        twin: None for the run itself; 1, 2, ... for runs whose weights and images are moved by at
-            most one ulp.
-        log_every: steps between two log lines, counted within an epoch as the tutorial does; 0:
-            none.
+        twin: None for the run itself; 1, 2, ... for runs whose weights and images are perturbed by
+            at most one ulp.
+        log_every: steps between two log lines, counted within an epoch; 0: none.
         weights: canonical, of any floating-point dtype; None: drawn from the seed.
-        start: what to go on from; None: the first step.
-        checkpoints: keeps checkpoints, between two calls of `train_steps`; where it stops the run, or
-            the run is interrupted, also one of the last state known.
+        start: the checkpoint to resume from; None: the first step.
+        checkpoints: writes checkpoints between two chunks, and, if the run is stopped or
+            interrupted, one of the last state in memory.
 
     Raises:
         KeyboardInterrupt: if `checkpoints` stops the run.
@@ -85,13 +72,13 @@ def train(
         dataset,
         dtype,
         start,
-        _Log(config, len(dataset.train_images), log_every, observer),
+        TrainingLog(config, len(dataset.train_images), log_every, observer),
     )
     try:
         run.train(checkpoints)
         evaluation = evaluate(backend, run.state, dataset, dtype)
     except (KeyboardInterrupt, RuntimeError) as error:
-        # A terminal's Ctrl-C reaches a compiler's own processes, too: their end is no error then.
+        # A terminal's Ctrl-C also ends a compiler's own processes: that is not an error.
         if not isinstance(error, KeyboardInterrupt) and not (
             checkpoints is not None and checkpoints.stopping()
         ):
@@ -101,31 +88,7 @@ def train(
         raise KeyboardInterrupt from error
     if run.nonfinite_step is not None and checkpoints is not None:
         checkpoints.save(run.latest)
-    last, series = run.latest, run.series()
-    unknown = np.full(config.total_steps - len(series.loss), np.nan)
-    return Record(
-        backend=backend.name,
-        dtype=dtype,
-        twin=twin,
-        config=last.config,
-        data=last.data,
-        environment=backend.describe(),
-        source=last.source,
-        loss=np.concatenate([series.loss, unknown]),
-        gradient_norm=np.concatenate([series.gradient_norm, unknown]),
-        lr=np.concatenate([series.lr, unknown]),
-        predictions=np.asarray(evaluation.predictions, np.int64),
-        test_loss=float(evaluation.loss),
-        seconds=last.seconds,
-        steps_per_second=run.steps_per_second(),
-        weights=last.weights,
-        first_steps=last.first_steps,
-        layers=last.layers,
-        parameter_history=last.parameter_history,
-        final=last.snapshot.tensors,
-        segments=last.segments,
-        nonfinite_step=run.nonfinite_step,
-    )
+    return run.record(evaluation, twin)
 
 
 def initial_checkpoint(
@@ -168,7 +131,7 @@ def initial_checkpoint(
 
 
 class TrainingLoop:
-    """Training from one checkpoint to the next, and to the end."""
+    """The training of one run, from a checkpoint to the end."""
 
     def __init__(
         self,
@@ -177,16 +140,11 @@ class TrainingLoop:
         dataset: Dataset,
         dtype: str,
         start: Checkpoint,
-        log: _Log,
+        log: TrainingLog,
     ) -> None:
-        self.backend, self.config, self.dataset, self.dtype, self.log = (
-            backend,
-            config,
-            dataset,
-            dtype,
-            log,
-        )
-        self.start = self.latest = start
+        self.backend, self.config, self.dataset = backend, config, dataset
+        self.dtype, self.log = dtype, log
+        self.start = self.latest = start  # `latest`: the last finite state in memory
         self.history = [Metrics(start.loss, start.gradient_norm, start.lr)]
         self.nonfinite_step: int | None = None  # the step whose loss was not finite
         self._restore(start)
@@ -198,17 +156,16 @@ class TrainingLoop:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.state: Any = self.backend.init(checkpoint.snapshot)
         self.step = checkpoint.step
-        self.first_steps, self.parameter_history = (
-            dict(checkpoint.first_steps),
-            dict(checkpoint.parameter_history),
-        )
+        self.first_steps = dict(checkpoint.first_steps)
+        self.parameter_history = dict(checkpoint.parameter_history)
         self.perturbation_rng: np.random.Generator | None = None
         if checkpoint.twin is not None and checkpoint.perturbation_rng_state is not None:
             self.perturbation_rng = image_perturbation_rng(self.config.seed, checkpoint.twin)
             self.perturbation_rng.bit_generator.state = checkpoint.perturbation_rng_state
 
     def train(self, checkpoints: CheckpointManager | None) -> None:
-        """Up to the last step, to a loss that is not finite, or until `checkpoints` stops it."""
+        """Train up to the last step, to a loss that is not finite, or until `checkpoints` stops
+        it."""
         window_ends = [
             stop
             for _, stop in windows(self.config.total_steps)
@@ -246,8 +203,8 @@ class TrainingLoop:
                 checkpoints.save(self.latest)
 
     def _chunks(self, start: int) -> Iterator[np.ndarray]:
-        """`chunks`, from step `start` on: each as in a run that was never stopped, so that the same
-        programs run."""
+        """`chunks` from step `start` on, the same ones as in a run that was never stopped, so that
+        the same programs run."""
         step = 0
         for indices in chunks(
             self.config,
@@ -259,7 +216,7 @@ class TrainingLoop:
             step += len(indices)
             if step > start > step - len(indices):
                 raise RecordError(
-                    f"the checkpoint after step {start} lies between two calls of train_steps: {HINT}"
+                    f"the checkpoint after step {start} is not between two chunks: {HINT}"
                 )
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
@@ -273,7 +230,7 @@ class TrainingLoop:
         return images, self.dataset.train_labels[indices]
 
     def _steps(self, indices: np.ndarray) -> Metrics:
-        """One call of `train_steps`; the first steps are recorded tensor by tensor."""
+        """Train one chunk; the first steps are recorded tensor by tensor."""
         images, labels = self._batches(indices)
         is_first_step = self.step < FIRST_STEPS
         if is_first_step:
@@ -289,7 +246,7 @@ class TrainingLoop:
         return metrics
 
     def series(self) -> Metrics:
-        """Of all steps so far."""
+        """The metrics of all steps so far."""
         self.history = [Metrics(*map(np.concatenate, zip(*self.history, strict=True)))]
         return self.history[0]
 
@@ -317,11 +274,11 @@ class TrainingLoop:
         )
 
     def stop_at_nonfinite(self, before: int, number: int, metrics: Metrics) -> None:
-        """Go back to the state before the step whose loss is not finite, or, if that is not finite,
-        to an earlier one.
+        """Restore the state before the step whose loss is not finite, or an earlier one, if that
+        state is not finite.
 
         Args:
-            before: steps done before the call of `train_steps`.
+            before: steps done before the chunk.
             number: of the step within it.
         """
         self.history.append(Metrics(*(series[: number + 1] for series in metrics)))
@@ -338,8 +295,7 @@ class TrainingLoop:
         self.latest = replace(checkpoint, first_steps=first_steps, parameter_history=history)
 
     def replay_to(self, stop: int) -> None:
-        """Go back to the last state that was kept in memory, and on from there to the one before
-        step `stop`."""
+        """Restore the last snapshot and replay up to step `stop`."""
         self._restore(self.latest)
         for indices in self._chunks(self.step):
             if self.step + len(indices) <= stop:
@@ -351,8 +307,36 @@ class TrainingLoop:
             self.step = stop
             return
 
+    def record(self, evaluation: Evaluation, twin: int | None) -> Record:
+        """The record of the finished run."""
+        last, series = self.latest, self.series()
+        unknown = np.full(self.config.total_steps - len(series.loss), np.nan)
+        return Record(
+            backend=self.backend.name,
+            dtype=self.dtype,
+            twin=twin,
+            config=last.config,
+            data=last.data,
+            environment=self.backend.describe(),
+            source=last.source,
+            loss=np.concatenate([series.loss, unknown]),
+            gradient_norm=np.concatenate([series.gradient_norm, unknown]),
+            lr=np.concatenate([series.lr, unknown]),
+            predictions=np.asarray(evaluation.predictions, np.int64),
+            test_loss=float(evaluation.loss),
+            seconds=last.seconds,
+            steps_per_second=self.steps_per_second(),
+            weights=last.weights,
+            first_steps=last.first_steps,
+            layers=last.layers,
+            parameter_history=last.parameter_history,
+            final=last.snapshot.tensors,
+            segments=last.segments,
+            nonfinite_step=self.nonfinite_step,
+        )
+
     def steps_per_second(self) -> float:
-        """After the first chunk, which compiles; of all steps where there is no other."""
+        """Without the first chunk, which compiles, if there are others."""
         seconds = self.latest.seconds - self.start.seconds
         steps, end = self.first_chunk or (self.step, 0.0)
         if steps < self.step:
@@ -361,19 +345,19 @@ class TrainingLoop:
 
 
 def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
-    """The test images as `state` sees them."""
+    """Predictions for, and the mean loss over, all test images."""
     predictions, total, count = [], 0.0, len(dataset.test_images)
     for start in range(0, count, TEST_CHUNK):
-        part = slice(start, start + TEST_CHUNK)
-        images = data.normalise(dataset.test_images[part], compute_dtype(dtype))
-        found = backend.evaluate(state, images, dataset.test_labels[part])
+        chunk = slice(start, start + TEST_CHUNK)
+        images = data.normalise(dataset.test_images[chunk], compute_dtype(dtype))
+        found = backend.evaluate(state, images, dataset.test_labels[chunk])
         predictions.append(found.predictions)
         total += found.loss * len(images)
     return Evaluation(np.concatenate(predictions), total / count)
 
 
-def describe(config: Config, dataset: Dataset) -> dict:
-    """What a record says of its data; two records are comparable only if this is equal."""
+def describe(config: Config, dataset: Dataset) -> dict[str, object]:
+    """The data of a run, for its record; two records are comparable only if these are equal."""
     return {
         "name": dataset.name,
         "digest": dataset.digest,
@@ -383,51 +367,20 @@ def describe(config: Config, dataset: Dataset) -> dict:
     }
 
 
-def chunks(config: Config, images: int, bytes_per_image: int) -> Iterator[np.ndarray]:
-    """The batches of the run, several to a chunk: int64 (steps, batch size) image numbers.
-
-    Each length of a chunk is compiled anew, so there are two only: one, for the opening and for
-    what is left over, and the longest that the limits allow. No chunk crosses a smaller batch,
-    which ends an epoch.
-    """
-    limit = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (config.batch_size * bytes_per_image)))
-    same_size = config.total_steps - FIRST_STEPS  # batches of one size in a row
-    if images % config.batch_size and not config.drop_last:
-        same_size = min(same_size, images // config.batch_size)
-    n_chunks = -(-same_size // limit)
-    length = max(1, same_size // max(1, n_chunks))
-    pending: list[np.ndarray] = []
-    for step, indices in enumerate(data.batch_indices(config, images)):
-        if pending and len(pending[0]) != len(indices):
-            yield from one_by_one(pending)
-            pending = []
-        pending.append(indices)
-        if step < FIRST_STEPS or len(pending) == length:
-            yield np.stack(pending)
-            pending = []
-    yield from one_by_one(pending)
-
-
-def one_by_one(batches: list[np.ndarray]) -> Iterator[np.ndarray]:
-    for indices in batches:
-        yield indices[np.newaxis]
-
-
 def with_step(step: int, arrays: Arrays) -> Arrays:
     return {f"{step}/{name}": array for name, array in arrays.items()}
 
 
-def layers_of(opening: Arrays) -> list[str]:
+def layers_of(first_steps: Arrays) -> list[str]:
     """The tensors of the forward pass, in the order in which they are computed."""
-    return [key.split("/", 2)[2] for key in opening if key.startswith("0/forward/")]
+    return [key.split("/", 2)[2] for key in first_steps if key.startswith("0/forward/")]
 
 
 def truncate_batch(arrays: Arrays) -> Arrays:
-    """Activations of a batch's first images only: what is wrong in a layer is wrong in all of
-    them."""
+    """Activations of a batch's first images only: a wrong layer is wrong for all of them."""
     return {
-        name: a[:FIRST_STEPS_IMAGES] if name.startswith("forward/") else a
-        for name, a in arrays.items()
+        name: array[:FIRST_STEPS_IMAGES] if name.startswith("forward/") else array
+        for name, array in arrays.items()
     }
 
 
@@ -437,38 +390,3 @@ def update_tensors(snapshot: Snapshot) -> Arrays:
     return tensors | {
         f"update/momentum of {name}": array for name, array in snapshot.momentum.items()
     }
-
-
-class _Log:
-    """The tutorial's line, `[epoch, step] loss: x.xxx`: the mean loss since the last one, or the
-    epoch's start."""
-
-    def __init__(self, config: Config, images: int, every: int, observer: Observer) -> None:
-        self.batches, self.every, self.observer = config.batches_per_epoch(images), every, observer
-        self.done, self.running, self.counted = 0, 0.0, 0
-
-    def add(self, losses: np.ndarray) -> None:
-        for line in self._lines(losses):
-            self.observer.line(line)
-        self.observer.advance(len(losses), float(losses[-1]))
-
-    def resume(self, losses: np.ndarray) -> None:
-        """After the steps that were taken before: the lines of theirs were said then."""
-        for _ in self._lines(losses):
-            pass
-        if len(losses):
-            self.observer.advance(len(losses), float(losses[-1]))
-
-    def _lines(self, losses: np.ndarray) -> Iterator[str]:
-        for loss in losses:
-            epoch, step = divmod(self.done, self.batches)
-            if step == 0:
-                self.running, self.counted = 0.0, 0
-            self.done, self.running, self.counted = (
-                self.done + 1,
-                self.running + float(loss),
-                self.counted + 1,
-            )
-            if self.every and (step + 1) % self.every == 0:
-                yield f"[{epoch + 1}, {step + 1:5d}] loss: {self.running / self.counted:.3f}"
-                self.running, self.counted = 0.0, 0

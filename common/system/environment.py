@@ -1,4 +1,4 @@
-"""The machine a run was made on, for its report."""
+"""The machine that a run was made on, and this program's process there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypedDict
 
-# Of `common`, the files on which a run depends.
+# The files of `common` on which a run depends.
 SOURCE_FILES = (
     "config.py",
     "dtypes.py",
@@ -21,41 +21,49 @@ SOURCE_FILES = (
     "model/initial_weights.py",
     "model/pair.py",
     "model/perturb.py",
+    "runs/chunks.py",
     "runs/training.py",
 )
 
 
+class Machine(TypedDict):
+    processor: str
+    cores: int
+    system: str
+    python: str
+    commit: str | None  # of the checkout; None outside one
+
+
 def cores() -> int:
-    """That this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def relax_gc() -> None:
-    """Have Python look for cycles among all its objects a hundred times less often.
+    """Make Python's full garbage collection a hundred times rarer.
 
-    The frameworks' own objects stay, and looking through them takes 0.2 s: 2 of the quick recipe's
-    27 seconds.
+    Each one looks through the frameworks' own objects, which stay; results/bench/LOG.md has the
+    measurements.
     """
     gc.set_threshold(*gc.get_threshold()[:2], 1_000)
 
 
 def exit_fast(status: int) -> NoReturn:
-    """End this process, when all is done, without taking its modules apart one by one.
+    """End this process without deleting its modules one by one, which takes PyTorch's a second.
 
-    That takes PyTorch's a second of the quick recipe's 25. What `atexit` is to do is done.
+    `atexit` functions are called.
     """
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        sys.exit(status)  # the usual way: Python says what could not be written
+        sys.exit(status)  # the usual way: Python reports what could not be written
     os._exit(status)
 
 
-def describe() -> dict[str, Any]:
-    """Processor, cores, system and Python, and the commit of the checkout that ran (None outside
-    one)."""
+def describe() -> Machine:
+    """The machine, for a report."""
     return {
         "processor": _processor(),
         "cores": cores(),
@@ -66,14 +74,14 @@ def describe() -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where what need not be fetched or compiled twice is kept: `lockstep` in $XDG_CACHE_HOME, or
-    in ~/.cache."""
+    """The folder of downloads and compiled programs: `lockstep` in $XDG_CACHE_HOME, or in
+    ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lockstep"
 
 
 def source_digest(backend: str) -> str:
-    """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and what
-    trains and feeds it."""
+    """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and
+    SOURCE_FILES."""
     root = Path(__file__).resolve().parents[2]
     shared = [path for pattern in SOURCE_FILES for path in sorted((root / "common").glob(pattern))]
     digest = hashlib.sha256()

@@ -178,8 +178,9 @@ def worker_main() -> NoReturn:
             answers.send("failed", f"{type(error).__name__}: {reason}")
 
 
-def _make(report: Report, arguments: tuple[Any, ...]) -> object:
+def _make(report: Report, arguments: tuple[object, ...]) -> object:
     make, *rest = arguments
+    assert callable(make)
     return make(report, *rest)
 
 

@@ -1,12 +1,11 @@
-"""Files that are whole or not there, and are checked before they are used; folders that one run
-writes at a time."""
+"""Files that are complete or absent, and checked before use; a lock, so that only one run writes to
+a folder."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -23,29 +22,28 @@ from lockstep.common.errors import RecordError
 from lockstep.common.protocol import Arrays
 
 MAX_BYTES = 2**29  # of one file; the largest record of the recipes takes 2**24
-MAX_HEADER = (
-    2**24
-)  # of its names, shapes and metadata; that record's takes 2**15, and safetensors itself lets 10**8 pass
+# Bytes of its names, shapes and metadata; that record's takes 2**15. safetensors allows 10**8.
+MAX_HEADER = 2**24
 LOCK = ".lock"
-TEMP_SUFFIX = ".part"  # the ending of what is not whole yet
-STALE_TEMP = re.compile(
-    r"\..+\.[a-z0-9_]{8}" + re.escape(TEMP_SUFFIX)
-)  # as `write_atomic` calls it: others' files stay
+TEMP_SUFFIX = ".part"  # of a file that is not complete yet
+# A name that `write_atomic` gives; other files are not removed.
+STALE_TEMP = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(TEMP_SUFFIX))
+JsonObject = dict[str, Any]  # a file's metadata: whoever reads it checks it
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` aside, flush it, and give it its name: a reader finds the whole file or the
-    one before.
+    """Write a temporary file, flush it, and rename it: a reader finds the complete file or the old
+    one.
 
-    When this returns, the file outlasts a loss of power: the folder, which knows its name, is
-    flushed as well.
+    When this returns, the file survives a power failure: the folder, which holds its name, is
+    flushed, too.
 
     Raises:
         RecordError: if the folder cannot be written.
     """
     try:
         make_folder(path.parent)
-        descriptor, aside = tempfile.mkstemp(
+        descriptor, temporary = tempfile.mkstemp(
             prefix=f".{path.name}.", suffix=TEMP_SUFFIX, dir=path.parent
         )
         try:
@@ -53,20 +51,20 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         finally:
-            Path(aside).unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
         flush_folder(path.parent)
     except OSError as error:
         raise RecordError(
-            f"cannot write {path} ({error.strerror or error}): choose another folder with --out or free some space"
+            f"cannot write {path} ({error.strerror or error}): choose another folder with --out or "
+            "free some space"
         ) from error
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder`, and those above it, where they are missing; all of them outlast a loss of
-    power."""
+    """Create `folder` and its missing parents; all of them survive a power failure."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
@@ -74,22 +72,20 @@ def make_folder(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in `folder` outlast a loss of power, where the system can do that."""
+    """Make the names in `folder` survive a power failure, if the system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network file systems cannot flush folders
+        # Some network file systems cannot flush folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, metadata: dict[str, Any], arrays: Arrays) -> None:
-    """Keep `metadata` (JSON types) and `arrays` in one safetensors file, with a digest of both.
+def write_tensors(path: Path, metadata: JsonObject, arrays: Arrays) -> None:
+    """Write `metadata` (JSON types) and `arrays` to one safetensors file, with a digest of both.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -101,23 +97,23 @@ def write_tensors(path: Path, metadata: dict[str, Any], arrays: Arrays) -> None:
 
 def read_tensors(
     path: Path, schema: int, what: str, hint: str, max_bytes: float = MAX_BYTES
-) -> tuple[dict[str, Any], Arrays]:
-    """The metadata, less their `schema`, and the arrays that `write_tensors` wrote.
+) -> tuple[JsonObject, Arrays]:
+    """The metadata, without `schema`, and the arrays that `write_tensors` wrote.
 
     Args:
         what: the kind of file, for messages, as in "record".
-        hint: what to do where it is damaged.
+        hint: what to do if it is damaged.
         max_bytes: a larger file is refused.
 
     Raises:
         RecordError: if it is missing, damaged, or of another version.
     """
     try:
-        if not path.is_file():  # what is not a file, such as a pipe, may never end
+        if not path.is_file():  # a pipe may never end
             raise RecordError(f"there is no {what} {path}: {hint}")
         if path.stat().st_size > max_bytes:
             raise RecordError(
-                f"the {what} {path} is larger than any is ({max_bytes} bytes): {hint}"
+                f"the {what} {path} is larger than the limit of {max_bytes} bytes: {hint}"
             )
         with path.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
@@ -157,8 +153,11 @@ def _digest(text: str, arrays: Arrays) -> str:
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:
-    """Raise RecordError, before hours of training, if nothing can be written to `folder`, which
-    `option` names."""
+    """Raise RecordError if nothing can be written to `folder`; asked before hours of training.
+
+    Args:
+        option: the command line's name for the folder.
+    """
     try:
         make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
@@ -174,15 +173,15 @@ def _unwritable(folder: Path, option: str, error: Exception) -> RecordError:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, option: str = "--out") -> Iterator[None]:
-    """Within the context, `folder` is there, can be written, and no other run writes to it.
+    """Inside the block, `folder` exists, can be written, and no other run writes to it.
 
-    What another run left half written is removed.
+    Temporary files that an earlier run left are removed.
 
     Args:
         option: the command line's name for the folder.
 
     Raises:
-        RecordError: if it cannot be written, or another run is at it.
+        RecordError: if it cannot be written, or another run writes to it.
     """
     from filelock import FileLock, Timeout
 
@@ -192,20 +191,18 @@ def lock_folder(folder: Path, option: str = "--out") -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RecordError(
-            f"another run is writing to {folder}: wait for it, or choose another folder with {option}"
+            f"another run is writing to {folder}: wait for it, or choose another folder with "
+            f"{option}"
         ) from None
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # the latter: filelock's, where the system has no locks
+    except (OSError, NotImplementedError) as error:  # the latter: the system has no locks
         raise _unwritable(folder, option, error) from error
     try:
-        for aside in itertools.chain(
-            folder.glob(f".*{TEMP_SUFFIX}"), folder.glob(f"*/.*{TEMP_SUFFIX}")
-        ):
-            if STALE_TEMP.fullmatch(aside.name):
-                with contextlib.suppress(OSError):  # it is in nobody's way
-                    aside.unlink(missing_ok=True)
+        for pattern in (f".*{TEMP_SUFFIX}", f"*/.*{TEMP_SUFFIX}"):
+            for path in folder.glob(pattern):
+                if STALE_TEMP.fullmatch(path.name):
+                    with contextlib.suppress(OSError):  # it does no harm
+                        path.unlink(missing_ok=True)
         yield
     finally:
-        lock.release()  # the file stays: if it were removed, a third run could lock another one of its name
+        # The lock file stays: if it were removed, a third run could lock a new one of its name.
+        lock.release()

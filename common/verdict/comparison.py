@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from lockstep.common.runs.record import Segment
 from lockstep.common.verdict.check import Check, finite
 from lockstep.common.verdict.distances import scalar_gap
 from lockstep.common.verdict.statistics import PairedDifference
@@ -120,7 +121,7 @@ class RunSummary:
     steps_per_second: float
     seconds: float
     nonfinite_step: int | None  # where the run ended early
-    segments: list[dict[str, Any]]  # of a run that was resumed
+    segments: list[Segment]  # of a run that was resumed
 
 
 @dataclass(frozen=True)

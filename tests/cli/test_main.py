@@ -266,7 +266,7 @@ def rewritten(path: Path, target: Path, **changes: object) -> None:
     [
         pytest.param("flax-float64", {}, "not what its name says", id="the-same-backend"),
         pytest.param("torch-float64", {"twin": 1}, "not what its name says", id="a-twin"),
-        pytest.param("torch-float32", {}, "not what its name says", id="another-lens"),
+        pytest.param("torch-float32", {}, "not what its name says", id="another-precision"),
         pytest.param("torch-float64", {"source": "older"}, "stale", id="of-older-code"),
     ],
 )
@@ -283,7 +283,7 @@ def test_a_record_that_is_not_what_it_is_taken_for_is_refused(
     assert_one_line(capsys, word)
 
 
-def test_lenses_that_have_no_partner_are_named_beside_those_that_agree(
+def test_precisions_without_a_partner_are_named_next_to_those_that_agree(
     both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(both[1] / "torch-float64.safetensors", tmp_path)
@@ -316,7 +316,7 @@ PORTS = [
 @pytest.mark.parametrize(
     ("fault", "options", "step", "stage", "tensor"), PORTS, ids=[port[0] for port in PORTS]
 )
-def test_a_broken_port_disagrees_and_its_rung_is_named(
+def test_a_broken_port_disagrees_and_its_check_is_named(
     both: tuple[int, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -463,7 +463,7 @@ def test_a_known_fault_can_be_run_by_name(
     ]
     assert lockstep("faults", *options) == 0
     said = capsys.readouterr().out
-    assert "Left out, for digits is grey: bgr" in said
+    assert "Skipped, since digits has no colours: bgr" in said
     assert "float64: evaluate: step 60: predictions: gap" in said
     [row] = report_of(tmp_path)["rows"]
     found = row["lenses"]["float64"]

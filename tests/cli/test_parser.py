@@ -55,6 +55,13 @@ def test_the_nearest_word_is_proposed_for_a_typo(
         assert word in line
 
 
+def test_options_of_other_commands_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = refusal(capsys, "--pairs", "7", "--quick", "--only", "foo")
+    assert line == "run takes no --pairs (alarms does); see lockstep run --help"
+
+
 def test_nothing_is_proposed_where_no_word_is_near() -> None:
     assert nearest("zzz", ["run", "grid"]) is None
     assert did_you_mean("zzz", ["run", "grid"]) == "choose one of run, grid"

@@ -35,7 +35,7 @@ from lockstep.common.evidence import bench
 from lockstep.common.evidence.bench import PATHS, PRODUCT_FLOPS, PRODUCTS, Plan
 from lockstep.common.evidence.plots import SPEEDS, draw_bench
 from lockstep.common.report import Terminal
-from lockstep.common.runs import training
+from lockstep.common.runs import chunks as chunking
 
 NET = {
     "conv1.kernel": (5, 5, 3, 6),
@@ -423,7 +423,7 @@ def test_fused_and_single_steps_are_the_same_training(
         assert isinstance(loop, loops.Training)
         done = [*itertools.islice(loop.calls(), loop.opening)]
         *opening, steps = (call.steps for call in done)
-        assert opening == [1, 1] and 50 < steps <= training.CHUNK_STEPS
+        assert opening == [1, 1] and 50 < steps <= chunking.CHUNK_STEPS
         assert [call.images for call in done] == [4, 4, 4 * steps]
         losses.append(loop.losses)
         assert loop.losses.shape == (steps,)

@@ -682,7 +682,7 @@ class Folder(Kind):
 
 
 def made_records() -> dict[str, list[Record]]:
-    """By lens, Flax's run of the made data, and in float32 its twin: numbers without meaning, of
+    """By precision, Flax's run of the made data, and in float32 its twin: numbers without meaning, of
     the right form."""
     found = {}
     for dtype in LENSES:
@@ -703,18 +703,20 @@ def made_record(dtype: str, twin: int | None) -> Record:
     def tensor(*shape: int) -> np.ndarray:
         return np.asarray(noisy(*shape)).astype(numpy_dtype(dtype))
 
-    opening: Arrays = {}
+    first_steps: Arrays = {}
     for step in range(2):
-        opening[f"{step}/data/images"] = values.uniform(-1, 1, (4, 32, 32, 3)).astype(
+        first_steps[f"{step}/data/images"] = values.uniform(-1, 1, (4, 32, 32, 3)).astype(
             numpy_dtype(dtype)
         )
-        opening[f"{step}/data/labels"] = values.integers(0, 4, 4)
-        opening[f"{step}/forward/input of fc3"] = tensor(4, 84)
-        opening[f"{step}/forward/logits"] = tensor(4, 4)
-        opening[f"{step}/loss/loss"] = tensor()
-        opening |= {f"{step}/backward/{name}": tensor(*shape) for name, shape in SHAPES.items()}
+        first_steps[f"{step}/data/labels"] = values.integers(0, 4, 4)
+        first_steps[f"{step}/forward/input of fc3"] = tensor(4, 84)
+        first_steps[f"{step}/forward/logits"] = tensor(4, 4)
+        first_steps[f"{step}/loss/loss"] = tensor()
+        first_steps |= {f"{step}/backward/{name}": tensor(*shape) for name, shape in SHAPES.items()}
         for what in ("update/", "update/momentum of "):
-            opening |= {f"{step}/{what}{name}": tensor(*shape) for name, shape in SHAPES.items()}
+            first_steps |= {
+                f"{step}/{what}{name}": tensor(*shape) for name, shape in SHAPES.items()
+            }
     weights = initial_weights(SHAPES, 0, dtype)
     steps = CONFIG.total_steps
     return Record(
@@ -733,7 +735,7 @@ def made_record(dtype: str, twin: int | None) -> Record:
         seconds=1.0,
         steps_per_second=10.0,
         weights=weights if twin is None else twin_weights(weights, 0, twin),
-        first_steps=opening,
+        first_steps=first_steps,
         layers=["input of fc3", "logits"],
         parameter_history={
             f"{step}/{name}": tensor(*shape) for step in (3, 10) for name, shape in SHAPES.items()
@@ -833,7 +835,7 @@ def other_tensors(generator: Generator, path: Path) -> tuple[str, bool]:
 
 
 class Records(Kind):
-    """Flax's records, beside PyTorch's, which are as they should be."""
+    """Flax's records, next to PyTorch's, which are as they should be."""
 
     share = 20
 
@@ -843,10 +845,12 @@ class Records(Kind):
         )  # whoever edits the sources meanwhile makes no record stale
         self.dataset, self.records, self.count = made_dataset(), made_records(), 0
         self.others = {
-            dtype: [self.of_torch(r) for r in family] for dtype, family in self.records.items()
+            dtype: [self.of_torch(r) for r in records] for dtype, records in self.records.items()
         }
         paths = [
-            record.write(one, Path("records")) for family in self.records.values() for one in family
+            record.write(one, Path("records"))
+            for records in self.records.values()
+            for one in records
         ]
         self.files = {path.name: ordered(path.read_bytes()) for path in paths}
 
@@ -879,7 +883,7 @@ class Records(Kind):
         return f"{path.name}: {how}", forged
 
     def read(self, folder: Path, forged: bool) -> None:
-        for dtype, family in self.records.items():
+        for dtype, records in self.records.items():
             ensemble = find_ensemble(folder, "flax", dtype, CONFIG, self.dataset, lambda line: None)
             if ensemble is None:
                 continue  # the run is trained again
@@ -887,13 +891,13 @@ class Records(Kind):
             families = {"torch": list(self.others[dtype]), "flax": found}
             ensembles = {name: Ensemble.of(records) for name, records in families.items()}
             comparison = judge(ensembles, lambda name, twins: [], self.dataset.test_labels)
-            undamaged = len(found) == len(family) and all(map(exactly, found, family))
+            undamaged = len(found) == len(records) and all(map(exactly, found, records))
             agrees = comparison.verdict == "agree"
             if undamaged and not agrees:
                 raise Wrong("the verdict is disagree, of an undamaged record")
-            if agrees and forged and dtype == "float64" and not same_numbers(found[0], family[0]):
+            if agrees and forged and dtype == "float64" and not same_numbers(found[0], records[0]):
                 raise Wrong("the verdict is agree, of other numbers")
-            if agrees and not forged and not undamaged and len(found) == len(family):
+            if agrees and not forged and not undamaged and len(found) == len(records):
                 raise Wrong("the verdict is agree, of a damaged record")
             self.show(folder, families, comparison)
 
@@ -926,7 +930,7 @@ def untrained(name: str) -> NoReturn:
 
 
 class Checkpoints(Kind):
-    """What a run of PyTorch goes on from: of the run itself in float64, and of a twin in
+    """What a run of PyTorch resumes from: of the run itself in float64, and of a twin in
     float32."""
 
     share = 15
@@ -1006,7 +1010,7 @@ class Checkpoints(Kind):
             }
             if twin is not None:
                 if not forged and not same_numbers(again, self.records[dtype]):
-                    raise Wrong("a damaged checkpoint was gone on from")
+                    raise Wrong("a run resumed from a damaged checkpoint")
                 continue
             lens = compared(runs, {}, self.dataset.test_labels)
             if lens["verdict"] == "agree" and not same_numbers(again, self.records[dtype]):
@@ -1014,7 +1018,7 @@ class Checkpoints(Kind):
 
 
 class Plans(Kind):
-    """`run.json`, which `--resume` goes on from; nothing is trained."""
+    """`run.json`, from which `--resume` restarts; nothing is trained."""
 
     share = 12
 
@@ -1114,7 +1118,7 @@ class Plans(Kind):
         if status != 0:
             raise Wrong(f"status {status}: {said[:200]!a}")
         if not forged and request.read(folder) != request.read(Path("begun")):
-            raise Wrong("a damaged plan was accepted")
+            raise Wrong("a damaged run.json was accepted")
 
 
 # --- Weights
@@ -1304,7 +1308,7 @@ class Orbax(Kind):
         self.paths = sorted(
             (path.relative_to("orbax") for path in Path("orbax").rglob("*") if path.is_file()),
             key=lambda path: (len(path.parts), Path("orbax", path).stat().st_size),
-        )  # their names are drawn anew each time
+        )  # their names are drawn again each time
 
     def valid(self, folder: Path) -> None:
         shutil.copytree("orbax", folder / "weights")

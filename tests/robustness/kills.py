@@ -1,14 +1,14 @@
-"""Runs killed with SIGKILL and gone on with: each must end in the numbers of the run that nobody
+"""Runs killed with SIGKILL and resumed: each must end in the numbers of the run that nobody
 touched, bit for bit.
 
     python -m tests.robustness.kills [--runs 200] [--seed 0] [--out results/kills] [--quick]
 
 Four parts: runs killed at random moments; a run killed just before and just after each call by
 which a checkpoint, a record or run.json is written, flushed, renamed or removed; runs stopped by
-SIGINT and SIGTERM in all that they do, and that must say how to go on and end within 20 s; and k +
-(N - k) steps held against N for every k. After each kill every file that bears its final name must
+SIGINT and SIGTERM in all that they do, and that must say how to resume and end within 20 s; and k +
+(N - k) steps compared with N for every k. After each kill every file that bears its final name must
 be whole, the newest checkpoint must be the last one that was finished or one after it, and the next
-start must go on from there.
+start must resume from there.
 
 A run is a child forked from a process that has imported everything and started neither framework,
 so that most of its time goes to what is tested. Exit status: 0 all are equal, 1 some are not.
@@ -46,7 +46,7 @@ from lockstep import cli as compare
 from lockstep.common import data, report
 from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
 from lockstep.common.data import Dataset
-from lockstep.common.runs import checkpoint, prepare, record, request, training
+from lockstep.common.runs import checkpoint, chunks, prepare, record, request, training
 from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
 from lockstep.common.runs.record import Record
 from lockstep.common.system import environment, storage
@@ -62,7 +62,7 @@ PATIENCE = 600  # seconds for one run; an uninterrupted one takes a few
 TIMES = ("seconds", "steps_per_second")  # what two equal runs differ in
 
 
-# --- What two runs are held against each other by
+# --- What two runs are compared by
 
 
 def bits(value: Any) -> str:
@@ -418,7 +418,7 @@ class Run:
         count: bool = False,
         stop: Stop | None = None,
     ) -> int | None:
-        """Start it, or go on with it, as a user does; the exit status, None if it was killed."""
+        """Start it, or resume it, as a user does; the exit status, None if it was killed."""
         expected = self.newest()
         command = ["--resume", str(self.folder), "--quiet"]
         if not self.begun:
@@ -429,7 +429,7 @@ class Run:
         def task() -> int:
             import jax
 
-            training.CHUNK_STEPS = self.cell.chunk
+            chunks.CHUNK_STEPS = self.cell.chunk
             jax.config.update("jax_compilation_cache_dir", str(self.cache))
             Watch(self.notes, death, count, stop).install(self.pictures)
             return compare.main(command)
@@ -679,7 +679,7 @@ TWICE = ("compiling, and the first steps", "training", "writing a checkpoint", "
 
 
 def stop_at(cell: Cell, expected: dict[str, str], place: Path, stop: Stop) -> dict[str, Any]:
-    """One run, stopped by a signal, and gone on with."""
+    """One run, stopped by a signal, and resumed."""
     run = Run(
         cell, place, place / "jax" if stop.phase.startswith("compiling") else place.parent / "jax"
     )
@@ -693,7 +693,7 @@ def stop_at(cell: Cell, expected: dict[str, str], place: Path, stop: Stop) -> di
     if "Traceback" in said:
         run.problems.append("a traceback")
     if run.begun and not stop.twice and f"lockstep --resume {run.folder}" not in said:
-        run.problems.append("it does not say how to go on")
+        run.problems.append("it does not say how to resume")
     found = run.found()
     run.start()
     problems = run.outcome(expected)
@@ -777,11 +777,11 @@ def pieces(
     out.
 
     Args:
-        changed: what becomes of a checkpoint before it is gone on from, for controls.
+        changed: what becomes of a checkpoint before a run resumes from it, for controls.
     """
     config = config.resolve(len(dataset.train_images))
     run = functools.partial(training.train, backend, config, dataset, dtype, twin=twin, log_every=0)
-    chunk_steps, training.CHUNK_STEPS = training.CHUNK_STEPS, 1
+    chunk_steps, chunks.CHUNK_STEPS = chunks.CHUNK_STEPS, 1
     try:
         expected = run(observer=Silent())
         assert config.schedule.kind == "constant" or len(set(expected.lr)) > 2, "lr was to change"
@@ -803,7 +803,7 @@ def pieces(
             checkpoint.remove(folder, start.stem)
         return {k: names for k, names in unlike.items() if names}
     finally:
-        training.CHUNK_STEPS = chunk_steps
+        chunks.CHUNK_STEPS = chunk_steps
 
 
 def all_pieces(name: str, dtype: str, place: Path) -> list[dict[str, Any]]:

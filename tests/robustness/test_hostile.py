@@ -178,7 +178,7 @@ def test_the_pictures_can_be_opened_and_hold_no_script(ran: Ran) -> None:
             assert not tags & {"script", "img", "foreignObject"}
 
 
-def test_nothing_is_written_beside_the_folders_that_were_asked_for(ran: Ran) -> None:
+def test_nothing_is_written_next_to_the_folders_that_were_asked_for(ran: Ran) -> None:
     new = {path.name for path in ran.folder.iterdir() if ESCAPES not in path.name}
     assert new == {"out", "tensorboard"}
     assert not any(path.is_dir() for path in (ran.folder / "out").iterdir())

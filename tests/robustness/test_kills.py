@@ -24,7 +24,7 @@ CELL = Cell("torch", "float32", 4, steps=60, every=15)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
-def test_runs_that_are_killed_and_gone_on_with_are_equal_to_the_bit(tmp_path: Path) -> None:
+def test_runs_that_are_killed_and_resumed_are_equal_to_the_bit(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.robustness.kills", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

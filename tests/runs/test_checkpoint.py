@@ -428,7 +428,7 @@ def test_the_first_checkpoint_of_a_run_may_stand_alone(tmp_path: Path) -> None:
     assert checkpoint.found(tmp_path / "none", "torch-float32") == []
 
 
-# --- Who may go on from it
+# --- Who may resume from it
 
 
 def test_a_state_that_is_handed_over_is_the_same_but_for_who_has_it() -> None:
@@ -438,7 +438,7 @@ def test_a_state_that_is_handed_over_is_the_same_but_for_who_has_it() -> None:
     assert bits(dataclasses.replace(theirs, backend="torch", source="s1")) == bits(mine)
 
 
-def test_only_its_own_run_goes_on_from_a_checkpoint() -> None:
+def test_only_its_own_run_resumes_from_a_checkpoint() -> None:
     mine = make()
     right: Any = {"config": mine.config, "data": mine.data, "shapes": SHAPES, "source": "s1"}
     checkpoint.check(mine, **right)
@@ -669,7 +669,7 @@ def test_a_resume_that_forgets_something_is_seen(
     assert field in unlike[5]
 
 
-def test_a_checkpoint_between_two_calls_is_refused(
+def test_a_checkpoint_inside_a_chunk_is_refused(
     tmp_path: Path, digits: Dataset, observer: SilentObserver
 ) -> None:
     config = Config(batch_size=4, steps=12).resolve(len(digits.train_images))
@@ -682,7 +682,7 @@ def test_a_checkpoint_between_two_calls_is_refused(
     training.train(backend, config, digits, "float64", observer, start=start)
     series = {name: np.ones(3) for name in ("loss", "gradient_norm", "lr")}
     moved = dataclasses.replace(start, snapshot=start.snapshot._replace(step=3), **series)
-    with pytest.raises(RecordError, match="lies between two calls of train_steps: delete it"):
+    with pytest.raises(RecordError, match="is not between two chunks: delete it"):
         training.train(backend, config, digits, "float64", observer, start=moved)
 
 

@@ -116,9 +116,7 @@ def test_both_at_once_are_the_runs_of_one_after_the_other(whole: Path, tmp_path:
     ("hook", "number"),
     [(STARTING, signal.SIGINT), (BOTH, signal.SIGINT), (WAITING, signal.SIGTERM)],
 )
-def test_both_are_stopped_and_gone_on_with(
-    whole: Path, tmp_path: Path, hook: str, number: int
-) -> None:
+def test_both_are_stopped_and_resumed(whole: Path, tmp_path: Path, hook: str, number: int) -> None:
     folder = tmp_path / "run"
     with started(hook, folder) as run:
         trainer = trainer_of(run.process.pid)

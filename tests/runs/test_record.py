@@ -300,7 +300,7 @@ UNFIT: dict[
     "a prediction of no class": ({}, {"predictions": np.array([2, 0])}, "predictions"),
     "a prediction below zero": ({}, {"predictions": np.array([-1, 0])}, "predictions"),
     "no weights": ({}, {"weights__conv1.kernel": None, "weights__conv1.bias": None}, "weights"),
-    "weights of another lens": ({}, {"weights__conv1.bias": np.ones(2)}, "weights"),
+    "weights of another precision": ({}, {"weights__conv1.bias": np.ones(2)}, "weights"),
     "weights that are not finite": (
         {},
         {"weights__conv1.bias": np.array([math.nan, 1.0], BFLOAT16)},

@@ -1,4 +1,4 @@
-"""A run that is stopped and gone on with, by the same backend or the other one, is the run that was
+"""A run that is stopped and resumed, by the same backend or the other one, is the run that was
 never stopped."""
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# --- Stop and go on
+# --- Stop and resume
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_run_that_is_stopped_goes_on_where_it_was(
+def test_a_run_that_is_stopped_resumes_where_it_was(
     whole: Path,
     tmp_path: Path,
     number: int,
@@ -118,7 +118,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(
     )
 
 
-def test_a_twin_goes_on_with_its_own_rounding(
+def test_a_twin_resumes_with_its_own_perturbations(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*RUN, "--dtype", "float32", "--backend", "flax", "--twins", "1", "--out", tmp_path]
@@ -159,13 +159,13 @@ def test_a_twin_that_begins_its_rounding_again_is_seen(
     assert differences(record.read(tmp_path / file), record.read(whole / file)) != []
 
 
-# --- The other backend goes on
+# --- The other backend resumes
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [("torch", "flax"), ("flax", "torch")], ids=["to flax", "to torch"]
 )
-def test_the_other_backend_goes_on_where_one_stopped(
+def test_the_other_backend_resumes_where_one_stopped(
     whole: Path, tmp_path: Path, first: str, second: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -250,7 +250,7 @@ def test_every_option_and_schedule_can_be_handed_over(
         assert row["last_lr"] < config.lr
 
 
-# --- What cannot be gone on with
+# --- What cannot be resumed
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], *words: str) -> None:

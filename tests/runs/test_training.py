@@ -19,6 +19,7 @@ from lockstep.common.errors import RecordError
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp, twin_weights
 from lockstep.common.protocol import Arrays, Backend, Dropout, Evaluation, Metrics, Snapshot
+from lockstep.common.runs import chunks as chunking
 from lockstep.common.runs import training
 from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import FIRST_STEPS, Record, windows
@@ -250,7 +251,7 @@ def test_chunks_are_the_batches_in_order_and_within_the_limits(
     images: int, batch_size: int, steps: int, bytes_per_image: int, drop_last: bool
 ) -> None:
     config = Config(batch_size=batch_size, steps=steps, drop_last=drop_last).resolve(images)
-    chunks = list(training.chunks(config, images, bytes_per_image))
+    chunks = list(chunking.chunks(config, images, bytes_per_image))
     fed = (
         indices for chunk in chunks for indices in chunk
     )  # a chunk is rectangular: it mixes no sizes
@@ -259,9 +260,9 @@ def test_chunks_are_the_batches_in_order_and_within_the_limits(
     assert [len(chunk) for chunk in chunks[: training.FIRST_STEPS]] == [1] * min(
         steps, training.FIRST_STEPS
     )
-    assert max(map(len, chunks)) <= training.CHUNK_STEPS
+    assert max(map(len, chunks)) <= chunking.CHUNK_STEPS
     assert all(
-        len(chunk) == 1 or chunk.size * bytes_per_image <= training.CHUNK_BYTES for chunk in chunks
+        len(chunk) == 1 or chunk.size * bytes_per_image <= chunking.CHUNK_BYTES for chunk in chunks
     )
     lengths: dict[int, set[int]] = {}
     for chunk in chunks:
@@ -279,15 +280,15 @@ def test_most_steps_of_a_run_go_to_the_backend_many_at_a_time(
     images: int, batch_size: int, steps: int
 ) -> None:
     config = Config(batch_size=batch_size, steps=steps).resolve(images)
-    singles = sum(len(chunk) == 1 for chunk in training.chunks(config, images, 3072 * 4))
+    singles = sum(len(chunk) == 1 for chunk in chunking.chunks(config, images, 3072 * 4))
     assert singles < 0.35 * steps
 
 
-# --- The opening and the series
+# --- The first steps and the series
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 40])
-def test_the_opening_holds_every_stage_of_the_first_two_steps(
+def test_the_first_steps_hold_every_stage_of_the_first_two_steps(
     observer: SilentObserver, steps: int
 ) -> None:
     backend, record = run(Config(batch_size=4, steps=steps), 160, observer)
@@ -312,10 +313,10 @@ def test_the_opening_holds_every_stage_of_the_first_two_steps(
             record.first_steps[f"{step}/update/momentum of fc1.bias"], [step + 1.0] * 2
         )
     # Looked at before the step is taken, and after it.
-    opening = [
+    first_steps = [
         call for call in backend.calls if call[1] < 2 and call[0] in ("probe", "train_steps")
     ]
-    assert opening == [
+    assert first_steps == [
         (call, step) for step in range(min(2, steps)) for call in ("probe", "train_steps")
     ]
 
@@ -345,7 +346,7 @@ def test_activations_are_kept_of_a_batchs_first_images_and_all_else_of_the_whole
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 60, 300, 700])
 @pytest.mark.parametrize("images", [160, 43], ids=["even", "with smaller batches"])
-def test_parameters_are_kept_about_once_per_stretch_and_after_the_last_step(
+def test_parameters_are_kept_about_once_per_window_and_after_the_last_step(
     observer: SilentObserver, steps: int, images: int
 ) -> None:
     _, record = run(Config(batch_size=4, steps=steps), images, observer)
@@ -358,9 +359,9 @@ def test_parameters_are_kept_about_once_per_stretch_and_after_the_last_step(
     np.testing.assert_allclose(
         record.final["fc1.bias"] - record.weights["fc1.bias"], steps, rtol=1e-6
     )
-    # At the first end of a chunk after each stretch's; not in the opening, of which there is more,
+    # At the first end of a chunk after each window's; not in the first steps, of which there is more,
     # nor at the end.
-    chunks = training.chunks(Config(batch_size=4, steps=steps).resolve(images), images, 3072 * 4)
+    chunks = chunking.chunks(Config(batch_size=4, steps=steps).resolve(images), images, 3072 * 4)
     ends = list(itertools.accumulate(map(len, chunks)))
     edges = [stop for _, stop in windows(steps) if stop > training.FIRST_STEPS]
     expected = {next(end for end in ends if end >= edge) for edge in edges}
@@ -492,7 +493,7 @@ def test_the_first_steps_of_a_twin_are_those_of_the_whole_run(
     assert len(backend.fed) == min(steps, FIRST_STEPS)
 
 
-def test_a_twins_images_are_moved_anew_in_every_step_and_by_its_seed_and_number(
+def test_a_twins_images_are_perturbed_again_in_every_step_and_by_its_seed_and_number(
     observer: SilentObserver,
 ) -> None:
     """In the second epoch a batch is another, so the first image of the data is looked for in
@@ -548,9 +549,9 @@ def test_thirty_steps_in_float64_are_the_same_in_both_frameworks(
 ) -> None:
     gap = np.max(np.abs(pair["torch"].loss - pair["flax"].loss))
     assert gap <= 1e-12  # measured: 8.9e-16; one label of 1437 changed, as below: 1.3e-02
-    lens = compared(pair, {}, digits.test_labels)
-    assert lens["verdict"] == "agree", lens["first_divergence"]
-    assert lens["predictions_equal"] == 360
+    found = compared(pair, {}, digits.test_labels)
+    assert found["verdict"] == "agree", found["first_divergence"]
+    assert found["predictions_equal"] == 360
     assert pair["torch"].loss[-1] < pair["torch"].loss[0]  # something was learnt
 
 
@@ -568,7 +569,7 @@ def test_one_changed_label_is_refused_by_its_digest_and_seen_in_the_loss(
     # Were the digest not looked at, the labels of the first batch would give it away, and so would
     # the loss.
     claimed = dataclasses.replace(other, data=pair["torch"].data)
-    lens = compared({"torch": claimed, "flax": pair["flax"]}, {}, digits.test_labels)
-    assert lens["first_divergence"]["stage"] == "data"
-    assert lens["first_divergence"]["tensor"] == "labels"
-    assert lens["max_abs_loss_gap"] > 1e-3
+    found = compared({"torch": claimed, "flax": pair["flax"]}, {}, digits.test_labels)
+    assert found["first_divergence"]["stage"] == "data"
+    assert found["first_divergence"]["tensor"] == "labels"
+    assert found["max_abs_loss_gap"] > 1e-3

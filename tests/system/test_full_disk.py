@@ -362,7 +362,7 @@ found["full, bits"] = kills.digests_in(disk / "full")
 complete, calls = checkpoint.write, []
 def write(*arguments):
     calls.append(complete(*arguments))
-    if len(calls) == 2:  # this folder only: the lock beside it is open for writing
+    if len(calls) == 2:  # this folder only: the lock next to it is open for writing
         mount("--bind", str(calls[-1].parent), on=calls[-1].parent)
         mount("-o", "remount,bind,ro", on=calls[-1].parent)
     return calls[-1]
