@@ -403,7 +403,7 @@ def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: C
         at_once, metrics = compiled.train_steps(
             compiled.init(start(compiled, dtype)), images, labels
         )
-        # it was compiled, and a new learning rate did not compile it anew
+        # it was compiled, and a new learning rate did not compile it again
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         one_by_one, at_once, bound = (
             eager.export(one_by_one),

@@ -1,4 +1,4 @@
-"""The layers that are written anew for the CPU, against the libraries' own."""
+"""Layers and kernels, compared with the libraries' own; and the replacement of a user's layers."""
 
 from __future__ import annotations
 

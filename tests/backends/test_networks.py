@@ -1,5 +1,4 @@
-"""The networks, each of both frameworks beside the other: logits, gradients and running
-statistics."""
+"""The networks of both frameworks, compared: logits, gradients and running statistics."""
 
 from __future__ import annotations
 

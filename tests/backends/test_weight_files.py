@@ -340,7 +340,7 @@ def test_plain_flax_gives_the_same_logits(tmp_path: Path) -> None:
 
 
 def torch_net() -> TorchNet:
-    """With weights of its own, in float32."""
+    """Other weights, in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return TorchNet(10)
