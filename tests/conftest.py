@@ -33,6 +33,13 @@ else:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """In the default run, XLA compiles quickly in place of well: most of the time was compiling.
+    The slow tests run what a user runs."""
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
 class SilentObserver:
     """Keeps the log lines and counts the steps."""
 

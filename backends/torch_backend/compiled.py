@@ -8,6 +8,7 @@ gradients with `torch.func` and calls `sgd`, the function behind `SGD.step`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ Cast = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # to the precision to c
 # parameters, buffers and momentum, by PyTorch's names
 Carry = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 Batch = tuple[Tensor, Tensor, dict[str, Tensor], Tensor]  # images, labels, dropout masks, lr
+Scan = Callable[[Carry, Batch], tuple[Carry, tuple[Tensor, Tensor]]]
 
 
 class ManySteps:
@@ -47,11 +49,6 @@ class ManySteps:
     ) -> None:
         self.config, self.template, self.step, self.cast = config, template, step, cast
         self.device, self.compiled = device, compiled
-        # All backends of a process share the compiled versions of `_scan`: allow for many.
-        torch._dynamo.config.recompile_limit = 1024
-        self._compiled_scan = torch.compile(
-            self._scan, fullgraph=True, dynamic=False, options=compiler_options(device)
-        )
 
     def __call__(
         self, state: State, images: Tensor, labels: Tensor, masks: Masks
@@ -98,6 +95,14 @@ class ManySteps:
         loss, gradient_norm = map(to_array, series)
         metrics = Metrics(loss, gradient_norm, lr)
         return State(model, optimizer, scheduler, step + len(labels)), metrics
+
+    @cached_property
+    def _compiled_scan(self) -> Scan:
+        """Made when it is first called: importing the compiler takes a second."""
+        # All backends of a process share the compiled versions of `_scan`: allow for many.
+        torch._dynamo.config.recompile_limit = 1024
+        options = compiler_options(self.device)
+        return torch.compile(self._scan, fullgraph=True, dynamic=False, options=options)
 
     def _scan(self, carry: Carry, batches: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
         """PyTorch's counterpart of `lax.scan`, a prototype: tests compare it with single steps."""

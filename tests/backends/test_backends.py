@@ -22,6 +22,7 @@ from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.errors import BackendError
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.protocol import Arrays, Evaluation, Snapshot
+from tests.marks import slow_except
 
 CLASSES, STEPS, BATCH = 10, 6, 4
 PLAIN = Config(lr=0.05)
@@ -35,6 +36,7 @@ RICH = Config(
 )
 MODULES = {"torch": torch_module, "flax": flax_module}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
+two_dtypes = pytest.mark.parametrize("dtype", slow_except(DTYPES, "float64", "mixed_bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,7 @@ def test_many_steps_in_one_call_are_as_many_single_steps(
     assert gap(one_by_one.parameters, side.export(other).parameters) > max(bound, 1e-3)  # control
 
 
+@pytest.mark.slow
 def test_on_the_cpu_a_network_that_xla_convolves_takes_one_step_after_the_other(
     backend: Callable,
 ) -> None:
@@ -258,6 +261,7 @@ def test_on_the_cpu_a_network_that_xla_convolves_takes_one_step_after_the_other(
         assert loops or same_snapshot(side.export(one_by_one), side.export(at_once))
 
 
+@pytest.mark.slow
 def test_a_loop_that_copies_no_weights_is_the_same_to_the_bit(
     build: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +323,7 @@ def test_mixed_precision_keeps_what_is_too_small_for_bfloat16(name: str, backend
     assert moved["bfloat16"] < 0.1  # control
 
 
-@pytest.mark.parametrize("model", ["net", "resnet20"])
+@pytest.mark.parametrize("model", slow_except(["net", "resnet20"], "net"))
 def test_mixed_precision_computes_in_bfloat16_and_differentiates_to_float32(
     name: str, model: str, backend: Callable
 ) -> None:
@@ -465,7 +469,7 @@ def test_pytorch_compiles_long_runs_where_that_pays(
 CLIPPED_BOUND = {"float64": 1e-15, "float32": 1e-6, "bfloat16": 1e-2, "mixed_bfloat16": 1e-2}
 
 
-@dtypes
+@two_dtypes
 def test_clipping_bounds_the_step_and_not_the_norm_that_is_reported(
     name: str, dtype: str, backend: Callable
 ) -> None:
@@ -490,7 +494,7 @@ def test_clipping_bounds_the_step_and_not_the_norm_that_is_reported(
     assert runs["free"][1] == pytest.approx(runs["free"][0], rel=within)  # control
 
 
-@dtypes
+@two_dtypes
 def test_both_backends_clip_alike(dtype: str, backend: Callable) -> None:
     images, labels = batches(dtype)
     ends = []

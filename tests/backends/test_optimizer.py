@@ -26,6 +26,7 @@ from lockstep.backends.torch_backend import optimizer as torch_side
 from lockstep.common.config import SCHEDULES, Config, Schedule
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.protocol import Arrays, Snapshot
+from tests.marks import slow_except
 
 STEPS = 100
 SIZES = {"conv1.kernel": (2, 2, 1, 2), "fc1.bias": (3,)}
@@ -546,7 +547,9 @@ def test_a_schedule_that_is_restored_before_any_step_goes_on_bit_for_bit(kind: s
             )
 
 
-@pytest.mark.parametrize("journey", JOURNEYS)
+@pytest.mark.parametrize(
+    "journey", slow_except(JOURNEYS, "plain", "multistep-dampening", "plateau")
+)
 def test_a_snapshot_goes_on_in_the_other_backend(journey: str, build: Callable) -> None:
     config = JOURNEYS[journey]
     generator = np.random.default_rng(0)

@@ -168,7 +168,10 @@ def test_they_leave_out_the_same_units_in_every_step(build: Callable[..., Backen
     assert not same_run(torch_side, other, dataset, config, dtype="float64")
 
 
-@pytest.mark.parametrize(("side", "compile"), [("torch", "off"), ("torch", "on"), ("flax", "off")])
+@pytest.mark.parametrize(
+    ("side", "compile"),
+    [("torch", "off"), pytest.param("torch", "on", marks=pytest.mark.slow), ("flax", "off")],
+)
 def test_many_steps_in_one_call_and_after_a_checkpoint_leave_out_what_single_steps_do(
     side: str, compile: str, build: Callable[..., Backend]
 ) -> None:

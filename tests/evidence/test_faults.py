@@ -24,6 +24,7 @@ from lockstep.common.evidence import faults as matrix
 from lockstep.common.evidence import take_test_images
 from lockstep.common.evidence.plots import draw_faults
 from lockstep.common.protocol import STAGES
+from tests.marks import slow_except
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = [fault.name for fault in FAULTS]
@@ -226,7 +227,7 @@ def test_a_fault_is_taken_out_when_what_it_was_put_in_for_fails(digits: Dataset)
 # --- The matrix
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", slow_except(QUICK, "labels-from-one", "classes-moved"))
 def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
     name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:
@@ -240,7 +241,10 @@ def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
 
 
 @pytest.mark.parametrize(
-    "name", ["batch-norm-momentum", "evaluated-in-train-mode", "keys-for-queries"]
+    "name",
+    slow_except(
+        ["batch-norm-momentum", "evaluated-in-train-mode", "keys-for-queries"], "keys-for-queries"
+    ),
 )
 def test_a_fault_of_another_network_is_caught_and_named(
     name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
@@ -251,7 +255,7 @@ def test_a_fault_of_another_network_is_caught_and_named(
     assert finding["trajectory_agrees"] == (row["stage"] != "forward")
 
 
-@pytest.mark.parametrize("model", ["resnet20", "vit"])
+@pytest.mark.parametrize("model", slow_except(["resnet20", "vit"], "vit"))
 def test_without_a_fault_nothing_is_caught_in_another_network(
     model: str, few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:

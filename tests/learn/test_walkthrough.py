@@ -75,6 +75,7 @@ def plain_text(page: Path) -> str:
 # --- One step
 
 
+@pytest.mark.slow
 def test_both_frameworks_and_the_arithmetic_agree_at_every_stage_of_a_step(
     walked: dict[str, Any],
 ) -> None:
@@ -97,6 +98,7 @@ def test_both_frameworks_and_the_arithmetic_agree_at_every_stage_of_a_step(
     assert max(walked["step"]["gradient_gap"], walked["step"]["parameter_gap"]) <= BOUND
 
 
+@pytest.mark.slow
 def test_the_gap_of_a_stage_sees_another_batch(lab: Lab, walked: dict[str, Any]) -> None:
     """The control of the test above, and the shown numbers once more, from the backends
     themselves."""
@@ -116,6 +118,7 @@ def test_a_softmax_adds_up_to_one_whatever_the_logits() -> None:
 # --- The optimizer's options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", CASES)
 def test_two_steps_are_those_of_the_formula_in_both_frameworks(
     key: str, walked: dict[str, Any]
@@ -131,6 +134,7 @@ def test_two_steps_are_those_of_the_formula_in_both_frameworks(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in CASES if key != "plain"])
 def test_the_formula_without_an_option_is_not_that_run(key: str, lab: Lab) -> None:
     """The control: each option, left out of the arithmetic, is seen within two steps."""
@@ -152,6 +156,7 @@ def test_the_formula_without_an_option_is_not_that_run(key: str, lab: Lab) -> No
     assert gap(config) <= BOUND < 1e-5 < gap(base)
 
 
+@pytest.mark.slow
 def test_what_is_always_so_of_the_first_update_is_so(walked: dict[str, Any]) -> None:
     cases = walked["options"]["cases"]
     first = {key: case["steps"][0]["times_plain"] for key, case in cases.items()}
@@ -177,6 +182,7 @@ def test_an_update_is_written_out_as_it_is_computed() -> None:
 # --- Precision
 
 
+@pytest.mark.slow
 def test_float32_parts_and_float64_does_not(walked: dict[str, Any]) -> None:
     """Measured: float64 4e-13; float32 0.7 between the frameworks, 1.6 between twins."""
     lenses = walked["precision"]["lenses"]
@@ -191,6 +197,7 @@ def test_float32_parts_and_float64_does_not(walked: dict[str, Any]) -> None:
     assert sums["float32"]["gap"] <= 1e-5 and sums["float64"]["gap"] <= 1e-14
 
 
+@pytest.mark.slow
 def test_the_picture_says_in_words_what_it_shows_and_takes_the_pages_colours(
     walked: dict[str, Any],
 ) -> None:
@@ -205,6 +212,7 @@ def test_the_picture_says_in_words_what_it_shows_and_takes_the_pages_colours(
 # --- Batch sizes
 
 
+@pytest.mark.slow
 def test_noise_falls_with_the_root_of_the_batch_size_and_the_frameworks_agree(
     walked: dict[str, Any],
 ) -> None:
@@ -227,6 +235,7 @@ def test_a_spread_is_the_standard_deviation_and_sees_vectors_that_are_equal() ->
 # --- The page
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_numbers_that_were_computed(page: Path, walked: dict[str, Any]) -> None:
     text = plain_text(page)
     for stage in walked["step"]["stages"].values():
@@ -243,6 +252,7 @@ def test_the_page_shows_the_numbers_that_were_computed(page: Path, walked: dict[
         assert f"{row['size']} {row['steps']} {row['loss']:.4f} {row['test_loss']:.4f}" in text
 
 
+@pytest.mark.slow
 def test_another_result_gives_another_page_and_the_same_the_same_bytes(
     page: Path, walked: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -255,6 +265,7 @@ def test_another_result_gives_another_page_and_the_same_the_same_bytes(
     assert "&lt;b&gt;other" in text and "<b>other" not in text
 
 
+@pytest.mark.slow
 def test_the_page_has_an_outline_and_asks_for_nothing(page: Path) -> None:
     outline = Outline(page.read_text("utf-8"))
     assert outline.headings[0] == 1 and outline.headings.count(1) == 1
@@ -264,6 +275,7 @@ def test_the_page_has_an_outline_and_asks_for_nothing(page: Path) -> None:
     assert outline.fetched == []
 
 
+@pytest.mark.slow
 def test_the_page_can_be_read_by_everyone_on_every_screen(page: Path, browser: Any) -> None:
     assert examine(browser, page) == []
 

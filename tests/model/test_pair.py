@@ -252,6 +252,7 @@ def example(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_pair_in_the_readme_is_one_and_without_its_lines_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,9 @@ def archive(folder: Path) -> tuple[str, list[str]]:
 
 
 @pytest.fixture(
-    scope="module", params=[folder_of_pictures, archive], ids=lambda make: make.__name__
+    scope="module",
+    params=[folder_of_pictures, pytest.param(archive, marks=pytest.mark.slow)],
+    ids=["folder_of_pictures", "archive"],
 )
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """A whole run of both backends on data with these names; the archive's with --json."""

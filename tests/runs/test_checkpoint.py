@@ -597,8 +597,8 @@ EVERY = range(1, kills.PIECES + 1)
     ("kind", "twin", "dtype", "stops"),
     [
         ("plateau", None, "float64", EVERY),
-        ("cosine", 1, "float32", EVERY[::4]),
-        ("step", 1, "bfloat16", EVERY[::6]),
+        pytest.param("cosine", 1, "float32", EVERY[::4], marks=pytest.mark.slow),
+        pytest.param("step", 1, "bfloat16", EVERY[::6], marks=pytest.mark.slow),
     ],
     ids=["float64, every k", "float32, a twin", "bfloat16, a twin"],
 )

@@ -96,6 +96,7 @@ def same_bits(folder: Path, whole: Path) -> bool:
     return set(found) == set(expected) and all(found[name] == expected[name] for name in found)
 
 
+@pytest.mark.slow
 def test_both_at_once_are_the_runs_of_one_after_the_other(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-c", PROGRAM, f"{PLAIN}; {AT_ONCE}", *RUN, "--out", str(folder)]

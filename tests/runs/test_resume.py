@@ -26,6 +26,7 @@ from lockstep.common.runs import checkpoint, record, request, training
 from lockstep.common.runs.record import Record
 from lockstep.common.runs.trainer import TerminalObserver
 from tests.conftest import SilentObserver
+from tests.marks import slow_except
 
 STEPS = 200  # in float64 calls of train_steps end after 1, 2, 68, 134 and 200 steps
 RUN = [
@@ -182,7 +183,7 @@ def test_the_other_backend_resumes_where_one_stopped(
     assert (report["verdict"], report["lenses"][0]["legs"][second]) == ("agree", joined.segments)
 
 
-@pytest.mark.parametrize("lost", ["momentum", "parameters"])
+@pytest.mark.parametrize("lost", slow_except(["momentum", "parameters"], "momentum"))
 def test_a_handover_that_loses_something_disagrees(
     tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +231,7 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
     )
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", slow_except(SCHEDULES, "constant", "plateau"))
 def test_every_option_and_schedule_can_be_handed_over(
     tmp_path: Path, digits: Dataset, build: Callable, kind: str
 ) -> None:

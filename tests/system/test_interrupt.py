@@ -171,6 +171,7 @@ STOPS = {  # what it was at, by whom: hook, signal, status, options, what is the
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", STOPS)
 def test_a_signal_stops_a_run_that_can_be_resumed(whole: Path, tmp_path: Path, moment: str) -> None:
     hook, number, status, options, left = STOPS[moment]
@@ -200,6 +201,7 @@ def test_a_signal_before_anything_was_begun_leaves_nothing(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_compiler_that_takes_longer_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--backend", "torch", "--compile", "on"]
@@ -293,6 +295,7 @@ def run_python(source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once_and_damages_nothing(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(SAVING.format(30), folder, "--backend", "torch", SOON) as run:
