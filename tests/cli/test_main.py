@@ -230,9 +230,9 @@ def test_one_backend_after_the_other_gives_the_verdict_of_both(
 def test_a_record_of_another_lr_is_not_compared(
     both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(both[1] / "torch-float64.safetensors", tmp_path)
+    shutil.copy(both[1] / "flax-float64.safetensors", tmp_path)
     loud = [option for option in SHORT if option != "--quiet"]
-    options = [*loud, "--dtype", "float64", "--out", tmp_path, "--backend", "flax"]
+    options = [*loud, "--dtype", "float64", "--out", tmp_path, "--backend", "torch"]
     assert lockstep(*options, "--lr", "0.02") == 0
     assert report_of(tmp_path)["verdict"] == "single"
     assert "Not compared" in capsys.readouterr().out

@@ -227,7 +227,7 @@ def test_a_fault_is_taken_out_when_what_it_was_put_in_for_fails(digits: Dataset)
 # --- The matrix
 
 
-@pytest.mark.parametrize("name", slow_except(QUICK, "labels-from-one", "classes-moved"))
+@pytest.mark.parametrize("name", slow_except(QUICK, "classes-moved"))
 def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
     name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
 ) -> None:

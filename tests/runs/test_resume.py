@@ -231,7 +231,7 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
     )
 
 
-@pytest.mark.parametrize("kind", slow_except(SCHEDULES, "constant", "plateau"))
+@pytest.mark.parametrize("kind", slow_except(SCHEDULES, "plateau"))
 def test_every_option_and_schedule_can_be_handed_over(
     tmp_path: Path, digits: Dataset, build: Callable, kind: str
 ) -> None:

@@ -30,6 +30,7 @@ from lockstep.common.verdict.comparison import Divergence
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.locate import N_WORST, describe_relation, one_step
 from tests.conftest import SilentObserver
+from tests.marks import slow_except
 from tests.verdict.helpers import diverging
 
 NAMES = ["torch", "flax"]
@@ -598,7 +599,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHUNK_STEPS", 1)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_except(FAULTS, "schedule"))
 @pytest.mark.usefixtures("short_chunks")
 def test_a_fault_that_starts_late_is_found_by_its_step_and_stage(
     fault: str, digits: Dataset, build: Callable
@@ -663,6 +664,7 @@ def test_only_the_last_steps_before_the_parting_are_replayed(
     assert set(replayed) == {LATE - locate.REPLAY_STEPS}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_chunks")
 def test_in_a_production_lens_a_step_is_judged_by_twins_of_its_own(
     digits: Dataset, build: Callable, monkeypatch: pytest.MonkeyPatch
