@@ -24,6 +24,7 @@ FILES = (
     "convert.py",
     "device.py",
     "inputs.py",
+    "kernels.py",
     "layers.py",
     "losses.py",
     "models/net.py",
