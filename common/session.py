@@ -100,6 +100,7 @@ def prepare_and_train(
             request.weights, config, dataset, names[0], device, backends
         )
         prepare.check_same_weights(request, config)
+    build = functools.partial(backends.build, config, len(dataset.classes), device, request.compile)
     default = RUNS / f"{request.recipe}-{config.fingerprint(dataset.digest)}"
     folder = request.resume or request.out or default
     with storage.lock_folder(folder):
@@ -109,9 +110,7 @@ def prepare_and_train(
             folder,
             config,
             dataset,
-            functools.partial(
-                backends.build, config, len(dataset.classes), device, request.compile
-            ),
+            build,
             terminal,
             weights,
             request.log_every,

@@ -50,8 +50,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     config.resolve(images)  # a batch that is larger than the data is refused
     if busy is not None and busy > found["cores"] / 4:
         study.terminal.line(
-            f"This machine is busy (load {busy:.1f}, {found['cores']} cores): what is measured is, "
-            "too"
+            f"This machine is busy (load {busy:.1f}, {found['cores']} cores): the speeds "
+            "will be too low"
         )
     plan = speed.make_plan(images, options.batch_size, options.quick)
     dtype = options.dtype or "float32"

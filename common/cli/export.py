@@ -43,7 +43,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     endings = weight_files.ENDINGS[options.to]
     if endings and path.suffix.lower() not in endings:
         raise ConfigError(
-            f"--out {path} must end in {' or '.join(endings)}, by which its format is known again"
+            f"--out {path} must end in {' or '.join(endings)}, which names its format"
         )
     if path.exists() and path.samefile(taken):
         raise ConfigError(f"--out {path} is the record itself: choose another name")

@@ -81,7 +81,7 @@ class Trainer:
             finished = self.finished(name, dtype, twin)
             if finished is None:
                 if self.signals.requested():
-                    raise Interrupted(f"{run_title(name, dtype, twin)} was not begun")
+                    raise Interrupted(f"{run_title(name, dtype, twin)} was not started")
                 backend = backend or self.backend(name, dtype)
                 finished = self._train_one(backend, name, dtype, twin)
             elif finished.nonfinite_step is None:
@@ -132,8 +132,8 @@ class Trainer:
         else:
             self.terminal.line(
                 f"{title}: the loss of step {found.nonfinite_step} is not finite, so training "
-                f"ended there; the last good state is in {checkpoints.last_path}: choose a smaller "
-                "--lr, or start from it with --weights"
+                f"ended there; the last finite state is in {checkpoints.last_path}: choose a "
+                "smaller --lr, or start from it with --weights"
             )
         return found
 

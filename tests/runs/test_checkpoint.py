@@ -1,5 +1,5 @@
-"""A checkpoint and run.json are read back bit by bit, or refused in one line; the newest is always a
-whole one."""
+"""A checkpoint and run.json are read back bit by bit, or refused in one line; the newest is always
+a whole one."""
 
 from __future__ import annotations
 

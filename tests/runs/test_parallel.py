@@ -43,11 +43,17 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="looks for processes in /proc"
 )
 
-AT_ONCE = "import lockstep.common.runs.parallel, lockstep.common.system.environment; lockstep.common.runs.parallel.MIN_IMAGES = 0; lockstep.common.system.environment.cores = lambda: 2"
+AT_ONCE = (
+    "from lockstep.common.runs import parallel; from lockstep.common.system import environment; "
+    "parallel.MIN_IMAGES = 0; environment.cores = lambda: 2"
+)
 BOTH = f"{AT_ONCE}; {TRAINING.format('torch')}"  # both processes are there then
-READING = f"{AT_ONCE}; import lockstep.common.data; before(lockstep.common.data, 'load', 0, 0.5)"  # the other process gets ready
-STARTING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.ParallelTraining, 'train', 0)"  # the other process is told what to do
-WAITING = f"{AT_ONCE}; before(lockstep.common.runs.parallel.ParallelTraining, 'train', 1)"  # for Flax, with PyTorch's run at its end
+# The worker gets ready.
+READING = f"{AT_ONCE}; from lockstep.common import data; before(data, 'load', 0, 0.5)"
+# The worker is asked to train.
+STARTING = f"{AT_ONCE}; before(parallel.ParallelTraining, 'train', 0)"
+# PyTorch's run is finished, and this process waits for Flax's.
+WAITING = f"{AT_ONCE}; before(parallel.ParallelTraining, 'train', 1)"
 
 
 def children(pid: int) -> list[int]:
@@ -226,8 +232,14 @@ def test_the_worker_describes_a_network_as_this_process_does(
 
 
 # This process leaves a trace if it writes the images; and the worker may fail to.
-HERE = "import lockstep.common.report as r; r.write_report_page = print; r.write_pictures = lambda f, *_: (f / 'here').touch()"
-LOST = "o = lockstep.common.runs.parallel.WorkerProcess; send = o.send; o.send = lambda o, m, *a: send(o, m.replace('write_images', 'lost'), *a)"
+HERE = (
+    "import lockstep.common.report as r; r.write_report_page = print; "
+    "r.write_pictures = lambda folder, *_: (folder / 'here').touch()"
+)
+LOST = (
+    "worker = parallel.WorkerProcess; send = worker.send; worker.send = "
+    "lambda self, method, *more: send(self, method.replace('write_images', 'lost'), *more)"
+)
 
 
 @pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])

@@ -76,7 +76,7 @@ sys.meta_path.insert(0, Finder())
 # The first two calls are those of the first steps.
 COMPILING = "from lockstep import backends; before(backends.load({0!r}), 'train_steps', 2)"
 TRAINING = "from lockstep import backends; before(backends.load({0!r}), 'train_steps', 4, 0.5)"
-EVALUATING = "import lockstep.common.runs.training; before(lockstep.common.runs.training, 'evaluate', 0, 0.2)"
+EVALUATING = "from lockstep.common.runs import training; before(training, 'evaluate', 0, 0.2)"
 SAVING = """
 def replace(aside, path, complete=os.replace):
     if "checkpoints" in str(path):
@@ -84,7 +84,10 @@ def replace(aside, path, complete=os.replace):
     complete(aside, path)
 os.replace = replace
 """
-PLAIN = "import lockstep.common.report as r; r.write_pictures = r.write_report_page = lambda *_: None"  # they take longest
+# Without what takes longest.
+PLAIN = (
+    "import lockstep.common.report as r; r.write_pictures = r.write_report_page = lambda *_: None"
+)
 DRAWING = "import lockstep.common.report; before(lockstep.common.report, 'write_pictures', 0, 0.2)"
 
 
@@ -263,7 +266,8 @@ def test_a_signal_while_the_compiler_traces_prints_no_traceback(
     assert traceback or run.stderr == ""
 
 
-# A signal while an object is deleted: Python prints an exception that is raised there, and continues.
+# A signal while an object is deleted: Python prints an exception that is raised there, and goes
+# on to the next line.
 DELETING = """
 from contextlib import nullcontext
 import contextlib, os, signal, time
@@ -336,7 +340,8 @@ def test_a_second_run_on_the_same_folder_is_refused_in_one_line(
     said = capsys.readouterr().err
     assert (
         said
-        == f"error: another run is writing to {tmp_path}: wait for it, or choose another folder with --out\n"
+        == f"error: another run is writing to {tmp_path}: wait for it, or choose another folder "
+        "with --out\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == [storage.LOCK]
     with storage.lock_folder(tmp_path):  # the control: now it is free
