@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class BackendPackage(NamedTuple):
-    """`lockstep.backends`, handed over by `lockstep.cli` and `lockstep.compare`.
+    """`lockstep.backends`, passed in by `lockstep.cli` and `lockstep.compare`.
 
-    All fields can be pickled, so that other processes can be given them.
+    All fields can be pickled, so that other processes can have them.
     """
 
-    load: Callable[
-        [str], Callable[..., Backend]
-    ]  # by name: (config, classes, dtype, device, compile)
-    build: Callable[..., Backend]  # (config, classes, device, compile, name, dtype)
+    # By name, a backend's class: (config, classes, dtype, device, compile, concurrent_processes).
+    load: Callable[[str], Callable[..., Backend]]
+    # (config, classes, device, compile, name, dtype, concurrent_processes)
+    build: Callable[..., Backend]
     module: Callable[[str], ModuleType]  # a module of the package, such as "faults"

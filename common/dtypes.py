@@ -7,7 +7,7 @@ import numpy as np
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    """The NumPy dtype of a lens's weights, gradients, momentum and statistics; bfloat16 is
+    """The dtype of a precision's weights, gradients, momentum and statistics; bfloat16 is
     ml_dtypes'.
 
     In mixed precision it is float32, as in Keras' policy of that name, in FSDP's `MixedPrecision`
@@ -17,6 +17,6 @@ def numpy_dtype(dtype: str) -> np.dtype:
 
 
 def compute_dtype(dtype: str) -> np.dtype:
-    """That of its images, activations, and logits, which is what it computes in."""
+    """The dtype in which a precision computes: that of its images, activations and logits."""
     name = dtype.removeprefix("mixed_")
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
