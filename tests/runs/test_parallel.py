@@ -19,6 +19,7 @@ from lockstep.common import data
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import RecordError
+from lockstep.common.protocol import Backend
 from lockstep.common.report import write_pictures
 from lockstep.common.runs import checkpoint, parallel, record
 from lockstep.common.runs.trainer import Build, Trainer
@@ -331,3 +332,38 @@ def test_the_folder_of_checkpoints_stays_while_two_processes_write(
     assert (tmp_path / checkpoint.FOLDER).exists()
     checkpoint.remove(tmp_path, "torch-float64")
     assert not (tmp_path / checkpoint.FOLDER).exists()
+
+
+def test_two_processes_that_train_at_once_share_the_cores(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lockstep.backends.flax_backend import tuning as flax
+    from lockstep.backends.torch_backend import tuning as torch
+
+    monkeypatch.setattr(environment, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "ALL_THREADS", 4)
+    monkeypatch.delenv("NPROC", raising=False)
+    set_threads: list[int] = []
+    monkeypatch.setattr(torch.torch, "set_num_threads", set_threads.append)
+    nproc: list[str | None] = []
+    for batch_size, processes in ((32, 1), (32, 2), (32, 8), (4, 2)):
+        torch.limit_threads(batch_size, processes)
+        with flax.limit_threads(batch_size, processes):
+            nproc.append(os.environ.get("NPROC"))
+    assert set_threads == [4, 2, 1, 1]
+    assert nproc == [None, "2", "1", "1"], "None: XLA takes all cores"
+    assert "NPROC" not in os.environ
+
+    built: list[tuple[str, str, int]] = []
+
+    def build(name: str, dtype: str, concurrent_processes: int = 1) -> Backend:
+        built.append((name, dtype, concurrent_processes))
+        return backends.build(config, 10, "cpu", "off", name, dtype)
+
+    config = Config(steps=1, batch_size=4).resolve(len(digits.train_images))
+    trainer = Trainer(tmp_path, config, digits, build, QUIET)
+    trainer.backend("torch", "float64")
+    with parallel.TrainingWorker(True, backends.load) as worker:
+        training = parallel.ParallelTraining(trainer, worker, "flax", {})
+        training.trainer.backend("torch", "float64")
+    assert built == [("torch", "float64", 1), ("torch", "float64", 2)]
