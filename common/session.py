@@ -87,8 +87,8 @@ def prepare_and_train(
     data.check(request.data, request.data_dir)
     terminal.line(estimate.announcement(request))
     dataset = data.load(request.data, request.data_dir, terminal.line, progress=not terminal.quiet)
-    config = request.config.resolve(len(dataset.train_images))
     prepare.check_same_data(request, dataset)
+    config = request.config.resolve(len(dataset.train_images))
     if request.config.steps is None:
         terminal.line(f"{config.total_steps:,} steps{estimate.time_needed(request, config)}")
     device = prepare.choose_device(

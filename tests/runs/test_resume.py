@@ -310,10 +310,10 @@ def test_other_data_is_refused(
     labels = np.arange(20) % 10
     np.savez(tmp_path / "other.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     assert lockstep("--resume", stopped, "--data", tmp_path / "other.npz", "--quiet") == 2
-    assert_refused(capsys, "is not the data", "--data")
+    assert_refused(capsys, "was trained on other data than", "--data")
 
 
-def test_a_folder_without_a_run_and_a_damaged_plan_are_refused(
+def test_a_folder_without_a_run_and_a_damaged_run_json_are_refused(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert lockstep("--resume", tmp_path / "nowhere") == 2
