@@ -120,6 +120,13 @@ class Backend(Protocol[State, Data, Tensor]):
         """
         ...
 
+    def download(
+        self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `train_steps` would train on, given these, as canonical NumPy arrays: images (steps,
+        batch, 32, 32, 3), labels (steps, batch)."""
+        ...
+
     def train_steps(
         self, state: State, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
     ) -> tuple[State, Metrics]:

@@ -263,17 +263,13 @@ def locate_disagreement(
     """Add to one comparison where its runs diverge.
 
     Only one is searched, the first that disagrees: float64, which comes first, shows a difference
-    most sharply. Runs whose loss is not finite from the same step on are not searched.
+    most sharply.
     """
     from lockstep.common.runs.trainer import backend_errors
     from lockstep.common.verdict import locate
 
     place = next(
-        (
-            place
-            for place, comparison in enumerate(comparisons)
-            if comparison.verdict == "disagree" and comparison.nonfinite_step is None
-        ),
+        (place for place, comparison in enumerate(comparisons) if comparison.verdict == "disagree"),
         None,
     )
     if place is None:
@@ -319,7 +315,7 @@ def make_report(
     }
     return {
         "schema": 1,
-        "verdict": next(v for v in ("disagree", "agree", "single") if v in verdicts),
+        "verdict": next(v for v in ("disagree", "diverged", "agree", "single") if v in verdicts),
         "cut_short": interrupted_at,
         "command": program.typed(arguments),
         "recipe": recipe,

@@ -18,7 +18,17 @@ from lockstep.common.protocol import STAGES
 
 __all__ = ["FAULTS", "QUICK", "Fault", "inject", "named"]
 
-for _file in ("data", "weights", "forward", "loss", "backward", "update", "evaluate", "networks"):
+for _file in (
+    "data",
+    "weights",
+    "forward",
+    "loss",
+    "backward",
+    "update",
+    "evaluate",
+    "late",
+    "networks",
+):
     import_module(f"lockstep.backends.faults.{_file}")  # fills `REGISTRY`
 
 # Those of the other networks come last in their stage.

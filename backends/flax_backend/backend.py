@@ -152,6 +152,11 @@ class FlaxBackend:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return self._inputs.batches(uploaded, indices)
 
+    def download(
+        self, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self._inputs.download(images, labels)
+
     def train_steps(
         self, state: State, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
     ) -> tuple[State, Metrics]:

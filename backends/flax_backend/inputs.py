@@ -43,5 +43,10 @@ class Inputs:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return self._compiled_batches(uploaded, indices)
 
+    def download(
+        self, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.images(images)), np.asarray(self.labels(labels))
+
     def _batches(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self._pixel_table[uploaded.images[indices]], uploaded.labels[indices]

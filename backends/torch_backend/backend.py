@@ -148,6 +148,11 @@ class TorchBackend:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return self._inputs.batches(uploaded, indices)
 
+    def download(
+        self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self._inputs.download(images, labels)
+
     def train_steps(
         self, state: State, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
     ) -> tuple[State, Metrics]:

@@ -63,6 +63,19 @@ class Inputs:
         images = self._pixel_table.index_select(0, pixels.flatten().int()).view(pixels.shape)
         return images, uploaded.labels[chosen]
 
+    def download(
+        self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return as_array(self.images(images).movedim(-3, -1)), as_array(self.labels(labels))
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The inverse of `as_tensor`, from any device."""
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """A tensor that shares the array's memory. NumPy's bfloat16 is `ml_dtypes`', which PyTorch does

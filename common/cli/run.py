@@ -144,7 +144,7 @@ def carry_out(request: Request, options: argparse.Namespace, invocation: Invocat
     if result.interrupted_at is not None:
         print(f"interrupted: {resume_hint(result.folder)}", file=sys.stderr)
         return invocation.signals.status()
-    return 1 if result.verdict == "disagree" else 0
+    return 1 if result.verdict in ("disagree", "diverged") else 0
 
 
 def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> Request:

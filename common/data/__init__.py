@@ -1,8 +1,17 @@
 """Images and labels: where they come from, in which order they are trained on, and how they are
 augmented."""
 
-from lockstep.common.data.batches import batch_indices, order_digest, permutation
+from lockstep.common.data.batches import batch_digests, batch_indices, order_digest, permutation
 from lockstep.common.data.dataset import Dataset, normalise
 from lockstep.common.data.sources import check, load
 
-__all__ = ["Dataset", "batch_indices", "check", "load", "normalise", "order_digest", "permutation"]
+__all__ = [
+    "Dataset",
+    "batch_digests",
+    "batch_indices",
+    "check",
+    "load",
+    "normalise",
+    "order_digest",
+    "permutation",
+]

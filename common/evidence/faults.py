@@ -7,7 +7,7 @@ injects it into the Flax side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -97,29 +97,25 @@ def measure_precision(
     right = next(name for name in BACKENDS if name != FAULTY_BACKEND)
     key = (config, dataset.digest, dtype)
     if key not in cache:
-        cache[key] = build(right, config, dtype), []
-    backend, members = cache[key]
+        cache[key] = build(right, config, dtype), {}
+    backend, trained = cache[key]
 
-    def of_right(numbers: range) -> list[Record]:
-        members.extend(
-            train_runs(
-                backend,
-                config,
-                dataset,
-                dtype,
-                [n or None for n in range(len(members), numbers.stop)],
-            )
-        )
-        return members[numbers.start : numbers.stop]
+    def of_right(numbers: Iterable[int | None]) -> list[Record]:
+        numbers = list(numbers)
+        missing = [number for number in numbers if number not in trained]
+        runs = train_runs(backend, config, dataset, dtype, missing)
+        trained.update(zip(missing, runs, strict=True))
+        return [trained[number] for number in numbers]
 
-    def of_faulty(numbers: range) -> list[Record]:
+    def of_faulty(numbers: Iterable[int | None]) -> list[Record]:
         with inject(fault, config, dataset):
-            return train_runs(faulty, config, dataset, dtype, [n or None for n in numbers])
+            return train_runs(faulty, config, dataset, dtype, numbers)
 
     with inject(fault, config, dataset):
         faulty = build(FAULTY_BACKEND, config, dtype)
     sides = {right: of_right, FAULTY_BACKEND: of_faulty}
-    ensembles = {name: Ensemble.of(more(range(1 + twins))) for name, more in sides.items()}
+    numbers = [None, *range(1, 1 + twins)]
+    ensembles = {name: Ensemble.of(more(numbers)) for name, more in sides.items()}
 
     def begin(name: str, numbers: range) -> list[Record]:
         if name == right:

@@ -14,6 +14,9 @@ TWINS_STREAM, TWIN_IMAGES_STREAM = (
 )  # keep these random numbers apart from the others of the same seed
 
 
+REPLICATE = 0  # the number of the twin that nothing is moved in: the same run again
+
+
 def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
     """`weights`, each moved by one ulp up, one ulp down, or not at all, at random; `twin` is 1, 2,
     ..."""

@@ -117,9 +117,11 @@ def _lens(
     lens: dict[str, Any], runs: Runs, dataset: Dataset, twins: dict[str, list[Record]]
 ) -> dict[str, Any]:
     dtype, both = lens["dtype"], len(runs) == 2
-    verdict = {"agree": "the runs agree", "disagree": "the runs disagree"}.get(
-        lens["verdict"], "one run"
-    )
+    verdict = {
+        "agree": "the runs agree",
+        "disagree": "the runs disagree",
+        "diverged": "both runs diverge",
+    }.get(lens["verdict"], "one run")
     names = charts.ranked(lens, dataset.classes)
     window = charts.smoothing(runs)
     return {

@@ -71,7 +71,7 @@ def sentence(report: dict[str, Any]) -> str:
 
 def _so_far(lenses: list[dict[str, Any]]) -> str:
     verdicts = {lens["verdict"] for lens in lenses}
-    found = next((verdict for verdict in ("disagree", "agree") if verdict in verdicts), None)
+    found = next((v for v in ("disagree", "diverged", "agree") if v in verdicts), None)
     return _outcome(lenses, found) if found else "Nothing was compared."
 
 
@@ -88,17 +88,22 @@ def _outcome(lenses: list[dict[str, Any]], verdict: str) -> str:
         return f"The two runs agree: {'; '.join(_agreement(lens) for lens in lenses)}."
     apart = [lens for lens in lenses if lens["verdict"] == "disagree"]
     agreeing = [_agreement(lens) + "." for lens in lenses if lens["verdict"] == "agree"]
-    if all(_ended_at(lens) is not None for lens in apart):
+    diverged = [lens for lens in lenses if lens["verdict"] == "diverged"]
+    if not apart:
+        steps = ", ".join(f"{lens['dtype']}: step {lens['diverged_at']:,}" for lens in diverged)
         ends = (
-            f"Both runs end at the same step, where the loss is not finite ({_broken_off(apart)})"
+            "Both runs diverge at the same step, where a loss or a gradient norm is not finite "
+            f"({steps}); up to there they agree: choose a smaller --lr."
         )
-        return " ".join([f"{ends}: choose a smaller --lr.", *agreeing])
+        return " ".join([ends, *agreeing])
     return " ".join(["The two runs disagree.", *map(_parting, apart), *agreeing])
 
 
 def _in_short(lens: dict[str, Any]) -> str:
     """One precision in one line: its verdict, the accuracy, and how many predictions are equal."""
-    heading = {"agree": "agree", "disagree": "DISAGREE"}.get(lens["verdict"], "one run")
+    heading = {"agree": "agree", "disagree": "DISAGREE", "diverged": "diverge together"}.get(
+        lens["verdict"], "one run"
+    )
     accuracy = ", ".join(f"{name} {percent(lens['accuracy'][name])}" for name in _backends(lens))
     text = f"{lens['dtype']}: {heading} over {counted(lens['steps'], 'step')}; accuracy {accuracy}"
     if lens["predictions_equal"] is not None:
@@ -229,9 +234,11 @@ class Terminal:
 
     def _details(self, lens: dict[str, Any], classes: list[str]) -> None:
         """All tables of one precision."""
-        heading = {"agree": "the runs agree", "disagree": "the runs DISAGREE"}.get(
-            lens["verdict"], "one run"
-        )
+        heading = {
+            "agree": "the runs agree",
+            "disagree": "the runs DISAGREE",
+            "diverged": "the runs diverge together",
+        }.get(lens["verdict"], "one run")
         self._print("")
         self._paragraph(f"{lens['dtype']}, {counted(lens['steps'], 'step')}: {heading}", "bold")
         if lens["ladder"]:

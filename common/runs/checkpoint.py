@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.common.config import BACKENDS, DTYPES
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import RecordError
-from lockstep.common.model.perturb import image_perturbation_rng
+from lockstep.common.model.perturb import REPLICATE, image_perturbation_rng
 from lockstep.common.protocol import STAGES, Arrays, Snapshot
 from lockstep.common.runs.record import (
     Check,
@@ -31,7 +31,7 @@ from lockstep.common.runs.record import (
 from lockstep.common.system.interrupt import SignalHandler
 from lockstep.common.system.storage import JsonObject, flush_folder, read_tensors, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "checkpoints"  # in the run's folder
 KEEP_LAST = 3  # of each run; the older ones are removed
 HINT = "delete it to resume from the one before, or delete the folder to start again"
@@ -57,6 +57,7 @@ class Checkpoint:
     loss: np.ndarray  # float64 (steps done,), as in the record
     gradient_norm: np.ndarray  # float64 (steps done,)
     lr: np.ndarray  # float64 (steps done,)
+    batch_digests: np.ndarray  # int64 (steps done,)
     weights: Arrays  # initial parameters and model state
     first_steps: Arrays  # "<step>/<stage>/<tensor>" of the first steps
     parameter_history: Arrays  # "<steps done>/<parameter>"
@@ -73,7 +74,7 @@ class Checkpoint:
         return file_stem(self.backend, self.dtype, self.twin)
 
 
-_SERIES = ("loss", "gradient_norm", "lr")
+_SERIES = ("loss", "gradient_norm", "lr", "batch_digests")
 _GROUPS = ("weights", "first_steps", "parameter_history")
 _STATE = ("parameters", "model_state", "momentum")
 METADATA = tuple(
@@ -273,7 +274,7 @@ def _metadata_checks(c: Checkpoint) -> list[Check]:
     return [
         ("backend", lambda: c.backend not in BACKENDS),
         ("dtype", lambda: c.dtype not in DTYPES),
-        ("twin", lambda: c.twin is not None and not is_count(c.twin, 1)),
+        ("twin", lambda: c.twin is not None and not is_count(c.twin, 0)),
         ("step", lambda: not is_count(steps, 0)),
         ("config", lambda: not _is_config(c.config)),
         ("data", lambda: not isinstance(c.data, dict)),
@@ -337,9 +338,11 @@ def _valid_segments(segments: list[Segment], steps: int) -> bool:
 
 
 def _valid_rng_state(checkpoint: Checkpoint) -> bool:
-    """A twin has a state that NumPy's generator accepts; the run itself has none."""
-    if checkpoint.twin is None or checkpoint.perturbation_rng_state is None:
-        return checkpoint.twin is None and checkpoint.perturbation_rng_state is None
+    """A twin has a state that NumPy's generator accepts; the run itself, and the same run again,
+    have none."""
+    is_moved = checkpoint.twin not in (None, REPLICATE)
+    if not is_moved or checkpoint.perturbation_rng_state is None:
+        return not is_moved and checkpoint.perturbation_rng_state is None
     image_perturbation_rng(0, 1).bit_generator.state = checkpoint.perturbation_rng_state
     return True
 

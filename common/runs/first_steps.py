@@ -74,6 +74,7 @@ def first_steps(
         loss=found.loss,
         gradient_norm=found.gradient_norm,
         lr=found.lr,
+        batch_digests=found.batch_digests,
         predictions=np.zeros(0, np.int64),
         test_loss=0.0,
         seconds=found.seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,7 +17,7 @@ from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.protocol import STAGES, Arrays
 from lockstep.common.system.storage import MAX_BYTES, JsonObject, read_tensors, write_tensors
 
-SCHEMA = 2
+SCHEMA = 3
 # Steps recorded tensor by tensor; two, since momentum and dampening first act in the second.
 FIRST_STEPS = 2
 Check = tuple[str, Callable[[], bool]]  # what may be wrong, and whether it is
@@ -36,7 +36,7 @@ class Record:
 
     backend: str  # "torch" or "flax"
     dtype: str
-    twin: int | None  # None: the run itself; 1, 2, ...: its twins
+    twin: int | None  # None: the run itself; 1, 2, ...: its twins; 0: the same run again
     config: JsonObject  # Config.to_json() of the resolved run
     data: JsonObject  # training.describe()
     environment: JsonObject  # Backend.describe()
@@ -57,12 +57,37 @@ class Record:
     # "<steps done>/<parameter>", about once per window.
     parameter_history: Arrays = field(default_factory=dict)
     final: Arrays = field(default_factory=dict)  # parameters and model state after the last step
+    # int64 (steps,): `batch_digests` of each step's batch; 0 for no batch
+    batch_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     nonfinite_step: int | None = None  # the step whose loss was not finite, where training ended
     segments: list[Segment] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         return len(self.loss)
+
+    @property
+    def first_nonfinite(self) -> int | None:
+        """The first step whose loss or gradient norm is not finite."""
+        finite = np.isfinite(self.loss) & np.isfinite(self.gradient_norm)
+        return None if finite.all() else int(np.argmin(finite))
+
+    def until(self, step: int) -> Record:
+        """What was recorded up to `step` steps; `final` and the evaluation stay, and are of a later
+        state."""
+
+        def earlier(arrays: Arrays, last: int) -> Arrays:
+            return {k: array for k, array in arrays.items() if int(k.partition("/")[0]) <= last}
+
+        return replace(
+            self,
+            loss=self.loss[:step],
+            gradient_norm=self.gradient_norm[:step],
+            lr=self.lr[:step],
+            batch_digests=self.batch_digests[:step],
+            first_steps=earlier(self.first_steps, step - 1),
+            parameter_history=earlier(self.parameter_history, step),
+        )
 
     @property
     def stem(self) -> str:
@@ -84,9 +109,9 @@ def file_stem(backend: str, dtype: str, twin: int | None = None) -> str:
     return f"{backend}-{dtype}" + ("" if twin is None else f"-twin{twin}")
 
 
-SERIES = ("loss", "gradient_norm", "lr", "predictions")
+SERIES = ("loss", "gradient_norm", "lr", "batch_digests", "predictions")
 ARRAY_GROUPS = ("weights", "first_steps", "parameter_history", "final")
-# The names that files of schema 2 use, where the fields have others.
+# The names that files use, where the fields have others.
 FILE_NAMES = {
     "first_steps": "opening",
     "parameter_history": "along",
@@ -201,7 +226,7 @@ def _metadata_checks(r: Record) -> list[Check]:
     return [
         ("backend", lambda: r.backend not in BACKENDS),
         ("dtype", lambda: r.dtype not in DTYPES),
-        ("twin", lambda: r.twin is not None and not is_count(r.twin, 1)),
+        ("twin", lambda: r.twin is not None and not is_count(r.twin, 0)),
         ("config", lambda: not is_count(Config.from_json(r.config).steps, 1)),
         ("data", lambda: not _is_data(r.data)),
         ("environment", lambda: not isinstance(r.environment, dict)),
@@ -222,6 +247,12 @@ def _series_checks(r: Record) -> list[Check]:
         ("loss", lambda: not _is_series(r.loss, r.config["steps"])),
         ("gradient_norm", lambda: not _is_series(r.gradient_norm, r.config["steps"])),
         ("lr", lambda: not _is_series(r.lr, r.config["steps"])),
+        (
+            "batch_digests",
+            lambda: (
+                r.batch_digests.dtype != np.int64 or r.batch_digests.shape != (r.config["steps"],)
+            ),
+        ),
         ("loss, not finite", lambda: not _finite_until(r.loss, r.nonfinite_step)),
         ("lr, not finite", lambda: not np.isfinite(r.lr[: taken()]).all()),
         ("gradient_norm, not a number", lambda: not _are_norms(r.gradient_norm, r.nonfinite_step)),

@@ -15,6 +15,7 @@ from typing import Protocol
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import BackendError, RecordError
+from lockstep.common.model.perturb import REPLICATE
 from lockstep.common.protocol import Arrays, Backend
 from lockstep.common.runs import checkpoint, record, training
 from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
@@ -236,7 +237,9 @@ class Trainer:
 
 
 def run_title(name: str, dtype: str, twin: int | None) -> str:
-    return f"{name} {dtype}" + ("" if twin is None else f", twin {twin}")
+    if twin is None:
+        return f"{name} {dtype}"
+    return f"{name} {dtype}, " + ("again" if twin == REPLICATE else f"twin {twin}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,12 @@ from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.errors import RecordError
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp, twin_weights
+from lockstep.common.model.perturb import (
+    REPLICATE,
+    image_perturbation_rng,
+    perturb_one_ulp,
+    twin_weights,
+)
 from lockstep.common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
 from lockstep.common.runs.checkpoint import HINT, Checkpoint, CheckpointManager, check, is_finite
 from lockstep.common.runs.chunks import chunks
@@ -50,7 +55,7 @@ def train(
     Args:
         config: the run, resolved for this data set.
         twin: None for the run itself; 1, 2, ... for runs whose weights and images are perturbed by
-            at most one ulp.
+            at most one ulp; 0 for the same run again.
         log_every: steps between two log lines, counted within an epoch; 0: none.
         weights: canonical, of any floating-point dtype; None: drawn from the seed.
         start: the checkpoint to resume from; None: the first step.
@@ -103,8 +108,11 @@ def initial_checkpoint(
     if weights is None:
         weights = initial_weights(backend.shapes(), config.seed, dtype)
     weights = {name: array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
-    if twin is not None:
+    perturbation_rng_state = None
+    if twin is not None and twin != REPLICATE:
         weights = twin_weights(weights, config.seed, twin)
+        generator = image_perturbation_rng(config.seed, twin)
+        perturbation_rng_state = dict(generator.bit_generator.state)
     snapshot = backend.export(backend.init(Snapshot.start(weights)))
     none = np.zeros(0)
     return Checkpoint(
@@ -116,13 +124,12 @@ def initial_checkpoint(
         source=environment.source_digest(backend.name),
         segments=[],
         layers=[],
-        perturbation_rng_state=None
-        if twin is None
-        else dict(image_perturbation_rng(config.seed, twin).bit_generator.state),
+        perturbation_rng_state=perturbation_rng_state,
         seconds=0.0,
         loss=none,
         gradient_norm=none,
         lr=none,
+        batch_digests=np.zeros(0, np.int64),
         weights=snapshot.tensors,
         first_steps={},
         parameter_history={},
@@ -147,9 +154,11 @@ class TrainingLoop:
         self.start = self.latest = start  # `latest`: the last finite state in memory
         self.history = [Metrics(start.loss, start.gradient_norm, start.lr)]
         self.nonfinite_step: int | None = None  # the step whose loss was not finite
+        self.batch_digests = np.zeros(config.total_steps, np.int64)
+        self.batch_digests[: len(start.batch_digests)] = start.batch_digests
         self._restore(start)
         self.uploaded: Any = None
-        if self.perturbation_rng is None and config.augment is None:
+        if config.augment is None:
             self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
         self.log.resume(start.loss)
 
@@ -220,14 +229,24 @@ class TrainingLoop:
                 )
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
+        """The batches as the backend holds them, a twin's moved by at most one ulp; and their
+        digests, before that."""
         if self.uploaded is not None:
-            return self.backend.batches(self.uploaded, indices)
-        images = augment.batches(
-            self.config, self.dataset.train_images, indices, self.step, compute_dtype(self.dtype)
-        )
+            images, labels = self.backend.batches(self.uploaded, indices)
+        else:
+            images = augment.batches(
+                self.config,
+                self.dataset.train_images,
+                indices,
+                self.step,
+                compute_dtype(self.dtype),
+            )
+            labels = self.dataset.train_labels[indices]
+        seen = self.backend.download(images, labels)
+        self.batch_digests[self.step : self.step + len(indices)] = data.batch_digests(*seen)
         if self.perturbation_rng is not None:
-            images = perturb_one_ulp(images, self.perturbation_rng)
-        return images, self.dataset.train_labels[indices]
+            return perturb_one_ulp(seen[0], self.perturbation_rng), labels
+        return images, labels
 
     def _steps(self, indices: np.ndarray) -> Metrics:
         """Train one chunk; the first steps are recorded tensor by tensor."""
@@ -268,6 +287,7 @@ class TrainingLoop:
             loss=series.loss[: self.step],
             gradient_norm=series.gradient_norm[: self.step],
             lr=series.lr[: self.step],
+            batch_digests=self.batch_digests[: self.step].copy(),
             first_steps=dict(self.first_steps),
             parameter_history=dict(self.parameter_history),
             snapshot=self.backend.export(self.state),
@@ -322,6 +342,7 @@ class TrainingLoop:
             loss=np.concatenate([series.loss, unknown]),
             gradient_norm=np.concatenate([series.gradient_norm, unknown]),
             lr=np.concatenate([series.lr, unknown]),
+            batch_digests=self.batch_digests,
             predictions=np.asarray(evaluation.predictions, np.int64),
             test_loss=float(evaluation.loss),
             seconds=last.seconds,

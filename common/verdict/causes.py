@@ -45,6 +45,20 @@ CAUSES = (
         "labels count from one, or the batch holds other images: another shuffle",
     ),
     Cause(
+        "data",
+        "^batch$",
+        "that of step",
+        "a batch is repeated, left out, or comes in another order: another shuffle, a sampler that "
+        "was not given the epoch",
+    ),
+    Cause(
+        "data",
+        "^batch$",
+        "",
+        "other images or labels in a batch: another shuffle, padding of the last batch, labels "
+        "changed in the copy on the device",
+    ),
+    Cause(
         "weights",
         "",
         "another order",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+BATCH = "batch"  # the name of the check of every step's data
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,18 @@ class Check:
     values: tuple[float, float] | None = None  # of both runs, where the gap is found
     start: int | None = None  # of a range of steps: its first ...
     stop: int | None = None  # ... and one past its last
+    measure: Literal["largest", "median"] = "largest"  # of the differences of a tensor's entries
+    sides: tuple[str, str] | None = None  # whose values; None: of the two backends
+    most: float = math.inf  # no gap of two runs of this kind could be larger
 
     @property
     def agrees(self) -> bool:
         return math.isfinite(self.gap) and self.gap <= self.bound
+
+    @property
+    def has_power(self) -> bool:
+        """Whether some run would fail this check; if none could, that it agrees says nothing."""
+        return self.bound < self.most
 
     @property
     def bound_usage(self) -> float:
@@ -32,10 +42,14 @@ class Check:
             return 0.0
         return self.gap / self.bound if self.bound > 0 and math.isfinite(self.gap) else math.inf
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """A row of report.json: of `stretches` for a range of steps, else of `ladder`."""
         if self.start is None:
-            place = {"step": self.step, "stage": self.stage, "tensor": self.tensor}
+            place: dict[str, object] = {
+                "step": self.step,
+                "stage": self.stage,
+                "tensor": self.tensor,
+            }
         else:
             place = {"quantity": self.tensor, "start": self.start, "stop": self.stop}
         return {
@@ -44,6 +58,8 @@ class Check:
             "drift": finite(self.spread),
             "bound": finite(self.bound),
             "agrees": self.agrees,
+            "power": self.has_power,
+            "measure": self.measure,
         }
 
 

@@ -30,6 +30,7 @@ from lockstep.common.verdict.comparison import (
     Rule,
     RunSummary,
     TwinSummary,
+    common_nonfinite_step,
     divergence,
 )
 from lockstep.common.verdict.distances import max_difference
@@ -48,7 +49,7 @@ from lockstep.common.verdict.statistics import (
     SEPARATION,
     SEPARATION_IMAGES,
 )
-from lockstep.common.verdict.trajectory import check_trajectory
+from lockstep.common.verdict.trajectory import check_trajectory, first_irreproducible_step
 
 
 def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison:
@@ -86,14 +87,25 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             f"nothing says how far {single.dtype} runs may drift apart: run with --twins 1 or more"
         )
 
-    checks = check_first_steps(a, b) + check_trajectory(a, b) + check_evaluation(a, b, labels)
+    diverged_at = common_nonfinite_step(record.first_nonfinite for record in (a.run, b.run))
+    if diverged_at is None:
+        checks = check_first_steps(a, b) + check_trajectory(a, b) + check_evaluation(a, b, labels)
+    else:
+        before = a.until(diverged_at), b.until(diverged_at)
+        checks = check_first_steps(*before) + check_trajectory(*before, finished=False)
     # Within an update the learning rate comes first; else, of one step and stage, the order is that
     # of the checks.
     failures = [check for check in checks if not check.agrees]
     failures.sort(key=lambda check: (check.step, STAGES.index(check.stage), check.tensor != "lr"))
     return replace(
         single,
-        verdict="disagree" if failures else "agree",
+        verdict="disagree" if failures else "agree" if diverged_at is None else "diverged",
+        diverged_at=diverged_at,
+        not_reproducible={
+            name: step
+            for name, side in ensembles.items()
+            if (step := first_irreproducible_step(side)) is not None
+        },
         rule=_rule(single.dtype, number),
         checks=tuple(check for check in checks if check.start is None),
         windows=tuple(check for check in checks if check.start is not None),
@@ -131,7 +143,8 @@ def check_comparable(first: Record, second: Record) -> None:
                 f"({what}: {a} and {b}): run both again with the same options"
             )
     for record in (first, second):
-        lengths = {len(record.loss), len(record.gradient_norm), len(record.lr)}
+        series = (record.loss, record.gradient_norm, record.lr, record.batch_digests)
+        lengths = set(map(len, series))
         complete = record.weights and record.first_steps and record.final
         if record.steps == 0 or lengths != {record.config["steps"]} or not complete:
             raise RecordError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from lockstep.common.runs.record import Segment
-from lockstep.common.verdict.check import Check, finite
+from lockstep.common.verdict.check import BATCH, Check, finite
 from lockstep.common.verdict.distances import scalar_gap
 from lockstep.common.verdict.statistics import PairedDifference
 
-Verdict = Literal["agree", "disagree", "single"]
+# "diverged": both runs reach a loss or a gradient norm that is not finite, at the same step, and
+# agree up to it.
+Verdict = Literal["agree", "disagree", "diverged", "single"]
 
 
 class Rule(TypedDict, total=False):
@@ -38,6 +40,8 @@ class Divergence:
     bound: float
     names: tuple[str, ...]  # of the two backends
     values: tuple[float, float] | None = None  # of both runs
+    measure: str = "largest"  # of the differences of a tensor's entries
+    sides: tuple[str, str] | None = None  # whose values they are, if not the two backends'
 
     @property
     def message(self) -> str:
@@ -46,12 +50,17 @@ class Divergence:
         if self.tensor != self.stage:
             text += f"{self.tensor}: "
         if self.values:
-            shown = zip(self.names, format_distinct(*self.values), strict=True)
+            shown = zip(self.sides or self.names, format_distinct(*self.values), strict=True)
             text += " ".join(f"{name}={value}" for name, value in shown) + ", "
-        return text + f"gap {self.gap:.1e} > {self.bound:.1e}"
+        if self.tensor == BATCH:
+            return f"{self.stage}: step {self.step}: the two runs trained on different batches"
+        gap = "gap" if self.measure == "largest" else f"{self.measure} gap"
+        return text + f"{gap} {self.gap:.1e} > {self.bound:.1e}"
 
     def to_json(self) -> dict[str, Any]:
         values: tuple[float | None, float | None] = self.values or (None, None)
+        if self.sides is not None:
+            values = (None, None)
         return {
             "step": self.step,
             "stage": self.stage,
@@ -73,7 +82,15 @@ def divergence(check: Check, names: Sequence[str]) -> Divergence:
     at_step = check.start is not None and check.tensor != "mean loss"
     gap = scalar_gap(*check.values) if at_step and check.values is not None else check.gap
     return Divergence(
-        check.step, check.stage, check.tensor, gap, check.bound, tuple(names), check.values
+        check.step,
+        check.stage,
+        check.tensor,
+        gap,
+        check.bound,
+        tuple(names),
+        check.values,
+        check.measure,
+        check.sides,
     )
 
 
@@ -153,6 +170,9 @@ class Comparison:
     short_twins: Mapping[str, int] | None = None  # by backend, how many
     class_differences: Mapping[str, PairedDifference] | None = None
     location: Location | None = None
+    # By backend, the first step at which the same run again did not give the same bits.
+    not_reproducible: Mapping[str, int] = field(default_factory=dict)
+    diverged_at: int | None = None  # the step at which both runs are not finite
 
     def __bool__(self) -> bool:
         return self.verdict == "agree"
@@ -169,7 +189,23 @@ class Comparison:
             )
         if self.first_divergence is not None:
             return f"the {self.dtype} runs diverge: {self.first_divergence.message}"
+        if self.verdict == "diverged":
+            return (
+                f"both {self.dtype} runs diverge at step {self.diverged_at}, where a loss or a "
+                "gradient norm is not finite; up to there they agree"
+            )
         return f"one run: {self.dtype}, {self.steps} steps"
+
+    @property
+    def no_power_from(self) -> int | None:
+        """The step from which on no check of the training could fail; None if one could to the
+        end."""
+        starts = [check.start for check in self.windows if not check.has_power]
+        powerful = [
+            check.stop for check in self.windows if check.has_power and check.tensor != "lr"
+        ]
+        last = max((stop for stop in powerful if stop is not None), default=0)
+        return min((start for start in starts if start is not None and start >= last), default=None)
 
     @property
     def nonfinite_step(self) -> int | None:
@@ -212,6 +248,9 @@ class Comparison:
         }
         if self.verdict != "single":
             found["score"] = finite(self.score)
+            found["diverged_at"] = self.diverged_at
+            found["no_power_from"] = self.no_power_from
+            found["not_reproducible"] = dict(self.not_reproducible)
             found["beginners"] = dict(self.short_twins or {})
             found["class_differences"] = dict(self.class_differences or {})
         if self.location is not None:

@@ -34,6 +34,19 @@ def max_tensor_difference(
     return max_difference(np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64))
 
 
+def tensor_quantile_difference(
+    a: np.ndarray | None, b: np.ndarray | None, quantile: float
+) -> float:
+    """The quantile of the absolute differences of all entries; infinite for missing tensors, other
+    shapes or dtypes."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return math.inf
+    if a.size == 0:
+        return 0.0
+    differences = abs_differences(a.astype(np.float64), b.astype(np.float64))
+    return float(np.quantile(differences, quantile, method="lower"))
+
+
 def scalar_gap(a: float, b: float) -> float:
     return max_difference(np.array([a]), np.array([b]))[0]
 
@@ -53,8 +66,8 @@ def weights_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> floa
 
 
 def magnitude(array: np.ndarray | None) -> float:
-    """The largest absolute value; 0 for nothing, or if it is not finite: no bound grows on that."""
-    if array is None or array.size == 0:
+    """The largest absolute value that is finite; 0 if there is none."""
+    if array is None:
         return 0.0
-    value = float(np.max(np.abs(array.astype(np.float64))))
-    return value if math.isfinite(value) else 0.0
+    values = np.abs(array.astype(np.float64))
+    return float(np.max(values, initial=0.0, where=np.isfinite(values)))

@@ -52,6 +52,7 @@ def check_evaluation(a: Ensemble, b: Ensemble, labels: np.ndarray) -> list[Check
             gap if whole else math.inf,
             allowed_images(spread),
             spread,
+            most=len(labels),
         )
     )
 
@@ -77,7 +78,14 @@ def check_evaluation(a: Ensemble, b: Ensemble, labels: np.ndarray) -> list[Check
         spread = None if spread is None else spread / count
         checks.append(
             Check(
-                steps, "evaluate", f"accuracy of {name}", gap / count, limit / count, spread, values
+                steps,
+                "evaluate",
+                f"accuracy of {name}",
+                gap / count,
+                limit / count,
+                spread,
+                values,
+                most=1.0,
             )
         )
     return checks

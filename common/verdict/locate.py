@@ -27,7 +27,7 @@ from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.system import environment
 from lockstep.common.verdict.causes import find_causes
-from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.check import BATCH, Check
 from lockstep.common.verdict.comparison import (
     Divergence,
     Entry,
@@ -41,6 +41,9 @@ from lockstep.common.verdict.first_steps import check_first_steps
 # keeps these random numbers apart from those of lockstep.common.model.initial_weights
 REPLAY_STREAM = 4
 REPLAY_STEPS = 30  # before the step at which the runs were seen to diverge
+# Times the gap one step earlier, and the bound. In 40 clean float64 pairs rounding grew by at most
+# 26 times in one step.
+JUMP = 1000.0
 N_WORST = 5
 RTOL = 1e-6  # relative residual under which one tensor is called a multiple of the other
 
@@ -70,10 +73,26 @@ def locate(
     if first is None:
         return None
     names, dtype = list(runs), next(iter(runs.values())).dtype
+    if first.tensor == BATCH:
+        one, other = runs.values()
+        pattern = describe_batches(one, other, first.step)
+        causes = find_causes(first.stage, first.tensor, pattern)
+        return Location(first, "every step's batch was recorded", pattern, (), causes)
     recorded = tensors_at(runs, first.step, first.stage, first.tensor)
     if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
         return describe(first, recorded, "as recorded")
     found = _replay(names, config, dataset, dtype, first.step, build, twins, weights)
+    if found is None and first.stage == "loss" and first.step > 0 and _jumps(first, runs):
+        before = first.step - 1
+        left = replace(
+            first, step=before, stage="update", tensor="all parameters", values=None, sides=None
+        )
+        method = (
+            f"by elimination: the two trained on the same batches, and the {REPLAY_STEPS} steps "
+            "before agree when both take them from the same state. So step "
+            f"{before} left another state behind, and does not do so each time"
+        )
+        return describe(left, (None, None), method)
     if found is None:
         method = (
             f"replayed: none of the {REPLAY_STEPS} steps before it, nor that step, fails when both "
@@ -84,6 +103,15 @@ def locate(
     check, tensors = found
     method = f"replayed: both took step {check.step} from the state that {names[0]} had before it"
     return describe(divergence(check, names), tensors, method)
+
+
+def _jumps(first: Divergence, runs: Mapping[str, Record]) -> bool:
+    """Whether the loss differs suddenly: rounding grows, it does not jump."""
+    if first.sides is not None:
+        return True
+    a, b = (record.loss for record in runs.values())
+    gaps = abs_differences(a, b)
+    return bool(gaps[first.step] > JUMP * max(gaps[first.step - 1], first.bound))
 
 
 # --- Replaying
@@ -182,6 +210,7 @@ def one_step(
         loss=metrics.loss,
         gradient_norm=metrics.gradient_norm,
         lr=metrics.lr,
+        batch_digests=data.batch_digests(images[np.newaxis], labels[np.newaxis]),
         predictions=np.zeros(0, np.int64),
         test_loss=0.0,
         seconds=0.0,
@@ -212,6 +241,16 @@ def tensors_at(runs: Mapping[str, Record], step: int, stage: str, tensor: str) -
             found.append(record.first_steps.get(f"{step}/{stage}/{tensor}"))
     first, second = found
     return first, second
+
+
+def describe_batches(a: Record, b: Record, step: int) -> str | None:
+    """Which other step's batch one side trained on, if it is one of the other side's."""
+    for one, other in ((b, a), (a, b)):
+        [steps] = np.nonzero(other.batch_digests == one.batch_digests[step])
+        if len(steps):
+            closest = int(steps[np.argmin(abs(steps - step))])
+            return f"{one.backend}'s batch is that of step {closest} in {other.backend}"
+    return None
 
 
 def describe(first: Divergence, tensors: Tensors, method: str) -> Location:

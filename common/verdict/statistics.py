@@ -6,7 +6,9 @@ twins) and those of the other are drawn alike: rounding alone tells them apart, 
 run as PyTorch's or Flax's. So the statistic is that of two clusters,
 
     gap     the smallest distance between a run of one side and a run of the other,
-    spread  the largest distance between two runs of one side,
+    spread  the largest distance between two runs of one side; of the two sides' spreads the
+            smaller, so that no side excuses itself: one that shuffles for itself, loses updates
+            or computes in TF32 spreads widely, and the other does not,
 
 and the programs differ where gap > c (spread + floor): where even the closest runs of the two sides
 are further apart than `c` times the most distant runs of one side. This is a permutation test on
@@ -87,6 +89,8 @@ FLOOR_ULP = {"float64": 0.0, "float32": 4.0, "bfloat16": 0.25, "mixed_bfloat16":
 # a gradient in one clean pair, 0.3 % of the way in another. To be caught: a sum for a mean, a layer
 # without gradient.
 FLIP_SHARE = 0.004
+# The quantile of a gradient's differences that is held to twins and ulp without FLIP_SHARE.
+BULK = 0.5
 COUNT_FLOOR = 4  # times SEPARATION_IMAGES; two predictions were seen to differ where no twin's did
 # Of a step's largest gradient: what is smaller is what rounding leaves of a sum that is zero, such
 # as the gradient of a bias before a batch norm, and is compared with the largest. Seen: 60 ulp of
@@ -100,7 +104,8 @@ class Distances(NamedTuple):
 
     # Of the closest runs of the two sides; infinite where the runs themselves are not finite.
     between: float
-    # Of the most distant runs of one side; None without twins, infinite where no twin is finite.
+    # Of the most distant runs of one side, the smaller of both sides' where both have twins; None
+    # without twins, infinite where no twin is finite.
     within: float | None
 
 
@@ -108,33 +113,47 @@ def between_and_within(
     ours: Sequence[T],
     theirs: Sequence[T],
     distance: Callable[[T, T], float],
-    smaller_spread: bool = False,
 ) -> Distances:
     """The two clusters; the first of each is the run itself, the others are its twins.
 
     Non-finite twins are ignored; a non-finite run makes the gap infinite.
-
-    Args:
-        smaller_spread: use the smaller spread of the two sides, where both have twins, so that a
-            side secretly computing in TF32 or bfloat16 cannot widen its own bound. Over the first
-            steps the spreads are otherwise alike.
     """
     between = [distance(a, b) for a in ours for b in theirs]
     within = [
         [distance(a, b) for a, b in itertools.combinations(side, 2)] for side in (ours, theirs)
     ]
-    if smaller_spread and all(within):
-        return min(
-            (distances_of(between, side) for side in within), key=lambda found: found.within or 0.0
-        )
-    return distances_of(between, [*within[0], *within[1]])
+    return distances_of(between, within)
 
 
-def distances_of(between: Sequence[float], within: Sequence[float]) -> Distances:
-    """The same, from the distances; the first is that between the two runs themselves."""
+def distances_of(between: Sequence[float], within: Sequence[Sequence[float]]) -> Distances:
+    """The same, from the distances.
+
+    Args:
+        between: the first is that between the two runs themselves.
+        within: per side; empty for one without twins.
+    """
     gap = min(between) if math.isfinite(between[0]) else math.inf
-    finite = [distance for distance in within if math.isfinite(distance)]
-    return Distances(gap, max(finite, default=math.inf) if within else None)
+    return Distances(gap, smaller_spread(within))
+
+
+def smaller_spread(within: Sequence[Sequence[float]]) -> float | None:
+    """The smaller of the sides' largest finite distances; None if no side has twins, infinite if
+    none is finite."""
+    spreads = [
+        max((distance for distance in side if math.isfinite(distance)), default=math.inf)
+        for side in within
+        if side
+    ]
+    return min(spreads, default=None)
+
+
+def nearest_twin(run: T, twins: Sequence[T], distance: Callable[[T, T], float]) -> Distances | None:
+    """A run among its own twins: its distance from the nearest of them, and the largest distance of
+    two of them. None with fewer than two twins that are finite."""
+    within = [distance(a, b) for a, b in itertools.combinations(twins, 2)]
+    if (spread := smaller_spread([within])) is None or not math.isfinite(spread):
+        return None
+    return Distances(min(distance(run, twin) for twin in twins), spread)
 
 
 def bound(

@@ -64,6 +64,7 @@ def make(backend: str = "torch", dtype: str = "float32", **changes: Any) -> Reco
         loss=np.linspace(2.5, 1.5, STEPS).astype(np.float32).astype(np.float64),
         gradient_norm=np.linspace(3.0, 1.0, STEPS),
         lr=np.full(STEPS, 0.1),
+        batch_digests=np.arange(1, STEPS + 1),
         predictions=np.zeros(10, np.int64),
         test_loss=1.5,
         seconds=1.0,

@@ -66,6 +66,7 @@ def record(
     made = Record(
         backend, dtype, twin, {"steps": steps, "momentum": 0.9, "lr": 0.01}, facts, {"version": "1.0"}, "", loss, norm,
         np.full(steps, 0.01), predictions, 1.2, 3.0, 1234.5, weights, {"0/loss/loss": np.array([2.3])}, [], {}, weights,
+        np.arange(steps),
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 

@@ -3,6 +3,7 @@ are whole."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -63,7 +64,8 @@ def record(backend: str, dtype: str, noise: float = 0.0, twin: int | None = None
     loss = np.linspace(2.3, 1.1, STEPS)
     loss = loss + noise * np.sin(np.arange(STEPS)) * np.arange(STEPS)
     ones, guesses = np.ones(STEPS), np.arange(10) % 3
-    return Record(backend, dtype, twin, {}, {}, {}, "", loss, ones, ones, guesses, 1.2, 3.0, 1234.5)
+    made = Record(backend, dtype, twin, {}, {}, {}, "", loss, ones, ones, guesses, 1.2, 3.0, 1234.5)
+    return dataclasses.replace(made, batch_digests=np.arange(STEPS))
 
 
 def lens(

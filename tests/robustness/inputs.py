@@ -730,6 +730,7 @@ def made_record(dtype: str, twin: int | None) -> Record:
         loss=np.abs(noisy(steps)) + 1,
         gradient_norm=np.abs(noisy(steps)),
         lr=np.full(steps, 0.01),
+        batch_digests=np.arange(1, steps + 1),
         predictions=values.integers(0, 4, 20),
         test_loss=float(noisy(1)[0]) + 2,
         seconds=1.0,
@@ -748,7 +749,10 @@ def made_record(dtype: str, twin: int | None) -> Record:
 def same_numbers(one: Record, other: Record) -> bool:
     """Whether two records show the same run, up to what float64's bounds leave room for."""
     groups = [
-        {name: getattr(r, name) for name in ("loss", "gradient_norm", "lr", "predictions")}
+        {
+            name: getattr(r, name)
+            for name in ("loss", "gradient_norm", "lr", "batch_digests", "predictions")
+        }
         for r in (one, other)
     ]
     for group in ("weights", "first_steps", "parameter_history", "final"):

@@ -70,7 +70,7 @@ def make(
         "data": {"name": "猫", "digest": "d1"}, "source": "s1",
         "segments": [{"backend": "torch", "stop": step}] if step else [], "layers": ["fc1", "logits"],
         "perturbation_rng_state": None if twin is None else dict(image_perturbation_rng(0, twin).bit_generator.state), "seconds": 1.5,
-        "loss": series[0], "gradient_norm": np.abs(series[1]), "lr": series[2], "weights": tensors(),
+        "loss": series[0], "gradient_norm": np.abs(series[1]), "lr": series[2], "batch_digests": np.arange(step), "weights": tensors(),
         "first_steps": {"0/forward/fc1": np.ones((2, 2), kind), "0/loss/loss": np.array(2.0, kind)} if step else {},
         "parameter_history": {"3/fc1.bias": np.array([-0.0, 5e-324]).astype(kind)} if step else {}, "snapshot": snapshot,
     }  # fmt: skip
@@ -154,7 +154,7 @@ WRONG: list[tuple[str, Callable[..., Any]]] = [  # what is said, and what was do
     ("backend", fact(backend="keras")),
     ("backend", fact(backend=["torch"])),
     ("dtype", fact(dtype="float16")),
-    ("twin", fact(twin=0)),
+    ("twin", fact(twin=-1)),
     ("twin", fact(twin=True)),
     ("twin", fact(twin=1.0)),
     ("twin", fact(twin=MAX_COUNT + 1)),
@@ -290,7 +290,7 @@ def test_a_damaged_checkpoint_is_refused(
 def test_a_checkpoint_of_another_version_a_missing_one_and_no_file_are_refused(
     tmp_path: Path,
 ) -> None:
-    path = rewritten(checkpoint.write(make(), tmp_path), fact(schema=2))
+    path = rewritten(checkpoint.write(make(), tmp_path), fact(schema=checkpoint.SCHEMA + 1))
     with pytest.raises(RecordError, match="another version"):
         checkpoint.read(path)
     os.mkfifo(tmp_path / "pipe")
@@ -680,7 +680,8 @@ def test_a_checkpoint_inside_a_chunk_is_refused(
     assert checkpoints.last_path is not None
     start = checkpoint.read(checkpoints.last_path)
     training.train(backend, config, digits, "float64", observer, start=start)
-    series = {name: np.ones(3) for name in ("loss", "gradient_norm", "lr")}
+    series: dict[str, np.ndarray] = {name: np.ones(3) for name in ("loss", "gradient_norm", "lr")}
+    series["batch_digests"] = np.ones(3, np.int64)
     moved = dataclasses.replace(start, snapshot=start.snapshot._replace(step=3), **series)
     with pytest.raises(RecordError, match="is not between two chunks: delete it"):
         training.train(backend, config, digits, "float64", observer, start=moved)

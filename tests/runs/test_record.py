@@ -24,7 +24,7 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.runs.record import SCHEMA, Record, file_name, file_stem, read, write
 from lockstep.common.system import storage
 
-SERIES = ("loss", "gradient_norm", "lr", "predictions")
+SERIES = ("loss", "gradient_norm", "lr", "batch_digests", "predictions")
 GROUPS = ("weights", "first_steps", "parameter_history", "final")
 
 
@@ -47,6 +47,7 @@ def make(twin: int | None = None) -> Record:
         loss=np.array([2.3, math.inf, math.nan]),
         gradient_norm=np.array([5e-324, math.nan, math.nan]),
         lr=np.array([0.1, 0.1, math.nan]),
+        batch_digests=np.array([7, -3, 0]),
         predictions=np.array([1, 0]),
         test_loss=math.nan,
         seconds=1.5,
@@ -102,7 +103,7 @@ def reread(content: bytes) -> Record:
 # --- Reading
 
 
-@pytest.mark.parametrize("twin", [None, 1, 12])
+@pytest.mark.parametrize("twin", [None, 0, 1, 12])
 def test_a_record_is_read_back_bit_by_bit(tmp_path: Path, twin: int | None) -> None:
     path = write(make(twin), tmp_path / "new" / "folders")
     assert path.name == f"{file_stem('torch', 'bfloat16', twin)}.safetensors"
@@ -254,7 +255,7 @@ UNFIT: dict[
     "a dtype with a path": ({"dtype": "../float64"}, {}, "dtype"),
     "a twin with a path": ({"twin": "/../1"}, {}, "twin"),
     "a twin that is no number": ({"twin": True}, {}, "twin"),
-    "twin zero": ({"twin": 0}, {}, "twin"),
+    "a negative twin": ({"twin": -1}, {}, "twin"),
     "a config that is a list": ({"config": []}, {}, "ConfigError"),
     "a config that is no run's": ({"config": config(lr=-1.0)}, {}, "ConfigError"),
     "a config of text": ({"config": config(lr="0.1")}, {}, "ConfigError"),
@@ -294,6 +295,8 @@ UNFIT: dict[
     "a loss in float32": ({}, {"loss": make().loss.astype(np.float32)}, "loss"),
     "a loss of two dimensions": ({}, {"loss": make().loss[np.newaxis]}, "loss"),
     "a rate too few": ({}, {"lr": np.ones(2)}, "lr"),
+    "a digest too few": ({}, {"batch_digests": np.ones(2, np.int64)}, "batch_digests"),
+    "digests that are no integers": ({}, {"batch_digests": np.ones(3)}, "batch_digests"),
     "a norm too many": ({}, {"gradient_norm": np.ones(4)}, "gradient_norm"),
     "a test loss that is null": ({"test_loss": None}, {}, "test_loss"),
     "predictions in float64": ({}, {"predictions": np.array([1.0, 0.0])}, "predictions"),

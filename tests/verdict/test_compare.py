@@ -115,6 +115,7 @@ def make(backend: str, dtype: str, twin: int | None = None, **changes: Any) -> R
         loss=noisy(np.linspace(2.3, 1.1, STEPS), growth),
         gradient_norm=noisy(np.linspace(3.0, 1.0, STEPS), growth),
         lr=np.linspace(0.1, 0.05, STEPS),
+        batch_digests=np.arange(1, STEPS + 1),
         predictions=np.where(WRONG, (LABELS + 1) % 5, LABELS),
         test_loss=float(noisy(np.array(1.2))),
         seconds=2.0,
@@ -612,8 +613,10 @@ def test_the_gap_is_that_of_the_closest_runs_and_the_drift_that_of_the_most_dist
     for row in rows:
         span = slice(row["start"], row["stop"])
         assert row["gap"] == min(np.abs(a - b)[span].max() for a in sides[0] for b in sides[1])
-        pairs = [pair for side in sides for pair in itertools.combinations(side, 2)]
-        assert row["drift"] == max(np.abs(a - b)[: row["stop"]].max() for a, b in pairs)
+        assert row["drift"] == min(
+            max(np.abs(a - b)[: row["stop"]].max() for a, b in itertools.combinations(side, 2))
+            for side in sides
+        )
 
 
 @production
@@ -832,6 +835,10 @@ def test_what_is_not_finite_never_agrees(dtype: str, value: float, where: str, s
     if where == "all runs and twins":
         twins = {name: [spoil(twin) for twin in kin] for name, kin in twins.items()}
     lens = judge(dtype, **runs, twins=twins)
+    if series in ("loss", "gradient_norm") and where != "one side":
+        assert (lens["verdict"], lens["diverged_at"]) == ("diverged", 12)
+        assert lens["first_divergence"] is None
+        return
     assert lens["verdict"] == "disagree"
     expected = {
         "test_loss": (STEPS, "evaluate"),
@@ -1060,7 +1067,146 @@ def test_runs_end_early_together_only_where_all_end_at_the_same_step(
 def test_no_twin_is_asked_to_explain_a_run_that_ended_early() -> None:
     late = in_series("loss", 17)(make("flax", "float64"))
     assert twins_wanted(judged("float64", flax=late)) == INITIAL_TWINS
-    assert twins_wanted(judged("float64", flax=dataclasses.replace(late, nonfinite_step=50))) == 0
+    ended = dataclasses.replace(late, loss=np.where(np.arange(STEPS) < 17, late.loss, np.nan))
+    assert twins_wanted(judged("float64", flax=ended)) == 0
+
+
+def ended_at(step: int) -> Callable[[Record], Record]:
+    """A run whose loss is not finite at `step`, where training ended."""
+
+    def end(record: Record) -> Record:
+        loss = np.where(np.arange(STEPS) < step, record.loss, np.nan)
+        return dataclasses.replace(record, loss=loss, nonfinite_step=step)
+
+    return end
+
+
+@lenses
+@pytest.mark.parametrize("step", [0, 1, 42, STEPS - 1])
+def test_another_batch_is_named_at_its_step_whatever_the_loss_does(dtype: str, step: int) -> None:
+    def swap(record: Record) -> Record:
+        digests = record.batch_digests.copy()
+        digests[step] = 1_000_000
+        return dataclasses.replace(record, batch_digests=digests)
+
+    lens = faulty(dtype, flax=swap)
+    assert place(lens) == (step, "data", "batch")
+    assert lens["first_divergence"]["message"] == (
+        f"data: step {step}: the two runs trained on different batches"
+    )
+    assert judge(dtype)["verdict"] == "agree"  # the control
+
+
+def reproduced(record: Record, change: Callable[[Record], Record] = lambda r: r) -> Record:
+    """The same run again."""
+    return change(dataclasses.replace(record, twin=0))
+
+
+def test_a_run_that_is_not_reproducible_is_named_and_judged_by_the_other_side() -> None:
+    runs, _ = family("float64")
+    twins = {name: [make(name, "float64", twin) for twin in (1, 2)] for name in runs}
+    again = {name: [*twins[name], reproduced(run)] for name, run in runs.items()}
+    ensembles = {name: Ensemble.of([runs[name], *again[name]]) for name in runs}
+    assert all(len(side.twins) == 2 and side.replicate for side in ensembles.values())
+    clean = comparing.compare(ensembles, LABELS)
+    assert (clean.verdict, dict(clean.not_reproducible)) == ("agree", {})
+    # One bit, as where several threads add in any order: said, and no disagreement.
+    bit = reproduced(
+        runs["flax"],
+        lambda r: dataclasses.replace(
+            r, loss=np.where(np.arange(STEPS) < 7, r.loss, r.loss * (1 + 4e-16))
+        ),
+    )
+    ensembles["flax"] = Ensemble.of([runs["flax"], *twins["flax"], bit])
+    found = comparing.compare(ensembles, LABELS)
+    assert (found.verdict, dict(found.not_reproducible)) == ("agree", {"flax": 7})
+    # More than rounding: a disagreement, of that side.
+    ensembles["flax"] = Ensemble.of(
+        [runs["flax"], *twins["flax"], reproduced(runs["flax"], in_series("loss", 20))]
+    )
+    found = comparing.compare(ensembles, LABELS)
+    assert found.verdict == "disagree" and dict(found.not_reproducible) == {"flax": 20}
+    assert found.first_divergence is not None
+    assert found.first_divergence.tensor == "loss of flax and of the same run again"
+    assert "the same run again=" in found.first_divergence.message
+
+
+def test_a_run_far_from_its_own_twins_disagrees_though_they_agree_with_the_other_side() -> None:
+    runs, _ = family("float64")
+    twins = {name: [make(name, "float64", twin) for twin in (1, 2)] for name in runs}
+    assert judge("float64", twins=twins)["verdict"] == "agree"  # the control
+    alone = judge("float64", flax=in_series("loss", 20)(runs["flax"]), twins=twins)
+    assert place(alone) == (20, "loss", "loss of flax and of its nearest twin")
+
+
+@production
+def test_reduced_precision_in_most_entries_of_a_gradient_shows(dtype: str) -> None:
+    if dtype != "float32":
+        pytest.skip("a bfloat16 gradient has no more than 8 bits")
+
+    def rounded(record: Record) -> Record:
+        key = "0/backward/conv1.kernel"
+        bits = record.first_steps[key].view(np.int32)
+        array = ((bits + 0x1000) & ~0x1FFF).astype(np.int32).view(np.float32)
+        return dataclasses.replace(record, first_steps=record.first_steps | {key: array})
+
+    lens = faulty(dtype, flax=rounded)
+    assert place(lens) == (0, "backward", "conv1.kernel")
+    assert "median gap" in lens["first_divergence"]["message"]
+    # The control: one entry as far off as a flipped ReLU puts it.
+    key = "0/backward/conv1.kernel"
+
+    def flipped(record: Record) -> Record:
+        array = record.first_steps[key].copy()
+        array.flat[3] += FLIP_SHARE * np.abs(array).max()
+        return dataclasses.replace(record, first_steps=record.first_steps | {key: array})
+
+    assert faulty(dtype, flax=flipped)["verdict"] == "agree"
+
+
+def test_a_bound_that_no_run_could_exceed_is_no_check() -> None:
+    check = Check(5, "loss", "loss", 1.0, 18.0, most=2.3)
+    assert check.agrees and not check.has_power and check.to_json()["power"] is False
+    assert Check(5, "loss", "loss", 1.0, 1.5, most=2.3).has_power
+    _, twins = family("float32")
+    wild = {
+        name: [
+            dataclasses.replace(
+                twin,
+                loss=np.where(
+                    np.arange(STEPS) < 30, twin.loss, twin.loss * (1.5 + (twin.twin or 0))
+                ),
+                gradient_norm=np.where(
+                    np.arange(STEPS) < 30, twin.gradient_norm, 9.0 + 9 * (twin.twin or 0)
+                ),
+            )
+            for twin in kin
+        ]
+        for name, kin in twins.items()
+    }
+    found = judged("float32", twins=wild)
+    assert found.no_power_from == 30
+    assert judged("float32").no_power_from is None  # the control
+
+
+@lenses
+@pytest.mark.parametrize("step", [0, 1, 17, STEPS - 1])
+def test_runs_that_diverge_together_have_a_verdict_of_their_own(dtype: str, step: int) -> None:
+    runs, twins = family(dtype)
+    together = {name: ended_at(step)(run) for name, run in runs.items()}
+    # whatever is evaluated after it is not compared
+    together["flax"] = dataclasses.replace(together["flax"], test_loss=7.0)
+    found = judged(dtype, **together, twins=twins)
+    assert (found.verdict, found.diverged_at) == ("diverged", step)
+    assert not found and f"at step {step}" in repr(found) and "they agree" in repr(found)
+    # the controls: one ends a step later; one had diverged from the other before
+    other = STEPS - 1 if step < STEPS - 1 else 3
+    apart = judged(dtype, together["torch"], ended_at(other)(runs["flax"]), twins)
+    assert apart.verdict == "disagree"
+    if step > 12:
+        wrong = in_series("loss", 12)
+        kin = twins | {"flax": [wrong(twin) for twin in twins["flax"]]}
+        assert judged(dtype, together["torch"], wrong(together["flax"]), kin).verdict == "disagree"
 
 
 @pytest.mark.parametrize("backends", [("torch",), ("torch", "flax")], ids=["single", "both"])

@@ -35,6 +35,7 @@ from lockstep.common.verdict.statistics import (
     bound,
     distances_of,
     is_correct,
+    nearest_twin,
     paired_difference,
 )
 
@@ -64,23 +65,25 @@ def test_gap_and_drift_are_what_their_definition_says(
     for one in ours:
         for other in theirs:
             closest = min(closest, distance(one, other))
-    furthest = None
+    spreads = []
     for members in (ours, theirs):
+        furthest = -math.inf
         for index, one in enumerate(members):
             for other in members[:index]:
-                if furthest is None:
-                    furthest = -math.inf
                 if math.isfinite(distance(one, other)):
                     furthest = max(furthest, distance(one, other))
+        if len(members) > 1:
+            spreads.append(math.inf if furthest == -math.inf else furthest)
     found = between_and_within(ours, theirs, scalar_gap)
     assert found.between == (closest if math.isfinite(distance(ours[0], theirs[0])) else math.inf)
-    assert found.within == (math.inf if furthest == -math.inf else furthest)
+    assert found.within == (min(spreads) if spreads else None)
     assert between_and_within(theirs, ours, scalar_gap) == found
 
 
 def test_gap_and_drift_of_a_worked_example() -> None:
     found = between_and_within([0.0, 1.0, -2.0], [5.0, 4.0], scalar_gap)
-    assert found == (3.0, 3.0)  # 1 and 4; 1 and -2
+    assert found == (3.0, 1.0)  # 1 and 4; 4 and 5
+    assert between_and_within([0.0, 1.0, -2.0], [5.0], scalar_gap) == (4.0, 3.0)  # 1 and -2
     assert between_and_within([0.0], [5.0], scalar_gap) == (5.0, None)
     assert between_and_within([0.0, 1.0], [5.0], scalar_gap) == (4.0, 1.0)
 
@@ -100,8 +103,8 @@ def test_a_run_that_is_not_finite_is_never_excused_by_its_twins(nothing: float) 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf])
 def test_twins_that_are_not_finite_explain_nothing(nothing: float) -> None:
-    assert between_and_within([1.0, nothing, 1.5], [2.0, 2.25], scalar_gap) == (0.5, 0.5)
-    assert between_and_within([1.0, 1.5], [2.0, 2.25], scalar_gap) == (
+    assert between_and_within([1.0, nothing, 1.5], [2.0, 2.75], scalar_gap) == (0.5, 0.5)
+    assert between_and_within([1.0, 1.5], [2.0, 2.75], scalar_gap) == (
         0.5,
         0.5,
     )  # as if it were not there
@@ -112,10 +115,12 @@ def test_twins_that_are_not_finite_explain_nothing(nothing: float) -> None:
 
 
 def test_from_distances_as_from_runs() -> None:
-    assert distances_of([3.0, 1.0], [0.5, math.inf]) == (1.0, 0.5)
-    assert distances_of([math.inf, 1.0], [0.5]) == (math.inf, 0.5)
-    assert distances_of([3.0], []) == (3.0, None)
-    assert distances_of([3.0], [math.inf]) == (3.0, math.inf)
+    assert distances_of([3.0, 1.0], [[0.5, math.inf], []]) == (1.0, 0.5)
+    assert distances_of([3.0, 1.0], [[0.5, 0.75], [0.25]]) == (1.0, 0.25)
+    assert distances_of([math.inf, 1.0], [[0.5]]) == (math.inf, 0.5)
+    assert distances_of([3.0], [[], []]) == (3.0, None)
+    assert distances_of([3.0], [[math.inf], []]) == (3.0, math.inf)
+    assert distances_of([3.0], [[math.inf], [2.0]]) == (3.0, 2.0)
 
 
 # --- The permutation test
@@ -313,10 +318,12 @@ def test_weights_that_are_not_the_same_tensors_are_infinitely_far_apart(
     assert weights_distance(one, {"a": np.ones(2), "b": np.zeros(3)}) == math.sqrt(3)  # the control
 
 
-def test_no_bound_grows_on_a_magnitude_that_is_not_finite() -> None:
+def test_the_magnitude_is_that_of_what_is_finite() -> None:
     assert magnitude(np.array([[-3.0, 2.0]])) == 3
     assert magnitude(np.array(-2, ml_dtypes.bfloat16)) == 2
-    for nothing in (None, np.zeros(0), np.array([1.0, math.nan]), np.array([1.0, -math.inf])):
+    for one in (np.array([1.0, math.nan]), np.array([1.0, -math.inf])):
+        assert magnitude(one) == 1
+    for nothing in (None, np.zeros(0), np.array([math.nan, math.inf])):
         assert magnitude(nothing) == 0
 
 
@@ -517,21 +524,27 @@ def test_what_moves_a_twins_images_depends_on_its_seed_and_number_alone() -> Non
     assert len({tuple(draws(seed, twin)) for seed in (0, 1) for twin in (1, 2)}) == 4
 
 
-def test_the_calmer_side_may_be_asked_so_that_a_coarser_program_does_not_excuse_itself() -> None:
+def test_a_side_that_spreads_widely_does_not_excuse_itself() -> None:
     def distance(one: float, other: float) -> float:
         return abs(one - other)
 
     fine, coarse = [0.0, 1e-7, 2e-7], [0.5, 0.7, 0.9]
-    assert between_and_within(fine, coarse, distance) == (
-        pytest.approx(0.5 - 2e-7),
-        pytest.approx(0.4),
-    )
     for sides in ((fine, coarse), (coarse, fine)):
-        assert between_and_within(*sides, distance, smaller_spread=True) == (
+        assert between_and_within(*sides, distance) == (
             pytest.approx(0.5 - 2e-7),
             pytest.approx(2e-7),
         )
-    assert between_and_within(fine, [0.5], distance, smaller_spread=True).within == pytest.approx(
-        2e-7
-    )  # one side has no twins
-    assert between_and_within([0.0], [0.5], distance, smaller_spread=True).within is None
+    # one side has no twins
+    assert between_and_within(fine, [0.5], distance).within == pytest.approx(2e-7)
+    assert between_and_within([0.0], [0.5], distance).within is None
+
+
+def test_a_run_is_compared_with_its_nearest_twin() -> None:
+    def distance(one: float, other: float) -> float:
+        return abs(one - other) if math.isfinite(one - other) else math.inf
+
+    assert nearest_twin(0.0, [1.0, 3.0], distance) == (1.0, 2.0)
+    assert nearest_twin(2.0, [1.0, 3.0, 1.5], distance) == (0.5, 2.0)
+    assert nearest_twin(0.0, [1.0], distance) is None
+    assert nearest_twin(0.0, [], distance) is None
+    assert nearest_twin(0.0, [1.0, math.nan], distance) is None
