@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def same_run() -> Callable[..., object]:
-    """`lockstep.same_run`: trains two backends and says whether the two runs are the same run."""
+    """`lockstep.same_run`: trains two backends and checks whether the two runs are the same run."""
     from lockstep.common.testing import same_run
 
     return same_run

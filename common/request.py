@@ -14,9 +14,8 @@ from lockstep.common.model import pair as pairs
 from lockstep.common.recipes import recipe_named
 
 if TYPE_CHECKING:
+    from lockstep.common.report.json import LocationJson, ReportJson
     from lockstep.common.runs.request import RunRequest
-
-Report = dict[str, Any]  # report.json
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def make_request(
 class Result:
     """What a comparison found. It is true if the runs agree."""
 
-    report: Report
+    report: ReportJson
     folder: Path  # with report.json, report.html and the records
 
     def __bool__(self) -> bool:
@@ -117,7 +116,7 @@ class Result:
     @property
     def interrupted_at(self) -> str | None:
         """Where the run was stopped, if it was."""
-        return self.report["cut_short"]
+        return self.report.get("cut_short")
 
     @property
     def place(self) -> str | None:
@@ -131,7 +130,7 @@ class Result:
         located = self._located()
         return tuple(located["causes"]) if located else ()
 
-    def _located(self) -> Report | None:
+    def _located(self) -> LocationJson | None:
         return next(
             (found["located"] for found in self.report["lenses"] if "located" in found), None
         )

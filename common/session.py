@@ -12,11 +12,11 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, Config
-from lockstep.common.request import Report, Request, Result
+from lockstep.common.request import Request, Result
 from lockstep.common.system import environment, program
 from lockstep.common.system.interrupt import SignalHandler
 
@@ -24,6 +24,7 @@ from lockstep.common.system.interrupt import SignalHandler
 if TYPE_CHECKING:
     from lockstep.common.data import Dataset
     from lockstep.common.report import Terminal
+    from lockstep.common.report.json import ReportJson
     from lockstep.common.runs.ensemble import Ensembles
     from lockstep.common.runs.parallel import ParallelTraining, TrainingWorker
     from lockstep.common.runs.record import Record
@@ -180,7 +181,7 @@ def train_and_compare(
         trainer.dataset,
         request.command,
         runs,
-        [comparison.to_json() for comparison in comparisons],
+        comparisons,
         interrupted_at,
     )
     write_reports(request, trainer, report, runs, twins, worker)
@@ -296,24 +297,24 @@ def make_report(
     dataset: Dataset,
     arguments: Sequence[str],
     runs: Mapping[str, Mapping[str, Record]],
-    comparisons: Sequence[Report],
+    comparisons: Sequence[Comparison],
     interrupted_at: str | None,
-) -> Report:
+) -> ReportJson:
     """report.json, as a dictionary.
 
     Args:
         arguments: of the command line.
         runs: by dtype and backend.
-        comparisons: as `Comparison.to_json` returns them.
+        comparisons: one per precision.
         interrupted_at: where the run was interrupted, if it was.
     """
     from lockstep.common.runs import training
 
-    verdicts = {comparison["verdict"] for comparison in comparisons}
+    verdicts = {comparison.verdict for comparison in comparisons}
     environments = {
         name: run.environment for by_backend in runs.values() for name, run in by_backend.items()
     }
-    return {
+    report = {
         "schema": 1,
         "verdict": next(v for v in ("disagree", "diverged", "agree", "single") if v in verdicts),
         "cut_short": interrupted_at,
@@ -322,14 +323,15 @@ def make_report(
         "config": config.to_json(),
         "environment": environments | {"machine": environment.describe()},
         "data": training.describe(config, dataset),
-        "lenses": comparisons,
+        "lenses": [comparison.to_json() for comparison in comparisons],
     }
+    return cast("ReportJson", report)
 
 
 def write_reports(
     request: Request,
     trainer: Trainer,
-    report: Report,
+    report: ReportJson,
     runs: dict[str, dict[str, Record]],
     twins: dict[str, dict[str, list[Record]]],
     worker: TrainingWorker,

@@ -21,20 +21,22 @@ def same_run(
     dtype: str = "float64",
     twins: int = 2,
 ) -> Comparison:
-    """Train both and say whether the two runs are the same run.
+    """Train both backends and check whether the two runs are the same run.
 
     Args:
-        one, other: of different names, both built for `config` and `dtype`; `one` is the reference.
+        one, other: with different names, both built for `config` and `dtype`; `one` is the
+            reference.
         config: resolved for `dataset`.
-        twins: per backend, in every precision but float64; more, and float64's, are trained where
-            the verdict asks for them.
+        twins: per backend, in every precision except float64. If the verdict needs more twins, or
+            twins in float64, they are trained, too.
 
     Returns:
-        a `Comparison`: true if the runs agree, and shown as the place where they diverge if not.
+        A `Comparison`. It is true if the runs agree; if not, its `repr` names the place where they
+        diverge.
 
     Raises:
-        RecordError: if there is nothing to compare, as without twins in float32, or two
-            backends of one name.
+        RecordError: if the two backends have the same name, or if there is nothing to compare
+            with, as without twins in float32.
     """
     if one.name == other.name:
         raise RecordError(f"both backends are called {one.name!r}: give one of them another `name`")

@@ -33,7 +33,7 @@ DOCUMENTS = [
 ]
 
 
-def report_of(name: str) -> dict[str, Any]:
+def report_of(name: str) -> Any:
     return json.loads((REPOSITORY / "results" / name / "report.json").read_text())
 
 

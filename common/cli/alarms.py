@@ -44,7 +44,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
     from lockstep.common.evidence import false_alarms as clean
     from lockstep.common.evidence import plots
-    from lockstep.common.report.terminal import counted
+    from lockstep.common.report.text import plural
     from lockstep.common.runs.trainer import backend_errors
 
     pairs = clean.PAIRS if options.pairs is None else options.pairs
@@ -77,8 +77,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     draw = functools.partial(plots.draw_alarms, summary)
     study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw)
     false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
-    clean_pairs_seen = f"{counted(len(rows), 'clean pair')}, over all precisions"
-    study.terminal.line(f"{counted(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
+    clean_pairs_seen = f"{plural(len(rows), 'clean pair')}, over all precisions"
+    study.terminal.line(f"{plural(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
     return 0
 
 

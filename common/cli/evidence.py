@@ -43,7 +43,7 @@ class EvidenceCommand:
 
         self.options, self.invocation = options, invocation
         self.folder: Path = options.out or RUNS / folder
-        self.terminal = Terminal(quiet=quiet or options.quiet, aside=options.json)
+        self.terminal = Terminal(quiet=quiet or options.quiet, to_stderr=options.json)
         self.datasets: list[Dataset] = []
         self.device: str | None = None
         check_writable(self.folder)

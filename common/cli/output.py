@@ -9,4 +9,4 @@ def print_json(report: Mapping[str, object]) -> None:
     """Print the report as report.json has it."""
     from lockstep.common.report import to_json
 
-    print(to_json(dict(report)), end="", flush=True)
+    print(to_json(report), end="", flush=True)

@@ -39,7 +39,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.report import Terminal, write_json
     from lockstep.common.runs.prepare import choose_device
 
-    terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
+    terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
     config = config.resolve(len(dataset.train_images))
     backends = invocation.backends
@@ -55,7 +55,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         write_json(report, options.out)
     if report["first_difference"] is not None:
         terminal.located(report["first_difference"])
-    terminal.conclusion(pair_check.sentence(report))
+    terminal.print_always(pair_check.sentence(report))
     if options.json:
         print_json(report)
     return 0 if report["first_difference"] is None else 1

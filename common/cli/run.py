@@ -137,7 +137,7 @@ def carry_out(request: Request, options: argparse.Namespace, invocation: Invocat
     from lockstep.common.report import Terminal
     from lockstep.common.runs.trainer import resume_hint
 
-    terminal = Terminal(quiet=options.quiet, aside=options.json, verbose=options.verbose)
+    terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     result = session.compare(request, invocation.backends, terminal, invocation.signals)
     if options.json:
         print_json(result.report)

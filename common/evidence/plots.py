@@ -17,7 +17,7 @@ from lockstep.common.report.figures import (
     drawing,
     label,
     new_figure,
-    plain,
+    style_axes,
     to_png,
     to_svg,
 )
@@ -278,7 +278,7 @@ def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
         axes.set_ylim(top=1.6 * height)
     axes.set_xlabel("images per step (batch size)")
     axes.set_ylabel("images per second\n(median and quartiles)")
-    plain(axes)
+    style_axes(axes)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
 
 

@@ -1,196 +1,186 @@
-"""What the charts of a run say, in words: for those who cannot see them, and computed from the same
-numbers."""
+"""The charts of a run in words, for readers who cannot see them, computed from the same numbers;
+and how sure a verdict is."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from lockstep.common.config import BACKENDS
-from lockstep.common.report.charts import (
+from lockstep.common.report.chart_data import (
     Runs,
+    by_accuracy,
     confusion_counts,
     loss_bounds,
     loss_gap,
-    ranked,
     running_mean,
-    twin_drift,
+    twin_spread,
 )
-from lockstep.common.report.terminal import counted, number, percent
+from lockstep.common.report.json import ComparisonJson
+from lockstep.common.report.text import four_digits, number, percent, plural
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.statistics import CONFIDENCE
 
-STEADY = 0.005  # relative change up to which a series is said to stay where it is
+STEADY = 0.005  # a series that changes by less, relatively, "stays" at its value
 
 
-def digits(value: float | None) -> str:
-    """Four digits of a measured value."""
-    return "not finite" if value is None or not np.isfinite(value) else f"{value:.4g}"
-
-
-def how_sure(lens: dict[str, Any]) -> list[str]:
-    """What a lens's verdict rests on: how much was compared, how near the bounds it came, what set
-    them."""
-    if lens["verdict"] == "single":
-        return [
-            f"Only {' and '.join(lens['accuracy'])} ran in this precision, so nothing was compared."
-        ]
-    rows, score = lens["ladder"] + lens["stretches"], lens.get("score")
+def confidence_summary(comparison: ComparisonJson) -> list[str]:
+    """How much was compared, how near to the bounds it came, and how the bounds were set."""
+    if comparison["verdict"] == "single":
+        names = " and ".join(comparison["accuracy"])
+        return [f"Only {names} ran in this precision, so nothing was compared."]
+    rows, score = comparison["ladder"] + comparison["stretches"], comparison.get("score")
     outside = sum(not row["agrees"] for row in rows)
+    checks = plural(len(rows), "comparison")
     if outside:
-        said = f"{outside:,} of {counted(len(rows), 'comparison')} are outside their bounds; the worst is "
-        said += "not finite" if score is None else f"at {number(score)} times its bound"
+        worst = "not finite" if score is None else f"at {number(score)} times its bound"
+        text = f"{outside:,} of {checks} exceed their bounds; the worst is {worst}"
     else:
-        said = f"{counted(len(rows), 'comparison')}, each within its bound"
-        said += (
-            ""
-            if score is None
-            else f"; the largest share of a bound that was used is {100 * score:.2g} %"
-        )
-    return [f"{said}.", _twins(lens), f"Bounds: {lens['bound']['rule'].rstrip('.')}."]
+        text = f"{checks}, each within its bound"
+        if score is not None:
+            text += f"; the closest one uses {100 * score:.2g} % of its bound"
+    rule = comparison["bound"].get("rule", "")
+    return [f"{text}.", _twins(comparison), f"Bounds: {rule.rstrip('.')}."]
 
 
-def _twins(lens: dict[str, Any]) -> str:
-    gaps = [twin["max_abs_loss_gap"] for twins in lens["twins"].values() for twin in twins]
+def _twins(comparison: ComparisonJson) -> str:
+    twins = comparison["twins"]
+    gaps = [twin["max_abs_loss_gap"] for each in twins.values() for twin in each]
     if not gaps:
         return (
-            f"No twins were asked: {lens['dtype']} rounds so finely that what exceeds these bounds is taken for a "
-            "difference between the programs."
+            f"No twins were trained: {comparison['dtype']} rounds so finely that a difference "
+            "above these bounds is a difference between the programs."
         )
-    counts = " and ".join(f"{len(twins)} of {name}" for name, twins in lens["twins"].items())
+    counts = " and ".join(f"{len(each)} of {name}" for name, each in twins.items())
     known = [gap for gap in gaps if gap is not None]
-    reach = f"up to {number(max(known))} nats" if known else "what is not finite"
-    between = lens["max_abs_loss_gap"]
-    between = "what is not finite" if between is None else f"up to {number(between)} nats"
+    reach = f"by up to {number(max(known))} nats" if known else "without limit (not finite)"
+    gap = comparison["max_abs_loss_gap"]
+    between = "without limit (not finite)" if gap is None else f"by up to {number(gap)} nats"
     return (
-        "Twins, runs that differ from their own run by rounding alone, say what rounding can do. The losses of "
-        f"{counts} differ from those of their own runs by {reach}, those of torch and flax by {between}. Late in a run, "
-        "this precision cannot show a mistake that moves it by less than twins differ."
+        "A twin repeats a run with a change of the size of rounding errors; twins show how far "
+        f"rounding alone takes a run. The losses of the twins ({counts}) differ from those of "
+        f"their own runs {reach}; the losses of torch and flax differ {between}. Late in a run, "
+        "this precision cannot show a mistake whose effect is smaller than the gaps between twins."
     )
 
 
-def course(title: str, runs: Runs, quantity: str, window: int = 1) -> str:
-    """How a quantity goes, of each backend."""
+def series_text(title: str, runs: Runs, quantity: str, window: int = 1) -> str:
+    """How a quantity changes along the run, for each backend."""
     steps = max(record.steps for record in runs.values())
-    said = [
-        _course(name, getattr(runs[name], quantity), window) for name in BACKENDS if name in runs
+    texts = [
+        _series_text(name, getattr(runs[name], quantity), window)
+        for name in BACKENDS
+        if name in runs
     ]
     means = f" (means of {window:,} steps)" if window > 1 else ""
-    return f"{title} over {counted(steps, 'step')}: {'; '.join(said)}{means}."
+    return f"{title} over {plural(steps, 'step')}: {'; '.join(texts)}{means}."
 
 
-def _course(name: str, values: np.ndarray, window: int) -> str:
-    broken = np.flatnonzero(~np.isfinite(values))
-    usable = values[: broken[0]] if len(broken) else values
-    end = f"{name} is not finite from step {broken[0]:,} on" if len(broken) else ""
+def _series_text(name: str, values: np.ndarray, window: int) -> str:
+    nonfinite = np.flatnonzero(~np.isfinite(values))
+    usable = values[: nonfinite[0]] if len(nonfinite) else values
+    end = f"{name} is not finite from step {nonfinite[0]:,} on" if len(nonfinite) else ""
     if len(usable) == 0:
         return end
     _, means = running_mean(usable, window)
     first, last = float(means[0]), float(means[-1])
-    if abs(last - first) <= STEADY * max(abs(first), abs(last)):
-        said = (
-            f"{name} begins and ends at {digits(last)}"
-            if np.ptp(means) > STEADY * abs(last)
-            else ""
-        )
-        said = said or f"{name} stays at {digits(last)}"
+    if abs(last - first) > STEADY * max(abs(first), abs(last)):
+        verb = "falls" if last < first else "rises"
+        text = f"{name} {verb} from {four_digits(first)} to {four_digits(last)}"
+    elif np.ptp(means) > STEADY * abs(last):
+        text = f"{name} begins and ends at {four_digits(last)}"
     else:
-        said = (
-            f"{name} {'falls' if last < first else 'rises'} from {digits(first)} to {digits(last)}"
-        )
-    return f"{said}; {end}" if end else said
+        text = f"{name} stays at {four_digits(last)}"
+    return f"{text}; {end}" if end else text
 
 
-def gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> str:
-    """How far the two losses part, and how far they may."""
-    between, drift, bounds = (
-        loss_gap(runs["torch"], runs["flax"]),
-        twin_drift(runs, twins),
-        loss_bounds(lens),
-    )
-    known = between[np.isfinite(between)]
-    said = f"Gap between the two training losses, {lens['dtype']}, on a logarithmic axis: "
-    said += f"at most {number(float(known.max()))} nats" if len(known) else "never known"
-    apart = np.flatnonzero(between > 0)
-    said += (
-        f", first above zero at step {apart[0]:,}"
-        if len(apart)
-        else ", equal at every step"
-        if len(known)
-        else ""
-    )
+def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> str:
+    """How far the two losses diverge, and how far they may."""
+    between, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
+    bounds = loss_bounds(comparison)
+    known, above = between[np.isfinite(between)], np.flatnonzero(between > 0)
+    dtype = comparison["dtype"]
+    text = f"Gap between the two training losses, {dtype}, on a logarithmic axis: "
+    text += f"at most {number(float(known.max()))} nats" if len(known) else "never finite"
+    if len(above):
+        text += f", first above zero at step {above[0]:,}"
+    elif len(known):
+        text += ", equal at every step"
     if len(known) < len(between):
-        said += f", not finite from step {np.flatnonzero(np.isnan(between))[0]:,}"
-    if drift is not None:
-        said += f". Twins of one framework differ by up to {number(float(drift[-1]))}"
+        text += f", not finite from step {np.flatnonzero(np.isnan(between))[0]:,}"
+    if spread is not None:
+        text += f". Twins of one framework differ by up to {number(float(spread[-1]))}"
     if bounds:
-        said += f". The bound begins at {number(bounds[0]['bound'])} and ends at {number(bounds[-1]['bound'])}"
-    if first := lens["first_divergence"]:
-        said += f". The runs diverge at step {first['step']:,}: {first['stage']}, {first['tensor']}"
-    return f"{said}."
+        first, last = number(bounds[0].bound), number(bounds[-1].bound)
+        text += f". The bound begins at {first} and ends at {last}"
+    if found := comparison["first_divergence"]:
+        place = ", ".join(dict.fromkeys([found["stage"], found["tensor"]]))
+        text += f". The runs diverge at step {found['step']:,}: {place}"
+    return f"{text}."
 
 
-def classes(lens: dict[str, Any], names: list[str]) -> str:
-    """Which classes are recognised worst and best, and how many test images in all."""
-    table = lens["per_class_accuracy"]
+def classes(comparison: ComparisonJson, names: list[str]) -> str:
+    """The classes with the lowest and the highest accuracy, and the accuracy over all."""
+    table = comparison["per_class_accuracy"]
     order = [
         name
-        for name in ranked(lens, names)
-        if any(part.get(name) is not None for part in table.values())
+        for name in by_accuracy(comparison, names)
+        if any(by_class.get(name) is not None for by_class in table.values())
     ]
-    totals = ", ".join(f"{name} {percent(value)}" for name, value in lens["accuracy"].items())
-    said = f"Accuracy per class, {lens['dtype']}: "
+    totals = ", ".join(f"{name} {percent(value)}" for name, value in comparison["accuracy"].items())
+    text = f"Accuracy per class, {comparison['dtype']}: "
     if order:
         ends = [
-            f"{end} ({', '.join(f'{b} {percent(table[b].get(end))}' for b in table)})"
+            f"{end} ({', '.join(f'{name} {percent(table[name].get(end))}' for name in table)})"
             for end in order[:: len(order) - 1 or 1]
         ]
-        said += f"from {' to '.join(ends)}; "
-    return f"{said}all classes: {totals}."
+        text += f"from {' to '.join(ends)}; "
+    return f"{text}all classes: {totals}."
 
 
-def differences(lens: dict[str, Any], names: list[str]) -> str:
-    """How many classes one backend is measurably better at, and where they differ most."""
-    found = {
-        name: lens["class_differences"][name] for name in names if name in lens["class_differences"]
-    }
-    said = f"Difference of the two accuracies per class with {100 * CONFIDENCE:g} % intervals, {lens['dtype']}: "
+def differences(comparison: ComparisonJson, names: list[str]) -> str:
+    """In how many classes one backend is measurably better, and where they differ most."""
+    differences = comparison.get("class_differences", {})
+    found = {name: differences[name] for name in names if name in differences}
+    confidence = f"{100 * CONFIDENCE:g} % intervals, {comparison['dtype']}"
+    text = f"Difference of the two accuracies per class with {confidence}: "
     if not found:
-        return f"{said}no class has test images."
-    apart = sum(row["low"] > 0 or row["high"] < 0 for row in found.values())
-    most, row = max(found.items(), key=lambda pair: abs(pair[1]["difference"]))
-    said += f"{apart} of {counted(len(found), 'interval')} leave out zero"
-    return f"{said}; the largest difference is {100 * row['difference']:+.1f} percentage points, of {most}."
+        return f"{text}no class has test images."
+    measurable = sum(row["low"] > 0 or row["high"] < 0 for row in found.values())
+    name, row = max(found.items(), key=lambda pair: abs(pair[1]["difference"]))
+    largest = f"{100 * row['difference']:+.1f} percentage points, of {name}"
+    intervals = plural(len(found), "interval")
+    return f"{text}{measurable} of {intervals} exclude zero; the largest difference is {largest}."
 
 
 def confusion(
     name: str, record: Record, labels: np.ndarray, names: tuple[str, ...], dtype: str
 ) -> str:
-    """What is most often taken for something else."""
+    """How many predictions are right, and the most frequent mistake."""
     counts = confusion_counts(record.predictions, labels, len(names))
     wrong = counts - np.diag(np.diag(counts))
-    said = f"Confusion matrix of {name}, {dtype}: {np.trace(counts):,} of {counted(len(labels), 'test image')} right"
+    right = f"{np.trace(counts):,} of {plural(len(labels), 'test image')} right"
+    text = f"Confusion matrix of {name}, {dtype}: {right}"
     if not wrong.any():
-        return f"{said}, none taken for another class."
+        return f"{text}, no wrong class was predicted."
     truth, guess = np.unravel_index(int(wrong.argmax()), wrong.shape)
     often = f"{wrong[truth, guess]:,} of {counts[truth].sum():,}"
-    return f"{said}; most often {names[truth]} is taken for {names[guess]}, {often}."
+    mistake = f"{names[guess]} is predicted for {names[truth]}"
+    return f"{text}; the most frequent mistake: {mistake}, {often}."
 
 
 def confusion_difference(counts: np.ndarray, names: tuple[str, ...], dtype: str) -> str:
     """Where the two confusion matrices differ most.
 
     Args:
-        counts: int64 (classes, classes): torch less flax.
+        counts: int64 (classes, classes): torch minus flax.
     """
-    said = f"Difference of the two confusion matrices, {dtype}: "
+    text = f"Difference of the two confusion matrices, {dtype}: "
     if not counts.any():
-        return f"{said}none, the two are equal."
+        return f"{text}none, the two are equal."
     truth, guess = np.unravel_index(int(np.abs(counts).argmax()), counts.shape)
     more = "torch" if counts[truth, guess] > 0 else "flax"
-    most = abs(int(counts[truth, guess]))
-    return (
-        f"{said}{np.count_nonzero(counts):,} of {counts.size:,} cells; the largest: {more} takes {names[truth]} for "
-        f"{names[guess]} {most:,} times more often."
-    )
+    most = plural(abs(int(counts[truth, guess])), "time")
+    cells = f"{np.count_nonzero(counts):,} of {counts.size:,} cells differ"
+    right = f"{more} recognises {names[truth]}"
+    verb = right if truth == guess else f"{more} predicts {names[guess]} for {names[truth]}"
+    return f"{text}{cells}; the largest difference: {verb} {most} more often."

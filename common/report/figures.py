@@ -1,9 +1,7 @@
-"""What every picture is drawn with: an empty figure, the colours, names that are safe to draw, PNG
-and SVG.
+"""What every picture needs: an empty figure, the colours, names that are safe to draw, PNG and SVG.
 
-A figure is drawn once, in the colours of a light page. Put into a page of its own (`to_inline`),
-each of them becomes one of that page's CSS variables, so that the same figure is readable in the
-dark.
+A figure is drawn once, in the colours of a light page. `to_inline` replaces each colour by a CSS
+variable of the page, so that the figure can be read on a dark page, too.
 """
 
 from __future__ import annotations
@@ -14,17 +12,23 @@ import html
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lockstep.common.report.terminal import NAME_WIDTH, safe
+from lockstep.common.report.text import escape
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
+
+NAME_WIDTH = 16  # letters of a class name in a picture
 COLOURS = {"torch": "#0072B2", "flax": "#D55E00"}  # Okabe and Ito's blue and vermillion
-LINES = {"torch": "-", "flax": (0, (3, 2))}  # where the two coincide, both can be seen
+LINES = {"torch": "-", "flax": (0, (3, 2))}  # both can be seen where they coincide
 RIGHT, WRONG, GREY = "#00694A", "#A3003C", "#555555"
 INK, GRID, BAND, BOUND = "#1B1F24", "#D0D7DE", "#DDDDDD", "#009E73"
-VARIABLES = {  # of the pages, by colour
+VARIABLES = {  # the pages' CSS variable of each colour
     COLOURS["torch"]: "--torch",
     COLOURS["flax"]: "--flax",
     RIGHT: "--good",
@@ -40,12 +44,11 @@ DPI = 120
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Draw in this project's style: neither a matplotlibrc nor what a caller has set changes the
-    pictures."""
+    """Draw in this project's style, whatever a matplotlibrc or the caller has set."""
     import matplotlib
     import matplotlib.style
 
-    style: dict[Any, Any] = dict.fromkeys(
+    style: dict[RcKeyType, object] = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
     style |= {
@@ -54,7 +57,7 @@ def drawing() -> Iterator[None]:
         "axes.axisbelow": True,
         "font.sans-serif": ["DejaVu Sans"],
     }
-    # Text stays text, and what SVG needs names for gets the same ones each time.
+    # Text stays text, and the ids in an SVG are the same each time.
     style |= {"svg.fonttype": "none", "svg.hashsalt": "lockstep", "image.composite_image": False}
     with (
         matplotlib.style.context("default"),
@@ -64,9 +67,8 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, with a canvas of its own: pyplot and its state are left
-    alone."""
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` by `height` inches. It has its own canvas; pyplot is not used."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,7 +77,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def to_png(figure: Any) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """Equal figures give equal bytes."""
     content = io.BytesIO()
     _lay_out(figure)
@@ -83,7 +85,7 @@ def to_png(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def to_svg(figure: Any, transparent: bool = False) -> str:
+def to_svg(figure: Figure, transparent: bool = False) -> str:
     """Equal figures give equal texts, within `drawing`. Coordinates are rounded to a hundredth of a
     point."""
     content = io.StringIO()
@@ -102,8 +104,9 @@ def to_svg(figure: Any, transparent: bool = False) -> str:
     return _in_tags(content.getvalue(), rounded)
 
 
-def to_inline(figure: Any, prefix: str, text: str) -> str:
-    """The figure as an element for a page, in the page's colours, and read out as `text`.
+def to_inline(figure: Figure, prefix: str, text: str) -> str:
+    """The figure as an SVG element for a page, in the page's colours, with `text` for screen
+    readers.
 
     Args:
         prefix: letters and digits; different for each figure of a page, so that no two share an id.
@@ -114,7 +117,7 @@ def to_inline(figure: Any, prefix: str, text: str) -> str:
     variables = {colour.lower(): f"var({name})" for colour, name in VARIABLES.items()}
 
     def at_home(tag: str) -> str:
-        # What one figure refers to must not be found in another; other ids are of no use.
+        # A reference must not find an id of another figure; ids without references are removed.
         tag = re.sub(
             r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", tag
         )
@@ -126,23 +129,22 @@ def to_inline(figure: Any, prefix: str, text: str) -> str:
     )
 
 
-def _lay_out(figure: Any) -> None:
-    """Give everything its place, once: `savefig` would do so for each format, and draw all in vain
-    to that end."""
+def _lay_out(figure: Figure) -> None:
+    """Lay the figure out once: `savefig` would do so for each format, and draw it an extra time."""
     if engine := figure.get_layout_engine():
         engine.execute(figure)
         figure.set_layout_engine(None)
 
 
 def _in_tags(svg: str, change: Callable[[str], str]) -> str:
-    """Change what stands in tags and leave the text between them alone: names are written there."""
+    """Change the tags only: the text between them holds names."""
     return re.sub(r"<[^<>]*>", lambda tag: change(tag[0]), svg)
 
 
 def label(text: object, width: int = NAME_WIDTH) -> str:
-    """`text` for a picture: cut, what cannot be printed or is not in the font escaped, and never
-    read as a formula."""
-    letters = safe(text)
+    """`text` for a picture: truncated, never read as a formula, and with letters escaped that
+    cannot be printed or are not in the font."""
+    letters = escape(text)
     glyphs = _glyphs()
     drawn = "".join(
         c if c == " " or ord(c) in glyphs else c.encode("unicode_escape").decode("ascii")
@@ -160,7 +162,7 @@ def _glyphs() -> frozenset[int]:
     return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
-def plain(axes: Any, grid: str = "both") -> None:
-    """Spines to the left and below only, and a grid behind what is drawn."""
+def style_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Spines on the left and below only, and a grid in the background."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid)

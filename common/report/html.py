@@ -8,38 +8,43 @@ import io
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
-from lockstep.common.report import alt_text, charts, tables
-from lockstep.common.report.charts import Records, Runs, Twins
+from lockstep.common.report import alt_text, chart_data, charts, tables
+from lockstep.common.report.chart_data import Records, Runs, Twins
 from lockstep.common.report.figures import COLOURS, drawing, new_figure, to_inline
-from lockstep.common.report.images import first_images, guessed
+from lockstep.common.report.images import first_images, prediction
+from lockstep.common.report.json import ComparisonJson, ReportJson
+from lockstep.common.report.summary import heading, sentence
 from lockstep.common.report.tables import Table
 from lockstep.common.report.template import write_page
-from lockstep.common.report.terminal import counted, safe, sentence
+from lockstep.common.report.text import escape
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.statistics import CONFIDENCE
 
-WIDTH = 4.4  # of a chart, in inches: its writing can be read on a phone
-TESTED = 16  # test images that are shown
-DIFFERENT = 24  # test images on which the runs differ that are shown
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 4.4  # of a chart, in inches: its labels can be read on a phone
+N_TEST_IMAGES = 16  # shown with their predictions
+N_DIFFERING = 24  # shown of the test images with different predictions
 
 
 class Chart(NamedTuple):
-    """A picture for those who see it and one for those who do not; and its numbers."""
+    """A picture with its text for screen readers, and its numbers."""
 
     caption: str
     svg: Markup
     table: Table | None
 
 
-class Tile(NamedTuple):
-    """One image of the data set and what is said of it: pairs of a text and "good", "bad" or ""."""
+class ImageTile(NamedTuple):
+    """One image of the data set; the lines below it have the style "good", "bad" or ""."""
 
     source: str
     text: str
@@ -53,7 +58,7 @@ def typed_command(command: list[str]) -> list[str]:
 
 def write_report_page(
     folder: Path,
-    report: dict[str, Any],
+    report: ReportJson,
     records: Records,
     dataset: Dataset,
     twins: Twins | None = None,
@@ -63,84 +68,90 @@ def write_report_page(
 
     Args:
         report: what `report.json` holds.
-        records: by lens and backend, the runs.
-        dataset: what they were trained on.
-        twins: by lens and backend, the runs' twins.
-        sample: indices of training images, in the order in which the run sees them; the first
-            images if None.
+        records: the runs, by precision and backend.
+        dataset: the data of the runs.
+        twins: the twins of each run, by precision and backend.
+        sample: int64 (images,), the training images to show, in the order in which the run sees
+            them; None shows the first of the data.
 
     Raises:
         RecordError: if the file cannot be written.
     """
-    lenses = report["lenses"]
+    comparisons = report["lenses"]
     with drawing():
         sections = [
-            _lens(lens, records[lens["dtype"]], dataset, (twins or {}).get(lens["dtype"], {}))
-            for lens in lenses
+            _section(
+                comparison,
+                records[comparison["dtype"]],
+                dataset,
+                (twins or {}).get(comparison["dtype"], {}),
+            )
+            for comparison in comparisons
         ]
     values = {
         "verdict": "" if report.get("cut_short") else report["verdict"],
         "sentence": sentence(report),
         "name": f"{report['data']['name']}, {report.get('recipe', 'a run')}",
-        "lenses": sections,
+        "comparisons": sections,
         "ordered": sample is not None,
         "training": [
-            _tile(
+            _image_tile(
                 dataset.train_images[index],
                 "training image",
                 dataset.classes[dataset.train_labels[index]],
             )
             for index in first_images(dataset, sample)
         ],
-        "tested": _tested(lenses[0], records[lenses[0]["dtype"]], dataset),
+        "tested": _tested(comparisons[0], records[comparisons[0]["dtype"]], dataset),
         "command": shlex.join(typed_command(report["command"])),
         "facts": tables.facts(report),
     }
-    return write_page(Path(folder, "report.html"), "report.html.jinja", **_readable(values))
+    escaped = {name: _escaped(value) for name, value in values.items()}
+    return write_page(Path(folder, "report.html"), "report.html.jinja", **escaped)
 
 
-def _readable(value: Any) -> Any:
-    """Every text within `value` that is no markup, with what cannot be printed escaped."""
+def _escaped(value: object) -> object:
+    """`value` with every text in it escaped (`text.escape`), except markup."""
     if isinstance(value, str):
-        return value if isinstance(value, Markup) else safe(value)
+        return value if isinstance(value, Markup) else escape(value)
     if isinstance(value, dict):
-        return {key: _readable(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_readable, value))
-    return [_readable(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, Chart | Table | ImageTile):
+        return value._make(map(_escaped, value))
+    return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-# --- One lens
+# --- One precision
 
 
-def _lens(
-    lens: dict[str, Any], runs: Runs, dataset: Dataset, twins: dict[str, list[Record]]
-) -> dict[str, Any]:
-    dtype, both = lens["dtype"], len(runs) == 2
-    verdict = {
-        "agree": "the runs agree",
-        "disagree": "the runs disagree",
-        "diverged": "both runs diverge",
-    }.get(lens["verdict"], "one run")
-    names = charts.ranked(lens, dataset.classes)
-    window = charts.smoothing(runs)
+def _section(
+    comparison: ComparisonJson, runs: Runs, dataset: Dataset, twins: dict[str, list[Record]]
+) -> dict[str, object]:
+    """The values of one precision's part of the page."""
+    dtype, both = comparison["dtype"], len(runs) == 2
+    names = chart_data.by_accuracy(comparison, dataset.classes)
+    window = chart_data.smoothing(runs)
+    checks = [tables.worst_checks(comparison), tables.checks(comparison)]
     return {
         "dtype": dtype,
-        "heading": f"{dtype}, {counted(lens['steps'], 'step')}: {verdict}",
-        "sure": alt_text.how_sure(lens),
-        "located": lens.get("located"),
-        "offenders": tables.offenders(lens),
-        "losses": [_training(dtype, runs, window), *([_gap(lens, runs, twins)] if both else [])],
-        "ladder": [tables.condensed(lens), tables.ladder(lens)] if lens["ladder"] else [],
-        "stretches": tables.stretches(lens) if lens["stretches"] else None,
-        "classes": tables.classes(lens, dataset, names),
-        "class_charts": _class_charts(lens, names),
-        "confusion": _confusions(lens, runs, dataset),
-        "course": _course(dtype, runs, window),
-        "speed": tables.speed(lens),
+        "heading": heading(comparison, "disagree"),
+        "confidence": alt_text.confidence_summary(comparison),
+        "located": comparison.get("located"),
+        "worst_entries": tables.worst_entries(comparison),
+        "losses": [
+            _training(dtype, runs, window),
+            *([_gap(comparison, runs, twins)] if both else []),
+        ],
+        "checks": checks if comparison["ladder"] else [],
+        "windows": tables.windows(comparison) if comparison["stretches"] else None,
+        "classes": tables.classes(comparison, dataset, names),
+        "class_charts": _class_charts(comparison, names),
+        "confusion": _confusions(comparison, runs, dataset),
+        "rate_and_norm": _rate_and_norm(dtype, runs, window),
+        "speed": tables.speed(comparison),
         "differing": _differing(runs, dataset) if both else [],
-        "count": int(np.sum(_apart(runs))) if both else 0,
-        "total": lens["predictions_total"],
+        "n_differing": int(np.sum(_different(runs))) if both else 0,
+        "total": comparison["predictions_total"],
         "both": both,
     }
 
@@ -150,51 +161,54 @@ def _panel(
     caption: str,
     text: str,
     height: float,
-    draw: Callable[[Any], None],
+    draw: Callable[[Axes], None],
     table: Table | None,
     legend: int = 0,
 ) -> Chart:
-    """A chart of one panel, with `legend` columns of names below it."""
+    """A chart of one panel.
+
+    Args:
+        legend: the number of columns of the legend below it; 0 for none.
+    """
     figure = new_figure(WIDTH, height)
     draw(figure.subplots())
     if legend:
         figure.legend(loc="outside lower center", ncols=legend, frameon=False, fontsize=8)
-    return Chart(caption, Markup(to_inline(figure, f"x-{key}", safe(text))), table)
+    return Chart(caption, Markup(to_inline(figure, f"x-{key}", escape(text))), table)
 
 
 def _training(dtype: str, runs: Runs, window: int) -> Chart:
-    caption = "Training loss" + (
-        f": thin, each step; thick, the mean of {window:,} steps" if window > 1 else ""
-    )
+    lines = f": thin line, each step; thick line, the mean of {window:,} steps"
+    caption = f"Training loss{lines if window > 1 else ''}"
     return _panel(
         f"loss-{dtype}",
         f"{caption}.",
-        alt_text.course(f"Training loss, {dtype}, in nats", runs, "loss", window),
+        alt_text.series_text(f"Training loss, {dtype}, in nats", runs, "loss", window),
         3.4,
         lambda axes: charts.draw_series(axes, runs, "loss", "cross entropy, nats", window),
         tables.losses(dtype, runs, window),
     )
 
 
-def _gap(lens: dict[str, Any], runs: Runs, twins: dict[str, list[Record]]) -> Chart:
-    over = "over the gap between twins of one framework, and " if any(twins.values()) else ""
+def _gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> Chart:
+    band = ", the gap between twins of one framework (grey)," if any(twins.values()) else ""
     return _panel(
-        f"gap-{lens['dtype']}",
-        f"Gap between the two training losses, {over}under its bound.",
-        alt_text.gap(lens, runs, twins),
+        f"gap-{comparison['dtype']}",
+        f"Gap between the two training losses{band} and its bound.",
+        alt_text.gap(comparison, runs, twins),
         3.4,
-        lambda axes: charts.draw_gap(axes, lens, runs, twins),
-        tables.gap(lens, runs, twins),
+        lambda axes: charts.draw_gap(axes, comparison, runs, twins),
+        tables.gap(comparison, runs, twins),
         legend=2,
     )
 
 
-def _course(dtype: str, runs: Runs, window: int) -> list[Chart]:
+def _rate_and_norm(dtype: str, runs: Runs, window: int) -> list[Chart]:
     return [
         _panel(
             f"lr-{dtype}",
             "Learning rate of each step.",
-            alt_text.course(f"Learning rate, {dtype},", runs, "lr"),
+            alt_text.series_text(f"Learning rate, {dtype},", runs, "lr"),
             2.8,
             lambda axes: charts.draw_series(axes, runs, "lr", "learning rate"),
             tables.series(f"Learning rate, {dtype}", runs, "lr"),
@@ -202,7 +216,7 @@ def _course(dtype: str, runs: Runs, window: int) -> list[Chart]:
         _panel(
             f"norm-{dtype}",
             "Euclidean norm of the whole gradient.",
-            alt_text.course(f"Gradient norm, {dtype},", runs, "gradient_norm", window),
+            alt_text.series_text(f"Gradient norm, {dtype},", runs, "gradient_norm", window),
             2.8,
             lambda axes: charts.draw_series(axes, runs, "gradient_norm", "gradient norm", window),
             tables.series(f"Gradient norm, {dtype}", runs, "gradient_norm"),
@@ -210,79 +224,82 @@ def _course(dtype: str, runs: Runs, window: int) -> list[Chart]:
     ]
 
 
-def _class_charts(lens: dict[str, Any], names: list[str]) -> list[Chart]:
-    """Both show the same classes in the same rows; their numbers are those of `tables.classes`."""
-    shown, note = charts.extremes(names)
-    height, which = charts.class_height(lens) * len(shown), f": {note}" if note else ""
+def _class_charts(comparison: ComparisonJson, names: list[str]) -> list[Chart]:
+    """Accuracies and their differences, with the same classes in the same rows; `tables.classes`
+    has the numbers."""
+    shown, note = chart_data.extremes(names)
+    height, which = charts.class_height(comparison) * len(shown), f": {note}" if note else ""
     drawn = [
         _panel(
-            f"classes-{lens['dtype']}",
+            f"classes-{comparison['dtype']}",
             f"Accuracy per class, weakest first{which}.",
-            alt_text.classes(lens, names),
+            alt_text.classes(comparison, names),
             height + 1.3,
-            lambda axes: charts.draw_classes(axes, lens, shown),
+            lambda axes: charts.draw_classes(axes, comparison, shown),
             None,
             legend=2,
         )
     ]
-    if differences := lens.get("class_differences"):
+    if differences := comparison.get("class_differences"):
         drawn.append(
             _panel(
-                f"differences-{lens['dtype']}",
-                f"Difference of the two accuracies, with {100 * CONFIDENCE:g} % intervals that hold for all "
-                f"{len(differences):,} classes together.",
-                alt_text.differences(lens, names),
+                f"differences-{comparison['dtype']}",
+                f"Difference of the two accuracies, with {100 * CONFIDENCE:g} % intervals that "
+                f"hold for all {len(differences):,} classes together.",
+                alt_text.differences(comparison, names),
                 height + 1.3,
-                lambda axes: charts.draw_differences(axes, lens, shown),
+                lambda axes: charts.draw_differences(axes, comparison, shown),
                 None,
             )
         )
     return drawn
 
 
-def _confusions(lens: dict[str, Any], runs: Runs, dataset: Dataset) -> list[Chart]:
-    dtype, names = lens["dtype"], dataset.classes
-    backends = [name for name in BACKENDS if name in runs]
-    shown, note = charts.shown_classes(lens, names)
-    which = f" Drawn are {note}." if note else ""
+def _confusions(comparison: ComparisonJson, runs: Runs, dataset: Dataset) -> list[Chart]:
+    dtype, names = comparison["dtype"], dataset.classes
+    shown, note = chart_data.shown_classes(comparison, names)
+    which = f" The chart shows {note}." if note else ""
     counts = {
-        name: charts.confusion_counts(runs[name].predictions, dataset.test_labels, len(names))
-        for name in backends
+        name: chart_data.confusion_counts(runs[name].predictions, dataset.test_labels, len(names))
+        for name in BACKENDS
+        if name in runs
     }
     drawn = [
         _panel(
             f"confusion-{name}-{dtype}",
-            f"{name}: what the test images of each class (rows) were taken for, in per cent.{which}",
+            f"{name}: predicted classes (columns) for the test images of each class (rows), "
+            f"in per cent.{which}",
             alt_text.confusion(name, runs[name], dataset.test_labels, names, dtype),
             4.4,
             functools.partial(
                 charts.draw_confusion,
-                counts=counts[name],
+                counts=each,
                 shown=shown,
                 classes=names,
                 colour=COLOURS[name],
             ),
             tables.matrix(
-                f"Test images of {name}, {dtype}: the true class, and for what it was taken",
-                counts[name],
+                f"Test images by true class (rows) and by the class that {name} predicts "
+                f"(columns), {dtype}",
+                each,
                 shown,
                 names,
             ),
         )
-        for name in backends
+        for name, each in counts.items()
     ]
-    if len(backends) == 2:
+    if len(counts) == 2:
         more = counts["torch"] - counts["flax"]
         drawn.append(
             _panel(
                 f"confusion-difference-{dtype}",
-                f"Test images that torch (+) or flax (-) took more often for a class.{which}",
+                f"Test images that torch (+) or flax (-) predicts more often as a class.{which}",
                 alt_text.confusion_difference(more, names, dtype),
                 4.4,
                 functools.partial(
                     charts.draw_confusion_difference, counts=more, shown=shown, classes=names
                 ),
-                tables.matrix(f"Test images, torch less flax, {dtype}", more, shown, names),
+                tables.matrix(f"Test images, torch minus flax, {dtype}", more, shown, names),
             )
         )
     return drawn
@@ -291,41 +308,45 @@ def _confusions(lens: dict[str, Any], runs: Runs, dataset: Dataset) -> list[Char
 # --- Images
 
 
-def _tested(lens: dict[str, Any], runs: Runs, dataset: Dataset) -> dict[str, Any]:
-    chosen = range(min(TESTED, len(dataset.test_images)))
-    return {"dtype": lens["dtype"], "tiles": [_predicted(index, runs, dataset) for index in chosen]}
+def _tested(comparison: ComparisonJson, runs: Runs, dataset: Dataset) -> dict[str, object]:
+    chosen = range(min(N_TEST_IMAGES, len(dataset.test_images)))
+    return {
+        "dtype": comparison["dtype"],
+        "tiles": [_predicted(index, runs, dataset) for index in chosen],
+    }
 
 
-def _apart(runs: Runs) -> np.ndarray:
-    """bool (test images,): of which the two runs say different classes."""
+def _different(runs: Runs) -> np.ndarray:
+    """bool (test images,): whether the two runs predict different classes."""
     one, other = runs["torch"].predictions, runs["flax"].predictions
     shared = min(len(one), len(other))
     return one[:shared] != other[:shared]
 
 
-def _differing(runs: Runs, dataset: Dataset) -> list[Tile]:
+def _differing(runs: Runs, dataset: Dataset) -> list[ImageTile]:
     return [
         _predicted(index, runs, dataset)
-        for index in np.flatnonzero(_apart(runs))[:DIFFERENT].tolist()
+        for index in np.flatnonzero(_different(runs))[:N_DIFFERING].tolist()
     ]
 
 
-def _predicted(index: int, runs: Runs, dataset: Dataset) -> Tile:
+def _predicted(index: int, runs: Runs, dataset: Dataset) -> ImageTile:
     lines = []
     for name in BACKENDS:
         if name in runs:
-            said, right = guessed(runs[name], index, dataset)
-            lines.append(
-                (f"{name}: {said}, {'right' if right else 'wrong'}", "good" if right else "bad")
-            )
+            guess, right = prediction(runs[name], index, dataset)
+            text = f"{name}: {guess}, {'right' if right else 'wrong'}"
+            lines.append((text, "good" if right else "bad"))
     truth = dataset.classes[dataset.test_labels[index]]
-    return _tile(dataset.test_images[index], f"test image {index:,}", truth, lines)
+    return _image_tile(dataset.test_images[index], f"test image {index:,}", truth, lines)
 
 
-def _tile(image: np.ndarray, what: str, truth: str, lines: Iterable[tuple[str, str]] = ()) -> Tile:
+def _image_tile(
+    image: np.ndarray, what: str, truth: str, lines: Iterable[tuple[str, str]] = ()
+) -> ImageTile:
     from PIL import Image
 
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-    return Tile(source, f"{what}: {truth}", [(truth, ""), *lines])
+    return ImageTile(source, f"{what}: {truth}", [(truth, ""), *lines])

@@ -1,20 +1,19 @@
-"""Pages: one HTML file each, which opens from disk and asks the network for nothing."""
+"""HTML pages, each one file that opens from disk and needs no network."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lockstep.common.system.storage import write_atomic
 
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Fill one of `templates/` and keep it as `path`, whole or not at all.
+def write_page(path: Path, template: str, **values: object) -> Path:
+    """Fill one of `templates/` and write it to `path`, whole or not at all.
 
-    Everything but what is marked as markup is escaped; a name that a template asks for and `values`
-    lacks is an error.
+    Text is escaped unless it is `Markup`. A name that the template uses and `values` lacks is an
+    error.
 
     Raises:
         RecordError: if the file cannot be written.

@@ -27,6 +27,8 @@ from lockstep.common.system.process import Report, WorkerFailed, WorkerProcess
 if TYPE_CHECKING:
     import numpy as np
 
+    from lockstep.common.report.json import ReportJson
+
 # Training images from which on it pays: the worker takes some seconds to start.
 MIN_IMAGES = 8_000
 STOP_TIMEOUT = 30.0  # seconds that the worker has to save a checkpoint, before it is ended
@@ -304,7 +306,7 @@ class WorkerCommands:
         # Half a second, in which the other backend may be training.
         importlib.import_module("matplotlib.figure")
 
-    def write_images(self, report: Mapping[str, object], sample: np.ndarray) -> None:
+    def write_images(self, report: ReportJson, sample: np.ndarray) -> None:
         """The images of a report on all that was trained.
 
         Args:
@@ -318,4 +320,4 @@ class WorkerCommands:
             found = {name: self.trainer.read_records(name, dtype, numbers) for name in BACKENDS}
             runs[dtype] = {name: records[0] for name, records in found.items()}
             twins[dtype] = {name: records[1:] for name, records in found.items()}
-        write_pictures(self.trainer.folder, dict(report), runs, self.trainer.dataset, twins, sample)
+        write_pictures(self.trainer.folder, report, runs, self.trainer.dataset, twins, sample)

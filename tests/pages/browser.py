@@ -25,9 +25,12 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-REMEDY = "the pages are not opened: pip install -e '.[dev]', and install Chromium (playwright install chromium)"
+HINT = (
+    "the pages are not opened: pip install -e '.[dev]', and install Chromium "
+    "(playwright install chromium)"
+)
 
-# Folded parts are unfolded, for they are read as well; then the first elements that reach beyond
+# Unfolds folded elements, which are read as well, and finds the first elements that reach beyond
 # the window.
 WIDER = """() => {
     document.querySelectorAll("details").forEach(details => { details.open = true });
@@ -52,10 +55,10 @@ class Fault(NamedTuple):
 def chromium() -> Iterator[Any]:
     """A headless Chromium; where there is none, or playwright or axe is missing, the test is
     skipped."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {REMEDY}")
+    sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {HINT}")
     pytest.importorskip(
         "axe_playwright_python.sync_playwright",
-        reason=f"axe-playwright-python is missing; {REMEDY}",
+        reason=f"axe-playwright-python is missing; {HINT}",
     )
     with sync_api.sync_playwright() as playwright:
         found = executable(playwright.chromium.executable_path)
@@ -71,7 +74,7 @@ def executable(own: str) -> str:
     skipped."""
     found = next(filter(None, map(shutil.which, NAMES)), own)
     if not Path(found).exists():
-        pytest.skip(f"no Chromium is found; {REMEDY}")
+        pytest.skip(f"no Chromium is found; {HINT}")
     return found
 
 

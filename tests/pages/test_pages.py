@@ -17,11 +17,12 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.report import write_report_page
 from lockstep.common.report.template import write_page
+from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.session import make_report
+from lockstep.common.verdict.compare import compare
 from tests.pages.browser import Fault, chromium, examine, executable
-from tests.report.test_report import found
-from tests.verdict.helpers import compared
+from tests.report.helpers import found
 from tests.verdict.test_compare import CLASSES, LABELS, STEPS
 from tests.verdict.test_compare import make as record
 
@@ -35,7 +36,7 @@ COMMITTED = [
     if "runs" not in path.parts and not path.parent.name.endswith(ALIKE)
 ]
 
-Lenses = dict[str, dict[str, Record]]
+Records = dict[str, dict[str, Record]]
 Maker = Callable[[Path], Path]  # makes a page in a folder and returns its file
 
 
@@ -54,23 +55,28 @@ def base(folder: Path) -> Path:
 
 
 def report_page(
-    folder: Path, lenses: Lenses, classes: tuple[str, ...] = CLASSES, cut_short: str | None = None
+    folder: Path, records: Records, classes: tuple[str, ...] = CLASSES, cut_short: str | None = None
 ) -> Path:
     """`report.html` of made runs: by dtype, the records of each backend."""
     pixels = np.random.default_rng(0).integers(0, 256, (len(LABELS), 32, 32, 3), np.uint8)
     dataset = Dataset("made", pixels, LABELS, pixels, LABELS, classes)
     twins = {
-        dtype: {name: twins_of(name, dtype) for name in runs} for dtype, runs in lenses.items()
+        dtype: {name: twins_of(name, dtype) for name in runs} for dtype, runs in records.items()
     }
-    judged = [compared(runs, {**twins[dtype]}, LABELS) for dtype, runs in lenses.items()]
-    for lens in judged:
-        if lens["verdict"] == "disagree":
-            lens["located"] = found()
+    comparisons = []
+    for dtype, runs in records.items():
+        ensembles = {
+            name: Ensemble(run, tuple(twins[dtype].get(name, ()))) for name, run in runs.items()
+        }
+        comparisons.append(compare(ensembles, LABELS))
     config = Config(steps=STEPS).resolve(len(LABELS))
     report = make_report(
-        "quick", config, dataset, ["--steps", str(STEPS)], lenses, judged, cut_short
+        "quick", config, dataset, ["--steps", str(STEPS)], records, comparisons, cut_short
     )
-    return write_report_page(folder, report, lenses, dataset, twins, np.arange(32))
+    for comparison in report["lenses"]:
+        if comparison["verdict"] == "disagree":
+            comparison["located"] = found()
+    return write_report_page(folder, report, records, dataset, twins, np.arange(32))
 
 
 def twins_of(name: str, dtype: str) -> list[Record]:
@@ -96,8 +102,8 @@ def one_backend(folder: Path) -> Path:
 
 
 def a_run_cut_short(folder: Path) -> Path:
-    lenses = {"float64": pair("float64"), "float32": {"torch": record("torch", "float32")}}
-    return report_page(folder, lenses, cut_short="flax float32 was interrupted at step 12 of 500")
+    records = {"float64": pair("float64"), "float32": {"torch": record("torch", "float32")}}
+    return report_page(folder, records, cut_short="flax float32 was interrupted at step 12 of 500")
 
 
 def hostile_names(folder: Path) -> Path:
@@ -165,7 +171,10 @@ def test_a_page_can_be_read_by_everyone(faults: list[Fault]) -> None:
 
 # --- The controls: what is broken on purpose is seen
 
-FINE = '<h1>Lockstep</h1><p>Nothing is wrong here.</p><img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" alt="nothing">'
+FINE = (
+    "<h1>Lockstep</h1><p>Nothing is wrong here.</p><img "
+    'src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" alt="nothing">'
+)
 EVERYWHERE = ["light, 390", "light, 1440", "dark, 390", "dark, 1440"]
 # What is added to the page; the kind of fault that it is; what is said of it; and where.
 BROKEN = {

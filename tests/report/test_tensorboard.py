@@ -19,11 +19,11 @@ from lockstep.common.report import tensorboard as written
 from lockstep.common.report.tensorboard import (
     MAX_POINTS,
     check_tensorboard,
-    kept,
+    kept_steps,
     write_tensorboard,
 )
 from lockstep.common.runs.record import Record
-from tests.report.test_report import HOSTILE, PLAIN, dataset, make, record
+from tests.report.helpers import HOSTILE, PLAIN, dataset, make, record
 
 pytest.importorskip(
     "tensorboard", reason="TensorBoard is not installed: pip install -e '.[tensorboard]'"
@@ -33,7 +33,7 @@ Records = dict[str, dict[str, Record]]
 
 
 def runs(*backends: str) -> Records:
-    """Two lenses; torch and flax differ in float32, in every series and in the predictions of
+    """Two precisions; torch and flax differ in float32, in every series and in the predictions of
     images 2, 5 and 8."""
     records: Records = {
         dtype: {name: record(name, dtype) for name in backends} for dtype in ("float64", "float32")
@@ -53,9 +53,7 @@ def runs(*backends: str) -> Records:
     return records
 
 
-def write(
-    folder: Path, records: Records, data: Dataset | None = None, **options: Any
-) -> dict[str, Any]:
+def write(folder: Path, records: Records, data: Dataset | None = None, **options: Any) -> Any:
     """Write `records` and read every event file back: by the folder's name, an accumulator that
     keeps all it finds."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -104,7 +102,9 @@ def test_every_step_of_a_run_is_there_as_recorded(tmp_path: Path, backend: str, 
     assert not same(found, "loss", mine.loss[:-1])
 
 
-def test_the_gap_is_that_of_the_two_runs_and_a_lens_with_one_run_has_none(tmp_path: Path) -> None:
+def test_the_gap_is_that_of_the_two_runs_and_a_precision_with_one_run_has_none(
+    tmp_path: Path,
+) -> None:
     records = runs("torch", "flax")
     found = write(tmp_path / "both", records)
     one, other = records["float32"].values()
@@ -154,7 +154,7 @@ def test_a_class_without_test_images_has_no_accuracy(tmp_path: Path) -> None:
     assert "accuracy per class/deer" in tags and "accuracy per class/dog" not in tags
 
 
-def test_twins_are_runs_beside_the_run(tmp_path: Path) -> None:
+def test_twins_are_runs_next_to_the_run(tmp_path: Path) -> None:
     kin = [record("torch", "float32", 1e-5, twin) for twin in (1, 2)]
     found = write(tmp_path, runs("torch", "flax"), twins={"float32": {"torch": kin}})
     for twin, mine in enumerate(kin, start=1):
@@ -209,7 +209,7 @@ def test_hostile_names_are_written_escaped(tmp_path: Path) -> None:
     "steps", [1, 2, MAX_POINTS - 1, MAX_POINTS, MAX_POINTS + 1, 37_500, 1_000_000]
 )
 def test_of_a_long_run_evenly_many_steps_are_kept_with_the_first_and_the_last(steps: int) -> None:
-    chosen = kept(steps)
+    chosen = kept_steps(steps)
     assert (chosen[0], chosen[-1], len(chosen)) == (0, steps - 1, len(set(chosen)))
     assert min(steps, MAX_POINTS / 2) <= len(chosen) <= MAX_POINTS
     assert (chosen == list(range(steps))) == (steps <= MAX_POINTS)
@@ -222,7 +222,7 @@ def test_a_long_run_is_thinned_and_its_steps_keep_their_numbers(tmp_path: Path) 
     mine = dataclasses.replace(records["float64"]["torch"], loss=long, lr=long, gradient_norm=long)
     found = write(tmp_path, {"float64": {"torch": mine}})["float64/torch"]
     steps, values = series(found, "loss")
-    assert steps == kept(len(long)) and len(steps) < len(long)
+    assert steps == kept_steps(len(long)) and len(steps) < len(long)
     assert np.array_equal(values, long[steps].astype(np.float32))
 
 

@@ -11,28 +11,28 @@ from typing import Any
 import pytest
 
 from lockstep.common.report import Terminal, sentence
-from tests.report.test_report import HOSTILE, PLAIN, Tty, found, make, printed
+from tests.report.helpers import HOSTILE, PLAIN, Tty, found, make, printed
 
 CUT = "flax float32 was interrupted at step 12 of 500"
 LONG = tuple(f"{k}-" + "abcdefghij" * 6 for k in range(10))
 COLUMNS = 80
 
 
-def large(*verdicts: str, classes: tuple[str, ...] = LONG) -> dict[str, Any]:
+def large(*verdicts: str, classes: tuple[str, ...] = LONG) -> Any:
     """A report whose every table holds the widest that a run can put there."""
     report = make(*verdicts, classes=classes)
-    for lens in report["lenses"]:
+    for each in report["lenses"]:
         row = {
             "stage": "update",
             "step": 37_499,
             "tensor": "momentum of layer4.block2.conv1.kernel",
             "bound": 1.2e-300,
         }
-        lens["steps"] = 37_500
-        lens["ladder"] += [
+        each["steps"] = 37_500
+        each["ladder"] += [
             row | {"gap": gap, "agrees": gap is not None} for gap in (2.5e-300, None)
         ]
-        lens["ladder"].append(
+        each["ladder"].append(
             row | {"stage": "evaluate", "tensor": f"accuracy of {classes[0]}", "gap": 0.1234} | GOOD
         )
         span = {
@@ -42,16 +42,16 @@ def large(*verdicts: str, classes: tuple[str, ...] = LONG) -> dict[str, Any]:
             "bound": 2.4e-300,
             "agrees": True,
         }
-        lens["stretches"] += [
+        each["stretches"] += [
             span | {"quantity": name, "gap": None} for name in ("gradient_norm", "mean loss")
         ]
-        lens["twins"] = {name: [{"predictions_equal": 10_000}] * 6 for name in ("torch", "flax")}
+        each["twins"] = {name: [{"predictions_equal": 10_000}] * 6 for name in ("torch", "flax")}
         wide = {"difference": -1.0, "low": -1.0, "high": 1.0}
-        lens["class_differences"] = dict.fromkeys(classes, wide)
-        lens["per_class_accuracy"] = {
+        each["class_differences"] = dict.fromkeys(classes, wide)
+        each["per_class_accuracy"] = {
             name: dict.fromkeys(classes, 1.0) for name in ("torch", "flax")
         }
-        lens["final_loss"] = {"torch": 1e300, "flax": None}
+        each["final_loss"] = {"torch": 1e300, "flax": None}
     return report
 
 
@@ -78,7 +78,7 @@ def first_column(text: str) -> str:
     return "".join(line.split(" ")[0] for line in text.splitlines())
 
 
-def on_a_terminal(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+def on_a_terminal(report: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a window of 80 columns and 24 lines shows, without its colours and what fills the
     lines."""
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
@@ -144,12 +144,12 @@ def everything(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Tty], ids=["pipe", "terminal"])
-def test_beside_a_report_in_json_all_that_is_said_goes_to_standard_error(
+def test_with_a_report_in_json_every_line_goes_to_standard_error(
     stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out, err = stream(), stream()
-    everything(Terminal(stdout=out, stderr=err, aside=True, verbose=True))
+    everything(Terminal(stdout=out, stderr=err, to_stderr=True, verbose=True))
     assert out.getvalue() == ""
     seen = err.getvalue()
     for said in (
@@ -166,9 +166,9 @@ def test_beside_a_report_in_json_all_that_is_said_goes_to_standard_error(
     assert "hello" in out.getvalue() and "hello" not in err.getvalue()
 
 
-def test_a_quiet_terminal_beside_json_says_the_sentence_on_standard_error() -> None:
+def test_a_quiet_terminal_with_json_prints_the_sentence_on_standard_error() -> None:
     out, err = io.StringIO(), io.StringIO()
-    Terminal(True, out, err, aside=True).verdict(make("agree"))
+    Terminal(True, out, err, to_stderr=True).verdict(make("agree"))
     assert (out.getvalue(), err.getvalue()) == ("", sentence(make("agree")) + "\n")
 
 
@@ -244,11 +244,11 @@ def test_tables_are_printed_only_where_they_are_asked_for() -> None:
     assert "accuracy torch 60.0 %, flax 60.0 %" in " ".join(short.split())
 
 
-def test_the_drift_of_twins_has_a_column_only_where_there_are_twins() -> None:
+def test_the_spread_of_twins_has_a_column_only_where_there_are_twins() -> None:
     report = make("agree")
-    assert "twins' drift" not in printed(report)
+    assert "twins' spread" not in printed(report)
     report["lenses"][0]["stretches"][0]["drift"] = 1e-15
-    assert "twins' drift" in printed(report)
+    assert "twins' spread" in printed(report)
 
 
 def test_the_first_steps_and_the_whole_run_have_each_their_rows() -> None:
@@ -270,3 +270,187 @@ def test_the_first_steps_and_the_whole_run_have_each_their_rows() -> None:
     ]
     assert places == sorted(places)
     assert "whole run" not in printed(make("agree"))
+
+
+# --- What is printed
+
+
+class Ascii(io.TextIOWrapper):
+    """A pipe of a process whose locale knows ASCII only."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii", errors="strict")
+
+    def text(self) -> str:
+        self.flush()
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize(
+    "verdicts", [("agree", "agree"), ("disagree", "agree"), ("single",)], ids="-".join
+)
+@pytest.mark.parametrize(
+    "classes",
+    [PLAIN, HOSTILE, tuple("w" * 50 + c for c in PLAIN)],
+    ids=["plain", "hostile", "long"],
+)
+def test_what_goes_to_a_pipe_is_plain_text_of_eighty_columns(
+    verdicts: tuple[str, ...], classes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    text = printed(
+        make(
+            *verdicts,
+            classes=classes,
+            backends=("torch", "flax") if len(verdicts) == 2 else ("flax",),
+        )
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_a_failure_is_marked_in_words_and_what_is_not_finite_says_so() -> None:
+    text = printed(make("disagree"))
+    assert "DISAGREE" in text and " NO\n" in text and "not finite" in text and "no images" in text
+    assert " NO\n" not in printed(make("agree"))
+
+
+def located(found: Any) -> str:
+    out = io.StringIO()
+    Terminal(stdout=out, stderr=io.StringIO()).located(found)
+    return out.getvalue()
+
+
+def test_where_runs_diverge_is_shown_with_what_is_likely_and_the_entries_that_differ_most() -> None:
+    text = located(found(pattern="flax is 3 times torch"))
+    flat = " ".join(text.split())
+    assert (
+        "Where they differ first: forward: step 17: conv1: torch=1 flax=3, gap 2.0e+00 > 1.0e-07 "
+        "(replayed: both" in flat
+    )
+    assert "In conv1: flax is 3 times torch." in flat
+    assert flat.count("A likely cause: ") == 2 and "padding (Flax pads SAME by default)" in flat
+    rows = text[text.index("largest differences in conv1") :].splitlines()
+    assert rows[0].split() == ["largest", "differences", "in", "conv1", "torch", "flax"]
+    assert [row.split() for row in rows[2:5]] == [
+        ["[1,", "0]", "not", "finite", "3"],
+        ["[1,", "1]", "4", "0.333333333"],
+        ["[0,", "0]", "1", "3"],
+    ]
+    assert len(rows) == 5  # what is the same is no difference
+
+
+def test_where_runs_diverge_is_said_without_what_is_not_known() -> None:
+    text = located(found(pattern=None, offenders=[], causes=[]))
+    assert (
+        text.startswith("Where they differ first: ")
+        and "likely" not in text
+        and "largest" not in text
+        and "In " not in text
+    )
+
+
+def test_only_a_report_of_runs_that_disagree_shows_where_they_diverge() -> None:
+    report = make("disagree", "agree")
+    assert "Where they differ first" not in printed(report)
+    report["lenses"][0]["located"] = found()
+    assert printed(report).count("Where they differ first") == 1
+    assert "Where they differ first" not in printed(report, quiet=True)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "w" * 70])
+def test_where_runs_diverge_is_plain_text_of_eighty_columns_whatever_a_layer_is_called(
+    name: str,
+) -> None:
+    text = located(found(name, pattern=name))
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert text.splitlines()[-1].split() == [
+        "[0,",
+        "0]",
+        "1",
+        "3",
+    ]  # a long name leaves room for the numbers
+
+
+def test_the_spread_of_the_twins_stands_next_to_the_gap() -> None:
+    report = make("agree", "agree")
+    report["lenses"][1]["stretches"] = [
+        report["lenses"][1]["stretches"][0] | {"gap": 3e-6, "drift": 2e-6, "bound": 1.6e-5},
+        report["lenses"][1]["stretches"][0]
+        | {"quantity": "mean loss", "gap": 1e-6, "drift": None, "bound": 1e-5},
+    ]
+    rows = [line.split() for line in printed(report).splitlines()]
+    assert ["loss", "0", "to", "39", "3e-06", "2e-06", "1.6e-05", "ok"] in rows
+    assert ["mean", "loss", "0", "to", "39", "1e-06", "-", "1e-05", "ok"] in rows
+
+
+def test_hostile_names_are_shown_escaped_and_not_obeyed() -> None:
+    text = printed(make("agree", classes=HOSTILE))
+    assert "\x1b" not in text and r"\x1b[31mred" in text
+    assert (
+        "<script>" in text
+        and "[red]bold" in text
+        and "$x_1$ costs $" in text
+        and r"猫\n\udce9" in text
+    )
+
+
+def test_a_pipe_that_knows_only_ascii_gets_escapes_instead_of_a_traceback() -> None:
+    out = Ascii()
+    terminal = Terminal(stdout=out, stderr=io.StringIO(), verbose=True)
+    terminal.line("caf\u00e9 [bold] \x07")
+    terminal.verdict(make("agree", classes=HOSTILE))
+    assert out.text().startswith(r"caf\xe9 [bold] \x07" + "\n\nfloat64, 40 steps")
+    assert r"\u732b\n" in out.text()
+
+
+def test_a_quiet_terminal_prints_the_sentence_alone() -> None:
+    out, err = io.StringIO(), Tty()
+    terminal = Terminal(True, out, err)
+    terminal.line("hello")
+    with terminal.progress("torch float64", 10) as advance:
+        advance(10, 2.3)
+    terminal.verdict(make("single", backends=("torch",)))
+    assert out.getvalue() == "Trained torch alone; nothing to compare it with.\n"
+    assert err.getvalue() == ""
+
+
+def test_a_pipe_gets_no_progress_bar() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    terminal = Terminal(stdout=out, stderr=err)
+    with terminal.progress("torch float64", 10) as advance:
+        advance(5, 2.3)
+        terminal.line("half")
+    assert (out.getvalue(), err.getvalue()) == ("half\n", "")
+
+
+def test_a_terminal_gets_a_bar_on_standard_error_and_the_lines_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    out, err = Tty(), Tty()
+    terminal = Terminal(stdout=out, stderr=err)
+    with terminal.progress("[red]torch\x07", 10) as advance:
+        advance(5, 2.25)
+        terminal.line("half")
+        advance(5, math.nan)
+    assert out.getvalue() == "half\n"
+    assert (
+        "5/10" in err.getvalue()
+        and "loss 2.250" in err.getvalue()
+        and "loss not finite" in err.getvalue()
+    )
+    assert "[red]torch" in err.getvalue() and "\x07" not in err.getvalue()
+
+
+def test_colour_is_for_terminals_and_never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Tty()
+    Terminal(stdout=out, stderr=Tty(), verbose=True).verdict(make("disagree"))
+    assert "\x1b[" in out.getvalue() and "NO" in out.getvalue()

@@ -916,8 +916,7 @@ class Records(Kind):
         if first and (first.step < record.FIRST_STEPS or first.stage == "evaluate"):
             location = locate.locate(first, runs[dtype], CONFIG, self.dataset, untrained)
             comparison = dataclasses.replace(comparison, location=location)
-        lens = comparison.to_json()
-        made = session.make_report("quick", CONFIG, self.dataset, [], runs, [lens], None)
+        made = session.make_report("quick", CONFIG, self.dataset, [], runs, [comparison], None)
         report.to_json(made)
         out = io.StringIO()
         report.Terminal(stdout=out, stderr=out).verdict(made)
@@ -1051,7 +1050,8 @@ class Plans(Kind):
             "--out",
             "begun",
         ]
-        made = session.Result({"verdict": "agree", "cut_short": None}, Path("begun"))
+        report: Any = {"verdict": "agree", "cut_short": None}
+        made = session.Result(report, Path("begun"))
         session.train_and_compare = lambda *given: made
         if compare.main([*arguments, "--quiet"]) != 0:
             raise RuntimeError("the valid run is refused")

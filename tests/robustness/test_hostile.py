@@ -401,7 +401,8 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     np.savez(
         "made.npz", allow_pickle=False, y_train=made.train_labels, y_test=made.test_labels, **images
     )
-    made_up = session.Result({"verdict": "agree", "cut_short": None}, tmp_path / "begun")
+    report: Any = {"verdict": "agree", "cut_short": None}
+    made_up = session.Result(report, tmp_path / "begun")
     monkeypatch.setattr(session, "train_and_compare", lambda *given: made_up)
     assert (
         compare.main(

@@ -1,0 +1,198 @@
+"""report.json: the keys of its schema, written and read.
+
+The keys are older than the names in the code: `lenses` are the comparisons, one per precision;
+`ladder` are the checks of single steps, `stretches` those of a range of steps; `drift` is the
+largest gap between twins, `beginners` counts twins of the first steps, `broken` is the step of a
+loss that is not finite, `legs` are the segments of a resumed run, `located` is where two runs
+diverge, `how` the method that found the place, `offenders` the entries that differ most. Keys that only newer
+reports have are `NotRequired`.
+
+The file holds JSON types only; a number that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NotRequired, TypedDict, cast
+
+import numpy as np
+
+from lockstep.common.errors import RecordError
+from lockstep.common.system.storage import write_atomic
+from lockstep.common.verdict.comparison import Rule, Verdict
+from lockstep.common.verdict.statistics import PairedDifference
+
+SCHEMA = 1
+
+
+class CheckJson(TypedDict):
+    """One comparison of one step."""
+
+    step: int
+    stage: str
+    tensor: str
+    gap: float | None
+    drift: NotRequired[float | None]
+    bound: float | None
+    agrees: bool
+    power: NotRequired[bool]  # whether some run would fail this check
+    measure: NotRequired[str]  # of the differences of a tensor's entries: largest or median
+
+
+class WindowJson(TypedDict):
+    """One comparison of the steps from `start` to `stop` - 1."""
+
+    quantity: str
+    start: int
+    stop: int
+    gap: float | None
+    drift: float | None
+    bound: float | None
+    agrees: bool
+    power: NotRequired[bool]  # whether some run would fail this check
+    measure: NotRequired[str]  # of the differences of a tensor's entries: largest or median
+
+
+class DivergenceJson(TypedDict):
+    """The first check that two runs fail."""
+
+    step: int
+    stage: str
+    tensor: str
+    gap: float | None
+    bound: float | None
+    torch: float | None
+    flax: float | None
+    message: str
+
+
+class EntryJson(TypedDict):
+    """One entry of a tensor in both runs."""
+
+    index: list[int]
+    torch: float | None
+    flax: float | None
+
+
+class LocationJson(DivergenceJson):
+    """Where two runs diverge, and what usually causes that."""
+
+    how: str
+    pattern: str | None
+    offenders: list[EntryJson]
+    causes: list[str]
+
+
+class TwinJson(TypedDict):
+    """How far one twin is from its run."""
+
+    max_abs_loss_gap: float | None
+    predictions_equal: int
+
+
+class ComparisonJson(TypedDict):
+    """Two runs compared in one precision, or one run described. By backend where a dictionary."""
+
+    dtype: str
+    steps: int
+    broken: NotRequired[dict[str, int | None]]  # reports of earlier versions have none
+    verdict: Verdict
+    diverged_at: NotRequired[int | None]  # the step at which both runs are not finite
+    no_power_from: NotRequired[int | None]  # the step from which on no check could fail
+    not_reproducible: NotRequired[dict[str, int]]  # the first step that a second run changed
+    score: NotRequired[float | None]  # of two runs; the three above and the two below, too
+    beginners: NotRequired[dict[str, int]]
+    class_differences: NotRequired[dict[str, PairedDifference]]  # by class
+    max_abs_loss_gap: float | None
+    bound: Rule
+    first_divergence: DivergenceJson | None
+    located: NotRequired[LocationJson]
+    ladder: list[CheckJson]
+    stretches: list[WindowJson]
+    final_loss: dict[str, float | None]
+    test_loss: dict[str, float | None]
+    accuracy: dict[str, float | None]
+    per_class_accuracy: dict[str, dict[str, float | None]]  # None: no test images
+    predictions_equal: int | None
+    predictions_total: int
+    twins: dict[str, list[TwinJson]]
+    steps_per_second: dict[str, float | None]
+    seconds: NotRequired[dict[str, float | None]]
+
+
+class DataJson(TypedDict):
+    """The data set; its other keys depend on its source."""
+
+    name: str
+    classes: list[str]
+
+
+class ReportJson(TypedDict):
+    """The report of one run of the program."""
+
+    schema: int
+    verdict: Verdict
+    cut_short: NotRequired[str | None]  # where the run was interrupted
+    command: list[str]
+    recipe: NotRequired[str]
+    config: dict[str, object]
+    environment: dict[str, dict[str, object]]
+    data: DataJson
+    lenses: list[ComparisonJson]
+
+
+def jsonable(value: object) -> object:
+    """`value` in JSON types: NumPy's scalars and arrays as Python's, paths as strings, non-finite
+    numbers as None."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return jsonable(value.tolist())
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, (float, np.generic)) and not isinstance(value, (str, bytes)):
+        number = float(value)  # bfloat16, too, is a generic
+        return number if math.isfinite(number) else None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def to_json(report: Mapping[str, object]) -> str:
+    """`report` as the text of its file."""
+    return json.dumps(jsonable(report), allow_nan=False, indent=1) + "\n"
+
+
+def write_json(report: Mapping[str, object], folder: Path) -> Path:
+    """Write `report` to `report.json` in `folder`, whole or not at all.
+
+    Raises:
+        RecordError: if the folder cannot be written.
+    """
+    path = Path(folder, "report.json")
+    write_atomic(path, to_json(report).encode())
+    return path
+
+
+def read_json(path: Path) -> ReportJson:
+    """The report in the file `path`, of this version of Lockstep or an earlier one.
+
+    Raises:
+        RecordError: if the file cannot be read, or holds something else.
+    """
+    hint = "give the report.json of a run"
+    try:
+        report = json.loads(path.read_bytes().decode())
+    except (OSError, RecursionError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read ({type(error).__name__}): {hint}") from error
+    if not isinstance(report, dict) or not {"schema", "verdict", "lenses"} <= report.keys():
+        raise RecordError(f"{path} is not the report of a run: {hint}")
+    if report["schema"] != SCHEMA:
+        raise RecordError(f"{path} has schema {report['schema']}; this version reads {SCHEMA}")
+    return cast("ReportJson", report)

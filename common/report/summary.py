@@ -1,0 +1,220 @@
+"""A report in words and in few rows: the result in one sentence, and the worst check of each
+stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from lockstep.common.config import BACKENDS
+from lockstep.common.protocol import STAGES
+from lockstep.common.report.json import (
+    CheckJson,
+    ComparisonJson,
+    EntryJson,
+    ReportJson,
+    WindowJson,
+)
+from lockstep.common.report.text import number, percent, plural
+from lockstep.common.verdict.comparison import common_nonfinite_step, format_distinct
+
+# stages whose tensors are compared during the first steps only
+FIRST_STEPS = "data", "weights", "forward", "backward"
+
+
+# --- Sentences
+
+
+def sentence(report: ReportJson) -> str:
+    """The result in plain words. For an interrupted run: where it stopped, and what its finished
+    precisions show."""
+    comparisons = report["lenses"]
+    if reason := report.get("cut_short"):
+        return f"The run was cut short: {reason.rstrip('.')}. {interrupted_text(comparisons)}"
+    return outcome(comparisons, report["verdict"])
+
+
+def interrupted_text(comparisons: Sequence[ComparisonJson]) -> str:
+    """The result of the precisions that were finished before an interruption."""
+    verdicts = {comparison["verdict"] for comparison in comparisons}
+    found = next((v for v in ("disagree", "diverged", "agree") if v in verdicts), None)
+    return outcome(comparisons, found) if found else "Nothing was compared."
+
+
+def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
+    """The result of a run, of all its precisions."""
+    if verdict == "single":
+        names = [name for name in BACKENDS if any(name in each["accuracy"] for each in comparisons)]
+        ends = nonfinite_steps(comparisons)
+        end = f"ended where its loss is not finite ({ends})" if ends else ""
+        return f"Trained {' and '.join(names)} alone; {end or 'nothing to compare it with'}."
+    if verdict == "agree":
+        return f"The two runs agree: {'; '.join(agreement_text(each) for each in comparisons)}."
+    disagreeing = [each for each in comparisons if each["verdict"] == "disagree"]
+    agreeing = [agreement_text(each) + "." for each in comparisons if each["verdict"] == "agree"]
+    if not disagreeing:
+        steps = ", ".join(
+            f"{each['dtype']}: step {step:,}"
+            for each in comparisons
+            if (step := each.get("diverged_at")) is not None
+        )
+        end = (
+            "Both runs diverge at the same step, where a loss or a gradient norm is not finite "
+            f"({steps}); up to there they agree: choose a smaller --lr."
+        )
+        return " ".join([end, *agreeing])
+    return " ".join(["The two runs disagree.", *map(divergence_text, disagreeing), *agreeing])
+
+
+def in_short(comparison: ComparisonJson) -> str:
+    """One precision in one line: its verdict, the accuracy, and how many predictions are equal."""
+    verdict = {"agree": "agree", "disagree": "DISAGREE", "diverged": "diverge together"}.get(
+        comparison["verdict"], "one run"
+    )
+    accuracy = ", ".join(
+        f"{name} {percent(comparison['accuracy'][name])}" for name in trained(comparison)
+    )
+    steps = plural(comparison["steps"], "step")
+    text = f"{comparison['dtype']}: {verdict} over {steps}; accuracy {accuracy}"
+    if comparison["predictions_equal"] is not None:
+        equal, total = comparison["predictions_equal"], comparison["predictions_total"]
+        text += f"; predictions equal: {equal:,} of {total:,}"
+    return f"{text}."
+
+
+def heading(comparison: ComparisonJson, disagree: str) -> str:
+    """As `float64, 40 steps: the runs agree`.
+
+    Args:
+        disagree: the word for runs that do not.
+    """
+    verdict = {
+        "agree": "the runs agree",
+        "disagree": f"the runs {disagree}",
+        "diverged": "the runs diverge together",
+    }.get(comparison["verdict"], "one run")
+    return f"{comparison['dtype']}, {plural(comparison['steps'], 'step')}: {verdict}"
+
+
+def agreement_text(comparison: ComparisonJson) -> str:
+    """How well the runs agree in one precision."""
+    dtype = comparison["dtype"]
+    if comparison["verdict"] == "single":
+        return f"{dtype} not compared, {' and '.join(comparison['accuracy'])} alone"
+    if dtype != "float64":
+        return f"{dtype} within what rounding explains"
+    gap = number(comparison["max_abs_loss_gap"])
+    if comparison["bound"].get("twins"):
+        return f"{dtype} within what rounding explains, which this run amplifies to {gap}"
+    over = f"over {plural(comparison['steps'], 'step')}"
+    rows: list[WindowJson] | list[CheckJson]
+    rows = [row for row in comparison["stretches"] if row["quantity"] == "loss"]
+    rows = rows or [row for row in comparison["ladder"] if row["stage"] == "loss"]
+    bounds = [row["bound"] for row in rows if row["bound"] is not None]
+    bound = f" (bound {number(max(bounds))})" if bounds else ""
+    return f"{dtype} within {gap} {over}{bound}"
+
+
+def divergence_text(comparison: ComparisonJson) -> str:
+    """Where the runs diverge in one precision."""
+    dtype = comparison["dtype"]
+    if first := comparison["first_divergence"]:
+        alone = (
+            " in evaluation alone, the training trajectories agree"
+            if first["stage"] == "evaluate"
+            else ""
+        )
+        return f"{dtype}{alone}: {first['message'].rstrip('.')}."
+    for row in comparison["stretches"]:
+        if not row["agrees"]:
+            last = max(row["start"], row["stop"] - 1)
+            gap = f"gap {number(row['gap'])} > {number(row['bound'], 'none')}"
+            return f"{dtype}: {row['quantity']}: steps {row['start']:,} to {last:,}: {gap}."
+    return f"{dtype}: gaps exceed their bounds."
+
+
+def nonfinite_steps(comparisons: Iterable[ComparisonJson]) -> str:
+    """As `float64: step 7, float32: step 6`: where all runs of a precision ended early."""
+    steps = {comparison["dtype"]: _nonfinite_step(comparison) for comparison in comparisons}
+    return ", ".join(f"{dtype}: step {step:,}" for dtype, step in steps.items() if step is not None)
+
+
+def _nonfinite_step(comparison: ComparisonJson) -> int | None:
+    return common_nonfinite_step(comparison.get("broken", {}).values())
+
+
+# --- Rows
+
+
+def trained(comparison: ComparisonJson) -> list[str]:
+    """The backends that ran."""
+    return [name for name in BACKENDS if name in comparison["accuracy"]]
+
+
+def merge_equal(windows: Iterable[WindowJson]) -> list[WindowJson]:
+    """Neighbouring step ranges of one quantity whose numbers are equal, as one: a constant learning
+    rate needs one row."""
+    merged: list[WindowJson] = []
+    for row in windows:
+        last = merged[-1] if merged else None
+        if last and last["stop"] == row["start"] and _without_steps(last) == _without_steps(row):
+            last["stop"] = row["stop"]
+        else:
+            merged.append(row.copy())
+    return merged
+
+
+def _without_steps(row: WindowJson) -> tuple[str, float | None, float | None, float | None, bool]:
+    return row["quantity"], row["gap"], row["drift"], row["bound"], row["agrees"]
+
+
+def worst_per_stage(checks: Sequence[CheckJson]) -> list[tuple[str, CheckJson, bool]]:
+    """The worst check of each stage, once for the first steps and once for the whole run, and
+    whether all agree.
+
+    Worst is a check that fails, then one that is not finite, then the largest gap over its bound.
+    """
+    last_first = max((row["step"] for row in checks if row["stage"] in FIRST_STEPS), default=-1)
+    groups: dict[tuple[bool, int, str], list[CheckJson]] = {}
+    for row in checks:
+        stage = row["stage"]
+        late = row["step"] > last_first or stage == "evaluate"
+        rank = STAGES.index(stage) if stage in STAGES else len(STAGES)
+        groups.setdefault((late, rank, stage), []).append(row)
+    return [
+        (
+            "whole run" if late else "first steps",
+            max(group, key=severity),
+            all(row["agrees"] for row in group),
+        )
+        for (late, _, _), group in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def severity(row: CheckJson) -> tuple[bool, float]:
+    """Larger for a worse check."""
+    gap, bound = row["gap"], row["bound"]
+    if gap is None:
+        return (not row["agrees"], math.inf)
+    if bound is None:
+        return (not row["agrees"], 0.0)
+    return (not row["agrees"], gap / bound if bound else math.inf if gap else 0.0)
+
+
+def entry_cells(entry: EntryJson) -> list[str]:
+    """The index of an entry and its values in PyTorch and Flax, in digits that show a
+    difference."""
+    torch, flax = entry["torch"], entry["flax"]
+    cells = ["not finite" if value is None else f"{value:.9g}" for value in (torch, flax)]
+    if torch is not None and flax is not None and cells[0] == cells[1]:
+        cells = list(format_distinct(torch, flax))
+    return [f"[{', '.join(map(str, entry['index']))}]", *cells]
+
+
+def extreme(accuracy: dict[str, float | None], classes: list[str], weakest: bool) -> str | None:
+    """The class with the lowest or the highest accuracy, the first of equals; None if no class has
+    any."""
+    known = [(value, label) for label in classes if (value := accuracy.get(label)) is not None]
+    if not known:
+        return None
+    return (min if weakest else max)(known, key=lambda pair: pair[0])[1]

@@ -1,0 +1,117 @@
+"""The verdict in words, and the rows of a report that are merged or chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lockstep.common.report import sentence
+from lockstep.common.report.summary import extreme, merge_equal, worst_per_stage
+from tests.report.helpers import make, printed
+
+
+def test_the_verdict_of_runs_that_agree_names_each_precision_and_its_bound() -> None:
+    assert sentence(make("agree", "agree")) == (
+        "The two runs agree: float64 within 1.1e-15 over 40 steps (bound 1e-12); float32 within "
+        "what rounding explains."
+    )
+
+
+def test_the_verdict_of_runs_that_disagree_says_where_they_diverge() -> None:
+    assert sentence(make("disagree", "agree")) == (
+        "The two runs disagree. float64: loss: step 17: torch=2.3019 flax=2.3044, gap 2.5e-03 > "
+        "4.0e-07. float32 within what rounding explains."
+    )
+
+
+def test_without_a_named_divergence_the_verdict_falls_back_to_the_first_window_that_fails() -> None:
+    report = make("disagree")
+    report["lenses"][0]["first_divergence"] = None
+    assert (
+        sentence(report)
+        == "The two runs disagree. float64: loss: steps 0 to 39: gap 1.1e-15 > 1e-12."
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_the_verdict_of_a_single_run_compares_nothing(backend: str) -> None:
+    report = make("single", "single", backends=(backend,))
+    assert sentence(report) == f"Trained {backend} alone; nothing to compare it with."
+    assert "Predictions equal" not in printed(report)
+
+
+def test_float64_runs_that_needed_twins_say_that_rounding_was_amplified() -> None:
+    report = make("agree")
+    report["lenses"][0]["bound"]["twins"] = 4
+    report["lenses"][0]["max_abs_loss_gap"] = 3e-9
+    assert sentence(report) == (
+        "The two runs agree: float64 within what rounding explains, which this run amplifies to "
+        "3e-09."
+    )
+
+
+def test_neighbouring_windows_with_equal_numbers_are_one_row_and_others_are_not() -> None:
+    row: Any = {
+        "quantity": "lr",
+        "start": 0,
+        "stop": 1,
+        "gap": 0.0,
+        "drift": 0.0,
+        "bound": 1e-13,
+        "agrees": True,
+    }
+    rows = [row, row | {"start": 1, "stop": 3}, row | {"start": 3, "stop": 10, "gap": 1e-16}]
+    rows += [
+        row | {"start": 3, "stop": 10, "quantity": "loss"},
+        row | {"start": 30, "stop": 40, "quantity": "loss"},
+    ]
+    assert [(each["quantity"], each["start"], each["stop"]) for each in merge_equal(rows)] == [
+        ("lr", 0, 3),
+        ("lr", 3, 10),
+        ("loss", 3, 10),
+        ("loss", 30, 40),
+    ]
+
+
+def test_the_worst_check_of_each_stage_is_kept() -> None:
+    row: Any = {
+        "step": 0,
+        "stage": "forward",
+        "tensor": "a",
+        "gap": 1e-3,
+        "bound": 1.0,
+        "agrees": True,
+    }
+    rows = [
+        row,
+        row | {"tensor": "b", "gap": 1e-9, "bound": 1e-8},
+        row | {"tensor": "c", "gap": 0.0, "bound": 0.0},
+    ]
+    rows += [
+        row | {"stage": "loss", "gap": 2.0, "agrees": False},
+        row | {"stage": "loss", "tensor": "d", "gap": None},
+    ]
+    rows += [
+        row | {"stage": "update", "step": 9, "tensor": "e"},
+        row | {"stage": "evaluate", "tensor": "f"},
+    ]
+    seen = [
+        (when, worst["stage"], worst["tensor"], agrees)
+        for when, worst, agrees in worst_per_stage(rows)
+    ]
+    assert seen == [
+        ("first steps", "forward", "b", True),
+        ("first steps", "loss", "a", False),
+        ("whole run", "update", "e", True),
+        ("whole run", "evaluate", "f", True),
+    ]
+
+
+def test_the_weakest_and_the_strongest_class_leave_out_classes_without_images() -> None:
+    accuracy = {"a": None, "b": 0.4, "c": 0.9}
+    assert (
+        extreme(accuracy, ["a", "b", "c"], True),
+        extreme(accuracy, ["a", "b", "c"], False),
+    ) == ("b", "c")
+    assert extreme({"a": None}, ["a"], True) is None
