@@ -1,5 +1,5 @@
-"""Two definitions line by line: which lines say the same, which say it in other words, and which
-stand alone."""
+"""Two definitions line by line: which lines are the same, which are similar, and which have no
+partner."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from lockstep.common.learn.outline import Definition, Line
+from lockstep.common.learn.sources import Definition, Line
 
-ALIKE = 0.5  # from this likeness on, two lines are taken for two ways to say one thing
-# What one framework calls so, and the other otherwise: counted as the same word where lines are
-# compared.
+SIMILAR = 0.5  # two lines with this similarity or more do the same in other words
+# PyTorch's name and Flax's name for the same thing: the same word when lines are compared.
 SAME_WORDS = {
     "Tensor": "Array",
     "nn": "nnx",
@@ -25,38 +24,36 @@ SAME_WORDS = {
 }
 _WORD = re.compile(r"\w+|[^\w\s]")
 
-# Colours of Pygments' token classes, on light and on dark ground. WCAG AA asks for a contrast of
-# 4.5.
+# Colours of Pygments' token classes on light and on dark pages, with a contrast of at least 4.5
+# (WCAG AA).
 HIGHLIGHT = {
     "k": ("#8a1c5c", "#f28fc7"),  # keywords
     "s": ("#0a5c2e", "#8fd6a3"),  # strings
     "c": ("#57606a", "#a7b0b9"),  # comments
     "m": ("#7a3e00", "#f0b37a"),  # numbers
-    "f": (
-        "#0b4f9e",
-        "#8ac4ff",
-    ),  # names of functions and classes where they are defined, decorators
+    "f": ("#0b4f9e", "#8ac4ff"),  # function and class names in definitions, decorators
     "b": ("#5b3fb0", "#c3aefc"),  # built-in names, self
 }
 Token = tuple[str, str]  # a class of HIGHLIGHT or "", and the text
 
 
 class Row(NamedTuple):
-    """What stands beside each other; a side may be empty."""
+    """Two lines next to each other; a side may be empty."""
 
-    kind: str  # "same", "alike", "torch", "flax" or "apart", where both sides are filled and have no partner
+    # "same", "similar", "torch" or "flax" alone, or "unmatched": two lines that have no partner
+    kind: str
     torch: Line | None
     flax: Line | None
 
 
 def words(text: str) -> list[str]:
-    """A line's words and signs, in the words of one framework."""
+    """A line's words and signs, with the names of one framework."""
     found: list[str] = _WORD.findall(text)
     return [SAME_WORDS.get(word, word) for word in found]
 
 
-def likeness(one: str, other: str) -> float:
-    """0 for nothing in common, 1 for the same words; a comment is never like code."""
+def similarity(one: str, other: str) -> float:
+    """0 for nothing in common, 1 for the same words; a comment is never similar to code."""
     ours, theirs = words(one), words(other)
     if ours[:1] != theirs[:1] and "#" in (*ours[:1], *theirs[:1]):
         return 0.0
@@ -68,24 +65,24 @@ def likeness(one: str, other: str) -> float:
 def align(
     torch: Sequence[Line], flax: Sequence[Line], together: Collection[tuple[int, int]] = ()
 ) -> list[Row]:
-    """Lines in order, so that the sum of the likeness of those beside each other is largest.
+    """Pair the lines, in order, so that the sum of the similarities is largest.
 
     Args:
-        together: pairs of line numbers that belong to each other, however unlike they are.
+        together: pairs of line numbers that are paired whatever their similarity.
     """
     n, m = len(torch), len(flax)
-    alike = [[_worth(a, b, together) for b in flax] for a in torch]
-    best = [[0.0] * (m + 1) for _ in range(n + 1)]  # of what is left from here on
+    similar = [[_weight(a, b, together) for b in flax] for a in torch]
+    best = [[0.0] * (m + 1) for _ in range(n + 1)]  # sum over the lines from here on
     for i in reversed(range(n)):
         for j in reversed(range(m)):
-            here = alike[i][j] + best[i + 1][j + 1] if alike[i][j] else 0.0
+            here = similar[i][j] + best[i + 1][j + 1] if similar[i][j] else 0.0
             best[i][j] = max(here, best[i + 1][j], best[i][j + 1])
     rows, alone, i, j = [], ([], []), 0, 0
     while i < n and j < m:
-        if alike[i][j] and best[i][j] == alike[i][j] + best[i + 1][j + 1]:
+        if similar[i][j] and best[i][j] == similar[i][j] + best[i + 1][j + 1]:
             rows += _side_by_side(*alone)
             rows.append(
-                Row("same" if torch[i].text == flax[j].text else "alike", torch[i], flax[j])
+                Row("same" if torch[i].text == flax[j].text else "similar", torch[i], flax[j])
             )
             alone, i, j = ([], []), i + 1, j + 1
         elif best[i][j] == best[i + 1][j]:
@@ -97,17 +94,17 @@ def align(
     return rows + _side_by_side([*alone[0], *torch[i:]], [*alone[1], *flax[j:]])
 
 
-def _worth(one: Line, other: Line, together: Collection[tuple[int, int]]) -> float:
+def _weight(one: Line, other: Line, together: Collection[tuple[int, int]]) -> float:
     if (one.number, other.number) in together:
         return 3.0
-    worth = likeness(one.text, other.text)
-    return worth + 0.5 * (one.text == other.text) if worth >= ALIKE else 0.0
+    weight = similarity(one.text, other.text)
+    return weight + 0.5 * (one.text == other.text) if weight >= SIMILAR else 0.0
 
 
 def _side_by_side(torch: list[Line], flax: list[Line]) -> list[Row]:
-    """Lines without a partner, beside each other to save room."""
+    """Lines without a partner, next to each other to save space."""
     shared = min(len(torch), len(flax))
-    rows = [Row("apart", a, b) for a, b in zip(torch[:shared], flax[:shared], strict=True)]
+    rows = [Row("unmatched", a, b) for a, b in zip(torch[:shared], flax[:shared], strict=True)]
     return (
         rows
         + [Row("torch", a, None) for a in torch[shared:]]
@@ -150,7 +147,7 @@ def _class_of(kind: object) -> str:
 
 
 def differing(one: Sequence[Token], other: Sequence[Token]) -> tuple[set[int], set[int]]:
-    """Of two lines that are alike, the places of the tokens that are not."""
+    """The positions of the tokens in which two similar lines differ."""
     ours, theirs = ([text for _, text in tokens] for tokens in (one, other))
     blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
     same = {block.a + k for block in blocks for k in range(block.size)}
@@ -159,7 +156,7 @@ def differing(one: Sequence[Token], other: Sequence[Token]) -> tuple[set[int], s
 
 
 def markup(tokens: Sequence[Token], marked: Collection[int] = ()) -> Markup:
-    """One line of code as HTML; what stands at the `marked` places is underlined."""
+    """One line of code as HTML, with the tokens at the `marked` positions underlined."""
     places = [
         (name, "x" if place in marked and text.strip() else "")
         for place, (name, text) in enumerate(tokens)

@@ -1,44 +1,140 @@
-"""`read.html`: the two backends beside each other, section by section, with notes."""
+"""`read.html`: the two backends next to each other, section by section, with notes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup, escape
 
 from lockstep.common.config import BACKENDS
-from lockstep.common.learn import alignment, outline
-from lockstep.common.learn import annotations as notes
+from lockstep.common.learn import alignment, notes, outline
 from lockstep.common.learn.alignment import Row, Token
-from lockstep.common.learn.outline import Definition, Line
+from lockstep.common.learn.annotations import NOTES
+from lockstep.common.learn.faults_report import FaultRow, FaultsReport, FindingJson
+from lockstep.common.learn.sources import Definition, Line, header, read_backends
 from lockstep.common.report.template import write_page
 
 NAMES = {"torch": "PyTorch", "flax": "Flax"}
-# What the sign between two lines says, as it is seen and as it is read out.
+# The sign between two lines, and the same in words.
 SIGNS = {
     "same": ("=", "the same in both"),
-    "alike": ("≈", "the same in other words"),
+    "similar": ("≈", "the same in other words"),
     "torch": ("←", "in PyTorch only"),
     "flax": ("→", "in Flax only"),
-    "apart": ("←→", "two lines without a partner"),
+    "unmatched": ("←→", "two lines that do not correspond"),
 }
+
+Backends = Mapping[str, Mapping[str, Definition]]  # by side, then by `file:name`
+
+
+# --- What the template is given
+
+
+@dataclass(frozen=True)
+class ShownNote:
+    """A note with its number on the page, and the lines that it is tied to."""
+
+    number: int
+    title: str
+    what: Markup
+    why: Markup
+    if_ignored: Markup
+    faults: tuple[str, ...]
+    tests: tuple[str, ...]
+    at: dict[str, tuple[str, int]]  # by side: the definition and the line's number
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where one precision shows a fault, as texts of one row of a table."""
+
+    dtype: str
+    step: str
+    where: str
+    gap: str
+    over: str
+
+
+@dataclass(frozen=True)
+class ShownFault:
+    """A known fault, where each precision shows it, and the notes that name it."""
+
+    name: str
+    sentence: Markup
+    source: str
+    notes: list[int]
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of code."""
+
+    number: int
+    indent: int
+    code: Markup
+    notes: list[int]
+
+
+@dataclass(frozen=True)
+class CodeRow:
+    """One row of a table of code; a side may be empty."""
+
+    kind: str  # of SIGNS
+    style: str
+    torch: Cell | None
+    flax: Cell | None
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """Two definitions next to each other, or one that has no partner."""
+
+    title: str
+    why: Markup
+    where: dict[str, str]  # by side
+    rows: list[CodeRow]
+    notes: list[ShownNote]
+
+
+@dataclass(frozen=True)
+class SharedCode:
+    """A definition of `common` that serves both sides."""
+
+    title: str
+    where: str
+    lines: list[Cell]
+
+
+@dataclass(frozen=True)
+class ShownSection:
+    """A section of the page."""
+
+    key: str
+    title: str
+    text: Markup
+    shared: list[SharedCode]
+    pairs: list[ShownPair]
+
+
+# --- The page
 
 
 def write_read_page(
     path: Path,
     sources: Path,
-    faults_report: Mapping[str, Any],
+    faults_report: FaultsReport,
     names: Collection[str],
-    page_notes: Sequence[notes.Note] = notes.NOTES,
+    page_notes: Sequence[notes.Note] = NOTES,
 ) -> Path:
     """Write the page to `path`; equal sources and reports give equal bytes.
 
     Args:
         sources: the folder that holds `backends` and `common`.
-        faults_report: `report.json` of `compare.py faults`.
+        faults_report: `report.json` of the command `faults`.
         names: of all faults of the catalogue.
 
     Raises:
@@ -46,7 +142,7 @@ def write_read_page(
             one line.
         RecordError: if the page cannot be written.
     """
-    backends = outline.read_backends(sources)
+    backends = read_backends(sources)
     outline.check(backends)
     rows = faults_report["rows"]
     notes.check_faults(page_notes, names, rows)
@@ -73,15 +169,10 @@ def write_read_page(
 # --- Notes
 
 
-def _numbered(
-    page_notes: Sequence[notes.Note], backends: Mapping[str, Mapping[str, Definition]]
-) -> list[dict[str, Any]]:
-    """The notes in the order in which the page comes to them, with the lines that they are tied
-    to."""
-    order = {
-        name: place
-        for place, name in enumerate(name for name, _, _ in outline.sides(outline.SECTIONS))
-    }
+def _numbered(page_notes: Sequence[notes.Note], backends: Backends) -> list[ShownNote]:
+    """The notes with their numbers, in the order of the page."""
+    names = [name for name, _, _ in outline.sides(outline.SECTIONS)]
+    order = {name: place for place, name in enumerate(names)}
     found = notes.locate(page_notes, backends)
     found.sort(
         key=lambda entry: (
@@ -91,52 +182,52 @@ def _numbered(
         )
     )
     return [
-        {
-            "number": number,
-            "title": note.title,
-            "what": prose(note.what),
-            "why": prose(note.why),
-            "missed": prose(note.missed),
-            "faults": note.faults,
-            "tests": note.tests,
-            "at": {
-                side: (getattr(note, side).definition, line.number) for side, line in lines.items()
+        ShownNote(
+            number=number,
+            title=note.title,
+            what=prose(note.what),
+            why=prose(note.why),
+            if_ignored=prose(note.if_ignored),
+            faults=note.faults,
+            tests=note.tests,
+            at={
+                "torch": (note.torch.definition, lines["torch"].number),
+                "flax": (note.flax.definition, lines["flax"].number),
             },
-        }
+        )
         for number, (note, lines) in enumerate(found, 1)
     ]
 
 
 def prose(text: str) -> Markup:
-    """Plain text as HTML, with what stands in backticks as code."""
+    """Plain text as HTML; text in backticks becomes code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _fault(row: Mapping[str, Any], shown: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A known fault, what each lens said of it, and the notes that speak of it."""
-    return {
-        "name": row["name"],
-        "sentence": prose(row["sentence"]),
-        "source": row["source"],
-        "notes": [note["number"] for note in shown if row["name"] in note["faults"]],
-        "findings": [_finding(dtype, finding) for dtype, finding in row["lenses"].items()],
-    }
+def _fault(row: FaultRow, shown: Sequence[ShownNote]) -> ShownFault:
+    return ShownFault(
+        name=row["name"],
+        sentence=prose(row["sentence"]),
+        source=row["source"],
+        notes=[note.number for note in shown if row["name"] in note.faults],
+        findings=[_finding(dtype, finding) for dtype, finding in row["lenses"].items()],
+    )
 
 
-def _finding(dtype: str, finding: Mapping[str, Any]) -> dict[str, str]:
-    """One lens's answer, in words for a cell each."""
+def _finding(dtype: str, finding: FindingJson) -> Finding:
     if not finding["caught"]:
-        return {"dtype": dtype, "step": "", "where": "nothing seen", "gap": "", "over": ""}
-    return {
-        "dtype": dtype,
-        "step": f"{finding['step']:,}",
-        "where": ", ".join(dict.fromkeys([finding["stage"], finding["tensor"]])),
-        "gap": "undefined" if finding["gap"] is None else f"{finding['gap']:.2g}",
-        "over": _over(finding),
-    }
+        return Finding(dtype, "", "not found", "", "")
+    return Finding(
+        dtype=dtype,
+        step=f"{finding['step']:,}",
+        where=", ".join(dict.fromkeys([finding["stage"], finding["tensor"]])),
+        gap="undefined" if finding["gap"] is None else f"{finding['gap']:.2g}",
+        over=_over(finding),
+    )
 
 
-def _over(finding: Mapping[str, Any]) -> str:
+def _over(finding: FindingJson) -> str:
+    """The gap as a multiple of its bound."""
     if finding["bound"] == 0:
         return "nothing may differ"
     over = finding["gap_over_bound"]
@@ -151,97 +242,80 @@ def _over(finding: Mapping[str, Any]) -> str:
 
 def _section(
     section: outline.Section,
-    backends: Mapping[str, Mapping[str, Definition]],
+    backends: Backends,
     shared: Mapping[str, Definition],
-    shown: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    return {
-        "key": section.key,
-        "title": section.title,
-        "text": prose(section.text),
-        "shared": [_alone(name.partition(":")[2], shared[name]) for name in section.shared],
-        "pairs": [_pair(pair, backends, shown) for pair in section.pairs],
-    }
+    shown: Sequence[ShownNote],
+) -> ShownSection:
+    return ShownSection(
+        key=section.key,
+        title=section.title,
+        text=prose(section.text),
+        shared=[_shared_code(name.partition(":")[2], shared[name]) for name in section.shared],
+        pairs=[_pair(pair, backends, shown) for pair in section.pairs],
+    )
 
 
-def _alone(title: str, definition: Definition) -> dict[str, Any]:
-    """A definition that both sides are given."""
+def _shared_code(title: str, definition: Definition) -> SharedCode:
     tokens = alignment.highlight(definition)
     lines = [_cell(line, tokens[line.number], (), []) for line in definition.lines]
-    return {"title": title, "where": f"{definition.file}, {definition.span}", "lines": lines}
+    return SharedCode(title, f"{definition.file}, {definition.span}", lines)
 
 
-def _pair(
-    pair: outline.Pair,
-    backends: Mapping[str, Mapping[str, Definition]],
-    shown: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """A pair of definitions, or one that has no partner, with the notes that begin here."""
+def _pair(pair: outline.Pair, backends: Backends, shown: Sequence[ShownNote]) -> ShownPair:
+    """A pair of definitions, with the notes on its PyTorch lines."""
     names = {"torch": pair.torch, "flax": pair.flax}
-    both = {side: backends[side][name] for side, name in names.items() if name}
+    found = {side: backends[side][name] for side, name in names.items() if name}
     together = {
-        (note["at"]["torch"][1], note["at"]["flax"][1])
+        (note.at["torch"][1], note.at["flax"][1])
         for note in shown
-        if all(note["at"][side][0] == names[side] for side in BACKENDS)
+        if all(note.at[side][0] == names[side] for side in BACKENDS)
     }
-    heads = [head.number for definition in both.values() if (head := outline.head(definition))]
-    if len(heads) == 2:
-        together.add((heads[0], heads[1]))
+    headers = [line.number for definition in found.values() if (line := header(definition))]
+    if len(headers) == 2:
+        together.add((headers[0], headers[1]))
     numbers: dict[tuple[str, int], list[int]] = {}  # of the notes at each line
     for note in shown:
-        for side in both:
-            if note["at"][side][0] == names[side]:
-                numbers.setdefault((side, note["at"][side][1]), []).append(note["number"])
-    lines = {side: definition.lines for side, definition in both.items()}
-    return {
-        "title": pair.title,
-        "why": prose(pair.why),
-        "where": {
-            side: f"{definition.file}, {definition.span}" for side, definition in both.items()
-        },
-        "rows": _rows(
-            alignment.align(lines.get("torch", ()), lines.get("flax", ()), together), both, numbers
-        ),
-        "notes": [
-            note for note in shown if note["at"]["torch"][0] == pair.torch
-        ],  # where its PyTorch line stands
-    }
+        for side in found:
+            if note.at[side][0] == names[side]:
+                numbers.setdefault((side, note.at[side][1]), []).append(note.number)
+    lines = {side: definition.lines for side, definition in found.items()}
+    aligned = alignment.align(lines.get("torch", ()), lines.get("flax", ()), together)
+    return ShownPair(
+        title=pair.title,
+        why=prose(pair.why),
+        where={side: f"{definition.file}, {definition.span}" for side, definition in found.items()},
+        rows=_rows(aligned, found, numbers),
+        notes=[note for note in shown if note.at["torch"][0] == pair.torch],
+    )
 
 
 def _rows(
     rows: Sequence[Row],
-    both: Mapping[str, Definition],
+    found: Mapping[str, Definition],
     numbers: Mapping[tuple[str, int], list[int]],
-) -> list[dict[str, Any]]:
-    """Rows of the table: the sign between the lines, and the lines as HTML."""
-    tokens = {side: alignment.highlight(definition) for side, definition in both.items()}
+) -> list[CodeRow]:
+    tokens = {side: alignment.highlight(definition) for side, definition in found.items()}
+
+    def cell(side: str, line: Line | None, marked: Collection[int]) -> Cell | None:
+        if line is None:
+            return None
+        return _cell(line, tokens[side][line.number], marked, numbers.get((side, line.number), []))
+
     made = []
     for row in rows:
         marked: tuple[Collection[int], Collection[int]] = ((), ())
-        if row.kind == "alike" and row.torch and row.flax:
+        if row.kind == "similar" and row.torch and row.flax:
             marked = alignment.differing(
                 tokens["torch"][row.torch.number], tokens["flax"][row.flax.number]
             )
-        cells = {
-            side: _cell(
-                line, tokens[side][line.number], places, numbers.get((side, line.number), [])
-            )
-            if line
-            else None
-            for side, line, places in zip(BACKENDS, (row.torch, row.flax), marked, strict=True)
-        }
         style = f"only-{row.kind}" if row.kind in BACKENDS else row.kind
-        made.append({"kind": row.kind, "style": style, **cells})
+        torch, flax = cell("torch", row.torch, marked[0]), cell("flax", row.flax, marked[1])
+        made.append(CodeRow(row.kind, style, torch, flax))
     return made
 
 
 def _cell(
     line: Line, tokens: Sequence[Token], marked: Collection[int], numbers: Sequence[int]
-) -> dict[str, Any]:
+) -> Cell:
     indent = len(line.text) - len(line.text.lstrip())
-    return {
-        "number": line.number,
-        "indent": indent,
-        "code": alignment.markup(tokens, marked),
-        "notes": list(numbers),
-    }
+    return Cell(line.number, indent, alignment.markup(tokens, marked), list(numbers))

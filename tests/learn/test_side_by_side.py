@@ -20,11 +20,11 @@ import pytest
 
 from lockstep.backends import faults
 from lockstep.common.config import BACKENDS
-from lockstep.common.learn import SourceError, alignment, write_read_page
-from lockstep.common.learn import annotations as notes
-from lockstep.common.learn import outline as sections
-from lockstep.common.learn.alignment import align, likeness
-from lockstep.common.learn.outline import Line
+from lockstep.common.learn import SourceError, alignment, notes, outline, sources, write_read_page
+from lockstep.common.learn.alignment import align, similarity
+from lockstep.common.learn.annotations import NOTES
+from lockstep.common.learn.faults_report import FaultsReport
+from lockstep.common.learn.sources import Line
 from tests.pages.browser import chromium, examine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,12 +34,12 @@ GROUNDS = (("#ffffff", "#f4f5f7"), ("#14171a", "#1e2328"))  # --page and --panel
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def report() -> FaultsReport:
     return json.loads((ROOT / "results/faults/report.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def page(report: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(report: FaultsReport, tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_read_page(
         tmp_path_factory.mktemp("read") / "read.html", ROOT, report, NAMES
     ).read_text("utf-8")
@@ -69,7 +69,7 @@ def replace(file: Path, old: str, new: str) -> None:
 
 def without(text: str, name: str) -> str:
     """A source without its function `name`."""
-    found = sections.definitions(text, "")[name].lines
+    found = sources.definitions(text, "")[name].lines
     lines = text.splitlines(keepends=True)
     return "".join(lines[: found[0].number - 1] + lines[found[-1].number :])
 
@@ -78,52 +78,52 @@ def without(text: str, name: str) -> str:
 
 
 def test_every_definition_of_both_backends_stands_in_one_section() -> None:
-    sections.check(sections.read_backends(ROOT))
+    outline.check(sources.read_backends(ROOT))
 
 
 @pytest.mark.parametrize("side", BACKENDS)
 def test_a_function_that_loses_its_partner_is_named(side: str, house: Path) -> None:
-    file = house / sections.FOLDERS[side] / "losses.py"
+    file = house / sources.FOLDERS[side] / "losses.py"
     file.write_text(without(file.read_text(encoding="utf-8"), "global_norm"), encoding="utf-8")
     other = next(name for name in BACKENDS if name != side)
     with pytest.raises(
         SourceError, match=rf"^losses\.py:global_norm is in {other} only: give it a partner"
     ):
-        sections.check(sections.read_backends(house))
+        outline.check(sources.read_backends(house))
 
 
 @pytest.mark.parametrize("side", BACKENDS)
 def test_a_new_function_on_one_side_is_named(side: str, house: Path) -> None:
-    with (house / sections.FOLDERS[side] / "models/net.py").open("a", encoding="utf-8") as file:
+    with (house / sources.FOLDERS[side] / "models/net.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef unheard_of() -> None: ...\n")
     with pytest.raises(
         SourceError, match=rf"^models/net\.py:unheard_of of {side} is in no section"
     ):
-        sections.check(sections.read_backends(house))
+        outline.check(sources.read_backends(house))
 
 
 def test_a_one_sided_function_that_gets_a_partner_is_named(house: Path) -> None:
-    with (house / sections.FOLDERS["flax"] / "compiled.py").open("a", encoding="utf-8") as file:
+    with (house / sources.FOLDERS["flax"] / "compiled.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef to_array(batch_size: int) -> None: ...\n")
     with pytest.raises(
         SourceError, match=r"^compiled\.py:to_array is declared one-sided, and flax has it"
     ):
-        sections.check(sections.read_backends(house))
+        outline.check(sources.read_backends(house))
 
 
 def test_a_function_in_two_sections_is_named() -> None:
     twice = (
-        *sections.SECTIONS,
-        sections.Section("again", "", "", sections.both("losses.py", "upcast")),
+        *outline.SECTIONS,
+        outline.Section("again", "", "", outline.same_names("losses.py", "upcast")),
     )
     with pytest.raises(
         SourceError, match=r"^losses\.py:upcast of torch is in more than one section"
     ):
-        sections.check(sections.read_backends(ROOT), twice)
+        outline.check(sources.read_backends(ROOT), twice)
 
 
 def test_what_has_no_partner_says_why() -> None:
-    for section in sections.SECTIONS:
+    for section in outline.SECTIONS:
         for pair in section.pairs:
             assert bool(pair.why) == (None in (pair.torch, pair.flax)), pair
 
@@ -135,15 +135,15 @@ def test_a_source_that_is_missing_or_damaged_is_one_line(house: Path) -> None:
         SourceError,
         match=r"^the source backends/flax_backend/models/net\.py cannot be parsed \(line 1\)",
     ):
-        sections.read_backends(house)
+        sources.read_backends(house)
     file.unlink()
     with pytest.raises(
         SourceError, match=r"^the source backends/flax_backend/models/net\.py cannot be read"
     ):
-        sections.read_backends(house)
+        sources.read_backends(house)
     replace(house / "common/data/dataset.py", "def normalise(", "def standardise(")
     with pytest.raises(SourceError, match=r"^common has no data/dataset\.py:normalise any more"):
-        sections.read_shared(house)
+        outline.read_shared(house)
 
 
 SOURCE = '''"""A module."""
@@ -178,7 +178,7 @@ def free():
 
 
 def test_definitions_are_cut_out_with_their_decorators_and_comments() -> None:
-    found = sections.definitions(SOURCE, "a.py")
+    found = sources.definitions(SOURCE, "a.py")
     assert {name: [line.text for line in d.lines] for name, d in found.items()} == {
         "settings": ["# Said of the line below.", "LIMIT = 3"],
         "Plain": ["class Plain(tuple):", "    x: int"],
@@ -196,39 +196,41 @@ def test_definitions_are_cut_out_with_their_decorators_and_comments() -> None:
 
 
 def test_there_are_enough_notes_and_each_stands_on_a_line_of_each_side_and_on_a_fault_or_a_test(
-    report: dict[str, Any],
+    report: FaultsReport,
 ) -> None:
-    assert len(notes.NOTES) >= 15
-    assert len({note.title for note in notes.NOTES}) == len(notes.NOTES)
-    notes.locate(notes.NOTES, sections.read_backends(ROOT))
-    notes.check_faults(notes.NOTES, NAMES, report["rows"])
-    notes.check_tests(notes.NOTES, ROOT)
+    assert len(NOTES) >= 15
+    assert len({note.title for note in NOTES}) == len(NOTES)
+    notes.locate(NOTES, sources.read_backends(ROOT))
+    notes.check_faults(NOTES, NAMES, report["rows"])
+    notes.check_tests(NOTES, ROOT)
 
 
-@pytest.mark.parametrize("note", notes.NOTES, ids=lambda note: note.title)
+@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.title)
 @pytest.mark.parametrize("side", BACKENDS)
 def test_a_note_whose_line_is_gone_is_named_in_one_line(note: notes.Note, side: str) -> None:
-    backends = sections.read_backends(ROOT)
-    anchor = getattr(note, side)
-    definition = backends[side][anchor.definition]
+    backends = sources.read_backends(ROOT)
+    source_line = getattr(note, side)
+    definition = backends[side][source_line.definition]
     lines = tuple(
-        line._replace(text=line.text.replace(anchor.snippet, "")) for line in definition.lines
+        line._replace(text=line.text.replace(source_line.snippet, "")) for line in definition.lines
     )
-    backends[side][anchor.definition] = dataclasses.replace(definition, lines=lines)
+    backends[side][source_line.definition] = dataclasses.replace(definition, lines=lines)
     with pytest.raises(SourceError, match=r" stands nowhere in ") as raised:
         notes.locate([note], backends)
-    assert repr(anchor.snippet) in str(raised.value) and "\n" not in str(raised.value)
-    backends[side][anchor.definition] = dataclasses.replace(definition, lines=definition.lines * 2)
+    assert repr(source_line.snippet) in str(raised.value) and "\n" not in str(raised.value)
+    backends[side][source_line.definition] = dataclasses.replace(
+        definition, lines=definition.lines * 2
+    )
     with pytest.raises(SourceError, match=" stands 2 times in "):
         notes.locate([note], backends)
-    del backends[side][anchor.definition]
+    del backends[side][source_line.definition]
     with pytest.raises(
-        SourceError, match=f"^{side} has no {re.escape(anchor.definition)}, to which the note"
+        SourceError, match=f"^{side} has no {re.escape(source_line.definition)}, which the note"
     ):
         notes.locate([note], backends)
 
 
-NOTE = notes.NOTES[0]
+NOTE = NOTES[0]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,12 @@ NOTE = notes.NOTES[0]
             "is not in the report",
         ),
         (NOTE, [], None, "which is no known fault"),
-        (NOTE, NAMES, lambda rows: [missed(r) for r in rows], "was not found by any lens"),
+        (
+            NOTE,
+            NAMES,
+            lambda rows: [not_caught(r) for r in rows],
+            "was not found: run the faults again",
+        ),
         (dataclasses.replace(NOTE, faults=(), tests=()), NAMES, None, "neither a fault nor a test"),
     ],
     ids=["unknown", "not measured", "not in the catalogue", "not found", "no proof"],
@@ -257,17 +264,17 @@ def test_a_fault_that_does_not_show_what_a_note_says_is_an_error(
     names: list[str],
     change: Callable | None,
     said: str,
-    report: dict[str, Any],
+    report: FaultsReport,
     tmp_path: Path,
 ) -> None:
-    rows = change(report["rows"]) if change else report["rows"]
+    changed: Any = report | {"rows": change(report["rows"]) if change else report["rows"]}
     with pytest.raises(SourceError, match=said) as raised:
-        write_read_page(tmp_path / "read.html", ROOT, report | {"rows": rows}, names, [note])
+        write_read_page(tmp_path / "read.html", ROOT, changed, names, [note])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "read.html").exists()
 
 
-def missed(row: dict[str, Any]) -> dict[str, Any]:
+def not_caught(row: dict[str, Any]) -> dict[str, Any]:
     row = copy.deepcopy(row)
     for finding in row["lenses"].values():
         finding["caught"] = False
@@ -278,7 +285,7 @@ def missed(row: dict[str, Any]) -> dict[str, Any]:
     ("test", "said"),
     [
         ("tests/learn/test_side_by_side.py::test_no_such", "has no such test"),
-        ("tests/nowhere.py::test_no_such", "tests/nowhere.py, which is not there"),
+        ("tests/nowhere.py::test_no_such", "tests/nowhere.py, which does not exist"),
     ],
 )
 def test_a_test_that_is_not_there_is_an_error(test: str, said: str) -> None:
@@ -330,38 +337,38 @@ def kinds(
     ]
 
 
-def test_lines_that_say_the_same_stand_beside_each_other() -> None:
+def test_equal_lines_stand_next_to_each_other() -> None:
     torch = lines("def f(x: Tensor) -> Tensor:", "x = F.relu(self.fc1(x))", "x.zero_()", "return x")
     flax = lines("def f(x: jax.Array) -> jax.Array:", "x = nnx.relu(self.fc1(x))", "return x")
     assert kinds(torch, flax) == [
-        ("alike", 1, 1),
-        ("alike", 2, 2),
+        ("similar", 1, 1),
+        ("similar", 2, 2),
         ("torch", 3, None),
         ("same", 4, 3),
     ]
     assert kinds(flax, torch) == [
-        ("alike", 1, 1),
-        ("alike", 2, 2),
+        ("similar", 1, 1),
+        ("similar", 2, 2),
         ("flax", None, 3),
         ("same", 3, 4),
     ]
 
 
-def test_lines_without_a_partner_share_a_row_and_are_called_apart() -> None:
+def test_lines_without_a_partner_share_a_row_and_are_called_unmatched() -> None:
     torch = lines("a = 1", "optimizer.zero_grad()", "b = 2")
     flax = lines("a = 1", "(key, value), _ = state", "more[0] += 5", "b = 2")
     assert kinds(torch, flax) == [
         ("same", 1, 1),
-        ("apart", 2, 2),
+        ("unmatched", 2, 2),
         ("flax", None, 3),
         ("same", 3, 4),
     ]
     # control: a note ties them together
-    assert kinds(torch, flax, together={(2, 3)})[1:3] == [("flax", None, 2), ("alike", 2, 3)]
+    assert kinds(torch, flax, together={(2, 3)})[1:3] == [("flax", None, 2), ("similar", 2, 3)]
 
 
 def test_every_line_stands_in_the_table_once_and_in_order() -> None:
-    backends = sections.read_backends(ROOT)
+    backends = sources.read_backends(ROOT)
     for name in backends["torch"].keys() & backends["flax"].keys():
         sides = [backends[side][name].lines for side in BACKENDS]
         rows = align(sides[0], sides[1])
@@ -373,14 +380,16 @@ def test_every_line_stands_in_the_table_once_and_in_order() -> None:
 
 
 def test_a_comment_is_not_like_code_and_a_line_is_most_like_itself() -> None:
-    assert likeness("# x = relu(x)", "x = relu(x)") == 0
-    assert likeness("x = relu(x)", "x = relu(x)") == 1
-    assert likeness("x = F.relu(self.fc1(x))", "x = nnx.relu(self.fc1(x))") > alignment.ALIKE
-    assert likeness("optimizer.zero_grad()", "parameters, model_state = state") < alignment.ALIKE
+    assert similarity("# x = relu(x)", "x = relu(x)") == 0
+    assert similarity("x = relu(x)", "x = relu(x)") == 1
+    assert similarity("x = F.relu(self.fc1(x))", "x = nnx.relu(self.fc1(x))") > alignment.SIMILAR
+    assert (
+        similarity("optimizer.zero_grad()", "parameters, model_state = state") < alignment.SIMILAR
+    )
 
 
 def test_what_differs_within_two_lines_is_underlined_and_only_that() -> None:
-    definition = sections.Definition("", tuple(lines("x = F.relu(x)", "x = nnx.relu(x)")))
+    definition = sources.Definition("", tuple(lines("x = F.relu(x)", "x = nnx.relu(x)")))
     tokens = alignment.highlight(definition)
     one, other = alignment.differing(tokens[1], tokens[2])
     assert ([tokens[1][place][1] for place in one], [tokens[2][place][1] for place in other]) == (
@@ -394,7 +403,7 @@ def test_what_differs_within_two_lines_is_underlined_and_only_that() -> None:
 
 @pytest.mark.parametrize("side", BACKENDS)
 def test_highlighting_keeps_every_letter(side: str) -> None:
-    for definition in sections.read_backends(ROOT)[side].values():
+    for definition in sources.read_backends(ROOT)[side].values():
         tokens = alignment.highlight(definition)
         for line in definition.lines:
             assert "".join(text for _, text in tokens[line.number]) == line.text
@@ -462,13 +471,13 @@ def test_headings_go_down_one_level_at_a_time_and_links_lead_somewhere(page: str
 
 
 def test_every_section_every_note_and_every_fault_is_on_the_page_with_its_numbers(
-    page: str, report: dict[str, Any]
+    page: str, report: FaultsReport
 ) -> None:
     ids = Outline(page).ids
-    assert {section.key for section in sections.SECTIONS} <= set(ids)
-    assert {f"note-{number}" for number in range(1, len(notes.NOTES) + 1)} <= set(ids)
+    assert {section.key for section in outline.SECTIONS} <= set(ids)
+    assert {f"note-{number}" for number in range(1, len(NOTES) + 1)} <= set(ids)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
-    for name in {fault for note in notes.NOTES for fault in note.faults}:
+    for name in {fault for note in NOTES for fault in note.faults}:
         assert f"fault-{name}" in ids
         [row] = [row for row in report["rows"] if row["name"] == name]
         for dtype, finding in row["lenses"].items():
@@ -479,9 +488,9 @@ def test_every_section_every_note_and_every_fault_is_on_the_page_with_its_number
 
 
 def test_the_numbers_of_a_fault_are_those_of_its_report(
-    report: dict[str, Any], tmp_path: Path
+    report: FaultsReport, tmp_path: Path
 ) -> None:
-    changed = copy.deepcopy(report)
+    changed: Any = copy.deepcopy(report)
     [row] = [row for row in changed["rows"] if row["name"] == "flatten-order"]
     row["lenses"]["float64"] |= {"step": 4321, "gap": 0.0098, "gap_over_bound": 98765.0}
     text = write_read_page(tmp_path / "read.html", ROOT, changed, NAMES).read_text("utf-8")
@@ -491,7 +500,7 @@ def test_the_numbers_of_a_fault_are_those_of_its_report(
 
 
 def test_a_changed_source_changes_the_page_and_is_escaped(
-    house: Path, page: str, report: dict[str, Any]
+    house: Path, page: str, report: FaultsReport
 ) -> None:
     replace(
         house / "backends/torch_backend/models/net.py",
@@ -504,7 +513,7 @@ def test_a_changed_source_changes_the_page_and_is_escaped(
 
 
 def test_equal_sources_and_reports_give_equal_bytes(
-    page: str, report: dict[str, Any], tmp_path: Path
+    page: str, report: FaultsReport, tmp_path: Path
 ) -> None:
     again = write_read_page(tmp_path / "again.html", ROOT, report, sorted(NAMES))
     assert again.read_text("utf-8") == page
