@@ -652,7 +652,7 @@ NOTES = (
     # --- Many steps
     Note(
         title="Two compilers",
-        torch=SourceLine("compiled.py:ManySteps.__init__", "torch.compile("),
+        torch=SourceLine("compiled.py:ManySteps._compiled_scan", "torch.compile("),
         flax=SourceLine("compiled.py:ManySteps.__init__", "self._scan, donate_argnums=0"),
         what=(
             "`jax.jit` traces the whole loop, and `donate_argnums` lets it reuse the state's "

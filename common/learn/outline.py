@@ -77,13 +77,15 @@ SECTIONS = (
             *same_names(
                 "inputs.py", "Inputs.images", "Inputs.labels", "Inputs.upload", "Inputs.batches"
             ),
+            *same_names("inputs.py", "Inputs.download"),
             Pair(
                 None,
                 "inputs.py:Inputs._batches",
                 "PyTorch does not compile this: it is two calls.",
             ),
             Pair("inputs.py:as_tensor", None, "JAX uses the bfloat16 of `ml_dtypes`."),
-            *same_names("backend.py", "Backend.upload", "Backend.batches"),
+            Pair("inputs.py:as_array", None, "As above."),
+            *same_names("backend.py", "Backend.upload", "Backend.batches", "Backend.download"),
         ),
         shared=(
             "data/dataset.py:normalise",
@@ -308,6 +310,11 @@ SECTIONS = (
                 "compiled.py", SETTINGS, "ManySteps", "ManySteps.__init__", "ManySteps.__call__"
             ),
             *same_names("compiled.py", "ManySteps._one_by_one", "ManySteps._scan"),
+            Pair(
+                "compiled.py:ManySteps._compiled_scan",
+                None,
+                "JAX compiles in `__init__`; importing PyTorch's compiler takes a second.",
+            ),
             Pair(
                 "compiled.py:ManySteps._as_one_program",
                 None,

@@ -4,8 +4,8 @@ The keys are older than the names in the code: `lenses` are the comparisons, one
 `ladder` are the checks of single steps, `stretches` those of a range of steps; `drift` is the
 largest gap between twins, `beginners` counts twins of the first steps, `broken` is the step of a
 loss that is not finite, `legs` are the segments of a resumed run, `located` is where two runs
-diverge, `how` the method that found the place, `offenders` the entries that differ most. Keys that only newer
-reports have are `NotRequired`.
+diverge, `how` the method that found the place, `offenders` the entries that differ most. Keys that only
+newer reports have are `NotRequired`.
 
 The file holds JSON types only; a number that is not finite is null.
 """

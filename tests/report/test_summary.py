@@ -115,3 +115,16 @@ def test_the_weakest_and_the_strongest_class_leave_out_classes_without_images() 
         extreme(accuracy, ["a", "b", "c"], False),
     ) == ("b", "c")
     assert extreme({"a": None}, ["a"], True) is None
+
+
+def test_runs_that_end_together_are_neither_the_same_nor_different() -> None:
+    report = make("disagree", "agree")
+    report["verdict"] = report["lenses"][0]["verdict"] = "diverged"
+    report["lenses"][0]["diverged_at"] = 1_234
+    assert sentence(report) == (
+        "Both runs diverge at the same step, where a loss or a gradient norm is not finite "
+        "(float64: step 1,234); up to there they agree: choose a smaller --lr. "
+        "float32 within what rounding explains."
+    )
+    assert "float64, 40 steps: the runs diverge together" in printed(report)
+    assert "float64: diverge together over 40 steps" in printed(report, verbose=False)
