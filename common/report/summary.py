@@ -191,6 +191,13 @@ def worst_per_stage(checks: Sequence[CheckJson]) -> list[tuple[str, CheckJson, b
     ]
 
 
+def tensor_text(row: CheckJson) -> str:
+    """The tensor of a check, as `conv1.bias (median)` if the gap is not the largest one of its
+    entries."""
+    measure = row.get("measure", "largest")
+    return row["tensor"] if measure == "largest" else f"{row['tensor']} ({measure})"
+
+
 def severity(row: CheckJson) -> tuple[bool, float]:
     """Larger for a worse check."""
     gap, bound = row["gap"], row["bound"]

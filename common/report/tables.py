@@ -19,7 +19,7 @@ from lockstep.common.report.chart_data import (
     twin_spread,
 )
 from lockstep.common.report.json import CheckJson, ComparisonJson, ReportJson, WindowJson
-from lockstep.common.report.summary import entry_cells, merge_equal, worst_per_stage
+from lockstep.common.report.summary import entry_cells, merge_equal, tensor_text, worst_per_stage
 from lockstep.common.report.text import four_digits, number, ok, percent, steps_text
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.statistics import CONFIDENCE, PairedDifference
@@ -134,7 +134,7 @@ def _check_columns(spread: bool) -> list[str]:
 
 
 def _check_cells(row: CheckJson, spread: bool) -> list[str]:
-    return [f"{row['step']:,}", row["stage"], row["tensor"], *_gap_cells(row, spread)]
+    return [f"{row['step']:,}", row["stage"], tensor_text(row), *_gap_cells(row, spread)]
 
 
 def _gap_columns(spread: bool) -> list[str]:

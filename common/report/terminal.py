@@ -27,6 +27,7 @@ from lockstep.common.report.summary import (
     in_short,
     merge_equal,
     sentence,
+    tensor_text,
     trained,
     worst_per_stage,
 )
@@ -221,7 +222,7 @@ class Terminal:
                 table.add_section()
                 self._row(table, when, style="bold")
             for _, row, agrees in group:
-                cells = [row["stage"], row["tensor"], f"{row['step']:,}", number(row["gap"])]
+                cells = [row["stage"], tensor_text(row), f"{row['step']:,}", number(row["gap"])]
                 self._row(table, *cells, number(row["bound"], "none"), ok(agrees))
         if table is not None:
             self._show(table)

@@ -128,3 +128,11 @@ def test_runs_that_end_together_are_neither_the_same_nor_different() -> None:
     )
     assert "float64, 40 steps: the runs diverge together" in printed(report)
     assert "float64: diverge together over 40 steps" in printed(report, verbose=False)
+
+
+def test_a_check_of_a_median_says_so() -> None:
+    report = make("agree")
+    assert "(median)" not in printed(report)
+    for row in report["lenses"][0]["ladder"]:
+        row["measure"] = "median"
+    assert "(median)" in printed(report)
