@@ -179,18 +179,26 @@ def _summary(record: Record, labels: np.ndarray) -> RunSummary:
 def _rule(dtype: str, twins: int) -> Rule:
     factor = SEPARATION[dtype]
     if dtype == "float64":
-        rule = f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; data, weights and predictions equal; "
-        rule += "the test loss as far apart as training losses were, besides"
+        rule = (
+            f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; every step's data, the "
+            "initial weights and the predictions are equal; the test loss may also differ by as "
+            "much as the training losses did"
+        )
         if twins:
-            rule += f"; after the first steps, {factor:g} times the drift of {twins} twins besides"
+            rule += (
+                f"; after the first steps {factor:g} times the drift of {twins} twins is added, "
+                "that of the backend that drifts less"
+            )
         return {"rule": rule, "relative": PROOF_BOUND, "twins": twins}
     floor = FLOOR_ULP[dtype]
     rule = (
-        f"the closest runs of the two frameworks may be {factor:g} times as far apart as the most distant runs of "
-        f"one by the end of the next step range ({twins} twins, with weights and images 1 ulp away), and "
-        f"{factor * floor:g} ulp of {compute_dtype(dtype).name}; for counts of test images {SEPARATION_IMAGES:g} "
-        f"times and {SEPARATION_IMAGES * COUNT_FLOOR:g} images; of first gradients and of the way that the weights "
-        f"have gone {100 * factor * FLIP_SHARE:g} % may be ReLUs that rounding flipped"
+        f"every step's data are equal; the closest runs of the two backends may be {factor:g} times "
+        "as far apart as the most distant runs of the one that drifts less are by the end of the "
+        f"next step range ({twins} twins, with weights and images 1 ulp away), and "
+        f"{factor * floor:g} ulp of {compute_dtype(dtype).name}; counts of test images may differ "
+        f"by {SEPARATION_IMAGES:g} times as much and {SEPARATION_IMAGES * COUNT_FLOOR:g} images; "
+        f"{100 * factor * FLIP_SHARE:g} % of a first gradient, but not of half of its entries, and "
+        "of the way that the weights have gone may be ReLUs that rounding flipped"
     )
     return {
         "rule": rule,
