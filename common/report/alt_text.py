@@ -16,6 +16,7 @@ from lockstep.common.report.chart_data import (
     twin_spread,
 )
 from lockstep.common.report.json import ComparisonJson
+from lockstep.common.report.summary import notes
 from lockstep.common.report.text import four_digits, number, percent, plural
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.statistics import CONFIDENCE
@@ -29,6 +30,7 @@ def confidence_summary(comparison: ComparisonJson) -> list[str]:
         names = " and ".join(comparison["accuracy"])
         return [f"Only {names} ran in this precision, so nothing was compared."]
     rows, score = comparison["ladder"] + comparison["stretches"], comparison.get("score")
+    powerless = sum(row["agrees"] and not row.get("power", True) for row in rows)
     outside = sum(not row["agrees"] for row in rows)
     checks = plural(len(rows), "comparison")
     if outside:
@@ -38,8 +40,11 @@ def confidence_summary(comparison: ComparisonJson) -> list[str]:
         text = f"{checks}, each within its bound"
         if score is not None:
             text += f"; the closest one uses {100 * score:.2g} % of its bound"
+    if powerless:
+        text += f"; {powerless:,} have no power: no run could fail them, so they are no evidence"
     rule = comparison["bound"].get("rule", "")
-    return [f"{text}.", _twins(comparison), f"Bounds: {rule.rstrip('.')}."]
+    how = [f"{text}.", *notes(comparison), _twins(comparison)]
+    return [*how, f"Bounds: {rule.rstrip('.')}."]
 
 
 def _twins(comparison: ComparisonJson) -> str:

@@ -82,6 +82,23 @@ def in_short(comparison: ComparisonJson) -> str:
     return f"{text}."
 
 
+def notes(comparison: ComparisonJson) -> list[str]:
+    """What a reader of the verdict should know: where a check can see nothing, and which side is
+    not reproducible."""
+    found = []
+    if (step := comparison.get("no_power_from")) is not None:
+        found.append(
+            f"{comparison['dtype']}: from step {step:,} on no check of the training could fail: "
+            "rounding moves these runs as far apart as two runs can be."
+        )
+    for name, step in comparison.get("not_reproducible", {}).items():
+        found.append(
+            f"{comparison['dtype']}: {name} is not reproducible: the same run again differs from "
+            f"step {step:,} on."
+        )
+    return found
+
+
 def heading(comparison: ComparisonJson, disagree: str) -> str:
     """As `float64, 40 steps: the runs agree`.
 
@@ -164,8 +181,9 @@ def merge_equal(windows: Iterable[WindowJson]) -> list[WindowJson]:
     return merged
 
 
-def _without_steps(row: WindowJson) -> tuple[str, float | None, float | None, float | None, bool]:
-    return row["quantity"], row["gap"], row["drift"], row["bound"], row["agrees"]
+def _without_steps(row: WindowJson) -> tuple[str | float | None, ...]:
+    power = row.get("power", True)
+    return row["quantity"], row["gap"], row["drift"], row["bound"], row["agrees"], power
 
 
 def worst_per_stage(checks: Sequence[CheckJson]) -> list[tuple[str, CheckJson, bool]]:

@@ -92,7 +92,7 @@ def worst_checks(comparison: ComparisonJson) -> Table:
     """The worst check of each stage."""
     spread = _has_spread(comparison["ladder"])
     rows = [
-        [when, *_check_cells(row, spread), ok(agrees)]
+        [when, *_check_cells(row, spread), ok(agrees, row.get("power", True))]
         for when, row, agrees in worst_per_stage(comparison["ladder"])
     ]
     worst = "Per stage, the tensor that is nearest to its bound or furthest beyond it"
@@ -103,7 +103,10 @@ def worst_checks(comparison: ComparisonJson) -> Table:
 def checks(comparison: ComparisonJson) -> Table:
     """All comparisons of single steps."""
     spread = _has_spread(comparison["ladder"])
-    rows = [[*_check_cells(row, spread), ok(row["agrees"])] for row in comparison["ladder"]]
+    rows = [
+        [*_check_cells(row, spread), ok(row["agrees"], row.get("power", True))]
+        for row in comparison["ladder"]
+    ]
     caption = f"Every comparison of a single step, {comparison['dtype']}"
     return Table(caption, [*_check_columns(spread), "ok"], rows)
 
@@ -116,7 +119,7 @@ def windows(comparison: ComparisonJson) -> Table:
             row["quantity"].replace("_", " "),
             steps_text(row["start"], row["stop"]),
             *_gap_cells(row, spread),
-            ok(row["agrees"]),
+            ok(row["agrees"], row.get("power", True)),
         ]
         for row in merge_equal(comparison["stretches"])
     ]

@@ -26,6 +26,7 @@ from lockstep.common.report.summary import (
     heading,
     in_short,
     merge_equal,
+    notes,
     sentence,
     tensor_text,
     trained,
@@ -155,6 +156,8 @@ class Terminal:
                 self._details(comparison, report["data"]["classes"])
             else:
                 self._paragraph(in_short(comparison))
+            for note in notes(comparison):
+                self._paragraph(note)
         if self.verbose and report["lenses"]:
             self._print("")
         self._sentence(report)
@@ -223,7 +226,8 @@ class Terminal:
                 self._row(table, when, style="bold")
             for _, row, agrees in group:
                 cells = [row["stage"], tensor_text(row), f"{row['step']:,}", number(row["gap"])]
-                self._row(table, *cells, number(row["bound"], "none"), ok(agrees))
+                mark = ok(agrees, row.get("power", True))
+                self._row(table, *cells, number(row["bound"], "none"), mark)
         if table is not None:
             self._show(table)
 
@@ -235,7 +239,8 @@ class Terminal:
         for row in merge_equal(rows):
             cells = [row["quantity"].replace("_", " "), steps_text(row["start"], row["stop"])]
             cells += [number(row["gap"]), *[number(row["drift"], "-")] * spreads]
-            self._row(table, *cells, number(row["bound"], "none"), ok(row["agrees"]))
+            mark = ok(row["agrees"], row.get("power", True))
+            self._row(table, *cells, number(row["bound"], "none"), mark)
         self._show(table)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

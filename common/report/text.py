@@ -72,6 +72,10 @@ def steps_text(start: int, stop: int) -> str:
     return f"{start:,} to {last:,}" if last > start else f"{start:,}"
 
 
-def ok(agrees: bool) -> str:
-    """The mark of a check."""
-    return "ok" if agrees else "NO"
+def ok(agrees: bool, has_power: bool = True) -> str:
+    """The mark of a check.
+
+    Args:
+        has_power: whether some run would fail it; if none could, it is no evidence.
+    """
+    return "NO" if not agrees else "ok" if has_power else "no power"

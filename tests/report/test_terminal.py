@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from lockstep.common.report import Terminal, sentence
+from lockstep.common.report.summary import notes
+from lockstep.common.report.text import ok
 from tests.report.helpers import HOSTILE, PLAIN, Tty, found, make, printed
 
 CUT = "flax float32 was interrupted at step 12 of 500"
@@ -454,3 +456,19 @@ def test_colour_is_for_terminals_and_never_alone(monkeypatch: pytest.MonkeyPatch
     out = Tty()
     Terminal(stdout=out, stderr=Tty(), verbose=True).verdict(make("disagree"))
     assert "\x1b[" in out.getvalue() and "NO" in out.getvalue()
+
+
+def test_what_can_see_nothing_and_what_is_not_reproducible_is_said() -> None:
+    report = make("agree")
+    quiet = notes(report["lenses"][0])
+    assert quiet == []  # the control
+    report["lenses"][0] |= {"no_power_from": 300, "not_reproducible": {"flax": 12}}
+    said = notes(report["lenses"][0])
+    assert "from step 300 on no check of the training could fail" in said[0]
+    assert "flax is not reproducible: the same run again differs from step 12 on" in said[1]
+    assert (ok(True), ok(False), ok(True, False), ok(False, False)) == (
+        "ok",
+        "NO",
+        "no power",
+        "NO",
+    )
