@@ -28,35 +28,21 @@ def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformat
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_;
     `optax.sgd` has the last three lines, without dampening.
     """
+    none = optax.identity()
+    weight_decay, plateau = config.weight_decay, config.schedule.kind == "plateau"
     # Without a momentum buffer, PyTorch ignores dampening.
     dampens = config.momentum != 0 and config.dampening != 0
+    sgd = optax.sgd(
+        make_schedule(config), config.momentum or None, config.nesterov, accumulator_dtype=dtype
+    )
     return optax.named_chain(
-        (
-            "clip",
-            clip_gradients(config.clip_norm) if config.clip_norm is not None else optax.identity(),
-        ),
+        ("clip", none if config.clip_norm is None else clip_gradients(config.clip_norm)),
         ("precision", upcast_gradients()),
-        ("maximize", optax.scale(-1.0) if config.maximize else optax.identity()),
-        (
-            "weight_decay",
-            optax.add_decayed_weights(config.weight_decay)
-            if config.weight_decay
-            else optax.identity(),
-        ),
-        ("dampening", dampen(config.dampening) if dampens else optax.identity()),
-        (
-            "sgd",
-            optax.sgd(
-                make_schedule(config),
-                config.momentum or None,
-                config.nesterov,
-                accumulator_dtype=dtype,
-            ),
-        ),
-        (
-            "plateau",
-            reduce_on_plateau(config) if config.schedule.kind == "plateau" else optax.identity(),
-        ),
+        ("maximize", optax.scale(-1.0) if config.maximize else none),
+        ("weight_decay", optax.add_decayed_weights(weight_decay) if weight_decay else none),
+        ("dampening", dampen(config.dampening) if dampens else none),
+        ("sgd", sgd),
+        ("plateau", reduce_on_plateau(config) if plateau else none),
     )
 
 

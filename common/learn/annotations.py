@@ -426,7 +426,7 @@ NOTES = (
     Note(
         title="Weight decay comes before momentum",
         torch=SourceLine(_MAKE, "weight_decay=config.weight_decay,"),
-        flax=SourceLine(_MAKE, "optax.add_decayed_weights(config.weight_decay)"),
+        flax=SourceLine(_MAKE, "optax.add_decayed_weights(weight_decay)"),
         what=(
             "PyTorch's SGD adds the weights, biases included, times weight decay to the gradient; "
             "the sum enters the momentum buffer. `optax.sgd` has no weight decay, so a "
