@@ -16,7 +16,7 @@ from lockstep.backends.flax_backend import convert, tuning
 from lockstep.backends.flax_backend.activations import record_activations
 from lockstep.backends.flax_backend.compiled import ManySteps
 from lockstep.backends.flax_backend.device import choose_device, configure_determinism
-from lockstep.backends.flax_backend.inputs import Data, Inputs
+from lockstep.backends.flax_backend.inputs import Array, Data, Inputs
 from lockstep.backends.flax_backend.losses import cross_entropy, global_norm
 from lockstep.backends.flax_backend.optimizer import (
     export_momentum,
@@ -152,14 +152,10 @@ class FlaxBackend:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return self._inputs.batches(uploaded, indices)
 
-    def download(
-        self, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def download(self, images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
         return self._inputs.download(images, labels)
 
-    def train_steps(
-        self, state: State, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
-    ) -> tuple[State, Metrics]:
+    def train_steps(self, state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
         images, labels = self._inputs.images(images), self._inputs.labels(labels)
         return self._many_steps(state, images, labels, self._masks(state, labels.shape))
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from lockstep.common.data import normalise
 
+Array = np.ndarray | jax.Array  # in NumPy's layout, or on the device in the framework's
+
 
 class Data(NamedTuple):
     """A data set on the device."""
@@ -31,10 +33,10 @@ class Inputs:
         self._pixel_table = jnp.asarray(normalise(np.arange(256, dtype=np.uint8), dtype))
         self._compiled_batches = jax.jit(self._batches)
 
-    def images(self, images: np.ndarray | jax.Array) -> jax.Array:
+    def images(self, images: Array) -> jax.Array:
         return jnp.asarray(images, self.dtype)
 
-    def labels(self, labels: np.ndarray | jax.Array) -> jax.Array:
+    def labels(self, labels: Array) -> jax.Array:
         return jnp.asarray(labels, jnp.int32)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
@@ -43,9 +45,7 @@ class Inputs:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return self._compiled_batches(uploaded, indices)
 
-    def download(
-        self, images: np.ndarray | jax.Array, labels: np.ndarray | jax.Array
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def download(self, images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(self.images(images)), np.asarray(self.labels(labels))
 
     def _batches(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from lockstep.backends.torch_backend import convert, tuning
 from lockstep.backends.torch_backend.activations import record_activations
 from lockstep.backends.torch_backend.compiled import ManySteps
 from lockstep.backends.torch_backend.device import choose_device, configure_determinism
-from lockstep.backends.torch_backend.inputs import Data, Inputs
+from lockstep.backends.torch_backend.inputs import Array, Data, Inputs
 from lockstep.backends.torch_backend.losses import cross_entropy, global_norm
 from lockstep.backends.torch_backend.optimizer import (
     Scheduler,
@@ -148,14 +148,10 @@ class TorchBackend:
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return self._inputs.batches(uploaded, indices)
 
-    def download(
-        self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def download(self, images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
         return self._inputs.download(images, labels)
 
-    def train_steps(
-        self, state: State, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
-    ) -> tuple[State, Metrics]:
+    def train_steps(self, state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
         images, labels = self._inputs.images(images), self._inputs.labels(labels)
         return self._many_steps(state, images, labels, self._masks(state.step, labels.shape))
 

@@ -98,7 +98,7 @@ class ManySteps:
 
     @cached_property
     def _compiled_scan(self) -> Scan:
-        """Made when it is first called: importing the compiler takes a second."""
+        """Compiled at first use: importing the compiler takes a second."""
         # All backends of a process share the compiled versions of `_scan`: allow for many.
         torch._dynamo.config.recompile_limit = 1024
         options = compiler_options(self.device)

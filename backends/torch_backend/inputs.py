@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lockstep.common.data import normalise
 
+Array = np.ndarray | Tensor  # in NumPy's layout, or on the device in the framework's
+
 
 class Data(NamedTuple):
     """A data set on the device."""
@@ -34,7 +36,7 @@ class Inputs:
         table = normalise(np.arange(256, dtype=np.uint8), dtype)
         self._pixel_table = as_tensor(table).to(device)
 
-    def images(self, images: np.ndarray | Tensor) -> Tensor:
+    def images(self, images: Array) -> Tensor:
         """(..., height, width, channels) to (..., channels, height, width); tensors are returned
         unchanged."""
         if isinstance(images, Tensor):
@@ -42,7 +44,7 @@ class Inputs:
         images = as_tensor(images).to(self.device).movedim(-1, -3)
         return images if self.channels_last else images.contiguous()
 
-    def labels(self, labels: np.ndarray | Tensor) -> Tensor:
+    def labels(self, labels: Array) -> Tensor:
         if isinstance(labels, Tensor):
             return labels
         return torch.from_numpy(labels).to(self.device, torch.int64)
@@ -63,9 +65,7 @@ class Inputs:
         images = self._pixel_table.index_select(0, pixels.flatten().int()).view(pixels.shape)
         return images, uploaded.labels[chosen]
 
-    def download(
-        self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def download(self, images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
         return as_array(self.images(images).movedim(-3, -1)), as_array(self.labels(labels))
 
 

@@ -73,7 +73,7 @@ SECTIONS = (
         "made once in NumPy by the functions below; each only moves them to its device, in its "
         "own layout.",
         (
-            *same_names("inputs.py", "Data", "Inputs", "Inputs.__init__"),
+            *same_names("inputs.py", SETTINGS, "Data", "Inputs", "Inputs.__init__"),
             *same_names(
                 "inputs.py", "Inputs.images", "Inputs.labels", "Inputs.upload", "Inputs.batches"
             ),
