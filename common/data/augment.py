@@ -8,9 +8,10 @@ No state is carried along, and neither the order of the images nor the size of t
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from lockstep.common.config import Config
 from lockstep.common.data import normalise
@@ -30,7 +31,7 @@ class CropFlip(NamedTuple):
 
 
 def batches(
-    config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: Any
+    config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: DTypeLike
 ) -> np.ndarray:
     """The batches of steps `step`, `step` + 1, ... as training sees them: augmented, if asked for,
     and normalised.

@@ -6,9 +6,9 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 _BLOCK = 1 << 15  # pixels that are normalised at a time
 _TABLE = (np.arange(256, dtype=np.float64) / 255 - 0.5) / 0.5
@@ -42,7 +42,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def normalise(images: np.ndarray, dtype: Any) -> np.ndarray:
+def normalise(images: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Map 0..255 to -1..1 by (x / 255 - 0.5) / 0.5, the tutorial's `ToTensor` and `Normalize(0.5,
     0.5)`.
 

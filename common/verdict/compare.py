@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,8 @@ from lockstep.common.errors import RecordError
 from lockstep.common.protocol import STAGES
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
+from lockstep.common.system.storage import JsonObject
+from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import (
     Comparison,
     Rule,
@@ -88,11 +89,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         )
 
     diverged_at = common_nonfinite_step(record.first_nonfinite for record in (a.run, b.run))
-    if diverged_at is None:
-        checks = check_first_steps(a, b) + check_trajectory(a, b) + check_evaluation(a, b, labels)
-    else:
-        before = a.until(diverged_at), b.until(diverged_at)
-        checks = check_first_steps(*before) + check_trajectory(*before, finished=False)
+    checks = _all_checks(a, b, labels, diverged_at)
     # Within an update the learning rate comes first; else, of one step and stage, the order is that
     # of the checks.
     failures = [check for check in checks if not check.agrees]
@@ -120,6 +117,16 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         short_twins={name: len(side.short_twins) for name, side in ensembles.items()},
         class_differences=class_differences(a.run, b.run, labels),
     )
+
+
+def _all_checks(
+    a: Ensemble, b: Ensemble, labels: np.ndarray, diverged_at: int | None
+) -> list[Check]:
+    """Everything that is compared; up to `diverged_at`, where both runs are not finite there."""
+    if diverged_at is None:
+        return check_first_steps(a, b) + check_trajectory(a, b) + check_evaluation(a, b, labels)
+    before = a.until(diverged_at), b.until(diverged_at)
+    return check_first_steps(*before) + check_trajectory(*before, finished=False)
 
 
 def _twin_summary(run: Record, twin: Record) -> TwinSummary:
@@ -211,12 +218,12 @@ def _rule(dtype: str, twins: int) -> Rule:
     }
 
 
-def without_name(data: dict[str, Any]) -> dict[str, Any]:
-    # the same data may lie elsewhere
+def without_name(data: JsonObject) -> JsonObject:
+    """`data` without its name: the same data may lie elsewhere."""
     return {name: value for name, value in data.items() if name != "name"}
 
 
-def _first_difference(what: str, a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, Any]:
+def _first_difference(what: str, a: JsonObject, b: JsonObject) -> tuple[str, object, object]:
     for name in sorted(a | b):
         if a.get(name) != b.get(name):
             return f"{what}, {name}", a.get(name), b.get(name)

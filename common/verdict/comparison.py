@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from lockstep.common.runs.record import Segment
 from lockstep.common.verdict.check import BATCH, Check, finite
@@ -57,7 +57,7 @@ class Divergence:
         gap = "gap" if self.measure == "largest" else f"{self.measure} gap"
         return text + f"{gap} {self.gap:.1e} > {self.bound:.1e}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         values: tuple[float | None, float | None] = self.values or (None, None)
         if self.sides is not None:
             values = (None, None)
@@ -112,7 +112,7 @@ class Location:
     worst_entries: tuple[Entry, ...]
     causes: tuple[str, ...]  # the likeliest first
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         names = self.divergence.names
         return {
             **self.divergence.to_json(),
@@ -212,11 +212,11 @@ class Comparison:
         """The step whose loss is not finite, if it is the same one in all runs."""
         return common_nonfinite_step(run.nonfinite_step for run in self.runs.values())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """One entry of report.json's `lenses`."""
         runs = self.runs
         twins = self.twins or {}
-        found: dict[str, Any] = {
+        found: dict[str, object] = {
             "dtype": self.dtype,
             "steps": self.steps,
             "broken": {name: run.nonfinite_step for name, run in runs.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -26,42 +26,37 @@ from lockstep.common.verdict.trajectory import check_scalar
 def check_evaluation(a: Ensemble, b: Ensemble, labels: np.ndarray) -> list[Check]:
     """Test loss, predictions, and for each class the images that one side recognises and the other
     does not."""
-    first, second = a.run, b.run
-    steps, classes = first.steps, first.data["classes"]
-    seen = training_loss_gap(first, second)
-    checks = [
-        check_scalar(
-            a, b, steps, "evaluate", "test loss", lambda record: record.test_loss, extra=seen
-        )
-    ]
+    steps, seen = a.run.steps, training_loss_gap(a.run, b.run)
+    loss = check_scalar(a, b, steps, "evaluate", "test loss", lambda r: r.test_loss, extra=seen)
+    return [loss, _check_predictions(a, b, labels), *_check_classes(a, b, labels)]
 
-    def allowed_images(spread: float | None) -> float:
-        if first.dtype == "float64":
-            return SEPARATION_IMAGES * (spread or 0.0)
-        return SEPARATION_IMAGES * ((spread or 0.0) + COUNT_FLOOR)
 
+def _check_predictions(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Check:
+    """How many predictions differ."""
     gap, spread = between_and_within(
         a.records, b.records, lambda x, y: float(len(labels) - equal_predictions(x, y))
     )
-    whole = len(first.predictions) == len(second.predictions) == len(labels)
-    checks.append(
-        Check(
-            steps,
-            "evaluate",
-            "predictions",
-            gap if whole else math.inf,
-            allowed_images(spread),
-            spread,
-            most=len(labels),
-        )
+    whole = len(a.run.predictions) == len(b.run.predictions) == len(labels)
+    return Check(
+        a.run.steps,
+        "evaluate",
+        "predictions",
+        gap if whole else math.inf,
+        _allowed_images(a.run.dtype, spread),
+        spread,
+        most=len(labels),
     )
 
+
+def _check_classes(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Iterator[Check]:
+    """Of each class with test images, the share that one side recognises and the other does
+    not."""
     recognised = {
         id(record): is_correct(record.predictions, labels)
         for side in (a, b)
         for record in side.records
     }
-    for index, name in enumerate(classes):
+    for index, name in enumerate(a.run.data["classes"]):
         images = labels == index
         if not images.any():
             continue
@@ -70,25 +65,23 @@ def check_evaluation(a: Ensemble, b: Ensemble, labels: np.ndarray) -> list[Check
             b.records,
             lambda x, y, of=images: float(np.sum((recognised[id(x)] != recognised[id(y)])[of])),
         )
-        values = (
-            float(np.mean(recognised[id(first)][images])),
-            float(np.mean(recognised[id(second)][images])),
+        first, second = (float(np.mean(recognised[id(side.run)][images])) for side in (a, b))
+        count = int(images.sum())
+        yield Check(
+            a.run.steps,
+            "evaluate",
+            f"accuracy of {name}",
+            gap / count,
+            _allowed_images(a.run.dtype, spread) / count,
+            None if spread is None else spread / count,
+            (first, second),
+            most=1.0,
         )
-        limit, count = allowed_images(spread), int(images.sum())
-        spread = None if spread is None else spread / count
-        checks.append(
-            Check(
-                steps,
-                "evaluate",
-                f"accuracy of {name}",
-                gap / count,
-                limit / count,
-                spread,
-                values,
-                most=1.0,
-            )
-        )
-    return checks
+
+
+def _allowed_images(dtype: str, spread: float | None) -> float:
+    floor = 0 if dtype == "float64" else COUNT_FLOOR
+    return SEPARATION_IMAGES * ((spread or 0.0) + floor)
 
 
 def training_loss_gap(first: Record, second: Record) -> float:

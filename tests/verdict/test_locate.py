@@ -602,7 +602,7 @@ class Pair:
         self.twins = {name: runs[1:] for name, runs in members.items()}
         ensembles = {name: Ensemble.of(runs) for name, runs in members.items()}
         self.comparison = compare(ensembles, digits.test_labels)
-        self.lens = self.comparison.to_json()
+        self.lens: Any = self.comparison.to_json()
         self.first = self.comparison.first_divergence
         self.built: list[str] = []
 
