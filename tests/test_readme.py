@@ -1,5 +1,5 @@
-"""The README says what the sources and results/ say. `python -m tests.test_readme` writes its
-marked passages anew."""
+"""The READMEs say what the sources and results/ say. `python -m tests.test_readme` rewrites their
+marked passages."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lockstep.backends import faults as catalogue
 from lockstep.common import data
 from lockstep.common.config import BACKENDS, DTYPES, MODELS, Config
 from lockstep.common.errors import RecordError
-from lockstep.common.evidence.bench import PATHS, summary
+from lockstep.common.evidence.bench import PATHS
+from lockstep.common.evidence.bench_report import summary
 from lockstep.common.evidence.false_alarms import LOCKSTEP
 from lockstep.common.report import sentence
 from lockstep.common.testing import same_run
-from tests.evidence.test_bench import made_rows
+from tests.evidence.test_bench_report import made_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -113,7 +114,7 @@ def faults() -> str:
         f"{s['yes']} of {s['of']}" for s in (summary["stage_right"], summary["tensor_right"])
     )
     text = (
-        f"Of {summary['faults']} faults {summary['caught']} are found by at least one lens. float64 finds "
+        f"Of {summary['faults']} faults {summary['caught']} are found by at least one check. float64 finds "
         f"{changing['yes']} of the {changing['of']} that change the computed function, float32 {seen['yes']}. "
         f"Of the faults found, {stage} are named with the right stage, and, where one tensor is to blame, {tensor} "
         "with the right tensor."
@@ -282,9 +283,9 @@ def fuzz() -> str:
     )
     return (
         f"Of {report['inputs']:,} damaged inputs of {len(kinds)} kinds (seed {report['seed']}) {report['refused']:,} "
-        f"were refused; {report['accepted']:,} were accepted, since what they hold is valid, or the damage is where "
-        f"nobody reads. {report['failures']} ended in a traceback, took more than 10 s or 1 GB, or were said to agree "
-        f"with what they are not (longest {seconds:.1f} s, most {size / 1e6:,.0f} MB).\n"
+        f"were refused; {report['accepted']:,} were accepted, since their values are valid, or the damage is where "
+        f"nothing is read. {report['failures']} ended in a traceback, took more than 10 s or 1 GB, or agreed with an "
+        f"input that differs (longest {seconds:.1f} s, most {size / 1e6:,.0f} MB).\n"
     )
 
 

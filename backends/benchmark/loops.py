@@ -1,4 +1,4 @@
-"""What a worker of `compare.py bench` does: train in one way, under the clock.
+"""What a worker of `lockstep bench` does: train by one loop and measure the time.
 
 No framework is imported before a worker builds its own `Loop`.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,28 +19,29 @@ from lockstep.common.config import BACKENDS, Config
 from lockstep.common.errors import DataError
 
 if TYPE_CHECKING:
+    from lockstep.common.evidence.bench import CompileTime, Turn, WorkerFacts
     from lockstep.common.protocol import Backend
 
-ENDLESS = 10**9  # steps: more than are ever taken
+UNLIMITED = 10**9  # steps: more than any measurement takes
 SIZE = 2048  # rows and columns of the matrices whose product is the arithmetic limit
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one worker is to time."""
+class BenchmarkJob:
+    """What one worker measures."""
 
     path: str  # one of `lockstep.common.evidence.bench`'s PATHS or PRODUCTS
     batch_size: int
-    images: int  # training images: the first so many
+    images: int  # train on the first so many images
     classes: int
     dtype: str
     device: str  # "cpu" or "cuda"
     seed: int
-    folder: Path  # of `write_images`
+    folder: Path  # where `write_images` left the images
 
 
-class Done(NamedTuple):
-    """What one call has done."""
+class Progress(NamedTuple):
+    """What one call trained."""
 
     steps: int
     images: int
@@ -49,66 +50,63 @@ class Done(NamedTuple):
 class Loop(Protocol):
     """One way to train, or a product of matrices."""
 
-    opening: int  # calls in which all is made ready (compiled, where it is), the first one included
-    untimed: int  # calls after which a new iterator of `calls` has its pace
-    processes: int  # of a loader, beside this one
+    compile_calls: int  # the calls that compile, or set up in another way; at least the first one
+    warmup_calls: int  # the calls after which a new iterator of `steps` runs at full speed
+    processes: int  # of a data loader, in addition to this process
 
-    def calls(self) -> Iterator[Done]:
-        """Endless work; every `next` is one step, or one chunk of steps. Another iterator goes on
-        with the training."""
+    def steps(self) -> Iterator[Progress]:
+        """Train without end; every `next` is one step, or one chunk of steps. A second iterator
+        continues the training."""
         ...
 
     def wait(self) -> None:
-        """Until the device has finished what it was told."""
+        """Wait until the device has finished."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Versions, threads and the like, for the report."""
         ...
 
 
-class Stopwatch:
-    """One way to train, under the clock. When it has been built, it has taken its first step."""
+class Timer:
+    """Measures one loop. The constructor takes the first step."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchmarkJob) -> None:
         self._loop = make_loop(job)
-        self._calls = self._loop.calls()
+        self._iterator = self._loop.steps()
         start = time.perf_counter()
-        self._steps = next(self._calls).steps
+        self._steps = next(self._iterator).steps
         self._loop.wait()
         self._seconds = time.perf_counter() - start
 
-    def opening(self) -> dict[str, Any]:
-        """Finish the calls in which all is made ready: `steps` and `seconds` of all of them, the
-        first included."""
+    def compile(self) -> CompileTime:
+        """Finish the calls that compile. The result counts all of them, the first included."""
         start = time.perf_counter()
-        for _ in range(self._loop.opening - 1):
-            self._steps += next(self._calls).steps
+        for _ in range(self._loop.compile_calls - 1):
+            self._steps += next(self._iterator).steps
         self._loop.wait()
         self._seconds += time.perf_counter() - start
-        del self._calls  # and with it a loader's processes
+        del self._iterator  # this also ends a loader's processes
         return {"steps": self._steps, "seconds": self._seconds}
 
-    def run(self, seconds: float) -> dict[str, Any]:
-        """Train for at least so long, whole calls only: `steps`, `images`, and the `seconds` that
-        it was."""
-        calls = self._loop.calls()
-        for _ in range(self._loop.untimed):
-            next(calls)
+    def run(self, seconds: float) -> Turn:
+        """Train for at least `seconds`, in whole calls."""
+        iterator = self._loop.steps()
+        for _ in range(self._loop.warmup_calls):
+            next(iterator)
         self._loop.wait()
         steps = images = 0
         start = time.perf_counter()
         while steps == 0 or time.perf_counter() - start < seconds:
-            done = next(calls)
+            done = next(iterator)
             steps, images = steps + done.steps, images + done.images
         self._loop.wait()
         return {"steps": steps, "images": images, "seconds": time.perf_counter() - start}
 
-    def facts(self) -> dict[str, Any]:
-        """`environment`; peak resident `memory` of this process, bytes; of a loader's processes
-        `loader`, the largest's and how many; and the network's `flops_per_image` where a backend
-        knows its shapes."""
-        from lockstep.common.evidence.bench import flops_per_image
+    def describe(self) -> WorkerFacts:
+        """Peak memory is that of this process so far. `flops_per_image` is None for a loop that
+        does not know its network's shapes."""
+        from lockstep.common.evidence.bench_report import flops_per_image
 
         loop = self._loop
         return {
@@ -126,8 +124,8 @@ class Stopwatch:
 # --- Ways to train
 
 
-def make_loop(job: Job) -> Loop:
-    """Import what the job needs, read the images, build."""
+def make_loop(job: BenchmarkJob) -> Loop:
+    """Import what the job needs, read the images and build the loop."""
     framework, _, kind = job.path.partition(" ")
     if kind == "product":
         return TorchProduct(job) if framework == "torch" else FlaxProduct(job)
@@ -137,25 +135,25 @@ def make_loop(job: Job) -> Loop:
 
     import torch
 
-    from lockstep.backends.benchmark.tutorial import Eager, Tutorial
+    from lockstep.backends.benchmark.tutorial import InMemoryLoop, TutorialLoop
 
     torch.manual_seed(job.seed)
-    loop = {"tutorial": Tutorial, "eager": Eager}[framework]
+    loop = {"tutorial": TutorialLoop, "eager": InMemoryLoop}[framework]
     return loop(images, labels, job.classes, job.batch_size, job.dtype, job.device)
 
 
 class Training:
-    """A backend's training, as `lockstep.common.runs.training.train` has it: images uploaded once,
-    chunk after chunk gathered from them.
+    """A backend trains as in `lockstep.common.runs.training.train`: it uploads the images once and
+    gathers chunk after chunk.
 
-    Fused, a chunk is one call of `train_steps`; else each of its batches is gathered and given to
-    `train_step`. Either way the metrics are fetched at the end of the chunk.
+    Fused: one call of `train_steps` for a chunk. Otherwise: gather each batch and call
+    `train_step`. Both fetch the metrics at the end of the chunk.
     """
 
-    untimed, processes = 1, 0
+    warmup_calls, processes = 1, 0
 
     def __init__(
-        self, name: str, fused: bool, job: Job, images: np.ndarray, labels: np.ndarray
+        self, name: str, fused: bool, job: BenchmarkJob, images: np.ndarray, labels: np.ndarray
     ) -> None:
         from lockstep.common.dtypes import compute_dtype
         from lockstep.common.model.initial_weights import initial_weights
@@ -163,7 +161,7 @@ class Training:
         from lockstep.common.runs.chunks import chunks
         from lockstep.common.runs.record import FIRST_STEPS
 
-        steps = FIRST_STEPS + ENDLESS
+        steps = FIRST_STEPS + UNLIMITED
         config = Config(
             lr=0.001,
             momentum=0.9,
@@ -183,10 +181,10 @@ class Training:
         self.chunks = chunks(
             config, len(images), bytes_per_image=3072 * compute_dtype(job.dtype).itemsize
         )
-        # chunks of one step; the next one is as long as all others will be
-        self.opening = FIRST_STEPS + 1
+        # FIRST_STEPS chunks of one step, then the first chunk of full length
+        self.compile_calls = FIRST_STEPS + 1
 
-    def calls(self) -> Iterator[Done]:
+    def steps(self) -> Iterator[Progress]:
         for indices in self.chunks:
             if self.fused:
                 images, labels = self.backend.batches(self.data, indices)
@@ -199,48 +197,48 @@ class Training:
                     self.state, metrics = self.backend.train_step(self.state, images, labels)
                     history.append(metrics.loss)
                 self.losses = np.array([float(loss) for loss in history])
-            yield Done(steps=len(indices), images=indices.size)
+            yield Progress(steps=len(indices), images=indices.size)
 
     def wait(self) -> None:
-        """The metrics have been fetched."""
+        """Nothing to do: `steps` has fetched the metrics."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return self.backend.describe()
 
 
 class TorchProduct:
-    """Square matrices multiplied in PyTorch, with its own number of threads; a step is one
-    product."""
+    """Multiplies square matrices in PyTorch, with PyTorch's default number of threads; a step is
+    one product."""
 
-    opening, untimed, processes = 1, 1, 0
+    compile_calls, warmup_calls, processes = 1, 1, 0
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchmarkJob) -> None:
         import torch
 
-        torch.backends.cuda.matmul.allow_tf32 = False  # full float32, as the backends have it
+        torch.backends.cuda.matmul.allow_tf32 = False  # full float32, as in the backends
         self.matrices = torch.rand(2, SIZE, SIZE, device=job.device).to(getattr(torch, job.dtype))
 
-    def calls(self) -> Iterator[Done]:
+    def steps(self) -> Iterator[Progress]:
         while True:
             self.product = self.matrices[0] @ self.matrices[1]
             self.wait()
-            yield Done(steps=1, images=0)
+            yield Progress(steps=1, images=0)
 
     def wait(self) -> None:
         self.product[0, 0].item()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         import torch
 
         return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 class FlaxProduct:
-    """The same in JAX."""
+    """Multiplies square matrices in JAX; a step is one product."""
 
-    opening, untimed, processes = 1, 1, 0
+    compile_calls, warmup_calls, processes = 1, 1, 0
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchmarkJob) -> None:
         import jax
 
         jax.config.update("jax_enable_x64", True)
@@ -249,39 +247,39 @@ class FlaxProduct:
             self.matrices = jax.random.uniform(jax.random.key(0), (2, SIZE, SIZE)).astype(job.dtype)
         self.multiply = jax.jit(lambda matrices: matrices[0] @ matrices[1])
 
-    def calls(self) -> Iterator[Done]:
+    def steps(self) -> Iterator[Progress]:
         while True:
             self.product = self.multiply(self.matrices)
             self.wait()
-            yield Done(steps=1, images=0)
+            yield Progress(steps=1, images=0)
 
     def wait(self) -> None:
         self.product.block_until_ready()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         import jax
 
         return {"jax": jax.__version__}
 
 
 def smallest_backend(name: str, device: str) -> Backend:
-    """To be asked what it finds here."""
+    """Build a minimal backend, whose `describe` says which device it found."""
     return backends.load(name)(Config(), 2, "float32", device, "off")
 
 
-# --- What they are given, and what they take
+# --- Images for the workers, and the memory that they use
 
 
 def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-    """Leave the training images for the workers: reading them takes no framework and no more memory
-    than they do.
+    """Write the training images to files that the workers read without a framework and without
+    extra memory.
 
     Args:
         images: uint8 (n, 32, 32, 3).
         labels: int64 (n,).
 
     Raises:
-        DataError: if there is no room for them.
+        DataError: if there is no room for the files.
     """
     try:
         images.tofile(folder / "images")
@@ -292,7 +290,8 @@ def write_images(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
         ) from error
 
 
-def read_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
+def read_images(job: BenchmarkJob) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 (n, 32, 32, 3), and labels, int64 (n,)."""
     images = np.fromfile(job.folder / "images", np.uint8, count=job.images * 3072)
     return images.reshape(job.images, 32, 32, 3), np.fromfile(
         job.folder / "labels", np.int64, count=job.images
@@ -300,8 +299,8 @@ def read_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, bytes; counted from its start, which on Linux
-    rusage does not do: there a process starts with what the one held that started it."""
+    """The peak resident memory of this process, bytes. On Linux from /proc, since rusage there
+    starts with the memory of the parent process."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -310,8 +309,8 @@ def peak_memory() -> int:
 
 
 def peak_memory_of_children() -> int:
-    """The same of the largest of the processes that this one had; memory that they share with it is
-    counted again."""
+    """The peak memory of the largest child process that has ended, bytes; memory shared with this
+    process counts again."""
     return _rusage("RUSAGE_CHILDREN")
 
 

@@ -1,15 +1,14 @@
-"""The loops that speed is measured against: PyTorch's tutorial 'Training a Classifier', and the
-same without a loader.
+"""The loops with which `lockstep bench` compares: PyTorch's tutorial 'Training a Classifier', and
+the same loop without a loader.
 
-Both are written as the tutorial writes them: eager mode, PyTorch's own layers, threads and
-defaults. Source, its sections 1 to 4:
+Both use eager mode and PyTorch's own layers, threads and defaults, as the tutorial does. Source:
+sections 1 to 4 of
 https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lockstep.backends.benchmark.loops import Done
+from lockstep.backends.benchmark.loops import Progress
 from lockstep.common.data import normalise
 
 
@@ -46,11 +45,16 @@ class Net(nn.Module):
         return x
 
 
-class Pictures(Dataset):
-    """What `torchvision.datasets.CIFAR10` is, for any images: of each it makes a PIL image, and
-    transforms that."""
+class InMemoryDataset(Dataset):
+    """Does for any images what `torchvision.datasets.CIFAR10` does: makes a PIL image of each and
+    transforms it."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        transform: Callable[[Image.Image], torch.Tensor],
+    ) -> None:
         self.data, self.targets, self.transform = images, labels.tolist(), transform
 
     def __len__(self) -> int:
@@ -60,8 +64,8 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.data[index])), self.targets[index]
 
 
-class Tutorial:
-    """The tutorial's loop, as it is written, but for the line that it prints every 2000 steps.
+class TutorialLoop:
+    """The tutorial's loop as written, without the line that it prints every 2000 steps.
 
     Args:
         images: uint8 (n, 32, 32, 3).
@@ -84,20 +88,20 @@ class Tutorial:
         transform = transforms.Compose(
             [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
         )
-        self.trainset = Pictures(images, labels, transform)
+        self.trainset = InMemoryDataset(images, labels, transform)
         self.trainloader = DataLoader(
             self.trainset, batch_size=batch_size, shuffle=True, num_workers=workers
         )
         self.net = Net(classes).to(self.device, self.dtype)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = optim.SGD(self.net.parameters(), lr=0.001, momentum=0.9)
-        self.opening, self.processes = 1, workers
-        # batches that lie ready at the start
-        self.untimed = 1 + workers * (self.trainloader.prefetch_factor or 0)
+        self.compile_calls, self.processes = 1, workers
+        # a new loader has prefetched so many batches
+        self.warmup_calls = 1 + workers * (self.trainloader.prefetch_factor or 0)
 
-    def calls(self) -> Iterator[Done]:
-        """A step each, from the beginning of an epoch on; the loader's processes live as long as
-        this iterator."""
+    def steps(self) -> Iterator[Progress]:
+        """One step for each `next`, from the start of an epoch; the loader's processes live as long
+        as this iterator."""
         while True:  # loop over the dataset multiple times
             running_loss = 0.0
             for data in self.trainloader:
@@ -115,17 +119,17 @@ class Tutorial:
 
                 running_loss += loss.item()
                 self.loss = loss.detach()
-                yield Done(steps=1, images=len(labels))
+                yield Progress(steps=1, images=len(labels))
 
     def wait(self) -> None:
-        """`loss.item()` has waited."""
+        """Nothing to do: `loss.item()` has waited."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return describe()
 
 
-class Eager:
-    """The same loop with the normalised images in memory, or on the card: no loader, no transforms,
+class InMemoryLoop:
+    """The same loop with the normalised images in memory, or on the GPU: no loader, no transforms,
     no `.item()`."""
 
     def __init__(
@@ -145,11 +149,11 @@ class Eager:
         self.net = Net(classes).to(device, self.images.dtype)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = optim.SGD(self.net.parameters(), lr=0.001, momentum=0.9)
-        self.opening, self.untimed, self.processes = 1, 1, 0
+        self.compile_calls, self.warmup_calls, self.processes = 1, 1, 0
 
-    def calls(self) -> Iterator[Done]:
-        """A step each, from the beginning of an epoch on. On a card they are queued: `wait` waits
-        for them."""
+    def steps(self) -> Iterator[Progress]:
+        """One step for each `next`, from the start of an epoch. A GPU queues the steps; `wait`
+        waits for them."""
         while True:
             for batch in torch.randperm(len(self.images), device=self.images.device).split(
                 self.batch_size
@@ -161,17 +165,17 @@ class Eager:
                 loss.backward()
                 self.optimizer.step()
                 self.loss = loss.detach()
-                yield Done(steps=1, images=len(labels))
+                yield Progress(steps=1, images=len(labels))
 
     def wait(self) -> None:
         self.loss.item()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return describe()
 
 
-def describe() -> dict[str, Any]:
-    """For the report."""
+def describe() -> dict[str, object]:
+    """Versions and threads, for the report."""
     return {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

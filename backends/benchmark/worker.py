@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from lockstep import backends
-from lockstep.backends.benchmark.loops import Job, Stopwatch, smallest_backend
+from lockstep.backends.benchmark.loops import BenchmarkJob, Timer, smallest_backend
 from lockstep.common.config import BACKENDS
 from lockstep.common.errors import BackendError
 from lockstep.common.system.process import Report, WorkerFailed, WorkerProcess
@@ -19,7 +19,7 @@ Settings = Mapping[str, str | None]  # environment variables; None removes one
 
 
 class Worker:
-    """An object in a process of its own, as a context manager.
+    """An object in a separate process, as a context manager.
 
     Args:
         title: for messages.
@@ -46,7 +46,7 @@ class Worker:
             raise
         self.seconds = time.perf_counter() - start  # until the object was made, from the start on
 
-    def ask(self, method: str, *arguments: object) -> Any:
+    def call(self, method: str, *arguments: object) -> Any:
         """Call the object's method.
 
         Raises:
@@ -81,7 +81,7 @@ def _make(
     return make(*arguments)
 
 
-def start(job: Job, cache: str | None) -> Worker:
+def start(job: BenchmarkJob, cache: str | None) -> Worker:
     """A worker that has taken its first step.
 
     Args:
@@ -99,7 +99,7 @@ def start(job: Job, cache: str | None) -> Worker:
         }
     if job.path not in LOCKSTEP_PATHS:  # other code runs as it would without this project
         settings["GOMP_SPINCOUNT"] = backends.ORIGINAL_SPIN_COUNT
-    return Worker(job.path, settings, Stopwatch, job)
+    return Worker(job.path, settings, Timer, job)
 
 
 def find_device(choice: str) -> tuple[str, str | None]:
@@ -112,7 +112,7 @@ def find_device(choice: str) -> tuple[str, str | None]:
     card = None
     for name in () if choice == "cpu" else BACKENDS:
         with Worker(name, {}, smallest_backend, name, choice) as worker:
-            found = worker.ask("describe")
+            found = worker.call("describe")
         if found["device"] == "cpu":
             return "cpu", None
         card = card or found["device_name"]

@@ -1,11 +1,10 @@
-"""Known faults: the Flax side with one mistake each, made where a person makes it who ports
+"""Known faults: each puts one mistake into the Flax backend, where a person makes it who ports
 training code.
 
-The catalogue is in the order in which a difference travels: data, weights, forward, loss, backward,
-update, evaluate. Faults of `Net` and of what all networks share are in a file for each stage, those
-of the other networks in `networks.py`. A fault is applied round all that the Flax side does:
-`inject` puts it in and takes it out again. PyTorch's side stays as it is. No framework is
-imported before a fault is applied.
+The catalogue is in the order in which a difference spreads: data, weights, forward, loss, backward,
+update, evaluate. Faults of `Net` and of code that all networks share are in a file for each stage,
+those of the other networks in `networks.py` and `dropout.py`. `inject` puts a fault in and takes it
+out again. The PyTorch backend stays correct. No framework is imported before a fault is applied.
 """
 
 from __future__ import annotations
@@ -18,24 +17,27 @@ from lockstep.common.protocol import STAGES
 
 __all__ = ["FAULTS", "QUICK", "Fault", "inject", "named"]
 
-for _file in (
+_FILES = (
     "data",
     "weights",
     "forward",
     "loss",
     "backward",
     "update",
+    "learning_rate",
     "evaluate",
     "late",
     "networks",
-):
+    "dropout",
+)
+for _file in _FILES:
     import_module(f"lockstep.backends.faults.{_file}")  # fills `REGISTRY`
 
-# Those of the other networks come last in their stage.
+# Faults of the other networks come last in their stage.
 FAULTS = tuple(
     sorted(REGISTRY, key=lambda fault: (STAGES.index(fault.stage), "model" in fault.options))
 )
-# One of each stage, all of which show on grey images and in the fewest steps.
+# One of each stage; all show on grey images and within a few steps.
 QUICK = (
     "labels-from-one",
     "zero-biases",

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
+if TYPE_CHECKING:
+    from lockstep.backends.faults.frameworks import Tensors
 
-def _gradients(patch: SetAttr, change: Callable[[Any], Any]) -> None:
-    """Change all gradients, a dictionary by name, as they come out of JAX."""
+
+def _gradients(patch: SetAttr, change: Callable[[Tensors], Tensors]) -> None:
+    """Change all gradients as they come out of JAX."""
     from lockstep.backends.faults.frameworks import jax
 
     value_and_grad = jax.value_and_grad
 
-    def changed(function: Any, **options: Any) -> Any:
-        right = value_and_grad(function, **options)
+    def changed(
+        function: Callable[[Tensors], object], has_aux: bool
+    ) -> Callable[[Tensors], tuple[object, Tensors]]:
+        right = value_and_grad(function, has_aux=has_aux)
 
-        def call(parameters: Any) -> Any:
+        def call(parameters: Tensors) -> tuple[object, Tensors]:
             value, gradients = right(parameters)
             return value, change(gradients)
 
@@ -34,12 +39,14 @@ def _stopped(patch: SetAttr, prefix: str) -> None:
 
     nest = convert.nest
 
-    def stopped(parameters: Any, *names: Any) -> Any:
-        held = {
+    def stopped(
+        parameters: Tensors, names: Mapping[str, str] | None = None
+    ) -> dict[str | int, object]:
+        frozen = {
             name: jax.lax.stop_gradient(p) if name.startswith(prefix) else p
             for name, p in parameters.items()
         }
-        return nest(held, *names)
+        return nest(frozen, names)
 
     patch(convert, "nest", stopped)
 
@@ -62,7 +69,7 @@ def frozen_layer(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     "jax docs, lax.psum and lax.pmean; PyTorch docs, DistributedDataParallel: averages",
 )
 def sum_over_devices(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Gradients are summed over two devices, where their mean should be taken."""
+    """Gradients of two devices are summed, where they should be averaged."""
     from lockstep.backends.faults.frameworks import jax
 
     _gradients(patch, lambda gradients: jax.tree.map(lambda g: 2 * g, gradients))

@@ -1,11 +1,11 @@
-"""Faults of what the network is fed: images, labels, and the order of both."""
+"""Faults of the input: images, labels, and the order of both."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +16,14 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.runs import training
 
+if TYPE_CHECKING:
+    from lockstep.backends.faults.frameworks import FlaxBackend, State
+
+Result = TypeVar("Result")
+
 
 def _images(patch: SetAttr, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change images, (..., n, 32, 32, 3) and normalised, on their way into JAX."""
+    """Change normalised images, (..., n, 32, 32, 3), on their way into JAX."""
     from lockstep.backends.faults.frameworks import Inputs
 
     images_of = Inputs.images
@@ -30,7 +35,7 @@ def _images(patch: SetAttr, change: Callable[[np.ndarray], np.ndarray]) -> None:
 
 
 def _batches(patch: SetAttr, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
-    """Train on other batches. What a record says of its order stays as it is."""
+    """Train on other batches. The order in the record stays the right one."""
     chunks = training.chunks
 
     def replaced(config: Config, images: int, bytes_per_image: int) -> Iterator[np.ndarray]:
@@ -54,7 +59,7 @@ def imagenet(images: np.ndarray) -> np.ndarray:
     needs_color_images=True,
 )
 def bgr(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Images are read with their channels the other way round, blue first."""
+    """Images are read with their channels reversed, blue first."""
     _images(patch, lambda images: images[..., ::-1])
 
 
@@ -100,18 +105,18 @@ def images_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> None
     "images",
     "jax docs, Common Gotchas: Double (64bit) precision",
     changes_function=False,
-    lens="float64",
+    precision="float64",
 )
 def x64_left_off(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """JAX was not told to enable float64, so everything is float32 without a word."""
+    """JAX's float64 was not enabled, so everything is float32, without a warning."""
     from lockstep.backends.faults.frameworks import FlaxBackend, Inputs, convert
 
     init, images_of, to_array = FlaxBackend.__init__, Inputs.images, convert.to_array
 
     def built(
-        self: Any, config: Config, classes: int, dtype: str, *more: Any, **named: Any
+        self: FlaxBackend, config: Config, classes: int, dtype: str, device: str, compile: str
     ) -> None:
-        init(self, config, classes, "float32", *more, **named)
+        init(self, config, classes, "float32", device, compile)
 
     patch(FlaxBackend, "__init__", built)
     patch(Inputs, "images", lambda self, images: images_of(self, images.astype(np.float32)))
@@ -137,8 +142,8 @@ def augmentation_left_on(patch: SetAttr, config: Config, dataset: Dataset) -> No
     augment="crop-flip",
 )
 def flipped_before_cropping(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Images are flipped and then cropped, by the same draws, so that what was cropped on the left
-    is on the right."""
+    """Images are flipped and then cropped, with the same random numbers, so that the crop moves
+    from the left to the right."""
     right = augment.crop_flip
 
     def flipped_first(images: np.ndarray, given: augment.CropFlip) -> np.ndarray:
@@ -155,11 +160,11 @@ def flipped_before_cropping(patch: SetAttr, config: Config, dataset: Dataset) ->
     augment="crop-flip",
 )
 def padded_after_normalising(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Images are padded when they are normalised already, by zeros, which are grey then and not
+    """Images are padded with zeros after they are normalised, which makes the border grey, not
     black."""
 
     def late(
-        config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: Any
+        config: Config, images: np.ndarray, indices: np.ndarray, step: int, dtype: np.dtype
     ) -> np.ndarray:
         normalised = data.normalise(images[indices], dtype)
         return augment.crop_flip(
@@ -175,7 +180,7 @@ def padded_after_normalising(patch: SetAttr, config: Config, dataset: Dataset) -
     "PyTorch docs, Reproducibility: each library has a random generator of its own",
 )
 def other_shuffle(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """The port shuffles for itself."""
+    """The port shuffles with its own random generator."""
     _batches(
         patch,
         lambda config, n: data.batch_indices(dataclasses.replace(config, seed=config.seed + 1), n),
@@ -255,6 +260,7 @@ def one_label_in_a_thousand(patch: SetAttr, config: Config, dataset: Dataset) ->
 
 
 def _with_labels(
-    method: Callable[..., Any], change: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> Callable[..., Any]:
+    method: Callable[[FlaxBackend, State, np.ndarray, np.ndarray], Result],
+    change: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> Callable[[FlaxBackend, State, np.ndarray, np.ndarray], Result]:
     return lambda self, state, images, labels: method(self, state, images, change(images, labels))

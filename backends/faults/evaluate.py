@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,15 +15,24 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.protocol import Evaluation
 
+if TYPE_CHECKING:
+    from lockstep.backends.faults.frameworks import FlaxBackend, State
 
-def _evaluation(patch: SetAttr, change: Callable[..., Evaluation]) -> None:
-    """Evaluate by `change(evaluate, state, images, labels)`, where `evaluate` is the right way."""
+    Evaluate = Callable[[State, np.ndarray, np.ndarray], Evaluation]
+
+
+def _evaluation(
+    patch: SetAttr, change: Callable[[Evaluate, State, np.ndarray, np.ndarray], Evaluation]
+) -> None:
+    """Evaluate by `change(evaluate, state, images, labels)`, where `evaluate` is correct."""
     from lockstep.backends.faults.frameworks import FlaxBackend
 
     evaluate = FlaxBackend.evaluate
 
-    def changed(self: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        return change(lambda *arguments: evaluate(self, *arguments), state, images, labels)
+    def changed(
+        self: FlaxBackend, state: State, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
+        return change(partial(evaluate, self), state, images, labels)
 
     patch(FlaxBackend, "evaluate", changed)
 
@@ -32,7 +42,7 @@ def last_batch_not_evaluated(patch: SetAttr, config: Config, dataset: Dataset) -
     """Evaluation leaves out the last batch of 64, which is smaller."""
 
     def whole_batches(
-        evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
     ) -> Evaluation:
         count = len(images) // 64 * 64
         return evaluate(state, images[:count], labels[:count])
@@ -44,7 +54,9 @@ def last_batch_not_evaluated(patch: SetAttr, config: Config, dataset: Dataset) -
 def mean_of_batch_means(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The test loss is a mean of batch means, in which the smaller last batch weighs too much."""
 
-    def by_batch(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def by_batch(
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         starts = range(0, len(images), 300)
         parts = [
             evaluate(state, images[start : start + 300], labels[start : start + 300])
@@ -76,7 +88,7 @@ def training_images_evaluated(patch: SetAttr, config: Config, dataset: Dataset) 
     """Evaluation reads the training images."""
 
     def on_training(
-        evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
     ) -> Evaluation:
         own = data.normalise(dataset.train_images[: len(images)], images.dtype)
         return evaluate(state, own, dataset.train_labels[: len(images)])
@@ -94,7 +106,7 @@ def weights_of_the_step_before(patch: SetAttr, config: Config, dataset: Dataset)
     """Evaluation uses the weights before the last step."""
 
     def one_step_back(
-        evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
     ) -> Evaluation:
         last = state.optimizer_state["sgd"][0].trace
         parameters = {name: p + config.lr * last[name] for name, p in state.parameters.items()}
@@ -110,7 +122,9 @@ def dropout_left_on(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 
     generator = np.random.default_rng(0)
 
-    def dropped(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def dropped(
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         kernel = state.parameters["fc3.kernel"]
         kept = jnp.asarray(2.0 * generator.integers(0, 2, (len(kernel), 1)), kernel.dtype)
         return evaluate(
@@ -132,7 +146,9 @@ def evaluated_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> N
     """Weights are rounded to bfloat16 for evaluation."""
     from lockstep.backends.faults.frameworks import jax, jnp
 
-    def rounded(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def rounded(
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         parameters = jax.tree.map(
             lambda p: p.astype(jnp.bfloat16).astype(p.dtype), state.parameters
         )
@@ -145,7 +161,9 @@ def evaluated_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> N
 def classes_moved(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Predicted classes count from one, modulo their number."""
 
-    def moved(evaluate: Any, state: Any, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+    def moved(
+        evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
+    ) -> Evaluation:
         right = evaluate(state, images, labels)
         return right._replace(predictions=(right.predictions + 1) % len(dataset.classes))
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import jax
+    from lockstep.backends.faults.frameworks import Tensors, flax_model, jax, nnx
+
+    Layer = Callable[[jax.Array], jax.Array]
 
 
 def _network(
     patch: SetAttr,
-    relu: Callable[[Any], Any] | None = None,
-    last_relu: Callable[[Any], Any] | None = None,
-    pool: Callable[[Any], Any] | None = None,
-    flatten: Callable[[Any], Any] | None = None,
+    relu: Layer | None = None,
+    last_relu: Layer | None = None,
+    pool: Layer | None = None,
+    flatten: Layer | None = None,
 ) -> None:
-    """`Net` with one part replaced."""
+    """Replace one operation of `Net`."""
     from lockstep.backends.faults.frameworks import flax_model, nnx
 
     relu = relu or nnx.relu
 
-    def call(self: Any, x: jax.Array) -> jax.Array:
+    def call(self: flax_model.Net, x: jax.Array) -> jax.Array:
         x = (pool or self.pool)(relu(self.conv1(x)))
         x = (pool or self.pool)(relu(self.conv2(x)))
         x = flatten(x) if flatten else x.reshape(x.shape[0], -1)
@@ -36,21 +38,21 @@ def _network(
     patch(flax_model.Net, "__call__", call)
 
 
-def _convolution(patch: SetAttr, convolve: Callable[..., Any]) -> None:
+def _convolution(patch: SetAttr, convolve: Callable[..., jax.Array]) -> None:
     """Convolve by `convolve(images, kernel, strides, padding, **options)`."""
     from lockstep.backends.faults.frameworks import flax_model
 
     patch(flax_model, "convolution", lambda device: convolve)
 
 
-def _layers(patch: SetAttr, **attributes: Any) -> None:
+def _layers(patch: SetAttr, **attributes: object) -> None:
     """Set attributes of every layer of `Net`."""
     from lockstep.backends.faults.frameworks import flax_model
 
     init = flax_model.Net.__init__
 
-    def built(self: Any, *arguments: Any, **options: Any) -> None:
-        init(self, *arguments, **options)
+    def built(self: flax_model.Net, classes: int, device: str, rngs: nnx.Rngs) -> None:
+        init(self, classes, device, rngs)
         for layer in (self.conv1, self.conv2, self.fc1, self.fc2, self.fc3):
             for name, value in attributes.items():
                 setattr(layer, name, value)
@@ -64,8 +66,10 @@ def _rounded_products(patch: SetAttr, mantissa_bits: int) -> None:
 
     from lockstep.backends.faults.frameworks import jax, jnp
 
-    def promoted(arrays: Any, **options: Any) -> Any:
-        inputs, kernel, bias = promote_dtype(arrays, **options)
+    def promoted(
+        arrays: tuple[jax.Array, jax.Array, jax.Array | None], dtype: jax.typing.DTypeLike | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        inputs, kernel, bias = promote_dtype(arrays, dtype=dtype)
         if inputs.dtype == jnp.float32:
             inputs, kernel = (
                 jax.lax.reduce_precision(a, 8, mantissa_bits) for a in (inputs, kernel)
@@ -81,21 +85,27 @@ def _rounded_products(patch: SetAttr, mantissa_bits: int) -> None:
     "flax docs, Convert PyTorch models to Flax: Convolutions and Dense Layers",
 )
 def flatten_order(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """The flatten unrolls channels, height and width, and the weights are those of height, width
-    and channels."""
+    """The flatten orders its features by channel, height and width; the weights expect height,
+    width and channel."""
     _network(patch, flatten=lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
 
 
 @fault("forward", "conv1", "flax docs, nnx.Conv: padding defaults to SAME")
 def same_padding(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Convolutions pad, as Flax's do by default, and are cut back to the size that the next layer
-    needs."""
+    """Convolutions pad, as Flax's do by default, and their output is cropped to the size that the
+    next layer needs."""
     from lockstep.backends.faults.frameworks import jax
 
+    convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated
+
     def same(
-        images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+        images: jax.Array,
+        kernel: jax.Array,
+        strides: Sequence[int],
+        padding: str,
+        **options: object,
     ) -> jax.Array:
-        return jax.lax.conv_general_dilated(images, kernel, strides, "SAME", **options)[:, :-4, :-4]
+        return convolve(images, kernel, strides, "SAME", **options)[:, :-4, :-4]
 
     _convolution(patch, same)
 
@@ -123,10 +133,12 @@ def missing_bias(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 
     nest = convert.nest
 
-    def without(parameters: Any, *names: Any) -> Any:
+    def without(
+        parameters: Tensors, names: Mapping[str, str] | None = None
+    ) -> dict[str | int, object]:
         if "conv2.bias" in parameters:
             parameters = dict(parameters) | {"conv2.bias": jnp.zeros_like(parameters["conv2.bias"])}
-        return nest(parameters, *names)
+        return nest(parameters, names)
 
     patch(convert, "nest", without)
 
@@ -145,7 +157,7 @@ def average_pooling(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     "jax docs, nn.leaky_relu: negative_slope is 0.01; Keras' LeakyReLU: 0.3",
 )
 def leaky_rectifier(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """The rectifier leaks one hundredth of what is negative."""
+    """The rectifier lets one hundredth of negative values through."""
     from lockstep.backends.faults.frameworks import nnx
 
     _network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
@@ -176,7 +188,7 @@ def missing_rectifier(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     "logits",
     "jax docs, Common Gotchas: Double (64bit) precision",
     changes_function=False,
-    lens="float64",
+    precision="float64",
 )
 def float32_inside(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The logits pass through float32."""
@@ -208,7 +220,7 @@ def bfloat16_layers(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     "conv1",
     "jax docs, Matmul precision: TF32 on recent GPUs",
     changes_function=False,
-    lens="float32",
+    precision="float32",
 )
 def tf32_products(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Products are taken in TF32, with 10 bits of mantissa, as JAX does on a GPU by default."""
@@ -220,7 +232,7 @@ def tf32_products(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     "conv1",
     "jax docs, Matmul precision: bfloat16 on TPU",
     changes_function=False,
-    lens="float32",
+    precision="float32",
 )
 def bfloat16_products(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Products are taken in bfloat16, with 7 bits of mantissa, as JAX does on a TPU by default."""

@@ -1,4 +1,4 @@
-"""What faults change: the frameworks, and the Flax side. A fault imports from here when it is
+"""What faults change: the frameworks, and the Flax backend. A fault imports from here when it is
 applied, so that the catalogue can be listed without a framework."""
 
 import jax
@@ -15,10 +15,14 @@ from lockstep.backends.flax_backend.inputs import Inputs
 from lockstep.backends.flax_backend.models import net as flax_model
 from lockstep.backends.flax_backend.models import resnet20 as flax_resnet20
 from lockstep.backends.flax_backend.models import vit as flax_vit
+from lockstep.backends.flax_backend.state import State
+
+Tensors = dict[str, jax.Array]  # parameters, gradients or buffers by canonical name
 
 __all__ = [
     "FlaxBackend",
     "Inputs",
+    "State",
     "convert",
     "flax_backend",
     "flax_layers",

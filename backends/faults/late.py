@@ -186,7 +186,7 @@ def batch_in_another_order(patch: SetAttr, config: Config, dataset: Dataset) -> 
     None,
     "NVIDIA docs, TF32: 10 bits of mantissa",
     changes_function=False,
-    lens="float32",
+    precision="float32",
 )
 def gradients_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """In float32, gradients have a mantissa of 10 bits, as those of a TF32 backward pass."""
@@ -198,7 +198,7 @@ def gradients_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> N
     "*.kernel",
     "NVIDIA docs, TF32: 10 bits of mantissa",
     changes_function=False,
-    lens="float32",
+    precision="float32",
 )
 def kernels_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """In float32, gradients of kernels have a mantissa of 10 bits; those of biases are exact."""
@@ -215,7 +215,7 @@ def kernels_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> Non
     "conv2.kernel",
     "PyTorch docs, cudnn.allow_tf32: convolutions alone",
     changes_function=False,
-    lens="float32",
+    precision="float32",
 )
 def convolution_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """In float32, the second convolution's gradient has a mantissa of 10 bits."""
@@ -227,13 +227,12 @@ def convolution_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) ->
     )
 
 
-def _ten_bits(gradient: object) -> object:
+def _ten_bits(gradient: jax.Array) -> jax.Array:
     from lockstep.backends.faults.frameworks import jax, jnp
 
-    array = jnp.asarray(gradient)
-    if array.dtype != jnp.float32:
+    if gradient.dtype != jnp.float32:
         return gradient
-    bits = jax.lax.bitcast_convert_type(array, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(gradient, jnp.int32)
     return jax.lax.bitcast_convert_type((bits + 0x1000) & ~0x1FFF, jnp.float32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lockstep.backends.faults.frameworks import jax
 
 
-def _loss(patch: SetAttr, loss: Callable[[Any, Any], Any]) -> None:
+def _loss(patch: SetAttr, loss: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
     """Replace the mean cross entropy by `loss(logits, labels)`."""
     from lockstep.backends.faults.frameworks import flax_backend
 
@@ -78,14 +78,15 @@ def label_smoothing(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     label_smoothing=0.1,
 )
 def smoothed_over_the_others(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Label smoothing is spread over the other classes only, PyTorch's and optax's over all."""
+    """Label smoothing is spread over the other classes only; PyTorch and optax spread it over
+    all."""
     from lockstep.backends.faults.frameworks import flax_backend
 
     right = flax_backend.cross_entropy
 
     def over_others(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
         classes = logits.shape[-1]
-        # of which the label itself gets one share
+        # the label itself gets one of these shares
         return right(logits, labels, smoothing * classes / (classes - 1))
 
     patch(flax_backend, "cross_entropy", over_others)
@@ -93,7 +94,7 @@ def smoothed_over_the_others(patch: SetAttr, config: Config, dataset: Dataset) -
 
 @fault("loss", "loss", "tflearn#562, lightning-bolts#654: softmax applied twice")
 def softmax_twice(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """The loss takes a softmax of what is a softmax already."""
+    """The loss takes the softmax of probabilities: softmax is applied twice."""
     from lockstep.backends.faults.frameworks import flax_backend, jax
 
     right = flax_backend.cross_entropy

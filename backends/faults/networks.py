@@ -1,10 +1,10 @@
-"""Faults of what ResNet20, ConvNeXt and ViT bring in: norms, shortcuts, attention, dropout, other
-kernels."""
+"""Faults of ResNet20, ConvNeXt and ViT: norms, shortcuts, attention and other kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -14,33 +14,49 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
 if TYPE_CHECKING:
-    from lockstep.backends.faults.frameworks import jax
+    from lockstep.backends.faults.frameworks import (
+        FlaxBackend,
+        Tensors,
+        flax_resnet20,
+        flax_vit,
+        jax,
+        nnx,
+    )
 
-# Each network in a run that is short, for they are slow: what is wrong here shows in the first
-# steps, or in evaluation.
-RESNET20: dict[str, Any] = {"model": "resnet20", "batch_size": 8, "steps": 10}
-CONVNEXT: dict[str, Any] = {"model": "convnext", "batch_size": 8, "steps": 10}
-VIT: dict[str, Any] = {"model": "vit", "batch_size": 8, "steps": 10}
+
+class NetworkOptions(TypedDict):
+    """Fields of Config."""
+
+    model: str
+    batch_size: int
+    steps: int
+
+
+# These networks are slow, so the runs are short: the faults here show in the first steps, or in
+# evaluation.
+RESNET20: NetworkOptions = {"model": "resnet20", "batch_size": 8, "steps": 10}
+CONVNEXT: NetworkOptions = {"model": "convnext", "batch_size": 8, "steps": 10}
+VIT: NetworkOptions = {"model": "vit", "batch_size": 8, "steps": 10}
 
 
 # --- Batch and layer norms
 
 
-def _norm(
-    patch: SetAttr, module: Any, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
+def _norm(patch: SetAttr, module: ModuleType, name: str, **changes: float) -> None:
     """Build the norms of a network's module with other options."""
     norm = getattr(module, name)
-    patch(module, name, lambda features, **options: norm(features, **options | change(options)))
+    patch(module, name, lambda features, **options: norm(features, **options | changes))
 
 
 def _mode(patch: SetAttr, mode: Callable[[bool], bool]) -> None:
-    """Train, or evaluate, in the other mode."""
+    """Run the network in `mode(training)`."""
     from lockstep.backends.faults.frameworks import FlaxBackend
 
     model_of = FlaxBackend._model
 
-    def in_mode(self: Any, parameters: Any, model_state: Any, training: bool = True) -> Any:
+    def in_mode(
+        self: FlaxBackend, parameters: Tensors, model_state: Tensors, training: bool = True
+    ) -> nnx.Module:
         return model_of(self, parameters, model_state, mode(training))
 
     patch(FlaxBackend, "_model", in_mode)
@@ -56,7 +72,7 @@ def batch_norm_epsilon(patch: SetAttr, config: Config, dataset: Dataset) -> None
     """Batch norms add 1e-3 to the variance in place of 1e-5."""
     from lockstep.backends.faults.frameworks import flax_resnet20
 
-    _norm(patch, flax_resnet20, "BatchNorm", lambda options: {"epsilon": 1e-3})
+    _norm(patch, flax_resnet20, "BatchNorm", epsilon=1e-3)
 
 
 @fault(
@@ -77,10 +93,11 @@ def trained_in_evaluation_mode(patch: SetAttr, config: Config, dataset: Dataset)
     **RESNET20,
 )
 def batch_norm_momentum(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """The momentum of batch norms is PyTorch's 0.1, where Flax's is what is kept, 0.9."""
+    """The momentum of batch norms is PyTorch's 0.1, the share of the new statistics; Flax's is 0.9,
+    the share of the old ones."""
     from lockstep.backends.faults.frameworks import flax_resnet20
 
-    _norm(patch, flax_resnet20, "BatchNorm", lambda options: {"momentum": 1 - options["momentum"]})
+    _norm(patch, flax_resnet20, "BatchNorm", momentum=1 - 0.9)
 
 
 @fault(
@@ -108,7 +125,9 @@ def statistics_not_updated(patch: SetAttr, config: Config, dataset: Dataset) -> 
 
     forward = FlaxBackend._forward
 
-    def without(self: Any, parameters: Any, model_state: Any, images: Any) -> Any:
+    def without(
+        self: FlaxBackend, parameters: Tensors, model_state: Tensors, images: jax.Array
+    ) -> tuple[jax.Array, Tensors]:
         return forward(self, parameters, model_state, images)[0], model_state
 
     patch(FlaxBackend, "_forward", without)
@@ -137,7 +156,7 @@ def layer_norm_epsilon(patch: SetAttr, config: Config, dataset: Dataset) -> None
     """Layer norms add 1e-5 to the variance, PyTorch's default, in place of 1e-6."""
     from lockstep.backends.faults.frameworks import flax_vit
 
-    _norm(patch, flax_vit, "LayerNorm", lambda options: {"epsilon": 1e-5})
+    _norm(patch, flax_vit, "LayerNorm", epsilon=1e-5)
 
 
 @fault(
@@ -154,7 +173,7 @@ def only_matrices_decayed(patch: SetAttr, config: Config, dataset: Dataset) -> N
 
     decayed = optax.add_decayed_weights
 
-    def matrices(parameters: Any) -> Any:
+    def matrices(parameters: Tensors) -> dict[str, bool]:
         return jax.tree.map(lambda p: p.ndim > 1, parameters)
 
     patch(optax, "add_decayed_weights", lambda weight_decay: decayed(weight_decay, mask=matrices))
@@ -163,12 +182,12 @@ def only_matrices_decayed(patch: SetAttr, config: Config, dataset: Dataset) -> N
 # --- Convolutions and shortcuts
 
 
-def _shortcut(patch: SetAttr, shortcut: Callable[[Any, int], Any]) -> None:
-    """ResNet20's blocks with `shortcut(x, channels)`, of the input, strided already, and how many
-    are to be added."""
+def _shortcut(patch: SetAttr, shortcut: Callable[[jax.Array, int], jax.Array | float]) -> None:
+    """Give ResNet20's blocks another shortcut: `shortcut(x, channels)` of the strided input and the
+    number of channels to add."""
     from lockstep.backends.faults.frameworks import flax_resnet20, nnx
 
-    def call(self: Any, x: jax.Array) -> jax.Array:
+    def call(self: flax_resnet20.Block, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         x = x[:, :: self.stride, :: self.stride]
@@ -202,14 +221,19 @@ def strided_same_padding(patch: SetAttr, config: Config, dataset: Dataset) -> No
     from lockstep.backends.faults.frameworks import flax_layers, flax_resnet20, jax
 
     right = flax_layers.convolution
+    library: Callable[..., jax.Array] = jax.lax.conv_general_dilated
 
-    def on(device: str) -> Any:
+    def on(device: str) -> Callable[..., jax.Array]:
         def convolve(
-            images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+            images: jax.Array,
+            kernel: jax.Array,
+            strides: Sequence[int],
+            padding: str | Sequence[tuple[int, int]],
+            **options: object,
         ) -> jax.Array:
             if set(strides) == {1}:
                 return right(device)(images, kernel, strides, padding, **options)
-            return jax.lax.conv_general_dilated(images, kernel, strides, "SAME", **options)
+            return library(images, kernel, strides, "SAME", **options)
 
         return convolve
 
@@ -250,22 +274,22 @@ def shortcut_left_out(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 def _attention(
     patch: SetAttr,
     split: Callable[[int, int], tuple[int, int]] = lambda heads, each: (heads, each),
-    scores: Callable[[Any, Any], Any] | None = None,
+    scores: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     scale: Callable[[int], float] = lambda each: each**-0.5,
 ) -> None:
-    """`Attention` with one part replaced; `each` is the width of one head."""
+    """Replace one operation of `Attention`; `each` is the width of one head."""
     from lockstep.backends.faults.frameworks import flax_vit, jnp, nnx
 
     scores = scores or (lambda query, key: jnp.einsum("nqhd,nkhd->nhqk", query, key))
 
-    def call(self: Any, x: jax.Array) -> jax.Array:
+    def call(self: flax_vit.Attention, x: jax.Array) -> jax.Array:
         n, tokens, width = x.shape
         each = width // self.heads
-        parts = (n, tokens, *split(self.heads, each))
+        shape = (n, tokens, *split(self.heads, each))
         query, key, value = (
-            self.query(x).reshape(parts),
-            self.key(x).reshape(parts),
-            self.value(x).reshape(parts),
+            self.query(x).reshape(shape),
+            self.key(x).reshape(shape),
+            self.value(x).reshape(shape),
         )
         weights = nnx.softmax(scores(query, key) * scale(each), axis=-1)
         x = jnp.einsum("nhqk,nkhd->nqhd", weights, value)
@@ -322,79 +346,3 @@ def keys_for_queries(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     from lockstep.backends.faults.frameworks import jnp
 
     _attention(patch, scores=lambda query, key: jnp.einsum("nqhd,nkhd->nhqk", key, query))
-
-
-# --- Dropout
-
-
-def _dropout(patch: SetAttr, of: Callable[[jax.Array, jax.Array, float], jax.Array]) -> None:
-    """In training, `of(x, mask, rate)` in place of dropout."""
-    from lockstep.backends.faults.frameworks import flax_layers
-
-    def call(self: Any, x: jax.Array) -> jax.Array:
-        return x if self.deterministic else of(x, self.mask[...], self.rate)
-
-    patch(flax_layers.Dropout, "__call__", call)
-
-
-@fault(
-    "forward",
-    "input of blocks.0.*",
-    "PyTorch docs, Dropout: outputs are scaled by 1 / (1 - p)",
-    **VIT,
-)
-def dropout_scaled_wrongly(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """What dropout keeps is multiplied by the share that is kept, where it should be divided by
-    it."""
-    _dropout(patch, lambda x, mask, rate: x * mask * (1 - rate))
-
-
-@fault(
-    "forward",
-    "input of blocks.0.*",
-    "Srivastava et al. 2014, section 4: the weights are scaled at test time",
-    **VIT,
-)
-def dropout_not_scaled(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """What dropout keeps is left as it is, in training and in evaluation."""
-    _dropout(patch, lambda x, mask, rate: x * mask)
-
-
-@fault(
-    "forward",
-    "input of blocks.0.*",
-    "flax docs, nnx.Dropout: broadcast_dims; Keras: SpatialDropout1D",
-    **VIT,
-)
-def dropout_of_whole_features(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """A feature is left out of all tokens of an image together, or of none."""
-    _dropout(patch, lambda x, mask, rate: x * mask[:, :1] / (1 - rate))
-
-
-@fault(
-    "forward",
-    "input of blocks.0.*",
-    "jax docs, Pseudorandom numbers: a key that is used again or split late",
-    **VIT,
-)
-def dropout_of_the_next_step(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Each step leaves out what the next one should."""
-    from lockstep.backends.faults.frameworks import flax_backend
-
-    drawn = flax_backend.draw_masks
-    patch(
-        flax_backend,
-        "draw_masks",
-        lambda layers, seed, step, shape: drawn(layers, seed, step + 1, shape),
-    )
-
-
-@fault(
-    "forward",
-    "input of blocks.*",
-    "torchvision docs, stochastic_depth: mode is batch or row; timm: drop_path",
-    **CONVNEXT,
-)
-def depth_of_whole_batches(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """A branch is left out of all images of a batch together, or of none."""
-    _dropout(patch, lambda x, mask, rate: x * mask[:1] / (1 - rate))

@@ -1,51 +1,49 @@
-"""What a fault is, and how one is put in and taken out again."""
+"""What a fault is, and how it is put in and taken out again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 
-# puts a value into an attribute, as pytest's `monkeypatch.setattr`
-SetAttr = Callable[[object, str, Any], None]
+# sets an attribute, as pytest's `monkeypatch.setattr` does
+SetAttr = Callable[[object, str, object], None]
 Apply = Callable[[SetAttr, Config, Dataset], None]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake, and where its first difference lies: which the report should name, whether it
-    does or not."""
+    """One mistake, and where its first difference lies, which the report should name."""
 
     name: str  # lower case, with dashes
     description: str  # what is wrong
     stage: str  # one of `lockstep.common.protocol.STAGES`
     # a name or a pattern such as `momentum of *`; None where no tensor of the stage is to blame
     tensor: str | None
-    source: str  # where the mistake, or what it goes against, is documented
-    apply: Apply  # for a configuration that is resolved, and the data that the run is given
-    options: dict[str, Any]  # fields of Config without which it does not show
-    # shows at the end of an epoch, so that only the first so many images are trained on
+    source: str  # where the mistake, or the right way, is documented
+    apply: Apply  # called with the resolved configuration and the data of the run
+    options: Mapping[str, object]  # fields of Config that the fault needs in order to show
+    # for a fault that shows at the end of an epoch: train on the first so many images only
     train_images: int | None
     needs_color_images: bool  # on grey images there is no difference
-    changes_function: bool  # False where exact arithmetic would give the same numbers, and rounding alone is at fault
-    lens: str | None  # the only lens that has this fault; None where all have it
+    changes_function: bool  # False: exact arithmetic would give the same numbers; rounding differs
+    precision: str | None  # the only precision that has this fault; None where all have it
 
 
 @contextmanager
 def inject(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
-    """Within the context, the Flax side has this fault. Build, train and evaluate in it: programs
-    are traced late."""
+    """Within the context, the Flax backend has this fault. Build, train and evaluate inside it: JAX
+    traces programs late."""
     with ExitStack() as stack:
-        fault.apply(
-            lambda target, name, value: stack.enter_context(mock.patch.object(target, name, value)),
-            config,
-            dataset,
-        )
+
+        def set_attr(target: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(target, name, value))
+
+        fault.apply(set_attr, config, dataset)
         yield
 
 
@@ -60,11 +58,11 @@ def fault(
     train_images: int | None = None,
     needs_color_images: bool = False,
     changes_function: bool = True,
-    lens: str | None = None,
-    **options: Any,
+    precision: str | None = None,
+    **options: object,
 ) -> Callable[[Apply], Apply]:
-    """Add a function to the catalogue: its name is the fault's name, its docstring the description,
-    `options` Config's."""
+    """Add a function to the catalogue. Its name is the fault's name, its docstring the description;
+    `options` are fields of Config."""
 
     def collect(function: Apply) -> Apply:
         REGISTRY.append(
@@ -79,7 +77,7 @@ def fault(
                 train_images=train_images,
                 needs_color_images=needs_color_images,
                 changes_function=changes_function,
-                lens=lens,
+                precision=precision,
             )
         )
         return function

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lockstep.backends.faults.registry import SetAttr, fault
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
+
+if TYPE_CHECKING:
+    from lockstep.backends.faults.frameworks import Tensors
 
 
 def change_weights(patch: SetAttr, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
@@ -18,7 +21,7 @@ def change_weights(patch: SetAttr, change: Callable[[str, np.ndarray], np.ndarra
 
     from_canonical = convert.from_canonical
 
-    def changed(arrays: dict[str, np.ndarray]) -> Any:
+    def changed(arrays: dict[str, np.ndarray]) -> Tensors:
         return from_canonical(
             {name: np.ascontiguousarray(change(name, a)) for name, a in arrays.items()}
         )

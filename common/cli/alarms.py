@@ -6,7 +6,7 @@ import argparse
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.common.backends import BackendPackage
@@ -18,7 +18,7 @@ from lockstep.common.errors import ConfigError, DataError, did_you_mean
 from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
-    from lockstep.common.evidence.false_alarms import Setting
+    from lockstep.common.evidence.false_alarms import Row, Setting
 
 MAX_WORKERS = 8  # processes; each holds two gigabytes
 
@@ -74,27 +74,31 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             rows += found
             advance(len(found), math.nan)
     summary = clean.summary(rows)
-    draw = functools.partial(plots.draw_alarms, summary)
-    study.report({"summary": summary, "first_seed": first}, rows, clean.table(rows), draw)
     false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
-    clean_pairs_seen = f"{plural(len(rows), 'clean pair')}, over all precisions"
-    study.terminal.line(f"{plural(false, 'false alarm')} of Lockstep in {clean_pairs_seen}.")
+    study.report(
+        {"summary": summary, "first_seed": first},
+        rows,
+        f"{plural(false, 'false alarm')} of Lockstep in {plural(len(rows), 'clean pair')}, over "
+        "all precisions.",
+        clean.table(rows),
+        draw=functools.partial(plots.draw_alarms, summary),
+    )
     return 0
 
 
 def clean_pairs(
     options: argparse.Namespace, backends: BackendPackage, setting: Setting, seeds: Sequence[int]
-) -> list[Mapping[str, object]]:
+) -> list[Row]:
     """The rows of one configuration; runs in another process."""
     from lockstep.common.evidence import false_alarms as clean
 
     study = EvidenceCommand(
         options, Invocation([], backends, SignalHandler()), folder="alarms", quiet=True
     )
-    lenses = DTYPES if options.dtype is None else (options.dtype,)
+    precisions = DTYPES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
     return list(
         clean.measure(
-            setting, seeds, {setting.data: study.load(setting.data)}, study.build, lenses, twins
+            setting, seeds, {setting.data: study.load(setting.data)}, study.build, precisions, twins
         )
     )

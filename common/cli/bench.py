@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import math
 import tempfile
@@ -34,17 +33,16 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         batch_size=4 if options.batch_size is None else options.batch_size, seed=options.seed or 0
     )
 
-    from lockstep.common.evidence import bench as speed
-    from lockstep.common.evidence import plots
+    from lockstep.common.evidence import bench, bench_report, plots
 
     loops, worker = (
         invocation.backends.module("benchmark.loops"),
         invocation.backends.module("benchmark.worker"),
     )
-    busy, found = speed.load(), environment.describe()
+    busy, found = bench.load(), environment.describe()
     device, card = worker.find_device(options.device)
     where = card or f"{found['processor']}, {found['cores']} cores"
-    study = EvidenceCommand(options, invocation, folder=f"bench/{speed.slug(where)}")
+    study = EvidenceCommand(options, invocation, folder=f"bench/{bench.slug(where)}")
     dataset = study.load(options.data)
     images = len(dataset.train_images)
     config.resolve(images)  # a batch that is larger than the data is refused
@@ -53,7 +51,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             f"This machine is busy (load {busy:.1f}, {found['cores']} cores): the speeds "
             "will be too low"
         )
-    plan = speed.make_plan(images, options.batch_size, options.quick)
+    plan = bench.make_plan(images, options.batch_size, options.quick)
     dtype = options.dtype or "float32"
     with tempfile.TemporaryDirectory(
         prefix="lockstep-bench-", ignore_cleanup_errors=True
@@ -62,28 +60,27 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
         def start(
             path: str, batch_size: int, images: int, cache: str | None
-        ) -> AbstractContextManager[speed.Worker]:
+        ) -> AbstractContextManager[bench.Worker]:
             classes = len(dataset.classes)
-            job = loops.Job(
+            job = loops.BenchmarkJob(
                 path, batch_size, images, classes, dtype, device, config.seed, Path(folder)
             )
             return worker.start(job, cache)
 
         with study.terminal.progress("turns", plan.turns) as advance:
-            rows = speed.measure(plan, start, lambda turns: advance(turns, math.nan))
-    lines = speed.summary(rows)
+            rows = bench.measure(plan, start, lambda turns: advance(turns, math.nan))
+    lines = bench_report.summary(rows)
     facts = {
         "dtype": dtype,
         "device": device,
         "card": card,
         "load": busy,
-        "plan": dataclasses.asdict(plan),
+        "plan": plan.to_json(),
     }
     facts["summary"] = lines
+    tables = [bench_report.speed_table(lines), bench_report.start_table(lines)]
+    if plan.scaling:
+        tables.append(bench_report.scaling_table(lines))
     draw = functools.partial(plots.draw_bench, lines, f"{where}, {dtype}")
-    study.report(facts, rows, speed.speed_table(lines), draw)
-    study.terminal.table(*speed.start_table(lines))
-    if plan.growth:
-        study.terminal.table(*speed.growth_table(lines))
-    study.terminal.line(speed.sentence(lines))
+    study.report(facts, rows, bench_report.sentence(lines), *tables, draw=draw)
     return 0

@@ -43,7 +43,9 @@ class EvidenceCommand:
 
         self.options, self.invocation = options, invocation
         self.folder: Path = options.out or RUNS / folder
-        self.terminal = Terminal(quiet=quiet or options.quiet, to_stderr=options.json)
+        self.terminal = Terminal(
+            quiet=quiet or options.quiet, to_stderr=options.json, verbose=options.verbose
+        )
         self.datasets: list[Dataset] = []
         self.device: str | None = None
         check_writable(self.folder)
@@ -78,10 +80,17 @@ class EvidenceCommand:
         self,
         facts: Mapping[str, object],
         rows: Sequence[Mapping[str, object]],
-        table: Table,
+        sentence: str,
+        *tables: Table,
         draw: Callable[[Path], object] | None = None,
     ) -> None:
-        """Write report.json and the picture, and print the table."""
+        """Write report.json and the plot; print the folder and, last, the result in one sentence.
+
+        Args:
+            facts: further keys of report.json.
+            tables: printed with `--verbose`.
+            draw: writes the plot.
+        """
         from lockstep.common.report import write_json
 
         report = {
@@ -95,7 +104,11 @@ class EvidenceCommand:
         write_json(report, self.folder)
         if draw is not None:
             draw(self.folder / f"{self.options.command}.png")
-        self.terminal.table(*table)
-        self.terminal.line(f"Report: {self.folder}")
+        if self.options.verbose:
+            for table in tables:
+                self.terminal.table(*table)
+        hint = "" if self.options.verbose else " (--verbose prints the tables)"
+        self.terminal.line(f"Report: {self.folder}{hint}")
+        self.terminal.print_always(sentence)
         if self.options.json:
             print_json(report)

@@ -11,6 +11,8 @@ from lockstep.common.cli.evidence import EvidenceCommand
 from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.errors import ConfigError
 
+MAX_SHOWN = 4  # faults of `--only` that are described without `--verbose`
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--list", action="store_true", help="print the names of all faults")
@@ -31,8 +33,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.quick:
         chosen = [fault for fault in chosen if fault.name in catalogue.QUICK]
 
+    from lockstep.common.evidence import fault_summary, plots, take_test_images
     from lockstep.common.evidence import faults as matrix
-    from lockstep.common.evidence import plots, take_test_images
 
     study = EvidenceCommand(options, invocation, folder="faults")
     dataset = take_test_images(study.load(options.data), matrix.TEST_IMAGES)
@@ -47,23 +49,25 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             raise ConfigError(
                 "no fault is left to run: choose others, or data in colour (--data cifar10)"
             )
-    lenses = matrix.LENSES if options.dtype is None else (options.dtype,)
+    precisions = matrix.PRECISIONS if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
     rows = []
-    measure = functools.partial(matrix.measure, cache={}, lenses=lenses, twins=twins)
+    measure = functools.partial(
+        matrix.measure, cache=matrix.Cache(), precisions=precisions, twins=twins
+    )
     with study.terminal.progress("faults", len(chosen)) as advance:
         for fault in chosen:
             rows.append(measure(fault, dataset, study.build, catalogue.inject))
             advance(1, math.nan)
-    summary = matrix.summary(rows)
+    summary = fault_summary.summary(rows)
+    if options.only and (options.verbose or len(rows) <= MAX_SHOWN):
+        for line in (line for row in rows for line in fault_summary.summary_lines(row)):
+            study.terminal.line(line)
     study.report(
         {"summary": summary},
         rows,
-        matrix.table(rows),
+        fault_summary.sentence(summary),
+        fault_summary.table(rows),
         draw=functools.partial(plots.draw_faults, rows),
     )
-    if options.only:
-        for line in (line for row in rows for line in matrix.summary_lines(row)):
-            study.terminal.line(line)
-    study.terminal.line(matrix.sentence(summary))
     return 0 if not summary["missed"] else 1

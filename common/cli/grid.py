@@ -31,6 +31,5 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             advance(1, rows[-1]["last_loss"])
     facts = {"steps": configs[0].steps, "bound": optimizer_grid.GRID_BOUND}
     agree = all(row["agrees"] for row in rows)
-    study.report(facts, rows, optimizer_grid.table(rows))
-    study.terminal.line(f"{len(rows)} combinations: {'all agree' if agree else 'NOT all agree'}.")
+    study.report(facts, rows, optimizer_grid.sentence(rows), optimizer_grid.table(rows))
     return 0 if agree else 1

@@ -22,6 +22,7 @@ def add_arguments(parser: Parser) -> None:
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.evidence import handover, take_test_images
+    from lockstep.common.verdict.check import finite
 
     steps = handover.STEPS if options.steps is None else options.steps
     if steps < handover.MIN_STEPS:
@@ -43,20 +44,21 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         for config in configs:
             rows.append(handover.measure(config, dataset, build, Path(folder), every=every))
             advance(1, math.nan)
-    handovers = 2 * sum(len(row["places"]) for row in rows)
-    worst = max(row[key] for row in rows for key in ("torch to flax", "flax to torch"))
-    agree = all(row["agrees"] for row in rows)
+    handovers = 2 * sum(len(row.places) for row in rows)
+    worst = handover.largest_gap(rows, *handover.DIRECTIONS)
+    agree = all(row.agrees for row in rows)
     facts = {
         "steps": steps,
         "handovers": handovers,
-        "largest_gap": worst,
+        "largest_gap": finite(worst),
         "bound": handover.GRID_BOUND,
     }
-    study.report(facts, rows, handover.table(rows))
-    equal = (
-        f"equal those that were not interrupted, within {worst:.1e} (bound {handover.GRID_BOUND:g})"
-    )
-    study.terminal.line(
-        f"{handovers} runs that changed hands {equal if agree else 'do NOT all ' + equal}."
+    verdict = "equal" if agree else "do NOT all equal"
+    study.report(
+        facts,
+        [row.to_json() for row in rows],
+        f"{handovers} runs that changed hands {verdict} those that were not interrupted, within "
+        f"{worst:.1e} (bound {handover.GRID_BOUND:g}).",
+        handover.table(rows),
     )
     return 0 if agree else 1

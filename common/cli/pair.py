@@ -48,14 +48,19 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         backends.build(config, len(dataset.classes), device, "off", name, "float64")
         for name in BACKENDS
     )
-    report = pair_check.measure(torch, flax, config, dataset)
-    report = {"schema": 1, "command": program.typed(invocation.arguments), "model": model, **report}
-    terminal.table(*pair_check.table(report))
+    found = pair_check.measure(torch, flax, config, dataset)
+    report = {
+        "schema": 1,
+        "command": program.typed(invocation.arguments),
+        "model": model,
+        **found.to_json(),
+    }
+    terminal.table(*pair_check.table(found))
     if options.out is not None:
         write_json(report, options.out)
     if report["first_difference"] is not None:
         terminal.located(report["first_difference"])
-    terminal.print_always(pair_check.sentence(report))
+    terminal.print_always(pair_check.sentence(found))
     if options.json:
         print_json(report)
     return 0 if report["first_difference"] is None else 1

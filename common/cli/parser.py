@@ -43,7 +43,7 @@ Exit status: 0 agree, 1 disagree, 2 wrong request, 130 or 143 stopped."""
 
 
 class Invocation(NamedTuple):
-    """What a command gets besides its options."""
+    """What a command gets in addition to its options."""
 
     arguments: Sequence[str]  # of the command line, for the report
     backends: BackendPackage

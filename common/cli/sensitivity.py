@@ -33,6 +33,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     study.report(
         {"steps": steps},
         rows,
+        curve.sentence(rows),
         curve.table(rows),
         draw=functools.partial(plots.draw_sensitivity, rows),
     )

@@ -1,7 +1,7 @@
-"""Measures how good the verdict is: known faults, false alarms, sensitivity, and the rules that
-others use.
+"""Measures how good the verdict is: known faults, false alarms, sensitivity, and the rules of other
+projects.
 
-Each module makes one report from many short pairs of runs. `lockstep` has a command for each.
+Most modules make one report from many short pairs of runs; `lockstep` has a command for each.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def judge(
     config: Config,
     dataset: Dataset,
 ) -> Comparison:
-    """The verdict of the command line: `verdict.judge`, with twins by `backends`."""
+    """The verdict of the command line: `verdict.judge`, with twins that `backends` train."""
 
-    def more(name: str, twins: range) -> list[Record]:
+    def train_twins(name: str, twins: range) -> list[Record]:
         return train_runs(backends[name], config, dataset, ensembles[name].run.dtype, twins)
 
-    def begin(name: str, twins: range) -> list[Record]:
+    def train_starts(name: str, twins: range) -> list[Record]:
         return train_first_steps(backends[name], config, dataset, ensembles[name].run.dtype, twins)
 
-    return verdicts.judge(ensembles, more, dataset.test_labels, begin)
+    return verdicts.judge(ensembles, train_twins, dataset.test_labels, train_starts)
 
 
 def take_test_images(dataset: Dataset, test_images: int) -> Dataset:

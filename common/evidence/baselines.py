@@ -1,8 +1,8 @@
-"""The rules by which others compare two runs or two implementations, each as its source has it.
+"""Rules that other projects use to compare two runs or two implementations, each as in its source.
 
-All take the values in float64 but where PyTorch compares in the tensors' own dtype. PyTorch's run
-is the expected side, Flax's the actual one, for most of these rules are not symmetric. Sources are
-named with the version that was read.
+All compare in float64, except where PyTorch compares in the tensors' own dtype. Most rules are not
+symmetric: PyTorch's run is the expected one, Flax's the actual one. Each source has the version
+that was read.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.common.evidence.torch_closeness import isclose, same
 from lockstep.common.protocol import Arrays, Backend, Snapshot
 from lockstep.common.runs.record import Record
 
+Close = Callable[
+    [np.ndarray, np.ndarray], bool | np.ndarray
+]  # of the actual and the expected array
 Differs = Callable[[Record, Record, Record | None], bool | None]
 
 # torch.testing.assert_close: (rtol, atol) by dtype
 TORCH_TOLERANCES = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "bfloat16": (1.6e-2, 1e-5)}
-TORCH_TOLERANCES["mixed_bfloat16"] = TORCH_TOLERANCES["bfloat16"]  # of what was computed in it
+TORCH_TOLERANCES["mixed_bfloat16"] = TORCH_TOLERANCES["bfloat16"]
 NUMPY_TOLERANCES = (1e-5, 1e-8)
 TRANSFORMERS_BOUND = 1e-5
 REPROD_BOUND, REPROD_STEPS = 1e-6, 10
@@ -30,16 +34,15 @@ KERAS_TOLERANCES = 1e-7, 1e-3
 # rtol, rtol, steps; atol is numpy.allclose's
 ALGOPERF_LAST, ALGOPERF_EACH, ALGOPERF_STEPS = 1.0, 5e-3, 10
 MSPROBE_BOUND = 0.01
-DYNAMO_TOLERANCE, DYNAMO_LOOSE = 1e-4, 4e-2
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to tell two runs apart.
+    """One rule.
 
-    `differs(torch, flax, reference)` takes the two runs through one lens and, or None, a float64
-    record whose opening is that of PyTorch's run (see `reference`). It is True for "they differ",
-    False for no alarm, and None where the rule has nothing to look at.
+    `differs(torch, flax, reference)` takes the two runs in one precision and, or None, a float64
+    record with the first steps of PyTorch's run (see `reference`). It is True for "they differ",
+    False for no alarm, and None where the rule does not apply.
     """
 
     name: str
@@ -49,15 +52,14 @@ class Rule:
 
 
 def reference(run: Record, backend: Backend) -> Record:
-    """`run` with the opening step 0 computed anew in float64, from the weights and the batch that
-    `run` had.
+    """`run` with step 0 computed again in float64, from the weights and the batch of `run`.
 
-    TorchDynamo's float64 reference is made so: the rounded weights and inputs, cast to float64. A
-    float64 run of its own starts from weights that were not rounded first, which makes the
+    This is how TorchDynamo makes its float64 reference: it casts the rounded weights and inputs to
+    float64. A separate float64 run starts from weights that were not rounded, which makes the
     reference's error larger and the rule laxer.
 
     Args:
-        run: with the weights and the opening; its dtype is any.
+        run: in any dtype, with the weights and the first steps.
         backend: built for float64 and for `run`'s configuration.
     """
 
@@ -70,95 +72,22 @@ def reference(run: Record, backend: Backend) -> Record:
         np.ascontiguousarray(run.first_steps["0/data/labels"], np.int64),
     )
     state = backend.init(snapshot)
-    opening = backend.probe(state, images, labels)
+    probed = backend.probe(state, images, labels)
     state, _ = backend.train_step(state, images, labels)
-    opening |= {f"update/{name}": array for name, array in backend.export(state).parameters.items()}
-    kept: Arrays = {}
-    for name, array in opening.items():
+    probed |= {f"update/{name}": array for name, array in backend.export(state).parameters.items()}
+    first_steps: Arrays = {}
+    for name, array in probed.items():
         like = run.first_steps.get(f"0/{name}")
         if like is not None:  # activations are recorded for a batch's first images only
-            kept[f"0/{name}"] = array[: len(like)] if array.ndim else array
-    return dataclasses.replace(run, dtype="float64", first_steps=kept)
-
-
-# --- PyTorch's comparison of tensors
-
-
-def isclose(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> np.ndarray:
-    """|actual - expected| <= atol + rtol |expected|, as torch.isclose computes it: each step
-    rounded to the dtype.
-
-    Args:
-        actual, expected: of one shape and of one dtype, float64, float32 or bfloat16.
-
-    Returns:
-        bool, of that shape; equal infinities are close, NaN is close to nothing.
-    """
-    dtype = actual.dtype
-    # the type in which one operation on numbers is done
-    wide = np.float64 if dtype == np.float64 else np.float32
-
-    def rounded(values: np.ndarray) -> np.ndarray:
-        return np.asarray(values).astype(dtype).astype(wide)
-
-    with np.errstate(all="ignore"):
-        one, other = actual.astype(wide), expected.astype(wide)
-        allowed = rounded(rounded(np.abs(other * wide(rtol))) + rounded(np.asarray(atol)))
-        gap = np.abs(rounded(one - other))
-        return (one == other) | (np.isfinite(gap) & (gap <= allowed))
-
-
-def same(
-    ref: np.ndarray,
-    res: np.ndarray,
-    fp64: np.ndarray,
-    tol: float = DYNAMO_TOLERANCE,
-    pointwise: bool = False,
-) -> bool:
-    """Whether `res` is as good as `ref`, by TorchDynamo's check of one floating-point tensor.
-
-    They are close by `tol`, absolute and relative; or
-
-        rmse(fp64, res) <= m rmse(fp64, ref) + tol / 10,
-
-    where m is 3 for half precision, for fewer than 1000 elements and for 1x1 kernels, else 2 (and 3
-    again where `tol` is 2 % or more). NaN in `ref` alone is put up with where `res` is within 4 %
-    of `fp64`.
-
-    Args:
-        ref, res: the reference's and the candidate's tensor.
-        fp64: the same computed in float64.
-        pointwise: whether it is the kernel of a 1x1 convolution.
-
-    Source: `same`, with its defaults, in torch/_dynamo/utils.py of PyTorch 2.15.
-    """
-    if ref.dtype != res.dtype or ref.shape != res.shape:
-        return False
-    if bool(np.all(isclose(ref, res, tol, tol))):
-        return True
-    with np.errstate(all="ignore"):
-        cast = fp64.astype(np.float32).astype(res.dtype) if res.dtype != np.float64 else fp64
-        broken = np.isnan(ref.astype(np.float64)).any()
-        whole = not np.isnan(fp64).any() and not np.isnan(res.astype(np.float64)).any()
-        if whole and broken and bool(np.all(isclose(cast, res, DYNAMO_LOOSE, DYNAMO_LOOSE))):
-            return True
-        ref_error, res_error = (_rmse(fp64, array) for array in (ref, res))
-    # Half precision has an itemsize of 2.
-    multiplier = (
-        3.0 if res.dtype.itemsize == 2 or fp64.size < 1000 or pointwise or tol >= 2e-2 else 2.0
-    )
-    return bool(res_error <= multiplier * ref_error + tol / 10)
-
-
-def _rmse(fp64: np.ndarray, array: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(fp64 - array.astype(np.float64)))))
+            first_steps[f"0/{name}"] = array[: len(like)] if array.ndim else array
+    return dataclasses.replace(run, dtype="float64", first_steps=first_steps)
 
 
 # --- What each rule looks at
 
 
 def _differ(
-    torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray], close: Callable
+    torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray], close: Close
 ) -> bool | None:
     """Whether names or shapes differ, or any pair is not `close(actual, expected)`; None if there
     is no tensor."""
@@ -170,9 +99,7 @@ def _differ(
         return not all(bool(np.all(close(flax[name], torch[name]))) for name in torch)
 
 
-def _allclose(
-    rtol: float, atol: float, equal_nan: bool = False
-) -> Callable[[np.ndarray, np.ndarray], bool]:
+def _allclose(rtol: float, atol: float, equal_nan: bool = False) -> Close:
     def close(actual: np.ndarray, expected: np.ndarray) -> bool:
         wide = actual.astype(np.float64), expected.astype(np.float64)
         return np.allclose(*wide, rtol=rtol, atol=atol, equal_nan=equal_nan)
@@ -180,7 +107,7 @@ def _allclose(
     return close
 
 
-def _torch_close(dtype: str) -> Callable[[np.ndarray, np.ndarray], bool]:
+def _torch_close(dtype: str) -> Close:
     rtol, atol = TORCH_TOLERANCES[dtype]
 
     def close(actual: np.ndarray, expected: np.ndarray) -> bool:
@@ -196,8 +123,8 @@ def _losses(record: Record, steps: int | None = None) -> Arrays:
 
 
 def _step(record: Record, *beginnings: str) -> Arrays:
-    """The first step's tensors "<stage>/<tensor>" that begin so; no layer's input, and no
-    momentum."""
+    """The tensors "<stage>/<tensor>" of the first step whose names begin so, without inputs of
+    layers and momentum."""
     wanted = tuple(f"0/{beginning}" for beginning in beginnings)
     chosen = {key: array for key, array in record.first_steps.items() if key.startswith(wanted)}
     return {
@@ -208,8 +135,8 @@ def _step(record: Record, *beginnings: str) -> Arrays:
 
 
 def _epoch_losses(record: Record) -> np.ndarray:
-    """The mean loss of each epoch, an epoch cut short included: float64 (epochs,). Batches weigh by
-    their images."""
+    """The mean loss of each epoch, weighted by the images of each batch, float64 (epochs,). An
+    epoch that was not finished counts too."""
     whole, rest = divmod(record.data["sizes"]["train"], record.config["batch_size"])
     sizes = [record.config["batch_size"]] * whole + [rest] * (
         rest > 0 and not record.config["drop_last"]
@@ -226,8 +153,7 @@ def _epoch_losses(record: Record) -> np.ndarray:
 
 
 def assert_close_losses(torch: Record, flax: Record, reference: Record | None) -> bool | None:
-    """The losses are float32 in the bfloat16 lens, too; the tolerance is the lens's, which is the
-    laxer one."""
+    """In bfloat16 the losses are float32, but the tolerance is the laxer one of bfloat16."""
     dtype = np.float64 if torch.dtype == "float64" else np.float32
     one, other = ({"loss": record.loss.astype(dtype)} for record in (torch, flax))
     return _differ(one, other, _torch_close(torch.dtype))
@@ -246,8 +172,8 @@ def numpy_weights(torch: Record, flax: Record, reference: Record | None) -> bool
 
 
 def transformers(torch: Record, flax: Record, reference: Record | None) -> bool | None:
-    """Logits and the outputs of all layers, from equal weights. Where a side is NaN the source
-    compares nothing."""
+    """Compares the logits and the outputs of all layers, from equal weights. The source skips
+    NaN."""
 
     def close(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
         gap = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
@@ -275,7 +201,7 @@ def reprod_steps(torch: Record, flax: Record, reference: Record | None) -> bool 
 
 
 def _reprod_close(actual: np.ndarray, expected: np.ndarray) -> bool:
-    # `not >` for `<=`: the source lets a mean that is NaN pass
+    # `not >`, not `<=`: in the source a mean that is NaN passes
     return (
         not np.mean(np.abs(actual.astype(np.float64) - expected.astype(np.float64))) > REPROD_BOUND
     )
@@ -317,8 +243,7 @@ def algoperf_each(torch: Record, flax: Record, reference: Record | None) -> bool
 
 
 def msprobe(torch: Record, flax: Record, reference: Record | None) -> bool | None:
-    """At the first step, or on average over the run; or more losses that are no numbers than the
-    other has."""
+    """Compares the first losses, their average over the run, and how many are not finite."""
     if torch.steps != flax.steps or np.isfinite(torch.loss).sum() > np.isfinite(flax.loss).sum():
         return True
     with np.errstate(all="ignore"):
@@ -349,7 +274,8 @@ def dynamo(torch: Record, flax: Record, reference: Record | None) -> bool | None
 RULES = (
     Rule(
         "assert_close, losses",
-        "every loss within rtol 1.3e-6 and atol 1e-5 (float32), 1e-7 and 1e-7 (float64), 1.6e-2 and 1e-5 (bfloat16)",
+        "every loss within rtol 1.3e-6 and atol 1e-5 (float32), 1e-7 and 1e-7 (float64), "
+        "1.6e-2 and 1e-5 (bfloat16)",
         "torch.testing.assert_close's defaults: torch/testing/_comparison.py, PyTorch 2.15",
         assert_close_losses,
     ),
@@ -374,25 +300,31 @@ RULES = (
     Rule(
         "transformers",
         "logits and layer outputs of one forward pass within 1e-5; meant for float32",
-        "check_pt_flax_outputs in tests/test_modeling_common.py of huggingface/transformers (4.x); issue 16497",
+        "check_pt_flax_outputs in tests/test_modeling_common.py of huggingface/transformers "
+        "(4.x); issue 16497",
         transformers,
     ),
     Rule(
         "reprod_log, losses",
         "mean |difference| of the run's losses at most 1e-6; meant for float32",
-        "ReprodDiffHelper.report's defaults (mean, diff_threshold 1e-6): WenmuZhou/reprod_log, of PaddlePaddle",
+        "ReprodDiffHelper.report's defaults (mean, diff_threshold 1e-6): WenmuZhou/reprod_log, "
+        "of PaddlePaddle",
         reprod_losses,
     ),
     Rule(
         "reprod_log, ten steps",
-        "each loss of the first 10 steps, and each gradient's mean |difference|, at most 1e-6; meant for float32",
-        "compare_loss_and_backward's defaults in reprod_log/compare.py: WenmuZhou/reprod_log, of PaddlePaddle",
+        "each loss of the first 10 steps, and each gradient's mean |difference|, at most 1e-6; "
+        "meant for float32",
+        "compare_loss_and_backward's defaults in reprod_log/compare.py: WenmuZhou/reprod_log, "
+        "of PaddlePaddle",
         reprod_steps,
     ),
     Rule(
         "Keras numerical_test",
-        "mean loss of each epoch, final parameters and test loss within 1e-3 (rtol 1e-7); meant for float32",
-        "integration_tests/numerical_test.py of keras-team/keras (3.x): assert_allclose with atol 1e-3",
+        "mean loss of each epoch, final parameters and test loss within 1e-3 (rtol 1e-7); "
+        "meant for float32",
+        "integration_tests/numerical_test.py of keras-team/keras (3.x): assert_allclose with "
+        "atol 1e-3",
         keras,
     ),
     Rule(
@@ -404,20 +336,23 @@ RULES = (
     Rule(
         "AlgoPerf, ten steps",
         "loss and gradient norm of each of the first 10 steps within rtol 5e-3",
-        "tests/test_traindiffs.py of mlcommons/algorithmic-efficiency, another version (commit 04840e0)",
+        "tests/test_traindiffs.py of mlcommons/algorithmic-efficiency, another version (commit "
+        "04840e0)",
         algoperf_each,
     ),
     Rule(
         "msprobe",
-        "relative loss error at most 1 % at the first step and on average over the run, and no more NaN",
+        "relative loss error at most 1 % at the first step and on average over the run, and no "
+        "more NaN",
         "Ascend/msprobe, docs/en/best_practices/train_debug_guide.md, section 1.3",
         msprobe,
     ),
     Rule(
         "TorchDynamo RMSE",
-        "logits, loss, gradients and updated parameters of one step: close by 1e-4, or RMSE against float64 at most "
-        "2 or 3 times the reference's, plus 1e-5",
-        "same() in torch/_dynamo/utils.py, PyTorch 2.15, on what collect_results() in torch/_dynamo/testing.py lists",
+        "logits, loss, gradients and updated parameters of one step: close by 1e-4, or RMSE "
+        "against float64 at most 2 or 3 times the reference's, plus 1e-5",
+        "same() in torch/_dynamo/utils.py, PyTorch 2.15, on what collect_results() in "
+        "torch/_dynamo/testing.py lists",
         dynamo,
     ),
 )
@@ -426,5 +361,5 @@ RULES = (
 def verdicts(
     torch: Record, flax: Record, reference: Record | None = None
 ) -> dict[str, bool | None]:
-    """What each rule says, by its name."""
+    """The verdict of each rule, by its name."""
     return {rule.name: rule.differs(torch, flax, reference) for rule in RULES}

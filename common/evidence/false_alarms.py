@@ -1,15 +1,14 @@
-"""The false-alarm rate: how often do Lockstep and the rules of others report that two correct runs
-differ?
+"""The false-alarm rate: how often do Lockstep and the rules of other projects report that two
+correct runs differ?
 
-Both backends, unchanged, train each pair: one configuration with one seed. Every alarm is therefore
-false.
+A pair is one configuration and seed, trained by both correct backends. So every alarm is false.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from lockstep.common.config import BACKENDS, DTYPES, MODELS, Config, Schedule
 from lockstep.common.data import Dataset
@@ -17,9 +16,9 @@ from lockstep.common.evidence import Build, baselines, judge, take_test_images, 
 from lockstep.common.recipes import RECIPES
 from lockstep.common.verdict.check import finite
 
-# Three disjoint ranges of seeds: one to set the bounds, one to measure the rate, and one that was
-# measured first. Three false alarms in that one led `judge` to ask for more twins, so it cannot be
-# used to measure the rate again.
+# Three disjoint ranges of seeds: for setting the bounds, for development, and for measuring the
+# rate. Three false alarms in the development seeds led `judge` to ask for more twins, so these
+# seeds cannot measure the rate any more.
 PAIRS = 300  # per precision
 MAX_SEEDS = 4000
 CALIBRATION_SEEDS = range(5000, 5000 + MAX_SEEDS)
@@ -30,14 +29,44 @@ CONFIDENCE = 0.95
 LOCKSTEP = "Lockstep"
 
 
+class Finding(TypedDict):
+    """What Lockstep and the other rules say of one pair in one precision."""
+
+    verdict: str
+    score: float | None  # None where it is not finite
+    first_divergence: str | None  # its message
+    twins: int  # per backend; more than asked for where the verdict wanted more
+    alarms: list[str]  # the other rules that report a difference
+    silent: list[str]  # the other rules that do not apply
+
+
+class Row(TypedDict):
+    """The results for one pair."""
+
+    cell: int | None  # the place of its setting in `settings`; None for another setting
+    seed: int
+    lenses: dict[str, Finding]  # by precision
+
+
+class Line(TypedDict):
+    """The false alarms of one rule in one precision."""
+
+    lens: str
+    rule: str
+    pairs: int  # to which the rule applies
+    alarms: int
+    rate: float | None  # None without pairs
+    interval: list[float]  # of the rate, with CONFIDENCE
+
+
 class Setting(NamedTuple):
-    """One configuration of which pairs are trained, each with a seed of its own."""
+    """One configuration. Its pairs differ in the seed."""
 
     data: str  # the data set's name
     config: Config
 
 
-# From gentle to nearly unstable: at digits' lr 0.05 with momentum 0.9 float64 amplifies its own
+# From gentle to nearly unstable: with digits, lr 0.05 and momentum 0.9, a run amplifies float64's
 # rounding past 1e-12.
 SETTINGS = (
     Setting("digits", Config(batch_size=4, momentum=0.9, lr=0.001, steps=150)),
@@ -75,8 +104,8 @@ SETTINGS = (
 
 
 def shortened(recipe: Config) -> Config:
-    """A recipe with small batches and a quarter of its learning rate; 20 steps show all of its
-    schedule."""
+    """A recipe with small batches, a quarter of its learning rate, and 20 steps, which include all
+    of its schedule."""
     schedule = (
         recipe.schedule
         if recipe.schedule.warmup is None
@@ -85,7 +114,7 @@ def shortened(recipe: Config) -> Config:
     return dataclasses.replace(recipe, batch_size=8, lr=recipe.lr / 4, steps=20, schedule=schedule)
 
 
-# The other networks: plainly, with a large step; and as their recipes train them.
+# The other networks: with plain SGD and a large learning rate, and with their recipes.
 NETWORK_SETTINGS = tuple(
     setting
     for model in MODELS
@@ -119,9 +148,9 @@ def measure(
     seeds: Iterable[int],
     datasets: Mapping[str, Dataset],
     build: Build,
-    lenses: Sequence[str] = DTYPES,
+    precisions: Sequence[str] = DTYPES,
     twins: int = 2,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """One row per seed: the verdicts of Lockstep and of every other rule on a correct pair, in each
     precision.
 
@@ -130,37 +159,29 @@ def measure(
 
     Args:
         datasets: by name; `setting.data` is looked up.
-        twins: per backend, in every precision but float64.
-
-    Returns:
-        cell (its place in `settings`; None if it is not one of them), seed, and by dtype in lenses:
-        verdict, score, first_divergence (its message), twins (per side; more than given where the
-        verdict asked for them), and the other rules that report a difference (alarms) or do not
-        apply (silent).
+        twins: per backend, in every precision except float64.
     """
     dataset = take_test_images(datasets[setting.data], TEST_IMAGES)
     config = setting.config.resolve(len(dataset.train_images))
-    backends = {dtype: {name: build(name, config, dtype) for name in BACKENDS} for dtype in lenses}
+    backends = {
+        dtype: {name: build(name, config, dtype) for name in BACKENDS} for dtype in precisions
+    }
     exact = (
         backends["float64"]["torch"] if "float64" in backends else build("torch", config, "float64")
     )
     for seed in seeds:
         run = dataclasses.replace(config, seed=seed)
         known = settings(config.model)
-        row: dict[str, Any] = {
-            "cell": known.index(setting) if setting in known else None,
-            "seed": seed,
-            "lenses": {},
-        }
-        for dtype, sides in backends.items():
+        findings: dict[str, Finding] = {}
+        for dtype, pair in backends.items():
             ensembles = {
-                name: train_ensemble(side, run, dataset, dtype, twins)
-                for name, side in sides.items()
+                name: train_ensemble(backend, run, dataset, dtype, twins)
+                for name, backend in pair.items()
             }
-            found = judge(ensembles, sides, run, dataset)
+            found = judge(ensembles, pair, run, dataset)
             torch, flax = (ensembles[name].run for name in BACKENDS)
             said = baselines.verdicts(torch, flax, baselines.reference(torch, exact))
-            row["lenses"][dtype] = {
+            findings[dtype] = {
                 "verdict": found.verdict,
                 "score": finite(found.score),
                 "first_divergence": found.first_divergence and found.first_divergence.message,
@@ -168,22 +189,24 @@ def measure(
                 "alarms": [rule for rule, alarm in said.items() if alarm],
                 "silent": [rule for rule, alarm in said.items() if alarm is None],
             }
-        yield row
+        yield {
+            "cell": known.index(setting) if setting in known else None,
+            "seed": seed,
+            "lenses": findings,
+        }
 
 
-def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per precision and rule, Lockstep first: lens, rule, pairs, alarms, rate, 95 % interval.
-
-    Pairs to which a rule does not apply are not counted for it; without pairs the rate is None.
-    """
+def summary(rows: Iterable[Row]) -> list[Line]:
+    """One line per precision and rule, Lockstep first. A pair to which a rule does not apply does
+    not count for it."""
     said: dict[tuple[str, str], list[bool]] = {}
     for row in rows:
-        for dtype, lens in row["lenses"].items():
-            said.setdefault((dtype, LOCKSTEP), []).append(lens["verdict"] == "disagree")
+        for dtype, finding in row["lenses"].items():
+            said.setdefault((dtype, LOCKSTEP), []).append(finding["verdict"] == "disagree")
             for rule in baselines.RULES:
-                kept = said.setdefault((dtype, rule.name), [])
-                if rule.name not in lens["silent"]:
-                    kept.append(rule.name in lens["alarms"])
+                alarms = said.setdefault((dtype, rule.name), [])
+                if rule.name not in finding["silent"]:
+                    alarms.append(rule.name in finding["alarms"])
     order = sorted(said, key=lambda key: DTYPES.index(key[0]))  # stable: rules stay in their order
     return [
         {
@@ -220,7 +243,7 @@ def clopper_pearson(alarms: int, pairs: int, confidence: float = CONFIDENCE) -> 
     return low, high
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The summary of `measure`'s rows: column names (`>` for numbers) and lines, in 80 columns."""
     lines = []
     for line in summary(rows):

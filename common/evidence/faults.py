@@ -1,60 +1,136 @@
 """The detection matrix: for each known fault, whether the verdict finds it and where it places it.
 
-A fault has the attributes of `lockstep.backends.faults.Fault`. The caller passes the function that
-injects it into the Flax side.
+The caller passes the function that puts a fault into the Flax backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Generic, Protocol, TypedDict, TypeVar
 
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, baselines, train_first_steps, train_runs
+from lockstep.common.protocol import Backend
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
+from lockstep.common.verdict.check import finite
 from lockstep.common.verdict.comparison import Comparison, Location
 from lockstep.common.verdict.judge import judge
 
 # The run that a fault's options change.
 BASE = Config(steps=60, batch_size=32, lr=0.01, momentum=0.9)
-LENSES = ("float64", "float32")
-# Few, since evaluation dominates a short run, and enough to show the faults of evaluation.
+PRECISIONS = ("float64", "float32")
+# Few, since evaluation dominates a short run, but enough to show the faults of evaluation.
 TEST_IMAGES = 1000
 FAULTY_BACKEND = "flax"  # whose runs have the fault
-Inject = Callable[[Any, Config, Dataset], AbstractContextManager[None]]
+CORRECT_BACKEND = next(name for name in BACKENDS if name != FAULTY_BACKEND)
 
 
-def config_of(fault: Any, images: int) -> Config:
+class Fault(Protocol):
+    """What the matrix reads of a fault; see `lockstep.backends.faults.Fault`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def tensor(self) -> str | None: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, object]: ...
+    @property
+    def train_images(self) -> int | None: ...
+    @property
+    def changes_function(self) -> bool: ...
+    @property
+    def precision(self) -> str | None: ...
+
+
+F = TypeVar("F", bound=Fault)
+Inject = Callable[[F, Config, Dataset], AbstractContextManager[None]]
+
+
+class Finding(TypedDict):
+    """The result for one fault in one precision. Numbers that are not finite are None."""
+
+    caught: bool
+    step: int | None
+    stage: str | None
+    tensor: str | None
+    gap: float | None
+    bound: float | None
+    gap_over_bound: float | None
+    stage_right: bool
+    tensor_right: bool | None  # None where no tensor is to blame
+    trajectory_agrees: bool
+    message: str | None
+    pattern: str | None
+    causes: Sequence[str] | None
+    twins: int
+    peers: Mapping[str, bool | None]  # what other rules say; see `baselines`
+
+
+class Row(TypedDict):
+    """The results for one fault."""
+
+    name: str
+    sentence: str
+    source: str
+    stage: str
+    tensor: str | None
+    changes_function: bool
+    lens: str | None  # the only precision that has this fault
+    config: Mapping[str, object]  # as in report.json
+    train_images: int
+    lenses: dict[str, Finding]  # by precision
+
+
+@dataclass
+class Cache:
+    """What several faults share: shortened data, and the runs of the correct backend."""
+
+    datasets: dict[int, Dataset] = field(default_factory=dict)  # by number of training images
+    # by configuration, digest of the data, and dtype
+    correct: dict[tuple[Config, str, str], tuple[Backend, dict[int | None, Record]]] = field(
+        default_factory=dict
+    )
+    # float64 backends, for rules that need a reference
+    exact: dict[tuple[Config, str], Backend] = field(default_factory=dict)
+
+
+def config_of(fault: Fault, images: int) -> Config:
     """The run in which `fault` shows, on so many training images."""
     return dataclasses.replace(BASE, **fault.options).resolve(images)
 
 
 def measure(
-    fault: Any,
+    fault: F,
     dataset: Dataset,
     build: Build,
-    inject: Inject,
-    cache: dict[Any, Any],
-    lenses: Sequence[str] = LENSES,
+    inject: Inject[F],
+    cache: Cache,
+    precisions: Sequence[str] = PRECISIONS,
     twins: int = 2,
-) -> dict[str, Any]:
+) -> Row:
     """One row: a fault, and the result in each precision of a run that has it.
 
     Args:
-        inject: within `inject(fault, config, dataset)` the Flax side has the fault.
-        cache: empty at first; keeps the runs of the correct side, which faults share.
-        twins: per backend, in float32; more, and float64's, are trained where the verdict asks for
-            them.
+        inject: within `inject(fault, config, dataset)` the Flax backend has the fault.
+        twins: per backend, in float32; the verdict may ask for more, and for some in float64.
     """
     if fault.train_images is not None:
-        key = ("data", fault.train_images)
-        dataset = cache.setdefault(key, _first_images(dataset, fault.train_images))
+        if fault.train_images not in cache.datasets:
+            cache.datasets[fault.train_images] = _first_images(dataset, fault.train_images)
+        dataset = cache.datasets[fault.train_images]
     config = config_of(fault, len(dataset.train_images))
     return {
         "name": fault.name,
@@ -63,110 +139,128 @@ def measure(
         "stage": fault.stage,
         "tensor": fault.tensor,
         "changes_function": fault.changes_function,
-        "lens": fault.lens,
+        "lens": fault.precision,
         "config": config.to_json(),
         "train_images": len(dataset.train_images),
         "lenses": {
             dtype: measure_precision(
-                dtype,
-                fault,
-                config,
-                dataset,
-                build,
-                inject,
-                cache,
+                _Pair(fault, config, dataset, dtype, build, inject, cache),
                 twins if dtype != "float64" else 0,
             )
-            for dtype in lenses
+            for dtype in precisions
         },
     }
 
 
-def measure_precision(
-    dtype: str,
-    fault: Any,
-    config: Config,
-    dataset: Dataset,
-    build: Build,
-    inject: Inject,
-    cache: dict[Any, Any],
-    twins: int,
-) -> dict[str, Any]:
+class _Pair(Generic[F]):
+    """The two backends of one configuration and precision, Flax with the fault."""
+
+    def __init__(
+        self,
+        fault: F,
+        config: Config,
+        dataset: Dataset,
+        dtype: str,
+        build: Build,
+        inject: Inject[F],
+        cache: Cache,
+    ) -> None:
+        self.fault, self.config, self.dataset, self.dtype = fault, config, dataset, dtype
+        self._inject = inject
+        key = (config, dataset.digest, dtype)
+        if key not in cache.correct:
+            cache.correct[key] = build(CORRECT_BACKEND, config, dtype), {}
+        self._correct, self._records = cache.correct[key]
+        if (exact := key[:2]) not in cache.exact:
+            cache.exact[exact] = (
+                self._correct if dtype == "float64" else build(CORRECT_BACKEND, config, "float64")
+            )
+        self.exact = cache.exact[exact]
+        with self.injected():
+            self._faulty = build(FAULTY_BACKEND, config, dtype)
+
+    def injected(self) -> AbstractContextManager[None]:
+        return self._inject(self.fault, self.config, self.dataset)
+
+    def backend(self, name: str) -> Backend:
+        return self._correct if name == CORRECT_BACKEND else self._faulty
+
+    def train(self, name: str, numbers: Iterable[int | None]) -> list[Record]:
+        """These runs of an ensemble; see `train_runs`."""
+        if name == FAULTY_BACKEND:
+            with self.injected():
+                return self._train(name, numbers)
+        numbers = list(numbers)
+        missing = [number for number in numbers if number not in self._records]
+        self._records.update(zip(missing, self._train(name, missing), strict=True))
+        return [self._records[number] for number in numbers]
+
+    def _train(self, name: str, numbers: Iterable[int | None]) -> list[Record]:
+        return train_runs(self.backend(name), self.config, self.dataset, self.dtype, numbers)
+
+    def train_first_steps(self, name: str, numbers: range) -> list[Record]:
+        arguments = self.backend(name), self.config, self.dataset, self.dtype, numbers
+        if name == CORRECT_BACKEND:
+            return train_first_steps(*arguments)
+        with self.injected():
+            return train_first_steps(*arguments)
+
+
+def measure_precision(pair: _Pair[F], twins: int) -> Finding:
     """The result in one precision, found as for a user's runs: judge, train more twins if needed,
     locate."""
-    right = next(name for name in BACKENDS if name != FAULTY_BACKEND)
-    key = (config, dataset.digest, dtype)
-    if key not in cache:
-        cache[key] = build(right, config, dtype), {}
-    backend, trained = cache[key]
-
-    def of_right(numbers: Iterable[int | None]) -> list[Record]:
-        numbers = list(numbers)
-        missing = [number for number in numbers if number not in trained]
-        runs = train_runs(backend, config, dataset, dtype, missing)
-        trained.update(zip(missing, runs, strict=True))
-        return [trained[number] for number in numbers]
-
-    def of_faulty(numbers: Iterable[int | None]) -> list[Record]:
-        with inject(fault, config, dataset):
-            return train_runs(faulty, config, dataset, dtype, numbers)
-
-    with inject(fault, config, dataset):
-        faulty = build(FAULTY_BACKEND, config, dtype)
-    sides = {right: of_right, FAULTY_BACKEND: of_faulty}
     numbers = [None, *range(1, 1 + twins)]
-    ensembles = {name: Ensemble.of(more(numbers)) for name, more in sides.items()}
-
-    def begin(name: str, numbers: range) -> list[Record]:
-        if name == right:
-            return train_first_steps(backend, config, dataset, dtype, numbers)
-        with inject(fault, config, dataset):
-            return train_first_steps(faulty, config, dataset, dtype, numbers)
-
-    comparison = judge(
-        ensembles, lambda name, numbers: sides[name](numbers), dataset.test_labels, begin
-    )
+    ensembles = {
+        name: Ensemble.of(pair.train(name, numbers)) for name in (CORRECT_BACKEND, FAULTY_BACKEND)
+    }
+    comparison = judge(ensembles, pair.train, pair.dataset.test_labels, pair.train_first_steps)
     runs = {name: ensemble.run for name, ensemble in ensembles.items()}
-    with inject(fault, config, dataset):  # a late divergence is looked for again
+    with pair.injected():  # a late divergence is located by training again
         located = locate.locate(
             comparison.first_divergence,
             runs,
-            config,
-            dataset,
-            {right: backend, FAULTY_BACKEND: faulty}.__getitem__,
+            pair.config,
+            pair.dataset,
+            pair.backend,
             twins or 2,
         )
-    if (
-        exact := ("exact", config, dataset.digest)
-    ) not in cache:  # the reference of rules that need float64
-        cache[exact] = backend if dtype == "float64" else build(right, config, "float64")
+    correct = runs[CORRECT_BACKEND]
     verdicts = baselines.verdicts(
-        runs[right], runs[FAULTY_BACKEND], baselines.reference(runs[right], cache[exact])
+        correct, runs[FAULTY_BACKEND], baselines.reference(correct, pair.exact)
     )
-    return _finding(fault, comparison, located) | {
-        "twins": len(ensembles[FAULTY_BACKEND].twins),
-        "peers": verdicts,
-    }
+    return _finding(pair.fault, comparison, located, len(ensembles[FAULTY_BACKEND].twins), verdicts)
 
 
-def _finding(fault: Any, comparison: Comparison, located: Location | None) -> dict[str, Any]:
-    """What one lens says of a fault. Gaps and shares of bounds are None where they are not
-    finite."""
-    first: dict[str, Any] = located.to_json() if located else {}
-    place = {key: first.get(key) for key in ("step", "stage", "tensor", "gap", "bound")}
-    stage_right = place["stage"] == fault.stage
+def _finding(
+    fault: Fault,
+    comparison: Comparison,
+    located: Location | None,
+    twins: int,
+    peers: Mapping[str, bool | None],
+) -> Finding:
+    first = None if located is None else located.divergence
+    gap = None if first is None else finite(first.gap)
+    bound = None if first is None else finite(first.bound)
+    stage_right = first is not None and first.stage == fault.stage
+    tensor_right = (
+        first is not None and stage_right and fnmatchcase(first.tensor, fault.tensor or "")
+    )
     return {
         "caught": comparison.verdict == "disagree",
-        **place,
-        "gap_over_bound": first["gap"] / first["bound"]
-        if first.get("gap") and first["bound"]
-        else None,
+        "step": first and first.step,
+        "stage": first and first.stage,
+        "tensor": first and first.tensor,
+        "gap": gap,
+        "bound": bound,
+        "gap_over_bound": gap / bound if gap and bound else None,
         "stage_right": stage_right,
-        "tensor_right": stage_right and fnmatchcase(first["tensor"], fault.tensor)
-        if fault.tensor
-        else None,
+        "tensor_right": tensor_right if fault.tensor else None,
         "trajectory_agrees": all(check.agrees for check in comparison.windows),
-        **{key: first.get(key) for key in ("message", "pattern", "causes")},
+        "message": first and first.message,
+        "pattern": located and located.pattern,
+        "causes": located and list(located.causes),
+        "twins": twins,
+        "peers": peers,
     }
 
 
@@ -176,107 +270,3 @@ def _first_images(dataset: Dataset, count: int) -> Dataset:
         train_images=dataset.train_images[:count],
         train_labels=dataset.train_labels[:count],
     )
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over the faults that can show in a measured precision. Stage and tensor are taken from
-    the first precision that caught the fault."""
-    rows = [row for row in rows if row["lens"] is None or row["lens"] in row["lenses"]]
-    firsts = [next((f for f in row["lenses"].values() if f["caught"]), None) for row in rows]
-    caught = [finding for finding in firsts if finding is not None]
-    return {
-        "faults": len(rows),
-        "caught": len(caught),
-        "missed": [
-            row["name"] for row, finding in zip(rows, firsts, strict=True) if finding is None
-        ],
-        "stage_right": _share(finding["stage_right"] for finding in caught),
-        "tensor_right": _share(f["tensor_right"] for f in caught if f["tensor_right"] is not None),
-        "lenses": {
-            dtype: _of_lens(rows, dtype)
-            for dtype in {d: None for row in rows for d in row["lenses"]}
-        },
-    }
-
-
-def _of_lens(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
-    """In one precision: how many faults can show, and how many were caught."""
-    has = [row for row in rows if dtype in row["lenses"] and row["lens"] in (None, dtype)]
-    changing = [row["lenses"][dtype]["caught"] for row in has if row["changes_function"]]
-    alarms = [
-        row["name"] for row in rows if row not in has and row["lenses"].get(dtype, {}).get("caught")
-    ]
-    return {
-        "caught": _share(row["lenses"][dtype]["caught"] for row in has),
-        "caught_of_those_that_change_the_function": _share(changing),
-        "missed": [row["name"] for row in has if not row["lenses"][dtype]["caught"]],
-        "caught_without_having_it": alarms,
-    }
-
-
-def summary_lines(row: dict[str, Any]) -> list[str]:
-    """A fault as a user would see it reported, in a few lines."""
-    lines = [f"{row['name']}: {row['sentence']} ({row['source']})"]
-    for dtype, finding in row["lenses"].items():
-        said = "not detected" if not finding["caught"] else finding["message"]
-        said += "".join(
-            f"; {text}" for text in [finding["pattern"], *(finding["causes"] or ())] if text
-        )
-        lines.append(f"  {dtype}: {said}")
-    return lines
-
-
-def _share(verdicts: Any) -> dict[str, int]:
-    verdicts = list(verdicts)
-    return {"yes": sum(map(bool, verdicts)), "of": len(verdicts)}
-
-
-def _of(share: dict[str, int]) -> str:
-    return f"{share['yes']} of {share['of']}"
-
-
-def sentence(summary: dict[str, Any]) -> str:
-    """The result in plain words."""
-    lenses = ", ".join(
-        f"{dtype}: {_of(lens['caught'])}" for dtype, lens in summary["lenses"].items()
-    )
-    text = f"{summary['caught']} of {summary['faults']} known faults are found ({lenses}), "
-    text += f"{_of(summary['stage_right'])} in the right stage, {_of(summary['tensor_right'])} in the right tensor."
-    return text + (f" Missed: {', '.join(summary['missed'])}." if summary["missed"] else "")
-
-
-def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names (`>` for numbers) and lines: per precision the step, and the gap as a multiple
-    of its bound.
-
-    A stage after the step means that the report named that stage, while the fault lies in another.
-    `none` means that this precision has no such fault.
-    """
-    lenses = list({dtype: None for row in rows for dtype in row["lenses"]})
-    columns = ("fault", "lies in", *(name for dtype in lenses for name in (dtype, "over>")))
-    lines = [
-        (row["name"], row["stage"], *(cell for d in lenses for cell in _cells(row, d)))
-        for row in rows
-    ]
-    return columns, lines
-
-
-def _cells(row: dict[str, Any], dtype: str) -> tuple[str, str]:
-    finding = row["lenses"].get(dtype)
-    if finding is None:
-        return "", ""
-    if not finding["caught"]:
-        return ("missed" if row["lens"] in (None, dtype) else "none"), ""
-    place = f"{finding['step']}" + ("" if finding["stage_right"] else f" {finding['stage']}")
-    return place, _multiple(finding["gap_over_bound"])
-
-
-def _multiple(over: float | None) -> str:
-    """A ratio in a few letters, as `1.2` or `3e12`; `inf` where nothing may differ, or the gap is
-    not finite."""
-    if over is None:
-        return "inf"
-    if over < 10:
-        return f"{over:.1f}"
-    digit, exponent = f"{over:.0e}".split("e")
-    return f"{digit}e{int(exponent)}"

@@ -1,10 +1,11 @@
-"""Handovers: one backend starts a run and the other finishes it, for each option with each
-schedule, in float64."""
+"""Handovers: one backend starts a run and the other finishes it, in float64, for each option with
+each schedule."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,43 @@ from lockstep.common.protocol import Backend
 from lockstep.common.runs import checkpoint, training
 from lockstep.common.runs.record import Record
 from lockstep.common.system import environment
+from lockstep.common.verdict.check import finite
 
 STEPS = 2_000
 MIN_STEPS = 400
 TEST_IMAGES = 100  # the evaluation itself is not under test
-OPTIONS: tuple[dict[str, Any], ...] = (
+DIRECTIONS = tuple(f"{a} to {b}" for a, b in itertools.permutations(BACKENDS))
+OPTIONS: tuple[dict[str, Any], ...] = (  # of `Config`
     {},
     {"momentum": 0.9},
     {"momentum": 0.9, "dampening": 0.5, "weight_decay": 5e-4},
-    {
-        "momentum": 0.9,
-        "nesterov": True,
-        "maximize": True,
-        "lr": 1e-5,
-    },  # climbing faster, the loss overflows
+    # with a larger lr, the loss grows until it overflows
+    {"momentum": 0.9, "nesterov": True, "maximize": True, "lr": 1e-5},
     {"weight_decay": 5e-4, "maximize": True, "lr": 1e-4},
 )
+
+
+@dataclass(frozen=True)
+class Handover:
+    """The handovers of one configuration."""
+
+    config: Config
+    places: list[int]  # steps at which the other backend took over
+    last_lr: float
+    gaps: Mapping[str, float]  # the largest, by direction; nan if a run is not finite
+
+    @property
+    def agrees(self) -> bool:
+        return all(gap <= GRID_BOUND for gap in self.gaps.values())
+
+    def to_json(self) -> dict[str, object]:
+        return self.config.to_json() | {
+            "schedule": self.config.schedule.kind,
+            "places": self.places,
+            "last_lr": self.last_lr,
+            **{direction: finite(gap) for direction, gap in self.gaps.items()},
+            "agrees": self.agrees,
+        }
 
 
 def configurations(steps: int = STEPS) -> Iterator[Config]:
@@ -51,13 +73,12 @@ def measure(
     build: Callable[[str, Config], Backend],
     folder: Path,
     every: int,
-) -> dict[str, Any]:
-    """One row: the largest gaps between uninterrupted runs and runs that the other backend
-    finishes from each checkpoint.
+) -> Handover:
+    """Compare uninterrupted runs with runs that the other backend finishes from each checkpoint.
 
     Args:
         config: resolved.
-        folder: receives the checkpoints; they are read back and then removed.
+        folder: for the checkpoints, which are read and then removed.
         every: steps between two checkpoints.
     """
     runs, places = {}, {}
@@ -70,11 +91,7 @@ def measure(
         kept = checkpoint.found(folder, runs[name].stem)
         places[name] = [checkpoint.read(path) for path in reversed(kept)]
         checkpoint.remove(folder, runs[name].stem)
-    row = config.to_json() | {
-        "schedule": config.schedule.kind,
-        "places": [c.step for c in places[BACKENDS[0]]],
-    }
-    row["last_lr"] = float(runs[BACKENDS[0]].lr[-1])
+    largest: dict[str, float] = {}
     for first, second in itertools.permutations(BACKENDS):
         gaps = []
         for start in places[first]:
@@ -89,36 +106,38 @@ def measure(
                 start=start,
             )
             gaps += [max_gap(joined, run) for run in runs.values()]
-        row[f"{first} to {second}"] = max(gaps)
-    row["agrees"] = all(
-        row[f"{a} to {b}"] <= GRID_BOUND for a, b in itertools.permutations(BACKENDS)
+        largest[f"{first} to {second}"] = float(np.max(gaps))
+    return Handover(
+        config=config,
+        places=[start.step for start in places[BACKENDS[0]]],
+        last_lr=float(runs[BACKENDS[0]].lr[-1]),
+        gaps=largest,
     )
-    return row
 
 
 def max_gap(one: Record, other: Record) -> float:
-    """Between two losses in nats, or two final parameters; nan if any is not finite."""
+    """The largest gap between two losses, in nats, or two final parameters; nan if any is not
+    finite."""
     pairs = [(one.loss, other.loss), *((one.final[name], other.final[name]) for name in one.final)]
     return float(np.max([np.max(np.abs(a - b)) for a, b in pairs]))
 
 
-def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(rows: list[Handover]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The largest gaps per schedule: column names (`>` for numbers) and lines."""
-    directions = [f"{a} to {b}" for a, b in itertools.permutations(BACKENDS)]
     lines = []
     for kind in SCHEDULES:
-        group = [row for row in rows if row["schedule"] == kind]
+        group = [row for row in rows if row.config.schedule.kind == kind]
         if group:
-            gaps = [f"{max(row[direction] for row in group):.1e}" for direction in directions]
-            broken = sum(not row["agrees"] for row in group)
-            handovers = str(sum(len(row["places"]) * len(directions) for row in group))
+            gaps = [f"{largest_gap(group, direction):.1e}" for direction in DIRECTIONS]
+            broken = sum(not row.agrees for row in group)
+            handovers = str(sum(len(row.places) * len(DIRECTIONS) for row in group))
             lines.append(
                 (kind, str(len(group)), handovers, *gaps, "ok" if broken == 0 else f"NO: {broken}")
             )
-    return (
-        "schedule",
-        "runs>",
-        "handovers>",
-        *(f"{direction}>" for direction in directions),
-        "ok",
-    ), lines
+    directions = (f"{direction}>" for direction in DIRECTIONS)
+    return ("schedule", "runs>", "handovers>", *directions, "ok"), lines
+
+
+def largest_gap(rows: list[Handover], *directions: str) -> float:
+    """nan if a run is not finite."""
+    return float(np.max([row.gaps[direction] for row in rows for direction in directions]))

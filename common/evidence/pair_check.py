@@ -1,11 +1,12 @@
-"""Two networks that should be one: their tensors side by side, and what both compute of one
-batch."""
+"""Checks that two networks compute the same: lists their tensors next to each other, and compares
+one step of both."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,40 @@ from lockstep.common.verdict.statistics import PROOF_BOUND
 CANCELS = ("backward", "update")  # where rounding may exceed the bound, and twins are asked
 
 
-def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """One step of both from the same weights on the run's first batch, in float64, and one look as
-    in evaluation.
+@dataclass(frozen=True)
+class TensorPair:
+    """One tensor and its names in both modules."""
+
+    name: str  # canonical
+    torch: str
+    flax: str
+    shape: tuple[int, ...]  # canonical
+    gradient_gap: float | None  # None for statistics, which have no gradient
+
+
+@dataclass(frozen=True)
+class PairCheck:
+    """How two networks compare."""
+
+    tensors: tuple[TensorPair, ...]
+    parameters: int  # numbers that are trained
+    gaps: Mapping[str, float]  # the largest, by stage
+    bound: float  # relative to a tensor's largest entry
+    first_difference: Location | None
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.first_difference
+        return dataclasses.asdict(self) | {
+            "first_difference": None if first is None else first.to_json()
+        }
+
+
+def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> PairCheck:
+    """Compare one step of both backends from the same weights on the run's first batch, in float64,
+    and one evaluation.
 
     Args:
-        torch, flax: of the same tensors; see `pairs.check_same`.
+        torch, flax: of the same tensors; see `pair.check_same`.
     """
     shapes, sides = torch.shapes(), (torch, flax)
     indices = next(data.batch_indices(config, len(dataset.train_images)))
@@ -53,42 +82,37 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
         twins = [[one_step(side, twin) for twin in range(1, INITIAL_TWINS + 1)] for side in sides]
         checks = check_first_steps(a.with_short_twins(twins[0]), b.with_short_twins(twins[1]))
     losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
-    own = {side.name: side.native_names() for side in sides}
+    native = {side.name: side.native_names() for side in sides}
     gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
     checks.append(Check(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
-    apart = [check for check in checks if not check.agrees]
+    failed = [check for check in checks if not check.agrees]
     gradients = {check.tensor: check.gap for check in checks if check.stage == "backward"}
-    return {
-        "tensors": [
-            {
-                "name": name,
-                "torch": own["torch"][name],
-                "flax": own["flax"][name],
-                "shape": list(shape),
-                "gradient_gap": gradients.get(name),
-            }
+    return PairCheck(
+        tensors=tuple(
+            TensorPair(
+                name, native["torch"][name], native["flax"][name], shape, gradients.get(name)
+            )
             for name, shape in shapes.items()
-        ],
-        "parameters": sum(math.prod(shapes[name]) for name in gradients),
-        "gaps": {
-            stage: max((r.gap for r in checks if r.stage == stage), default=0.0) for stage in STAGES
+        ),
+        parameters=sum(math.prod(shapes[name]) for name in gradients),
+        gaps={
+            stage: max((check.gap for check in checks if check.stage == stage), default=0.0)
+            for stage in STAGES
         },
-        "bound": PROOF_BOUND,
-        "first_difference": describe_difference(apart[0], records, own).to_json()
-        if apart
-        else None,
-    }
+        bound=PROOF_BOUND,
+        first_difference=describe_difference(failed[0], records, native) if failed else None,
+    )
 
 
 def describe_difference(
-    check: Check, records: list[Record], own: Mapping[str, Mapping[str, str]]
+    check: Check, records: list[Record], native: Mapping[str, Mapping[str, str]]
 ) -> Location:
-    """Where the two differ, and what usually causes it, or the line that is missing from the pair.
+    """Where the two networks differ, and the usual cause, or the line that the pair lacks.
 
     Args:
-        own: by side, what the module itself calls a tensor, by canonical name.
+        native: by backend, the module's own name of a tensor, by canonical name.
     """
-    names = list(own)
+    names = list(native)
     one, other = tensors = locate.tensors_at(
         dict(zip(names, records, strict=True)), 0, check.stage, check.tensor
     )
@@ -97,7 +121,7 @@ def describe_difference(
     )
     layer = check.tensor.removeprefix(pair.INPUT_PREFIX)
     if layer != check.tensor and one is not None and other is not None:
-        shape, kernel = flatten_shape(one, other), own[names[0]].get(f"{layer}.kernel")
+        shape, kernel = flatten_shape(one, other), native[names[0]].get(f"{layer}.kernel")
         if shape is not None and kernel is not None:
             line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
             cause = f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"
@@ -106,18 +130,18 @@ def describe_difference(
 
 
 def flatten_shape(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None:
-    """The (channels, height, width) of what one side unrolled channels first, the other channels
-    last; None if none.
+    """The (channels, height, width) that PyTorch flattened channels first and Flax channels last;
+    None if there is no such shape.
 
     Args:
-        torch, flax: (n, features), what a dense layer was given.
+        torch, flax: (n, features), the inputs of a dense layer.
     """
     if torch.ndim != 2 or torch.shape != flax.shape:
         return None
     n, features = torch.shape
     for channels in (size for size in range(2, features) if features % size == 0):
         pixels = features // channels
-        # how the pixels lie does not matter: both unroll them row by row
+        # The height does not matter: both flatten pixels row by row.
         shape = channels, *_nearly_square(pixels)
         reordered = np.moveaxis(torch.reshape(n, *shape), 1, -1).reshape(n, features)
         if np.abs(reordered - flax).max() <= PROOF_BOUND * np.abs(flax).max():
@@ -130,22 +154,23 @@ def _nearly_square(pixels: int) -> tuple[int, int]:
     return height, pixels // height
 
 
-def table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Which tensor is which. Column names (`>` for numbers) and lines."""
+def table(report: PairCheck) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The tensors and their names. Column names (`>` for numbers) and lines."""
     lines = []
-    for row in report["tensors"]:
-        shape = " x ".join(map(str, row["shape"])) or "one number"
-        gap = "statistics" if row["gradient_gap"] is None else f"{row['gradient_gap']:.1e}"
-        lines.append((row["torch"], row["flax"], shape, gap))
+    for row in report.tensors:
+        shape = " x ".join(map(str, row.shape)) or "one number"
+        gap = "statistics" if row.gradient_gap is None else f"{row.gradient_gap:.1e}"
+        lines.append((row.torch, row.flax, shape, gap))
     return ("PyTorch", "Flax", "shape in Flax", "gradient's gap>"), lines
 
 
-def sentence(report: dict[str, Any]) -> str:
-    gaps, first = report["gaps"], report["first_difference"]
-    counted = f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors"
-    if first is None:
-        return (
-            f"The two networks are one: {counted}; of one batch in float64, activations within {gaps['forward']:.1e}, "
-            f"gradients within {gaps['backward']:.1e} (bound {report['bound']:g} of a tensor's largest)."
-        )
-    return f"The two networks differ: {counted}."
+def sentence(report: PairCheck) -> str:
+    """The result in plain words."""
+    size = f"{report.parameters:,} parameters in {len(report.tensors)} tensors"
+    if report.first_difference is not None:
+        return f"The two networks differ: {size}."
+    return (
+        f"The two networks compute the same: {size}; for one batch in float64, activations within "
+        f"{report.gaps['forward']:.1e}, gradients within {report.gaps['backward']:.1e} (bound "
+        f"{report.bound:g} of a tensor's largest entry)."
+    )

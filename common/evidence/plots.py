@@ -1,12 +1,11 @@
-"""Pictures of the evidence: the detection matrix, and false alarms of Lockstep beside those of
-other rules."""
+"""Plots of the evidence: the detection matrix, false alarms, sensitivity and speed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lockstep.common.config import DTYPES
 from lockstep.common.evidence.bench import PATHS
@@ -24,6 +23,12 @@ from lockstep.common.report.figures import (
 from lockstep.common.report.figures import COLOURS as BACKEND_COLOURS
 from lockstep.common.system.storage import write_atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    from lockstep.common.evidence import bench_report, false_alarms, faults, sensitivity
+
 COLOURS = {
     "float64": "#0072B2",
     "float32": "#D55E00",
@@ -34,18 +39,18 @@ MARKERS = {"float64": "o", "float32": "s", "bfloat16": "^", "mixed_bfloat16": "D
 MISSED = "#F2F2F2"
 
 
-def draw_faults(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG of `faults.measure`'s rows: per fault and lens, how far past its bound the first
-    divergence was, and when.
+def draw_faults(rows: Sequence[faults.Row], path: Path) -> None:
+    """A PNG of `faults.measure`'s rows: per fault and precision, the step of the first
+    divergence, and how far it is past its bound.
 
     Raises:
         RecordError: if the file cannot be written.
     """
-    lenses = list({dtype: None for row in rows for dtype in row["lenses"]})
-    _save(path, (8.4, 1.4 + 0.17 * len(rows)), lambda figure: _matrix(figure, rows, lenses))
+    precisions = list({dtype: None for row in rows for dtype in row["lenses"]})
+    _save(path, (8.4, 1.4 + 0.17 * len(rows)), lambda figure: _matrix(figure, rows, precisions))
 
 
-def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) -> None:
+def _matrix(figure: Figure, rows: Sequence[faults.Row], precisions: Sequence[str]) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -54,7 +59,7 @@ def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) 
     norm = LogNorm(1, 1e15)
     scale = colormaps["viridis_r"]
     for line, row in enumerate(rows):
-        for place, dtype in enumerate(lenses):
+        for place, dtype in enumerate(precisions):
             finding = row["lenses"][dtype]
             over = finding["gap_over_bound"]
             if not finding["caught"]:
@@ -79,9 +84,9 @@ def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) 
                 color="white" if dark else "black",
                 clip_on=True,
             )
-    axes.set_xlim(0, len(lenses))
+    axes.set_xlim(0, len(precisions))
     axes.set_ylim(len(rows), 0)
-    axes.set_xticks([place + 0.5 for place in range(len(lenses))], list(lenses))
+    axes.set_xticks([place + 0.5 for place in range(len(precisions))], list(precisions))
     axes.xaxis.tick_top()
     axes.set_yticks(
         [line + 0.5 for line in range(len(rows))], [row["name"] for row in rows], fontsize=6.5
@@ -99,15 +104,17 @@ def _matrix(figure: Any, rows: Sequence[dict[str, Any]], lenses: Sequence[str]) 
     bar.set_label("gap over its bound, where the fault was first seen", fontsize=8)
 
 
-def _rectangle(left: float, top: float, colour: Any) -> Any:
+def _rectangle(
+    left: float, top: float, colour: str | tuple[float, float, float, float]
+) -> Rectangle:
     from matplotlib.patches import Rectangle
 
     return Rectangle((left, top), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.0)
 
 
-def draw_alarms(summary: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG of `alarms.summary`: the rate of false alarms of every rule, with its 95 % interval,
-    per lens.
+def draw_alarms(summary: Sequence[false_alarms.Line], path: Path) -> None:
+    """A PNG of `false_alarms.summary`: the rate of false alarms of every rule in each precision,
+    with its 95 % interval.
 
     Raises:
         RecordError: if the file cannot be written.
@@ -116,24 +123,23 @@ def draw_alarms(summary: Sequence[dict[str, Any]], path: Path) -> None:
     _save(path, (8.4, 1.2 + 0.42 * len(rules)), lambda figure: _rates(figure, summary, rules))
 
 
-def _rates(figure: Any, summary: Sequence[dict[str, Any]], rules: Sequence[str]) -> None:
+def _rates(figure: Figure, summary: Sequence[false_alarms.Line], rules: Sequence[str]) -> None:
     axes = figure.subplots()
-    lenses = list({line["lens"]: None for line in summary})
-    for place, dtype in enumerate(lenses):
-        lines = [line for line in summary if line["lens"] == dtype and line["rate"] is not None]
-        heights = [
-            rules.index(line["rule"]) + 0.24 * (place - (len(lenses) - 1) / 2) for line in lines
-        ]
-        rates = [100 * line["rate"] for line in lines]
-        ends = [
-            [100 * (line["rate"] - line["interval"][0]) for line in lines],
-            [100 * (line["interval"][1] - line["rate"]) for line in lines],
-        ]
+    precisions = list({line["lens"]: None for line in summary})
+    for place, dtype in enumerate(precisions):
+        offset = 0.24 * (place - (len(precisions) - 1) / 2)
+        heights, rates, below, above = [], [], [], []
+        for line in summary:
+            if line["lens"] == dtype and line["rate"] is not None:
+                heights.append(rules.index(line["rule"]) + offset)
+                rates.append(100 * line["rate"])
+                below.append(100 * (line["rate"] - line["interval"][0]))
+                above.append(100 * (line["interval"][1] - line["rate"]))
         marker = MARKERS[dtype]
         axes.errorbar(
             rates,
             heights,
-            xerr=ends,
+            xerr=[below, above],
             fmt=marker,
             color=COLOURS[dtype],
             markersize=5,
@@ -147,15 +153,15 @@ def _rates(figure: Any, summary: Sequence[dict[str, Any]], rules: Sequence[str])
     axes.set_xlabel("clean pairs that are said to differ, % (with 95 % intervals)")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(precisions), frameon=False, fontsize=9)
 
 
-def draw_sensitivity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A PNG of `measure`'s rows: the relative error (logarithmic) against the step at which each
-    lens sees it.
+def draw_sensitivity(rows: Sequence[sensitivity.Row], path: Path) -> None:
+    """A PNG of `measure`'s rows: the relative error (logarithmic) and the step at which each
+    precision shows it.
 
-    Filled marks: the first divergence; open ones: the loss alone. What is not seen stands above the
-    dotted line.
+    Filled marks: the first divergence; open marks: the loss alone. An error that is not seen is
+    above the dotted line.
 
     Raises:
         RecordError: if the file cannot be written.
@@ -163,20 +169,19 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(path, (8.4, 4.6), lambda figure: _steps(figure, rows))
 
 
-def _steps(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _steps(figure: Figure, rows: Sequence[sensitivity.Row]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     steps = max(row["steps"] for row in rows)
-    lenses = [dtype for dtype in DTYPES if any(dtype in row["lenses"] for row in rows)]
+    precisions = [dtype for dtype in DTYPES if any(dtype in row["lenses"] for row in rows)]
     axes = figure.subplots()
-    unseen = steps * 2.2  # where the marks of what is not seen stand
-    for place, dtype in enumerate(lenses):
-        # side by side, where both are at one step
-        shift = 10 ** (0.24 * (place - (len(lenses) - 1) / 2))
+    unseen = steps * 2.2  # the height of the marks of errors that are not seen
+    for place, dtype in enumerate(precisions):
+        # next to each other, where both are at one step
+        shift = 10 ** (0.24 * (place - (len(precisions) - 1) / 2))
         points = [
             (row["error"] * shift, row["lenses"][dtype]) for row in rows if dtype in row["lenses"]
         ]
-        style = {"color": COLOURS[dtype], "marker": MARKERS[dtype], "markersize": 7}
         loss = [unseen if seen["loss_step"] is None else seen["loss_step"] for _, seen in points]
         first = [unseen if seen["step"] is None else seen["step"] for _, seen in points]
         errors = [error for error, _ in points]
@@ -187,9 +192,19 @@ def _steps(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             linewidth=1,
             fillstyle="none",
             label=f"{dtype}: in the loss",
-            **style,
+            color=COLOURS[dtype],
+            marker=MARKERS[dtype],
+            markersize=7,
         )
-        axes.plot(errors, first, linestyle="", label=f"{dtype}: anywhere", **style)
+        axes.plot(
+            errors,
+            first,
+            linestyle="",
+            label=f"{dtype}: anywhere",
+            color=COLOURS[dtype],
+            marker=MARKERS[dtype],
+            markersize=7,
+        )
     axes.axhline(steps * 1.4, color="#555555", linewidth=0.9, linestyle=(0, (1, 2)))
     axes.set_xscale("log")
     axes.invert_xaxis()  # the smaller the error, the further to the right
@@ -205,10 +220,10 @@ def _steps(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title(f"How small an error is seen within {steps:,} steps, and when", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(lenses), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(precisions), frameon=False, fontsize=9)
 
 
-SPEEDS = {  # by way to train: colour, line, marker, and whether that is full
+SPEEDS = {  # by way to train: colour, line style, marker, and its fill
     "flax fused": (BACKEND_COLOURS["flax"], "-", "s", "full"),
     "torch fused": (BACKEND_COLOURS["torch"], "-", "o", "full"),
     "flax": (BACKEND_COLOURS["flax"], (0, (4, 2)), "s", "none"),
@@ -218,9 +233,9 @@ SPEEDS = {  # by way to train: colour, line, marker, and whether that is full
 }
 
 
-def draw_bench(lines: Sequence[Mapping[str, Any]], where: str, path: Path) -> None:
-    """A PNG, and an SVG beside it, of `bench.summary`: images per second by batch size, a line for
-    each way to train.
+def draw_bench(lines: Sequence[bench_report.Line], where: str, path: Path) -> None:
+    """A PNG, and an SVG with the same name, of `bench_report.summary`: images per second by batch
+    size, one curve for each way to train.
 
     Args:
         where: the machine and the precision, for the title.
@@ -237,7 +252,7 @@ def draw_bench(lines: Sequence[Mapping[str, Any]], where: str, path: Path) -> No
     write_atomic(Path(path).with_suffix(".svg"), svg)
 
 
-def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+def _speeds(figure: Figure, lines: Sequence[bench_report.Line]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes = figure.subplots()
@@ -254,9 +269,18 @@ def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
         axes.errorbar(
             x, y, yerr=ends, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=3
         )
-        shape = {"marker": marker, "markersize": 6.5, "fillstyle": fill, "markeredgewidth": 1.3}
         axes.plot(
-            x, y, color=colour, linestyle=style, linewidth=1.8, label=PATHS[name], zorder=4, **shape
+            x,
+            y,
+            color=colour,
+            linestyle=style,
+            linewidth=1.8,
+            label=PATHS[name],
+            zorder=4,
+            marker=marker,
+            markersize=6.5,
+            fillstyle=fill,
+            markeredgewidth=1.3,
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -268,13 +292,20 @@ def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     if limits := [
         (line["gflops"] * 1e9 / line["flops_per_image"], line["gflops"])
         for line in lines
-        if line["gflops"]
+        if line["gflops"] and line["flops_per_image"]
     ]:
         height, gflops = max(limits)
         text = f"the arithmetic at the speed of large matrix products, {gflops:,.0f} GFLOP/s"
         axes.axhline(height, color=BOUND, linewidth=1.8, linestyle=(0, (6, 2)))
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(text, (0, height), xytext=(5, 4), fontsize=8.5, color=BOUND, **place)
+        axes.annotate(
+            text,
+            (0, height),
+            xytext=(5, 4),
+            fontsize=8.5,
+            color=BOUND,
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+        )
         axes.set_ylim(top=1.6 * height)
     axes.set_xlabel("images per step (batch size)")
     axes.set_ylabel("images per second\n(median and quartiles)")
@@ -282,10 +313,10 @@ def _speeds(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
 
 
-def _save(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:
+def _save(path: Path, size: tuple[float, float], paint: Callable[[Figure], None]) -> None:
     import matplotlib.style
 
-    # neither a matplotlibrc nor a caller may change the picture
+    # ignore a matplotlibrc, and the caller's settings
     with matplotlib.style.context("default"):
         figure = new_figure(*size)
         paint(figure)

@@ -1,11 +1,11 @@
-"""How small an error Lockstep detects, and at which step: a learning rate that is wrong by a tenth,
-a hundredth, ..., down to 1e-14."""
+"""How small an error Lockstep detects, and at which step: learning rates that are wrong by 1e-1 to
+1e-14, relative."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypedDict
 
 import numpy as np
 
@@ -16,54 +16,73 @@ from lockstep.common.recipes import RECIPES
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.check import Check
 
-# relative; below 1e-16 float64 has no number for them
+# relative; float64 cannot represent an lr that is wrong by less than 1e-16
 ERRORS = tuple(10.0**-power for power in range(1, 15))
 STEPS = 200
-LENSES = ("float64", "float32")
+PRECISIONS = ("float64", "float32")
+
+
+class Finding(TypedDict):
+    """When one error is seen in one precision; None where it is not."""
+
+    caught: bool
+    step: int | None  # of the first divergence, as are stage, tensor and message
+    stage: str | None
+    tensor: str | None
+    message: str | None
+    loss_step: int | None  # the first step whose loss is past its bound
+    twins: int  # per backend; more than asked for where the verdict wanted more
+
+
+class Row(TypedDict):
+    """The results for one error."""
+
+    error: float  # relative
+    steps: int
+    lenses: dict[str, Finding]  # by precision
 
 
 def measure(
     dataset: Dataset,
     build: Build,
     steps: int = STEPS,
-    lenses: Sequence[str] = LENSES,
+    precisions: Sequence[str] = PRECISIONS,
     twins: int = 2,
     errors: Iterable[float] = ERRORS,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """One row per error: the quick recipe, with Flax's learning rate at lr (1 + error).
 
     Only the Flax backend is built with the wrong rate. The records of its runs name the right
     configuration, as those of a faulty program would; their numbers, the series of learning rates
     included, are wrong.
-
-    Returns:
-        error (relative), steps, and lenses: by dtype caught (bool) and, of the first divergence,
-        step, stage, tensor and message (None if nothing was detected), loss_step (the first step
-        whose loss is past its bound; None if there is none), and
-        twins (per side; more than given where the verdict asked for them).
     """
     config = dataclasses.replace(RECIPES["quick"].config, steps=steps).resolve(
         len(dataset.train_images)
     )
-    torch = {dtype: build("torch", config, dtype) for dtype in lenses}
-    right = {dtype: train_ensemble(torch[dtype], config, dataset, dtype, twins) for dtype in lenses}
+    torch = {dtype: build("torch", config, dtype) for dtype in precisions}
+    right = {
+        dtype: train_ensemble(torch[dtype], config, dataset, dtype, twins) for dtype in precisions
+    }
     for error in errors:
-        row: dict[str, Any] = {"error": error, "steps": steps, "lenses": {}}
-        for dtype in lenses:
+        findings: dict[str, Finding] = {}
+        for dtype in precisions:
             flax = build("flax", with_lr_error(config, error), dtype)
             ensembles = {
                 "torch": right[dtype],
                 "flax": train_ensemble(flax, config, dataset, dtype, twins),
             }
             found = judge(ensembles, {"torch": torch[dtype], "flax": flax}, config, dataset)
-            first = found.first_divergence.to_json() if found.first_divergence else {}
-            row["lenses"][dtype] = {
+            first = found.first_divergence
+            findings[dtype] = {
                 "caught": found.verdict == "disagree",
-                **{name: first.get(name) for name in ("step", "stage", "tensor", "message")},
+                "step": first and first.step,
+                "stage": first and first.stage,
+                "tensor": first and first.tensor,
+                "message": first and first.message,
                 "loss_step": loss_step(found.windows, *(ensembles[name].run for name in BACKENDS)),
                 "twins": len(ensembles["flax"].twins),
             }
-        yield row
+        yield {"error": error, "steps": steps, "lenses": findings}
 
 
 def with_lr_error(config: Config, error: float) -> Config:
@@ -72,11 +91,11 @@ def with_lr_error(config: Config, error: float) -> Config:
 
 
 def loss_step(windows: Sequence[Check], torch: Record, flax: Record) -> int | None:
-    """The first step at which the two losses are further apart than the bound of their range; None if
-    there is none.
+    """The first step at which the gap of the two losses is past the bound of its step range; None
+    if there is none.
 
     Args:
-        windows: of their `Comparison`.
+        windows: those of the `Comparison` of both runs.
     """
     for check in windows:
         if check.tensor != "loss" or check.agrees or check.start is None:
@@ -90,9 +109,9 @@ def loss_step(windows: Sequence[Check], torch: Record, flax: Record) -> int | No
     return None
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Per error and precision: where it is first detected, and in which step the loss shows it. Column names (`>` for
-    numbers) and lines."""
+def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Per error and precision: where it is first detected, and at which step the loss shows it.
+    Column names (`>` for numbers) and lines."""
     lines = []
     for row in rows:
         for dtype, seen in row["lenses"].items():
@@ -106,3 +125,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tupl
 
 def _number(step: int | None) -> str:
     return "-" if step is None else str(step)
+
+
+def sentence(rows: Sequence[Row]) -> str:
+    """The result in plain words: the smallest error that each precision shows."""
+    parts = []
+    for dtype in list({dtype: None for row in rows for dtype in row["lenses"]}):
+        seen = [
+            row["error"]
+            for row in rows
+            if dtype in row["lenses"] and row["lenses"][dtype]["caught"]
+        ]
+        parts.append(f"{dtype} {min(seen):.0e}" if seen else f"{dtype} none")
+    return f"The smallest relative error of the learning rate that is seen: {', '.join(parts)}."

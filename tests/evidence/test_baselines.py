@@ -19,7 +19,7 @@ from torch._dynamo.utils import same
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
-from lockstep.common.evidence import NullProgress, baselines
+from lockstep.common.evidence import NullProgress, baselines, torch_closeness
 from lockstep.common.evidence.baselines import RULES, TORCH_TOLERANCES
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs import training
@@ -38,15 +38,15 @@ def make(backend: str = "torch", dtype: str = "float32", **changes: Any) -> Reco
         return array.astype(numpy_dtype(dtype))
 
     shapes = {"conv1.kernel": (5, 5, 3, 2), "fc1.bias": (4,)}
-    opening: Arrays = {}
+    first_steps: Arrays = {}
     for step in range(2):
-        opening[f"{step}/data/images"] = cast(values.normal(size=(4, 2, 2, 3)))
-        opening[f"{step}/forward/conv1"] = cast(values.normal(size=(4, 2, 2, 2)))
-        opening[f"{step}/forward/logits"] = cast(values.normal(size=(4, 5)))
-        opening[f"{step}/loss/loss"] = cast(np.array(2.5))
+        first_steps[f"{step}/data/images"] = cast(values.normal(size=(4, 2, 2, 3)))
+        first_steps[f"{step}/forward/conv1"] = cast(values.normal(size=(4, 2, 2, 2)))
+        first_steps[f"{step}/forward/logits"] = cast(values.normal(size=(4, 5)))
+        first_steps[f"{step}/loss/loss"] = cast(np.array(2.5))
         for name, shape in shapes.items():
             for tensor in (f"backward/{name}", f"update/{name}", f"update/momentum of {name}"):
-                opening[f"{step}/{tensor}"] = cast(values.normal(size=shape))
+                first_steps[f"{step}/{tensor}"] = cast(values.normal(size=shape))
     record = Record(
         backend=backend,
         dtype=dtype,
@@ -70,14 +70,14 @@ def make(backend: str = "torch", dtype: str = "float32", **changes: Any) -> Reco
         seconds=1.0,
         steps_per_second=60.0,
         weights={},
-        first_steps=opening,
+        first_steps=first_steps,
         final={name: cast(values.uniform(0.5, 1, shape)) for name, shape in shapes.items()},
     )
     return dataclasses.replace(record, **changes)
 
 
 def exact(**changes: Any) -> Record:
-    """A float64 record whose opening is `make`'s but for float32's rounding."""
+    """A float64 record whose first steps are `make`'s except for float32's rounding."""
     return make(dtype="float64", **changes)
 
 
@@ -335,7 +335,7 @@ def test_isclose_is_torchs_to_the_last_bit(dtype: str, seed: int, spread: float)
         true = torch.isclose(
             tensor(actual, dtype), tensor(expected, dtype), rtol=rtol, atol=atol
         ).numpy()
-        np.testing.assert_array_equal(baselines.isclose(actual, expected, rtol, atol), true)
+        np.testing.assert_array_equal(torch_closeness.isclose(actual, expected, rtol, atol), true)
 
 
 def raises(check: Callable[[], Any]) -> bool:
@@ -421,7 +421,7 @@ def test_same_is_dynamos(
         true = same(tensor(ref, dtype), tensor(res, dtype), torch.tensor(fp64))
     finally:
         logging.disable(logging.NOTSET)
-    assert baselines.same(ref, res, fp64) == true
+    assert torch_closeness.same(ref, res, fp64) == true
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_same_is_dynamos_on_the_kernels_of_1x1_convolutions(
     tensors = [torch.tensor(array.transpose(layout)) for array in (ref, res, fp64)]
     true = same(tensors[0], tensors[1], tensors[2])
     assert (
-        baselines.same(ref, res, fp64, pointwise=shape[:2] == (1, 1))
+        torch_closeness.same(ref, res, fp64, pointwise=shape[:2] == (1, 1))
         == true
         == (ratio < 3 and shape[0] == 1)
     )
@@ -446,7 +446,9 @@ def test_same_is_dynamos_on_the_kernels_of_1x1_convolutions(
 
 def test_another_dtype_is_not_the_same() -> None:
     array = np.ones(3, np.float32)
-    assert not baselines.same(array, array.astype(ml_dtypes.bfloat16), array.astype(np.float64))
+    assert not torch_closeness.same(
+        array, array.astype(ml_dtypes.bfloat16), array.astype(np.float64)
+    )
 
 
 # --- The float64 reference

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,8 +20,9 @@ from lockstep.backends.faults import FAULTS, QUICK, Fault, inject
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
+from lockstep.common.evidence import fault_summary, take_test_images
 from lockstep.common.evidence import faults as matrix
-from lockstep.common.evidence import take_test_images
+from lockstep.common.evidence.faults import Row
 from lockstep.common.evidence.plots import draw_faults
 from lockstep.common.protocol import STAGES
 from tests.marks import slow_except
@@ -39,9 +40,9 @@ def short(fault: Fault, steps: int = 3) -> Fault:
 
 
 @pytest.fixture(scope="module")
-def cache() -> dict[Any, Any]:
+def cache() -> matrix.Cache:
     """PyTorch's runs, which all faults share."""
-    return {}
+    return matrix.Cache()
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,10 @@ def few(digits: Dataset) -> Dataset:
 
 
 @pytest.fixture
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[Row]:
     """Two faults as `measure` would report them: one located in float64 only, one in the wrong
     stage."""
-    seen = {
+    seen: dict[str, Any] = {
         "caught": True,
         "step": 1,
         "stage": "update",
@@ -67,7 +68,9 @@ def rows() -> list[dict[str, Any]]:
         "tensor_right": True,
         "trajectory_agrees": False,
     }
-    missed = dict.fromkeys(("step", "stage", "tensor", "gap", "bound", "gap_over_bound"))
+    missed: dict[str, Any] = dict.fromkeys(
+        ("step", "stage", "tensor", "gap", "bound", "gap_over_bound")
+    )
     missed |= {
         "caught": False,
         "stage_right": False,
@@ -80,7 +83,7 @@ def rows() -> list[dict[str, Any]]:
         "tensor_right": False,
         "gap_over_bound": None,
     }
-    shared = {
+    shared: dict[str, Any] = {
         "sentence": "",
         "source": "",
         "stage": "update",
@@ -88,15 +91,18 @@ def rows() -> list[dict[str, Any]]:
         "changes_function": True,
         "lens": None,
     }
-    return [
-        {"name": "a", **shared, "lenses": {"float64": seen, "float32": missed}},
-        {"name": "b", **shared, "lenses": {"float64": elsewhere, "float32": seen}},
-        {
-            "name": "c",
-            **shared | {"lens": "float32"},
-            "lenses": {"float64": missed, "float32": missed},
-        },
-    ]
+    return cast(
+        list[Row],
+        [
+            {"name": "a", **shared, "lenses": {"float64": seen, "float32": missed}},
+            {"name": "b", **shared, "lenses": {"float64": elsewhere, "float32": seen}},
+            {
+                "name": "c",
+                **shared | {"lens": "float32"},
+                "lenses": {"float64": missed, "float32": missed},
+            },
+        ],
+    )
 
 
 # --- The catalogue
@@ -119,7 +125,7 @@ def test_every_fault_says_what_it_is_and_where_it_is_documented(fault: Fault) ->
     assert len(fault.name) <= 27  # so that the table has 80 columns
     assert fault.description.endswith(".") and "\n" not in fault.description
     assert fault.source
-    assert fault.lens in (None, *matrix.LENSES)
+    assert fault.precision in (None, *matrix.PRECISIONS)
 
 
 @pytest.mark.parametrize("images", [1437, 50_000], ids=["digits", "cifar10"])
@@ -228,8 +234,8 @@ def test_a_fault_is_taken_out_when_what_it_was_put_in_for_fails(digits: Dataset)
 
 
 @pytest.mark.parametrize("name", slow_except(QUICK, "classes-moved"))
-def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
-    name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
+def test_a_fault_of_each_stage_is_caught_and_named_in_both_precisions(
+    name: str, few: Dataset, build: Callable, cache: matrix.Cache
 ) -> None:
     row = matrix.measure(short(faults.named(name)), few, build, inject, cache)
     assert row["lenses"].keys() == {"float64", "float32"}
@@ -247,9 +253,11 @@ def test_a_fault_of_each_stage_is_caught_and_named_in_both_lenses(
     ),
 )
 def test_a_fault_of_another_network_is_caught_and_named(
-    name: str, few: Dataset, build: Callable, cache: dict[Any, Any]
+    name: str, few: Dataset, build: Callable, cache: matrix.Cache
 ) -> None:
-    row = matrix.measure(short(faults.named(name)), few, build, inject, cache, lenses=("float64",))
+    row = matrix.measure(
+        short(faults.named(name)), few, build, inject, cache, precisions=("float64",)
+    )
     finding = row["lenses"]["float64"]
     assert finding["caught"] and finding["stage_right"] and finding["tensor_right"]
     assert finding["trajectory_agrees"] == (row["stage"] != "forward")
@@ -257,17 +265,17 @@ def test_a_fault_of_another_network_is_caught_and_named(
 
 @pytest.mark.parametrize("model", slow_except(["resnet20", "vit"], "vit"))
 def test_without_a_fault_nothing_is_caught_in_another_network(
-    model: str, few: Dataset, build: Callable, cache: dict[Any, Any]
+    model: str, few: Dataset, build: Callable, cache: matrix.Cache
 ) -> None:
     fault = dataclasses.replace(nothing, options={"model": model})
-    finding = matrix.measure(short(fault), few, build, inject, cache, lenses=("float64",))[
+    finding = matrix.measure(short(fault), few, build, inject, cache, precisions=("float64",))[
         "lenses"
     ]["float64"]
     assert not finding["caught"] and finding["trajectory_agrees"]
 
 
 def test_without_a_fault_nothing_is_caught(
-    few: Dataset, build: Callable, cache: dict[Any, Any]
+    few: Dataset, build: Callable, cache: matrix.Cache
 ) -> None:
     row = matrix.measure(short(nothing), few, build, inject, cache)
     for finding in row["lenses"].values():
@@ -275,8 +283,8 @@ def test_without_a_fault_nothing_is_caught(
         assert finding["stage"] is finding["gap_over_bound"] is None
 
 
-def test_a_fault_of_one_lens_is_not_seen_in_the_other(
-    few: Dataset, build: Callable, cache: dict[Any, Any]
+def test_a_fault_of_one_precision_is_not_seen_in_the_other(
+    few: Dataset, build: Callable, cache: matrix.Cache
 ) -> None:
     row = matrix.measure(short(faults.named("float32-inside")), few, build, inject, cache)
     assert row["lenses"]["float64"]["caught"]
@@ -292,9 +300,11 @@ def test_the_right_side_is_trained_once_for_all_faults_of_one_run(
         built.append(name)
         return build(name, config, dtype)
 
-    cache: dict[Any, Any] = {}
+    cache = matrix.Cache()
     for name in ("zero-biases", "stopped-gradient"):
-        matrix.measure(short(faults.named(name)), few, counted, inject, cache, lenses=("float64",))
+        matrix.measure(
+            short(faults.named(name)), few, counted, inject, cache, precisions=("float64",)
+        )
     assert built == ["torch", "flax", "flax"]
 
 
@@ -304,40 +314,42 @@ def test_a_fault_at_the_end_of_an_epoch_is_given_a_short_epoch(
     fault = dataclasses.replace(
         faults.named("mean-over-padding"), train_images=60
     )  # batches of 8, and one of 4
-    row = matrix.measure(short(fault, steps=12), few, build, inject, {}, lenses=("float64",))
+    row = matrix.measure(
+        short(fault, steps=12), few, build, inject, matrix.Cache(), precisions=("float64",)
+    )
     finding = row["lenses"]["float64"]
     assert (finding["step"], finding["stage"], finding["tensor"]) == (7, "loss", "loss")
 
 
-def test_the_summary_counts_what_each_lens_saw(rows: list[dict[str, Any]]) -> None:
-    summary = matrix.summary(rows)
+def test_the_summary_counts_what_each_precision_showed(rows: list[Row]) -> None:
+    summary = fault_summary.summary(rows)
     assert (summary["faults"], summary["caught"], summary["missed"]) == (3, 2, ["c"])
     assert summary["stage_right"] == summary["tensor_right"] == {"yes": 1, "of": 2}
     assert summary["lenses"]["float64"]["caught"] == {"yes": 2, "of": 2}
     assert summary["lenses"]["float32"]["caught"] == {"yes": 1, "of": 3}
     assert summary["lenses"]["float32"]["missed"] == ["a", "c"]
-    assert matrix.sentence(summary) == (
-        "2 of 3 known faults are found (float64: 2 of 2, float32: 1 of 3), 1 of 2 in the right stage, "
-        "1 of 2 in the right tensor. Missed: c."
+    assert fault_summary.sentence(summary) == (
+        "2 of 3 known faults are found (float64: 2 of 2, float32: 1 of 3), 1 of 2 in the right "
+        "stage, 1 of 2 in the right tensor. Missed: c."
     )
 
 
-def test_a_fault_that_no_measured_lens_has_is_not_missed(rows: list[dict[str, Any]]) -> None:
+def test_a_fault_that_no_measured_precision_has_is_not_missed(rows: list[Row]) -> None:
     for row in rows:
         del row["lenses"]["float32"]
-    summary = matrix.summary(rows)
+    summary = fault_summary.summary(rows)
     assert (summary["faults"], summary["caught"], summary["missed"]) == (2, 2, [])
 
 
-def test_the_matrix_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_matrix_is_drawn(rows: list[Row], tmp_path: Path) -> None:
     draw_faults(rows, tmp_path / "faults.png")
     assert (tmp_path / "faults.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_marks_what_was_missed_and_what_was_found_elsewhere(
-    rows: list[dict[str, Any]],
+    rows: list[Row],
 ) -> None:
-    columns, lines = matrix.table(rows)
+    columns, lines = fault_summary.table(rows)
     assert columns == ("fault", "lies in", "float64", "over>", "float32", "over>")
     assert lines[0] == ("a", "update", "1", "2e3", "missed", "")
     assert lines[1] == ("b", "update", "1 loss", "inf", "1", "2e3")

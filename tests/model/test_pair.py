@@ -259,7 +259,7 @@ def test_the_pair_in_the_readme_is_one_and_without_its_lines_is_not(
     path = example(tmp_path)
     assert compare.main(["pair", f"{path}:PAIR", "--data", "digits"]) == 0
     shown = capsys.readouterr().out
-    assert "The two networks are one: 25,674 parameters in 14 tensors" in shown
+    assert "The two networks compute the same: 25,674 parameters in 14 tensors" in shown
     assert re.search(r"features\.4\.running_var +norms\.1\.var +32 +statistics", shown)
     text = path.read_text()
     lines = re.search(r"    names=(\{.*?\}),\n", text, re.DOTALL)

@@ -245,10 +245,10 @@ def test_every_option_and_schedule_can_be_handed_over(
         digits, test_images=digits.test_images[:9], test_labels=digits.test_labels[:9]
     )
     row = hand_over(config, few, build, tmp_path, every=150)
-    assert row["places"] == [150]  # calls of train_steps end after 2, 76, 150, 224 and 298 steps
-    assert row["agrees"], row
+    assert row.places == [150]  # calls of train_steps end after 2, 76, 150, 224 and 298 steps
+    assert row.agrees, row
     if kind in ("plateau", "step"):
-        assert row["last_lr"] < config.lr
+        assert row.last_lr < config.lr
 
 
 # --- What cannot be resumed
