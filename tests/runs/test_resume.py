@@ -225,7 +225,7 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
         segments=[{"backend": "torch", "stop": 2}],
         perturbation_rng_state=None,
         seconds=1.0,
-        **{name: getattr(r, name)[:2] for name in ("loss", "gradient_norm", "lr")},
+        **{name: getattr(r, name)[:2] for name in ("loss", "gradient_norm", "lr", "batch_digests")},
         **{name: getattr(r, name) for name in ("weights", "first_steps", "parameter_history")},
         snapshot=Snapshot(r.final, {}, momentum, schedule, 2),
     )
@@ -348,8 +348,9 @@ def test_a_loss_that_is_not_finite_ends_both_runs_at_the_same_step(
     options = ["--lr", "100", "--dtype", "float64", "--out", tmp_path]
     assert lockstep(*RUN[:-1], *options) == 1
     said = capsys.readouterr()
-    assert "Both runs end at the same step, where the loss is not finite" in " ".join(
-        said.out.split()
+    assert (
+        "Both runs diverge at the same step, where a loss or a gradient norm is not finite"
+        in " ".join(said.out.split())
     )
     records = [record.read(tmp_path / f"{name}-float64.safetensors") for name in BACKENDS]
     steps = {r.nonfinite_step for r in records}
