@@ -1,5 +1,5 @@
 """Augmented training images: the same bytes for both backends, for their twins, and for runs that
-are gone on with.
+are resumed.
 
 What an image gets is a pure function of the seed, the epoch and the image's place in the data set.
 No state is carried along, and neither the order of the images nor the size of the batches matters.

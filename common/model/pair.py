@@ -160,7 +160,7 @@ def _import_file(path: Path) -> Any:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     sys.path.insert(
         0, str(path.resolve().parent)
-    )  # as for a script: what it imports may lie beside it
+    )  # as for a script: what it imports may lie next to it
     spec.loader.exec_module(module)
     return module
 

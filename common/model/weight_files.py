@@ -109,8 +109,8 @@ def check_headers(path: Path, headers: Mapping[str, TensorHeader], shapes: Shape
 
 
 def check_numbers(path: Path, arrays: Arrays) -> None:
-    """Raise DataError unless all numbers are finite, and none is beyond what every lens can
-    hold."""
+    """Raise DataError unless all numbers are finite, and none is beyond what every
+    precision can hold."""
     wrong = {}
     for name, array in arrays.items():
         with np.errstate(invalid="ignore"):  # NaN
