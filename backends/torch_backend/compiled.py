@@ -7,6 +7,7 @@ gradients with `torch.func` and calls `sgd`, the function behind `SGD.step`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 
@@ -101,6 +102,8 @@ class ManySteps:
         """Compiled at first use: importing the compiler takes a second."""
         # All backends of a process share the compiled versions of `_scan`: allow for many.
         torch._dynamo.config.recompile_limit = 1024
+        if self.device == "cpu":  # that CUDA's tools lie here without a GPU is no news
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         options = compiler_options(self.device)
         return torch.compile(self._scan, fullgraph=True, dynamic=False, options=options)
 
