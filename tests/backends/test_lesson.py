@@ -25,6 +25,7 @@ STEPS = 50
 BOUND = 1e-13  # measured 8.9e-16, on losses of 2.4; the control: 1.3e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch_train", "flax_train"])
 def test_a_program_of_the_lesson_runs_alone(name: str, tmp_path: Path) -> None:
     """From another folder, without an installed package; on the digits, as no data is given."""
@@ -45,6 +46,7 @@ def test_a_program_of_the_lesson_runs_alone(name: str, tmp_path: Path) -> None:
     assert last < 0.5 * first  # it learns
 
 
+@pytest.mark.slow
 def test_both_programs_have_the_same_losses_from_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

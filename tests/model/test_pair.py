@@ -310,6 +310,7 @@ def test_norms_of_a_pair_sum_exactly_unless_they_are_of_another_kind(
     assert type(user_module.use_exact_sums(unshifted)) is nn.BatchNorm2d
 
 
+@pytest.mark.slow
 def test_a_pair_is_trained_compared_exported_and_read_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

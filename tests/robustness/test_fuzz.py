@@ -88,6 +88,7 @@ def caught() -> dict[str, Tally]:
     return run(2 * len(flawed.KINDS), 0, list(flawed.KINDS), module="tests.flawed", patience=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flaw", "said"), flawed.FLAWS.items(), ids=lambda value: getattr(value, "__name__", "")
 )
@@ -100,11 +101,13 @@ def test_a_flaw_is_caught_and_the_next_input_is_read(
     assert (tally.inputs, tally.refused, tally.accepted) == (2, 0, 0)
 
 
+@pytest.mark.slow
 def test_what_has_no_flaw_is_no_failure(caught: dict[str, Tally]) -> None:
     assert (caught["accept"].accepted, caught["accept"].failures) == (2, [])
     assert (caught["refuse_well"].refused, caught["refuse_well"].failures) == (2, [])
 
 
+@pytest.mark.slow
 def test_the_report_counts_what_was_caught(caught: dict[str, Tally]) -> None:
     report = report_of(["--seed", "0"], 0, caught, {"other": "it is missing"}, 1.0)
     assert (report["inputs"], report["failures"]) == (2 * len(flawed.KINDS), 2 * len(flawed.FLAWS))

@@ -243,6 +243,7 @@ LOST = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hook", "here"), [("", False), (LOST, True)])
 def test_the_pictures_are_drawn_by_the_other_process_if_it_can(
     tmp_path: Path, hook: str, here: bool
