@@ -229,8 +229,8 @@ class TrainingLoop:
                 )
 
     def _batches(self, indices: np.ndarray) -> tuple[Any, Any]:
-        """The batches as the backend holds them, a twin's moved by at most one ulp; and their
-        digests, before that."""
+        """The batches as the backend holds them; a twin's are moved by at most one ulp, and their
+        digests are taken before that."""
         if self.uploaded is not None:
             images, labels = self.backend.batches(self.uploaded, indices)
         else:
@@ -242,11 +242,15 @@ class TrainingLoop:
                 compute_dtype(self.dtype),
             )
             labels = self.dataset.train_labels[indices]
-        seen = self.backend.download(images, labels)
-        self.batch_digests[self.step : self.step + len(indices)] = data.batch_digests(*seen)
         if self.perturbation_rng is not None:
-            return perturb_one_ulp(seen[0], self.perturbation_rng), labels
+            images = perturb_one_ulp(self._record_digests(images, labels), self.perturbation_rng)
         return images, labels
+
+    def _record_digests(self, images: Any, labels: Any) -> np.ndarray:
+        """Record the digests of the batches from this step on; the images, as NumPy has them."""
+        seen = self.backend.download(images, labels)
+        self.batch_digests[self.step : self.step + len(labels)] = data.batch_digests(*seen)
+        return seen[0]
 
     def _steps(self, indices: np.ndarray) -> Metrics:
         """Train one chunk; the first steps are recorded tensor by tensor."""
@@ -257,6 +261,8 @@ class TrainingLoop:
                 self.step, truncate_batch(self.backend.probe(self.state, images[0], labels[0]))
             )
         self.state, metrics = self.backend.train_steps(self.state, images, labels)
+        if self.perturbation_rng is None:  # after training: a device gathers while it computes
+            self._record_digests(images, labels)
         if is_first_step:
             self.first_steps |= with_step(
                 self.step, update_tensors(self.backend.export(self.state))
