@@ -117,7 +117,7 @@ def images_mirrored_in_the_copy(patch: SetAttr, config: Config, dataset: Dataset
     _uploaded(patch, change)
 
 
-@fault("data", "batch", "an index that is off by one", train_images=1024)
+@fault("data", "labels", "an index that is off by one", train_images=1024)
 def last_labels_moved(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The last 40 labels are moved by one place in the copy on the device."""
 
@@ -156,16 +156,19 @@ def _gathered(patch: SetAttr, change: Callable[[np.ndarray, int], np.ndarray]) -
 def batch_repeated_late(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """One batch late in the run is the one before it again."""
 
+    last: list[np.ndarray] = []  # the batch before those of a chunk
+
     def change(indices: np.ndarray, done: int) -> np.ndarray:
         place = LATE - done
-        if 1 <= place < len(indices):
-            indices[place] = indices[place - 1]
+        if 0 <= place < len(indices):
+            indices[place] = indices[place - 1] if place else last[0]
+        last[:] = [indices[-1]]
         return indices
 
     _gathered(patch, change)
 
 
-@fault("data", "batch", "jax docs, indexing: out-of-bounds indices are clamped", train_images=1024)
+@fault("data", "images", "jax docs, indexing: out-of-bounds indices are clamped", train_images=1024)
 def indices_clamped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Numbers of the last 20 images are clamped, as an index out of bounds is in JAX."""
     last = len(dataset.train_images) - 21
