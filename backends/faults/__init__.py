@@ -19,14 +19,15 @@ __all__ = ["FAULTS", "QUICK", "Fault", "inject", "named"]
 
 _FILES = (
     "data",
+    "batches",
     "weights",
     "forward",
     "loss",
     "backward",
     "update",
     "learning_rate",
+    "lost_updates",
     "evaluate",
-    "late",
     "networks",
     "dropout",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from lockstep.backends.faults.registry import SetAttr, fault
@@ -84,3 +85,73 @@ def gradients_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> N
         patch,
         lambda gradients: jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), gradients),
     )
+
+
+def _ten_bits(patch: SetAttr, names: str) -> None:
+    """In float32, round the gradients of the parameters with these names to ten bits."""
+    from lockstep.backends.faults.frameworks import jax, jnp
+
+    def rounded(gradient: jax.Array) -> jax.Array:
+        if gradient.dtype != jnp.float32:
+            return gradient
+        bits = jax.lax.bitcast_convert_type(gradient, jnp.int32)
+        return jax.lax.bitcast_convert_type((bits + 0x1000) & ~0x1FFF, jnp.float32)
+
+    _gradients(
+        patch,
+        lambda gradients: {
+            name: rounded(g) if fnmatchcase(name, names) else g for name, g in gradients.items()
+        },
+    )
+
+
+@fault(
+    "backward",
+    None,
+    "NVIDIA docs, TF32: 10 bits of mantissa",
+    changes_function=False,
+    precision="float32",
+)
+def gradients_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+    """In float32, gradients have a mantissa of 10 bits, as those of a TF32 backward pass."""
+    _ten_bits(patch, "*")
+
+
+@fault(
+    "backward",
+    "*.kernel",
+    "NVIDIA docs, TF32: 10 bits of mantissa",
+    changes_function=False,
+    precision="float32",
+)
+def kernels_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+    """In float32, gradients of kernels have a mantissa of 10 bits; those of biases are exact."""
+    _ten_bits(patch, "*.kernel")
+
+
+@fault(
+    "backward",
+    "conv2.kernel",
+    "PyTorch docs, cudnn.allow_tf32: convolutions alone",
+    changes_function=False,
+    precision="float32",
+)
+def convolution_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+    """In float32, the second convolution's gradient has a mantissa of 10 bits."""
+    _ten_bits(patch, "conv2.kernel")
+
+
+@fault("backward", "fc2.kernel", "a gradient multiplier of one layer")
+def two_percent_larger(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+    """The gradient of one kernel is 2 % larger."""
+    _gradients(
+        patch,
+        lambda gradients: {n: 1.02 * g if n == "fc2.kernel" else g for n, g in gradients.items()},
+    )
+
+
+@fault("backward", None, "a mean with the divisor of an unbiased variance", batch_size=128)
+def divided_by_batch_less_one(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+    """Gradients are divided by one less than the number of images in the batch."""
+    size = config.batch_size
+    _gradients(patch, lambda gradients: {n: g * (size / (size - 1)) for n, g in gradients.items()})

@@ -34,7 +34,7 @@ def _images(patch: SetAttr, change: Callable[[np.ndarray], np.ndarray]) -> None:
     )
 
 
-def _batches(patch: SetAttr, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
+def replace_batches(patch: SetAttr, own: Callable[[Config, int], Iterator[np.ndarray]]) -> None:
     """Train on other batches. The order in the record stays the right one."""
     chunks = training.chunks
 
@@ -181,7 +181,7 @@ def padded_after_normalising(patch: SetAttr, config: Config, dataset: Dataset) -
 )
 def other_shuffle(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The port shuffles with its own random generator."""
-    _batches(
+    replace_batches(
         patch,
         lambda config, n: data.batch_indices(dataclasses.replace(config, seed=config.seed + 1), n),
     )
@@ -195,7 +195,7 @@ def not_shuffled(patch: SetAttr, config: Config, dataset: Dataset) -> None:
         starts = range(0, images - config.batch_size + 1, config.batch_size)
         return itertools.cycle(np.arange(start, start + config.batch_size) for start in starts)
 
-    _batches(patch, in_order)
+    replace_batches(patch, in_order)
 
 
 @fault(
@@ -211,7 +211,7 @@ def same_order_every_epoch(patch: SetAttr, config: Config, dataset: Dataset) -> 
         first = dataclasses.replace(config, steps=config.batches_per_epoch(images))
         return itertools.cycle(list(data.batch_indices(first, images)))
 
-    _batches(patch, repeated)
+    replace_batches(patch, repeated)
 
 
 @fault(
@@ -222,7 +222,7 @@ def same_order_every_epoch(patch: SetAttr, config: Config, dataset: Dataset) -> 
 )
 def last_batch_dropped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The smaller last batch of each epoch is left out."""
-    _batches(
+    replace_batches(
         patch, lambda config, n: data.batch_indices(dataclasses.replace(config, drop_last=True), n)
     )
 

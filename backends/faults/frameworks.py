@@ -1,4 +1,4 @@
-"""What faults change: the frameworks, and the Flax backend. A fault imports from here when it is
+"""The objects that faults change: the frameworks, and the Flax backend. A fault imports from here when it is
 applied, so that the catalogue can be listed without a framework."""
 
 import jax

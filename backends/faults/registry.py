@@ -1,4 +1,4 @@
-"""What a fault is, and how it is put in and taken out again."""
+"""A fault, and how it is put in and taken out again."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def inject(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
         yield
 
 
+LATE = 30  # the step of faults that happen once
 REGISTRY: list[Fault] = []
 
 

@@ -1,4 +1,5 @@
-"""Faults that show late in a run, in the data on the device, or in one precision only."""
+"""Faults of the batches: their order in later epochs, the copy of the data on the device, and the
+images that are taken from it."""
 
 from __future__ import annotations
 
@@ -8,24 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lockstep.backends.faults.backward import _gradients
-from lockstep.backends.faults.data import _batches
-from lockstep.backends.faults.registry import SetAttr, fault
+from lockstep.backends.faults.data import replace_batches
+from lockstep.backends.faults.registry import LATE, SetAttr, fault
 from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
-from lockstep.common.protocol import Metrics, Snapshot
 
 if TYPE_CHECKING:
     import jax
 
     from lockstep.backends.flax_backend.inputs import Data, Inputs
-    from lockstep.backends.flax_backend.state import State
-
-LATE = 30  # the step of faults that happen once
-
-
-# --- Data: the order of later epochs, the copy on the device, the batches made of it
 
 
 def _orders(patch: SetAttr, order: Callable[[int, int, int], np.ndarray]) -> None:
@@ -37,7 +30,7 @@ def _orders(patch: SetAttr, order: Callable[[int, int, int], np.ndarray]) -> Non
             for start in range(0, images, config.batch_size):
                 yield indices[start : start + config.batch_size]
 
-    _batches(patch, batches)
+    replace_batches(patch, batches)
 
 
 @fault("data", "batch", "PyTorch docs, reproducibility: seed_worker", train_images=320)
@@ -179,155 +172,3 @@ def indices_clamped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 def batch_in_another_order(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """From the third step on, a batch holds its images in another order."""
     _gathered(patch, lambda indices, done: indices[:, ::-1] if done >= 2 else indices)
-
-
-# --- Gradients
-
-
-@fault(
-    "backward",
-    None,
-    "NVIDIA docs, TF32: 10 bits of mantissa",
-    changes_function=False,
-    precision="float32",
-)
-def gradients_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """In float32, gradients have a mantissa of 10 bits, as those of a TF32 backward pass."""
-    _gradients(patch, lambda gradients: {n: _ten_bits(g) for n, g in gradients.items()})
-
-
-@fault(
-    "backward",
-    "*.kernel",
-    "NVIDIA docs, TF32: 10 bits of mantissa",
-    changes_function=False,
-    precision="float32",
-)
-def kernels_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """In float32, gradients of kernels have a mantissa of 10 bits; those of biases are exact."""
-    _gradients(
-        patch,
-        lambda gradients: {
-            n: _ten_bits(g) if n.endswith(".kernel") else g for n, g in gradients.items()
-        },
-    )
-
-
-@fault(
-    "backward",
-    "conv2.kernel",
-    "PyTorch docs, cudnn.allow_tf32: convolutions alone",
-    changes_function=False,
-    precision="float32",
-)
-def convolution_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """In float32, the second convolution's gradient has a mantissa of 10 bits."""
-    _gradients(
-        patch,
-        lambda gradients: {
-            n: _ten_bits(g) if n == "conv2.kernel" else g for n, g in gradients.items()
-        },
-    )
-
-
-def _ten_bits(gradient: jax.Array) -> jax.Array:
-    from lockstep.backends.faults.frameworks import jax, jnp
-
-    if gradient.dtype != jnp.float32:
-        return gradient
-    bits = jax.lax.bitcast_convert_type(gradient, jnp.int32)
-    return jax.lax.bitcast_convert_type((bits + 0x1000) & ~0x1FFF, jnp.float32)
-
-
-@fault("backward", "fc2.kernel", "a gradient multiplier of one layer")
-def two_percent_larger(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """The gradient of one kernel is 2 % larger."""
-    _gradients(
-        patch,
-        lambda gradients: {n: 1.02 * g if n == "fc2.kernel" else g for n, g in gradients.items()},
-    )
-
-
-@fault("backward", None, "a mean with the divisor of an unbiased variance", batch_size=128)
-def divided_by_batch_less_one(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Gradients are divided by one less than the number of images in the batch."""
-    size = config.batch_size
-    _gradients(patch, lambda gradients: {n: g * (size / (size - 1)) for n, g in gradients.items()})
-
-
-# --- Updates
-
-
-def _after_each_step(patch: SetAttr, change: Callable[[Snapshot, Snapshot], Snapshot]) -> None:
-    """Put another state in the place of the one after a step, given those before and after it."""
-    from lockstep.backends.faults.frameworks import FlaxBackend
-
-    train_steps = FlaxBackend.train_steps
-
-    def replaced(
-        self: FlaxBackend, state: State, images: np.ndarray, labels: np.ndarray
-    ) -> tuple[State, Metrics]:
-        series = []
-        for number in range(len(labels)):
-            one = slice(number, number + 1)
-            before = self.export(state)
-            state, metrics = train_steps(self, state, images[one], labels[one])
-            after = self.export(state)
-            if (changed := change(before, after)) is not after:
-                state = self.init(changed)
-            series.append(metrics)
-        return state, Metrics(*map(np.concatenate, zip(*series, strict=True)))
-
-    patch(FlaxBackend, "train_steps", replaced)
-
-
-@fault("update", None, "an asynchronous update that is dropped", momentum=0.9)
-def updates_lost_at_random(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """After step 10, one update in five is lost, at random."""
-    generator = np.random.default_rng()
-
-    def lose(before: Snapshot, after: Snapshot) -> Snapshot:
-        if before.step <= 10 or generator.random() > 0.2:
-            return after
-        return after._replace(parameters=before.parameters, momentum=before.momentum)
-
-    _after_each_step(patch, lose)
-
-
-@fault("update", None, "a step that a gradient scaler skips (torch.amp.GradScaler)", momentum=0.9)
-def update_lost_once(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """One update late in the run is lost."""
-
-    def lose(before: Snapshot, after: Snapshot) -> Snapshot:
-        if before.step != LATE:
-            return after
-        return after._replace(parameters=before.parameters, momentum=before.momentum)
-
-    _after_each_step(patch, lose)
-
-
-@fault("update", "fc2.kernel", "a parameter group that is frozen late in training")
-def update_lost_in_one_layer(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """From step 30 on, one kernel is no longer updated."""
-
-    def lose(before: Snapshot, after: Snapshot) -> Snapshot:
-        if before.step < LATE:
-            return after
-        kept = {"fc2.kernel": before.parameters["fc2.kernel"]}
-        return after._replace(parameters=after.parameters | kept)
-
-    _after_each_step(patch, lose)
-
-
-@fault("update", "momentum of *", "a checkpoint without the optimizer's state", momentum=0.9)
-def momentum_lost_once(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """After step 30 the momentum starts at zero again."""
-
-    def lose(before: Snapshot, after: Snapshot) -> Snapshot:
-        if before.step != LATE:
-            return after
-        return after._replace(
-            momentum={name: np.zeros_like(array) for name, array in after.momentum.items()}
-        )
-
-    _after_each_step(patch, lose)
