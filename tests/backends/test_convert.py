@@ -27,6 +27,7 @@ from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.perturb import twin_weights
 from lockstep.common.protocol import Arrays, Snapshot
+from tests.shapes import NET
 
 WORDS = {
     "float64": np.uint64,
@@ -34,18 +35,7 @@ WORDS = {
     "bfloat16": np.uint16,
 }  # the bits of a number, as an integer
 DTYPES = tuple(WORDS)  # of tensors; mixed precision has no other
-SHAPES = {
-    "conv1.kernel": (5, 5, 3, 6),
-    "conv1.bias": (6,),
-    "conv2.kernel": (5, 5, 6, 16),
-    "conv2.bias": (16,),
-    "fc1.kernel": (400, 120),
-    "fc1.bias": (120,),
-    "fc2.kernel": (120, 84),
-    "fc2.bias": (84,),
-    "fc3.kernel": (84, 10),
-    "fc3.bias": (10,),
-}
+SHAPES = NET
 
 few = settings(
     max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]

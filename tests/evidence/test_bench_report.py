@@ -16,19 +16,7 @@ from lockstep.common.evidence.bench_report import PRODUCT_FLOPS
 from lockstep.common.evidence.plots import SPEEDS, draw_bench
 from lockstep.common.report import Terminal
 from tests.evidence.bench_helpers import FLOPS, line_of
-
-NET = {
-    "conv1.kernel": (5, 5, 3, 6),
-    "conv1.bias": (6,),
-    "conv2.kernel": (5, 5, 6, 16),
-    "conv2.bias": (16,),
-    "fc1.kernel": (400, 120),
-    "fc1.bias": (120,),
-    "fc2.kernel": (120, 84),
-    "fc2.bias": (84,),
-    "fc3.kernel": (84, 10),
-    "fc3.bias": (10,),
-}
+from tests.shapes import NET
 
 
 def test_the_operations_of_one_image_are_those_counted_by_hand() -> None:

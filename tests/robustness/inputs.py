@@ -49,22 +49,12 @@ from tests.robustness.mutations import (
     one_of,
     text_of,
 )
+from tests.shapes import NET
 from tests.verdict.helpers import compared
 
 ROOT = Path(__file__).resolve().parents[2]
 GENUINE = Path(os.environ.get("LOCKSTEP_DATA") or "absent")
-SHAPES = {
-    "conv1.kernel": (5, 5, 3, 6),
-    "conv1.bias": (6,),
-    "conv2.kernel": (5, 5, 6, 16),
-    "conv2.bias": (16,),
-    "fc1.kernel": (400, 120),
-    "fc1.bias": (120,),
-    "fc2.kernel": (120, 84),
-    "fc2.bias": (84,),
-    "fc3.kernel": (84, 4),
-    "fc3.bias": (4,),
-}  # of the network, for four classes
+SHAPES = NET | {"fc3.kernel": (84, 4), "fc3.bias": (4,)}  # for four classes
 LENSES = ("float64", "float32")
 CONFIG = Config(
     steps=12,
