@@ -1,4 +1,4 @@
-"""What the evidence commands share: data, device, backends, and a report of rows."""
+"""Shared by the evidence commands: data, device, backends, and a report of rows."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol, cast
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, DTYPES, MODELS
@@ -43,7 +43,7 @@ Exit status: 0 agree, 1 disagree, 2 wrong request, 130 or 143 stopped."""
 
 
 class Invocation(NamedTuple):
-    """What a command gets in addition to its options."""
+    """The context that a command gets in addition to its options."""
 
     arguments: Sequence[str]  # of the command line, for the report
     backends: BackendPackage
@@ -51,17 +51,14 @@ class Invocation(NamedTuple):
 
 
 class Command(Protocol):
-    """What a module of a command defines."""
+    """The functions that a command's module defines."""
 
     def add_arguments(self, parser: Parser) -> None: ...
     def execute(self, options: argparse.Namespace, invocation: Invocation) -> int: ...
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and reports an error as one ConfigError."""
-
-    def __init__(self, **settings: object) -> None:
-        super().__init__(**{"allow_abbrev": False, **settings})  # type: ignore[arg-type]
+    """A parser that reports an error as one ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
@@ -72,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_module(command: str) -> Command:
-    return importlib.import_module(f"lockstep.common.cli.{command}")  # type: ignore[return-value]
+    return cast(Command, importlib.import_module(f"lockstep.common.cli.{command}"))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -131,6 +128,7 @@ def refuse(parser: Parser, command: str, unknown: Sequence[str]) -> NoReturn:
 def top_parser() -> Parser:
     """The parser of `--help` and `--version`, which lists the commands."""
     parser = Parser(
+        allow_abbrev=False,
         prog=program.name(),
         usage=f"{program.name()} [COMMAND] [OPTIONS]",
         description="Train one network in PyTorch and in JAX/Flax, and say whether the two runs "
@@ -154,6 +152,7 @@ def version() -> str:
 def command_parser(command: str) -> Parser:
     module = command_module(command)
     parser = Parser(
+        allow_abbrev=False,
         prog=f"{program.name()} {command}",
         description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
         conflict_handler="resolve",
@@ -243,7 +242,7 @@ def add_output(parser: Parser, out: str) -> None:
 
 
 def add_shared(parser: Parser, name: str) -> None:
-    """What every command that makes evidence takes.
+    """The options of every evidence command.
 
     Args:
         name: of the folder in results/runs.

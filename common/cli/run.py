@@ -45,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def add_run_options(parser: Parser) -> None:
-    """What `run` and `locate` take."""
+    """The options that `run` and `locate` share."""
     options_of.add_backend(parser, "which to train (default: both)")
     recipes = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     parser.add_argument(
@@ -77,7 +77,7 @@ def add_run_options(parser: Parser) -> None:
 
 
 def add_training_options(parser: Parser) -> None:
-    """What is trained: the options that override the recipe."""
+    """The options of training, which override the recipe."""
     group = parser.add_argument_group("the run (each option overrides the recipe)")
     options_of.add_model(group)
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from lockstep.common.report.html import write_report_page
 from lockstep.common.report.images import write_pictures
-from lockstep.common.report.json import jsonable, read_json, to_json, write_json
+from lockstep.common.report.json import jsonable, to_json, write_json
 from lockstep.common.report.summary import sentence
 from lockstep.common.report.tensorboard import check_tensorboard, write_tensorboard
 from lockstep.common.report.terminal import Terminal
@@ -16,7 +16,6 @@ __all__ = [
     "check_tensorboard",
     "escape",
     "jsonable",
-    "read_json",
     "sentence",
     "to_json",
     "write_json",

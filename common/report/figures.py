@@ -1,4 +1,4 @@
-"""What every picture needs: an empty figure, the colours, names that are safe to draw, PNG and SVG.
+"""Shared by all pictures: an empty figure, the colours, names that are safe to draw, PNG and SVG.
 
 A figure is drawn once, in the colours of a light page. `to_inline` replaces each colour by a CSS
 variable of the page, so that the figure can be read on a dark page, too.

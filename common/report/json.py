@@ -1,4 +1,4 @@
-"""report.json: the keys of its schema, written and read.
+"""report.json: the keys of its schema, and its writer.
 
 The keys are older than the names in the code: `lenses` are the comparisons, one per precision;
 `ladder` are the checks of single steps, `stretches` those of a range of steps; `drift` is the
@@ -17,11 +17,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from lockstep.common.errors import RecordError
 from lockstep.common.system.storage import write_atomic
 from lockstep.common.verdict.comparison import Rule, Verdict
 from lockstep.common.verdict.statistics import PairedDifference
@@ -29,32 +28,32 @@ from lockstep.common.verdict.statistics import PairedDifference
 SCHEMA = 1
 
 
-class CheckJson(TypedDict):
+class OutcomeJson(TypedDict):
+    """How a comparison came out."""
+
+    gap: float | None
+    bound: float | None
+    agrees: bool
+    power: NotRequired[bool]  # whether some run would fail this check
+    measure: NotRequired[str]  # of the differences of a tensor's entries: largest or median
+
+
+class CheckJson(OutcomeJson):
     """One comparison of one step."""
 
     step: int
     stage: str
     tensor: str
-    gap: float | None
     drift: NotRequired[float | None]
-    bound: float | None
-    agrees: bool
-    power: NotRequired[bool]  # whether some run would fail this check
-    measure: NotRequired[str]  # of the differences of a tensor's entries: largest or median
 
 
-class WindowJson(TypedDict):
+class WindowJson(OutcomeJson):
     """One comparison of the steps from `start` to `stop` - 1."""
 
     quantity: str
     start: int
     stop: int
-    gap: float | None
     drift: float | None
-    bound: float | None
-    agrees: bool
-    power: NotRequired[bool]  # whether some run would fail this check
-    measure: NotRequired[str]  # of the differences of a tensor's entries: largest or median
 
 
 class DivergenceJson(TypedDict):
@@ -178,21 +177,3 @@ def write_json(report: Mapping[str, object], folder: Path) -> Path:
     path = Path(folder, "report.json")
     write_atomic(path, to_json(report).encode())
     return path
-
-
-def read_json(path: Path) -> ReportJson:
-    """The report in the file `path`, of this version of Lockstep or an earlier one.
-
-    Raises:
-        RecordError: if the file cannot be read, or holds something else.
-    """
-    hint = "give the report.json of a run"
-    try:
-        report = json.loads(path.read_bytes().decode())
-    except (OSError, RecursionError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read ({type(error).__name__}): {hint}") from error
-    if not isinstance(report, dict) or not {"schema", "verdict", "lenses"} <= report.keys():
-        raise RecordError(f"{path} is not the report of a run: {hint}")
-    if report["schema"] != SCHEMA:
-        raise RecordError(f"{path} has schema {report['schema']}; this version reads {SCHEMA}")
-    return cast("ReportJson", report)

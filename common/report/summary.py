@@ -83,8 +83,8 @@ def in_short(comparison: ComparisonJson) -> str:
 
 
 def notes(comparison: ComparisonJson) -> list[str]:
-    """What a reader of the verdict should know: where a check can see nothing, and which side is
-    not reproducible."""
+    """Limits of the verdict: the step from which no check could fail, and which side is not
+    reproducible."""
     found = []
     if (step := comparison.get("no_power_from")) is not None:
         found.append(

@@ -1,4 +1,4 @@
-"""What a run prints: plain lines, a progress bar, and at the end the verdict with its tables."""
+"""The output of a run: plain lines, a progress bar, and at the end the verdict with its tables."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TextIO
 
 GRACE = 5.0  # seconds that training has to finish a chunk; a compiler that needs longer is stopped
 ANNOUNCEMENT = "Stopping after this chunk and saving a checkpoint; press Ctrl-C again to stop now."
@@ -125,9 +125,16 @@ class SignalHandler:
         """
         show_warning, show_unraisable = warnings.showwarning, sys.unraisablehook
 
-        def show_unless_interrupting(*arguments: object, **options: object) -> None:
+        def show_unless_interrupting(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if not self._interrupting:
-                show_warning(*arguments, **options)  # type: ignore[arg-type]
+                show_warning(message, category, filename, lineno, file, line)
 
         def unraisable(found: sys.UnraisableHookArgs) -> None:
             if not self._interrupting or found.exc_type is not KeyboardInterrupt:

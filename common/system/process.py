@@ -137,7 +137,7 @@ class WorkerProcess:
 
 
 class _Answers:
-    """What was standard output, with the number of the call that is carried out."""
+    """The original standard output, and the number of the present call."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self.pipe, self.number = pipe, 0
@@ -173,7 +173,7 @@ def worker_main() -> NoReturn:
             answers.send("failed", error if str(error) else "its process was stopped")
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
-        except Exception as error:  # whatever it is, the caller gets one line
+        except Exception as error:  # the caller reports any error in one line
             reason = next(iter(str(error).splitlines()), "")
             answers.send("failed", f"{type(error).__name__}: {reason}")
 

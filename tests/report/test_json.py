@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.common.errors import RecordError
-from lockstep.common.report import jsonable, read_json, sentence, write_json
+from lockstep.common.report import jsonable, sentence, write_json
 from tests.report.helpers import HOSTILE, make
 
 
@@ -37,27 +36,6 @@ def test_the_report_is_json_that_any_parser_reads(tmp_path: Path) -> None:
 
 def test_a_report_is_read_as_it_was_written_and_older_ones_are_read_too(tmp_path: Path) -> None:
     report = make("disagree", "agree")
-    assert read_json(write_json(report, tmp_path)) == report
+    assert json.loads(write_json(report, tmp_path).read_text()) == report
     [committed, *_] = sorted((Path(__file__).parents[2] / "results").glob("quick/report.json"))
-    assert sentence(read_json(committed)).startswith("The two runs ")
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"{", "cannot be read"),
-        (b"\xff", "cannot be read"),
-        (b"[]", "is not the report of a run"),
-        (b'{"schema": 1, "rows": []}', "is not the report of a run"),
-        (b'{"schema": 2, "verdict": "agree", "lenses": []}', "has schema 2"),
-    ],
-    ids=["cut off", "no text", "a list", "another command's", "newer"],
-)
-def test_what_is_no_report_of_a_run_is_refused_in_one_line(
-    content: bytes, problem: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "report.json"
-    path.write_bytes(content)
-    with pytest.raises(RecordError, match=problem) as raised:
-        read_json(path)
-    assert "\n" not in str(raised.value)
+    assert sentence(json.loads(committed.read_text())).startswith("The two runs ")
