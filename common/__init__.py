@@ -1,2 +1,2 @@
-"""What both backends share, free of any framework: data, weights, the training loop, the
+"""Shared by both backends, and free of any framework: data, weights, the training loop, the
 comparison, the report."""

@@ -1,4 +1,4 @@
-"""What `common` needs of the package `lockstep.backends`, which it does not import itself."""
+"""The interface of the package `lockstep.backends`, which `common` does not import itself."""
 
 from __future__ import annotations
 

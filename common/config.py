@@ -1,4 +1,4 @@
-"""What a run is: `Schedule` and `Config`."""
+"""The configuration of a run: `Schedule` and `Config`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate"
 
 
 class Metrics(NamedTuple):
-    """What one training step reports: the framework's scalars. From `train_steps`, each field is a
+    """The metrics of one training step: the framework's scalars. From `train_steps`, each field is a
     float64 array with one entry per step."""
 
     # Mean cross entropy of the batch before the update, nats, with the run's label smoothing.
@@ -31,14 +31,14 @@ class Metrics(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a network says of a set of n images."""
+    """The predictions of a network for n images, and their loss."""
 
     predictions: np.ndarray  # int64 (n,): the class with the largest logit
     loss: float  # mean cross entropy over the images, nats; never with label smoothing
 
 
 class Dropout(NamedTuple):
-    """What one layer leaves out in training (Srivastava et al. 2014, JMLR 15)."""
+    """The dropout of one layer (Srivastava et al. 2014, JMLR 15)."""
 
     rate: float  # the share that is left out: 0 <= rate < 1
     # Of the mask of one image. Along axes of size 1, all is kept or left out together: (1, 1, 1)
@@ -90,7 +90,7 @@ class Backend(Protocol[State, Data, Tensor]):
         ...
 
     def dropout_layers(self) -> dict[str, Dropout]:
-        """What the layers leave out in training, by the canonical names of their masks."""
+        """The dropout of each layer, by the canonical name of its mask."""
         ...
 
     def init(self, snapshot: Snapshot) -> State:
@@ -123,7 +123,7 @@ class Backend(Protocol[State, Data, Tensor]):
     def download(
         self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What `train_steps` would train on, given these, as canonical NumPy arrays: images (steps,
+        """The batches as `train_steps` receives them, as canonical NumPy arrays: images (steps,
         batch, 32, 32, 3), labels (steps, batch)."""
         ...
 
@@ -146,7 +146,7 @@ class Backend(Protocol[State, Data, Tensor]):
         ...
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
-        """What the next step would compute on this batch, tensor by tensor, without taking it.
+        """The tensors of the next step on this batch; the step is not taken.
 
         Keys are `<stage>/<tensor>`, in the order of computation: `data/images`, `data/labels` (as
         the framework received them), `forward/input of <layer>`, `forward/<layer>` (its output),

@@ -1,4 +1,4 @@
-"""What to train and compare, `Request`, and what was found, `Result`."""
+"""`Request`, a comparison that is asked for, and `Result`, its outcome."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, in which precisions, and where to write the reports."""
+    """A comparison that is asked for: the run, the precisions, the folder of the reports."""
 
     config: Config
     dtypes: tuple[str, ...] = ("float64", "float32")
@@ -90,7 +90,7 @@ def make_request(
 
 @dataclass(frozen=True)
 class Result:
-    """What a comparison found. It is true if the runs agree."""
+    """The outcome of a comparison. It is true if the runs agree."""
 
     report: ReportJson
     folder: Path  # with report.json, report.html and the records
@@ -126,7 +126,7 @@ class Result:
 
     @property
     def causes(self) -> tuple[str, ...]:
-        """What usually causes such a difference, the likeliest first."""
+        """Likely causes of the difference, the likeliest first."""
         located = self._located()
         return tuple(located["causes"]) if located else ()
 

@@ -1,4 +1,4 @@
-"""What a worker of `lockstep bench` does: train by one loop and measure the time.
+"""The work of a process of `lockstep bench`: train by one loop and measure the time.
 
 No framework is imported before a worker builds its own `Loop`.
 """
@@ -28,7 +28,7 @@ SIZE = 2048  # rows and columns of the matrices whose product is the arithmetic 
 
 @dataclass(frozen=True)
 class BenchmarkJob:
-    """What one worker measures."""
+    """The task of one worker."""
 
     path: str  # one of `lockstep.common.evidence.bench`'s PATHS or PRODUCTS
     batch_size: int
@@ -41,7 +41,7 @@ class BenchmarkJob:
 
 
 class Progress(NamedTuple):
-    """What one call trained."""
+    """The steps that one call trained."""
 
     steps: int
     images: int

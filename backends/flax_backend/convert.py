@@ -62,8 +62,8 @@ def cast_to_compute(
 def activations_to_canonical(
     names: Mapping[str, str], activations: Mapping[str, jax.Array]
 ) -> Arrays:
-    """What `record_activations` records, as `forward/<name>`, under canonical names and in the
-    canonical layout. `names` are those of the tensors."""
+    """The recorded activations as `forward/<name>`, with canonical names and in the canonical
+    layout. `names` are those of the tensors."""
     layers = pair.layer_names(names)
     return {pair.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
 

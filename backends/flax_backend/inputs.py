@@ -40,7 +40,7 @@ class Inputs:
         return jnp.asarray(labels, jnp.int32)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
-        return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
+        return Data(jnp.asarray(images), self.labels(labels))
 
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return self._compiled_batches(uploaded, indices)

@@ -111,7 +111,7 @@ def promote_bias(
 
 
 class Mask(nnx.Variable):
-    """What a dropout keeps: bool (n, *shape)."""
+    """The mask of a dropout: bool (n, *shape); True is kept."""
 
 
 class Dropout(nnx.Module):

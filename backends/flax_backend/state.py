@@ -12,7 +12,7 @@ OptimizerState = Any  # of `optimizer.make_optimizer`
 
 
 class State(NamedTuple):
-    """What training changes; JAX returns a new one and reuses the memory of the old."""
+    """The state of training; JAX returns a new one and reuses the memory of the old."""
 
     parameters: Parameters
     model_state: Parameters

@@ -56,7 +56,6 @@ class TorchBackend:
         self.config = config
         self.dtype = getattr(torch, numpy_dtype(dtype).name)
         self._compute_dtype = getattr(torch, compute_dtype(dtype).name)
-        self.classes = classes
         self.compiled = tuning.compiles(config, compile)
         channels_last = tuning.channels_last(config.model, self.device)
         self._template = build(config.model, classes, self.device).to(self.dtype)
@@ -202,9 +201,7 @@ class TorchBackend:
 
     def describe(self) -> dict[str, object]:
         return {
-            "torch": str(
-                torch.__version__
-            ),  # a plain string, which can be unpickled without PyTorch
+            "torch": str(torch.__version__),  # a plain string unpickles without PyTorch
             "device": self.device,
             "device_name": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "compiled": self.compiled,

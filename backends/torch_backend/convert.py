@@ -105,7 +105,7 @@ def dropout_modules(model: nn.Module) -> dict[str, layers.Dropout]:
 
 
 def dropout_layers(model: nn.Module) -> dict[str, Dropout]:
-    """What the dropout layers leave out, by the canonical names of their masks."""
+    """The dropout of each layer, by the canonical name of its mask."""
     names, found = canonical_names(model), {}
     for native, layer in dropout_modules(model).items():
         shape = tuple(layer.mask.shape[1:])
@@ -176,8 +176,8 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
 
 
 def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:
-    """What `record_activations` records, as `forward/<name>`, under canonical names and in the
-    canonical layout."""
+    """The recorded activations as `forward/<name>`, with canonical names and in the canonical
+    layout."""
     layers = pair.layer_names(canonical_names(model))
     return {
         pair.activation_key(layers, n): activation_to_canonical(model, n, a)

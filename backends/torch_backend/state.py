@@ -11,7 +11,7 @@ from lockstep.backends.torch_backend.optimizer import Scheduler
 
 
 class State(NamedTuple):
-    """What training changes; PyTorch changes it in place."""
+    """The state of training; PyTorch changes it in place."""
 
     model: nn.Module
     optimizer: SGD

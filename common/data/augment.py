@@ -1,7 +1,8 @@
 """Augmented training images: the same bytes for both backends, for their twins, and for runs that
 are resumed.
 
-What an image gets is a pure function of the seed, the epoch and the image's place in the data set.
+An image's crop and flip are a pure function of the seed, the epoch and the image's place in the
+data set.
 No state is carried along, and neither the order of the images nor the size of the batches matters.
 """
 
@@ -23,7 +24,7 @@ AUGMENT_STREAM = int.from_bytes(
 
 
 class CropFlip(NamedTuple):
-    """What is drawn for each image; all arrays have one shape."""
+    """The crop and the flip of each image; all arrays have one shape."""
 
     top: np.ndarray  # int64, 0 to 2 PADDING: the first row that is kept of the padded image
     left: np.ndarray  # int64, 0 to 2 PADDING: the first column
@@ -66,7 +67,7 @@ def parameters_for(config: Config, images: int, indices: np.ndarray, step: int) 
 
 @functools.lru_cache(maxsize=2)  # a chunk of batches may reach into the next epoch
 def draw_parameters(seed: int, epoch: int, images: int) -> CropFlip:
-    """What each image gets in one epoch, in the order of the data set; epochs count from 0."""
+    """The crops and flips of one epoch, in the order of the data set; epochs count from 0."""
     generator = np.random.default_rng(np.random.SeedSequence((seed, AUGMENT_STREAM, epoch)))
     top, left = generator.integers(0, 2 * PADDING, (2, images), endpoint=True)
     return CropFlip(top, left, generator.integers(0, 2, images).astype(bool))

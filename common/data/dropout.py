@@ -20,7 +20,7 @@ DROPOUT_STREAM = int.from_bytes(
 
 
 def masks(layers: Mapping[str, Dropout], seed: int, step: int, shape: Sequence[int]) -> Arrays:
-    """What is kept in step `step`, or in as many steps from there on as `shape` says.
+    """Masks for step `step`, or for `shape[0]` consecutive steps from there on.
 
     Args:
         layers: by the canonical names of their masks.

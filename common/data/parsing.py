@@ -1,4 +1,4 @@
-"""What goes wrong while a file is parsed, and how it is said in one line."""
+"""Errors of parsers, and their messages in one line."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ PARSE_ERRORS += (RuntimeError, struct.error, tokenize.TokenError, zlib.error, zi
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line, without control characters."""
+    """The message of an error in one line, without control characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return printable(text)

@@ -38,7 +38,7 @@ TableName = Literal["speed", "growth"]
 
 
 class Turn(TypedDict):
-    """What one loop trained in one turn."""
+    """The training of one loop in one turn."""
 
     steps: int
     images: int
@@ -67,7 +67,7 @@ class Loader(TypedDict):
 
 
 class WorkerFacts(TypedDict):
-    """What a worker says of itself after its turns."""
+    """The facts of a worker after its turns."""
 
     environment: dict[str, object]
     memory: int  # peak resident memory, bytes
@@ -112,7 +112,7 @@ Item = tuple[str, int, int]  # way to train, batch size, training images
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and for how long."""
+    """The loops to measure, and for how long."""
 
     batch_sizes: tuple[int, ...]
     images: int  # training images

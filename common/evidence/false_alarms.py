@@ -30,7 +30,7 @@ LOCKSTEP = "Lockstep"
 
 
 class Finding(TypedDict):
-    """What Lockstep and the other rules say of one pair in one precision."""
+    """The verdicts of Lockstep and of the other rules on one pair in one precision."""
 
     verdict: str
     score: float | None  # None where it is not finite

@@ -33,7 +33,7 @@ CORRECT_BACKEND = next(name for name in BACKENDS if name != FAULTY_BACKEND)
 
 
 class Fault(Protocol):
-    """What the matrix reads of a fault; see `lockstep.backends.faults.Fault`."""
+    """The attributes of a fault that the matrix reads; see `lockstep.backends.faults.Fault`."""
 
     @property
     def name(self) -> str: ...
@@ -96,7 +96,7 @@ class Row(TypedDict):
 
 @dataclass
 class Cache:
-    """What several faults share: shortened data, and the runs of the correct backend."""
+    """Shared by several faults: shortened data, and the runs of the correct backend."""
 
     datasets: dict[int, Dataset] = field(default_factory=dict)  # by number of training images
     # by configuration, digest of the data, and dtype

@@ -110,7 +110,7 @@ def _is_shape(value: object) -> bool:
 
 
 def network(model: str, side: str) -> Callable[..., Any]:
-    """What builds the module of one side, "torch" or "flax".
+    """The function that builds the module of one side, "torch" or "flax".
 
     Raises:
         ConfigError: if it cannot be imported.
@@ -166,22 +166,22 @@ def _import_file(path: Path) -> Any:
 
 
 def _imported(place: str, load: Callable[[], Any]) -> Any:
-    """What `load` gives, for a module of the user's: whatever happens in it is said in one line."""
+    """Call `load`; turn any exception of user code into a one-line ConfigError."""
     try:
         return load()
-    except (Exception, SystemExit) as error:  # it is the user's code: anything may come out of it
+    except (Exception, SystemExit) as error:  # user code may raise anything
         reason = next(iter(str(error).splitlines()), "")
         raise ConfigError(
-            f"{place} cannot be imported ({type(error).__name__}: {reason}): mend it first"
+            f"{place} cannot be imported ({type(error).__name__}: {reason}): fix it first"
         ) from error
 
 
 @contextmanager
 def user_code_errors(model: str, side: str, what: str) -> Iterator[None]:
-    """What goes wrong in a user's module, in one line."""
+    """Turn any exception of a user's module into a one-line ConfigError."""
     try:
         yield
-    except Exception as error:  # it is the user's code: anything may come out of it
+    except Exception as error:  # user code may raise anything
         reason = next(iter(str(error).splitlines()), "")
         raise ConfigError(
             f"--model {model}: {side} cannot {what} ({type(error).__name__}: {reason})"
@@ -268,7 +268,7 @@ def layer_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def activation_key(layers: Mapping[str, str], name: str) -> str:
-    """What `Backend.probe` calls an activation: `forward/<layer>` or `forward/input of <layer>`.
+    """The name that `Backend.probe` gives an activation: `forward/<layer>` or `forward/input of <layer>`.
 
     Args:
         layers: from `layer_names`.

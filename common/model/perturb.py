@@ -35,5 +35,5 @@ def perturb_one_ulp(array: np.ndarray, generator: np.random.Generator) -> np.nda
 
 
 def image_perturbation_rng(seed: int, twin: int) -> np.random.Generator:
-    """What a twin's images are `perturb_one_ulp` by, batch after batch."""
+    """The generator that perturbs a twin's images, batch after batch."""
     return np.random.default_rng([seed, TWIN_IMAGES_STREAM, twin])

@@ -26,7 +26,7 @@ LAYOUT = "name and shape them as `lockstep export` does"
 
 
 class TensorHeader(NamedTuple):
-    """What a file says of one tensor, before its numbers are read."""
+    """The header of one tensor: its dtype, shape and place, before its numbers are read."""
 
     shape: tuple[int, ...]
     dtype: str  # one of FLOATS, or what the file calls it
@@ -128,14 +128,13 @@ def check_numbers(path: Path, arrays: Arrays) -> None:
 
 @contextlib.contextmanager
 def reader_errors(path: Path, kind: str) -> Iterator[None]:
-    """Readers' errors as DataError: on a damaged file, or one of another kind, they fail in a
-    hundred ways."""
+    """Turn any error of a reader into a DataError: on a damaged file it may raise anything."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     except LockstepError:
         raise
-    except Exception as error:  # the readers' own, of four libraries; what is ours has passed above
+    except Exception as error:  # four libraries read here, and each raises its own errors
         raise damaged_file(path, kind, type(error).__name__) from error
 
 

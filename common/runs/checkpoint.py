@@ -264,7 +264,7 @@ def check(
 
 
 def _checks(c: Checkpoint) -> Iterator[Check]:
-    """What may be wrong with a checkpoint; each check relies on those before it."""
+    """The checks of a checkpoint; each relies on those before it."""
     yield from _metadata_checks(c)
     yield from _tensor_checks(c)
 

@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def announcement(request: Request) -> str:
-    """What will be trained, on what, for how long: the first line of a run."""
+    """The first line of a run: the network, the data, and about how long it takes."""
     config = request.config
     names = " and ".join({"torch": "PyTorch", "flax": "Flax"}[name] for name in request.backends)
     if config.steps is not None:

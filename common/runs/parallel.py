@@ -39,8 +39,8 @@ TwinNumbers = Mapping[str, Sequence[int | None]]  # by dtype: the run itself (No
 
 
 class ModelInfo(NamedTuple):
-    """What the session has to know of a backend before it trains, as
-    `lockstep.common.protocol.Backend` has it."""
+    """The facts of a backend that the session needs before training, as in
+    `lockstep.common.protocol.Backend`."""
 
     device: str
     shapes: dict[str, tuple[int, ...]]
@@ -193,7 +193,7 @@ class ParallelTraining:
         raise BackendError(f"{name} cannot train here ({self._failure}): {hint}")
 
     def finished_records(self, dtype: str) -> dict[str, list[Record]]:
-        """What the worker has trained in one precision; empty if it did not finish that."""
+        """The worker's records in one precision; empty if it did not finish that."""
         if self.name is None or dtype not in self._finished:
             return {}
         return {self.name: self.trainer.read_records(self.name, dtype, self.twins[dtype])}
@@ -270,9 +270,9 @@ def _discard(report: object) -> None:
 
 
 def start_commands(report: Report) -> WorkerCommands:
-    """What `WorkerProcess` makes in the worker, which handles signals from then on.
+    """Make the commands of the worker, which handles signals from then on.
 
-    They are deferred all the time: in the middle of an import, a library may print
+    Signals are deferred all the time: in the middle of an import, a library may print
     KeyboardInterrupt and forget it.
     """
     environment.relax_gc()
@@ -283,7 +283,7 @@ def start_commands(report: Report) -> WorkerCommands:
 
 
 class WorkerCommands:
-    """What the worker can be asked to do."""
+    """The commands of the worker."""
 
     def __init__(self, report: Report, signals: SignalHandler) -> None:
         self.report, self.signals = report, signals

@@ -1,4 +1,4 @@
-"""What is settled before the first step: the device, the initial weights, and a folder to write."""
+"""Choose the device, load the initial weights, and check the folder, before the first step."""
 
 from __future__ import annotations
 

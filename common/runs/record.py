@@ -73,8 +73,8 @@ class Record:
         return None if finite.all() else int(np.argmin(finite))
 
     def until(self, step: int) -> Record:
-        """What was recorded up to `step` steps; `final` and the evaluation stay, and are of a later
-        state."""
+        """The record of the first `step` steps. `final` and the evaluation stay: they belong to a
+        later state."""
 
         def earlier(arrays: Arrays, last: int) -> Arrays:
             return {k: array for k, array in arrays.items() if int(k.partition("/")[0]) <= last}
@@ -216,7 +216,7 @@ def first_problem(checks: Iterable[Check]) -> str | None:
 
 
 def _checks(r: Record) -> Iterator[Check]:
-    """What may be wrong with a record; each check relies on those before it."""
+    """The checks of a record; each relies on those before it."""
     yield from _metadata_checks(r)
     yield from _series_checks(r)
     yield from _tensor_checks(r)

@@ -26,7 +26,7 @@ MAX_BYTES = 2**20
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What decides a run's numbers, and what they are compared with."""
+    """The options that decide a run's numbers, and the runs they are compared with."""
 
     recipe: str  # a name in RECIPES
     config: JsonObject  # Config.to_json() of the resolved run
@@ -48,7 +48,7 @@ class RunRequest:
 
 
 def of(request: Request, trainer: Trainer) -> RunRequest:
-    """What --resume needs to know of a run."""
+    """The request of a run, as --resume needs it."""
     return RunRequest(
         recipe=request.recipe,
         config=trainer.config.to_json(),
@@ -76,7 +76,7 @@ def write(request: RunRequest, folder: Path) -> None:
 
 
 def read(folder: Path) -> RunRequest:
-    """What the run in `folder` was started with, checked.
+    """The request that started the run in `folder`, checked.
 
     Raises:
         RecordError: if there is none, or it is damaged, or of another version.
@@ -112,7 +112,7 @@ def read(folder: Path) -> RunRequest:
 
 
 def _problem(request: RunRequest) -> str | None:
-    """What is wrong with it, if anything is."""
+    """The first problem of a request; None if there is none."""
     Config.from_json(request.config)
     texts = (
         request.data,

@@ -48,7 +48,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Trainer:
-    """What all training of one run shares."""
+    """Trains the runs and twins of one folder."""
 
     folder: Path
     config: Config  # resolved

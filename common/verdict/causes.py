@@ -1,4 +1,4 @@
-"""What usually causes a divergence, by the place where it shows."""
+"""Likely causes of a divergence, by the place where it shows."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ CAUSES = (
 
 
 def find_causes(stage: str, tensor: str, pattern: str | None) -> tuple[str, ...]:
-    """What usually causes a divergence there, the likeliest first; at most two.
+    """The likely causes of a divergence there, the likeliest first; at most two.
 
     Args:
         pattern: how one tensor is made of the other, if that was seen.

@@ -1,4 +1,4 @@
-"""What a comparison of two runs found, typed; `to_json` gives an entry of report.json's `lenses`."""
+"""The typed result of a comparison; `to_json` gives an entry of report.json's `lenses`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Location:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is reported of one run."""
+    """The figures that a report gives of one run."""
 
     final_loss: float
     test_loss: float

@@ -85,8 +85,8 @@ def _allowed_images(dtype: str, spread: float | None) -> float:
 
 
 def training_loss_gap(first: Record, second: Record) -> float:
-    """What float64's training losses were seen to differ by, within their bound: the test loss is
-    of the same weights.
+    """The largest gap of float64's training losses, up to their bound: the test loss comes from
+    the same weights.
 
     Digits at batch 4, lr 0.01 and momentum 0.9, after 300 steps: 1.4e-12 between losses of up to
     4.6, which agree, and 1.25e-12 between test losses of 1.1, which did not.

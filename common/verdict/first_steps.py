@@ -119,7 +119,7 @@ def _stage_magnitude(record: Record, step: str, stage: str) -> float:
 
 
 def flip_allowance(first: Record, second: Record, step: int, stage: str, tensor: str) -> float:
-    """What a ReLU flipped by rounding may do to a tensor of the first steps."""
+    """By how much a ReLU flipped by rounding may change a tensor of the first steps."""
     if stage in ("forward", "loss"):
         return FLIP_SHARE * min(_loss_per_step(record, step) for record in (first, second))
     if stage == "backward":

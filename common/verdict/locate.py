@@ -225,7 +225,7 @@ def one_step(
 
 
 def tensors_at(runs: Mapping[str, Record], step: int, stage: str, tensor: str) -> Tensors:
-    """The tensor that a check names, as the two records hold it; None where one does not."""
+    """The tensor that a check names, from both records; None where a record has none."""
     found: list[np.ndarray | None] = []
     for record in runs.values():
         if stage == "weights":
@@ -244,7 +244,7 @@ def tensors_at(runs: Mapping[str, Record], step: int, stage: str, tensor: str) -
 
 
 def describe_batches(a: Record, b: Record, step: int) -> str | None:
-    """Which other step's batch one side trained on, if it is one of the other side's."""
+    """Names the other side's step whose batch one side trained on; None if there is none."""
     for one, other in ((b, a), (a, b)):
         [steps] = np.nonzero(other.batch_digests == one.batch_digests[step])
         if len(steps):

@@ -31,11 +31,10 @@ measurement, in the way of split conformal prediction (Papadopoulos et al. 2002;
 Shafer 2005): a pair's score is its largest gap / (spread + floor), and another pair, exchangeable
 with n clean ones, exceeds the largest of their scores with a probability of at most 1 / (n + 1).
 `SEPARATION` is twice that and more, for floors and `c` were looked at on the same pairs, which were
-longer runs than those that the false alarms are counted on; the count (results/alarms) is what
-holds.
+longer runs than those that the false alarms are counted on; the count (results/alarms) decides.
 
-What that leaves is rounding that flips a ReLU between the frameworks and in no twin: of 300
-float32 pairs two were false alarms, at scores of 123 and 25,000 (the next was 5), and one of 300
+One thing remains: rounding flips a ReLU between the frameworks, and in no twin. Of 300 float32
+pairs two were false alarms, at scores of 123 and 25,000 (the next was 5), and one of 300
 bfloat16 pairs. No `c` helps there, but a third twin cleared each. So `judge` trains more
 twins before a verdict of disagree stands. Measured again, on 300 other pairs of each precision, there was
 no false alarm (results/alarms). ResNet-20 with a large step does the same in the second step

@@ -1,5 +1,5 @@
-"""What was measured along two runs, compared over ranges of steps, and the parameters now and
-then."""
+"""Two runs compared along their steps: the batches, the series of each range of steps, and the
+parameters now and then."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ MEAN_STEPS = 10  # the mean loss of a range of steps is compared where it has so
 
 
 def check_trajectory(a: Ensemble, b: Ensemble, finished: bool = True) -> list[Check]:
-    """What was measured along the run, in growing ranges of steps, as the spread grows by
-    magnitudes; in each, every run among its own twins, too.
+    """Compare the series of two runs in growing ranges of steps, since the spread grows by orders
+    of magnitude. In float64, compare each run with its own twins, too.
 
     Args:
         finished: whether `Record.final` is the state after the last of these steps.
@@ -113,14 +113,14 @@ def _check_range(
 def _check_own_twins(side: Ensemble, quantity: str, stage: str, span: slice) -> Check | None:
     """A run among its own twins: as far from the nearest of them as they are from each other.
 
-    What is wrong in the run alone does not show between the closest runs of the two sides. In
-    float64 only: in the other precisions one run in six leaves both of its twins where rounding
+    A fault in the run alone does not show between the closest runs of the two sides. In float64
+    only: in the other precisions one run in six leaves both of its twins where rounding
     flips a ReLU in it alone (6 of 38 clean pairs, by up to 10,000 times the bound).
     """
     run, *twins = (getattr(record, quantity) for record in side.records)
 
     def distance(x: np.ndarray, y: np.ndarray) -> float:
-        return _largest_finite(abs_differences(x, y)[: span.stop])
+        return float(abs_differences(x, y)[: span.stop].max())
 
     found = nearest_twin(run, twins, distance)
     if found is None:
@@ -181,12 +181,11 @@ def _own_check(
     differences = abs_differences(run, other)[: span.stop]
     outside = np.flatnonzero(differences > limit)
     step = int(outside[0]) if len(outside) else span.start
-    gap = float(differences.max()) if what == AGAIN else _largest_finite(differences)
     return Check(
         step,
         stage,
         f"{quantity} of {name} and of {what}",
-        gap,
+        float(differences.max()),
         limit,
         None,
         (float(run[step]), float(other[step])),
