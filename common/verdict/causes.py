@@ -80,7 +80,8 @@ CAUSES = (
         "forward",
         "input of",
         "",
-        "what lies between two layers: the activation (nnx.gelu is no exact one), pooling, dropout",
+        "the function between two layers: activation (nnx.gelu approximates by default), pooling, "
+        "dropout",
     ),
     Cause(
         "forward",
