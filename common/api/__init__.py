@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lockstep.common.request import Result
     from lockstep.common.runs.record import read as read_record
     from lockstep.common.testing import same_run
+    from lockstep.run import Run
 
 __version__ = "0.2.0"
 _SOURCES = {
@@ -29,6 +30,7 @@ _SOURCES = {
     "LockstepError": ("common.errors", "LockstepError"),
     "Pair": ("common.model.pair", "Pair"),
     "RECIPES": ("common.recipes", "RECIPES"),
+    "Run": ("run", "Run"),
     "Result": ("common.request", "Result"),
     "Schedule": ("common.config", "Schedule"),
     "compare": ("cli", "compare"),
@@ -45,6 +47,7 @@ __all__ = [
     "LockstepError",
     "Pair",
     "Result",
+    "Run",
     "Schedule",
     "__version__",
     "compare",

@@ -173,25 +173,17 @@ def batch_digest(array: np.ndarray) -> tuple[int, int]:
     """Two digests of an array of a batch, as signed 64-bit numbers: of its rows in their order, and
     of its entries in any order.
 
-    Numbers count by value, whatever their dtype: 3, 3.0 and float32's 3 are the same.
+    Entries count by their value in float32, whatever their dtype. Within a row their order does not
+    count, so that (n, channels, height, width) and (n, height, width, channels) are the same.
     """
-    entries = _hashed(array)
-    rows = entries.reshape(len(entries), -1) if entries.ndim else entries.reshape(1, 1)
-    with np.errstate(over="ignore"):
-        of_rows = rows.sum(axis=1, dtype=np.uint64)
-        weights = _mixed(np.arange(1, len(of_rows) + 1, dtype=np.uint64))
-        ordered = (_mixed(of_rows) * (weights | np.uint64(1))).sum(dtype=np.uint64)
-        unordered = of_rows.sum(dtype=np.uint64)
-    return int(ordered.astype(np.int64)), int(unordered.astype(np.int64))
-
-
-def _hashed(array: np.ndarray) -> np.ndarray:
-    """uint64, of the same shape: each entry's value, mixed."""
     values = np.asarray(array)
-    if values.dtype.kind not in "biuf" and values.dtype.name != "bfloat16":
-        values = values.astype(np.float64) if values.dtype.kind != "O" else np.zeros(values.shape)
-    floats = np.ascontiguousarray(values.astype(np.float64)) + 0.0  # -0.0 becomes 0.0
-    return _mixed(floats.view(np.uint64))
+    values = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
+    of_rows = bits.sum(axis=1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        places = _mixed(np.arange(1, len(of_rows) + 1, dtype=np.uint64))
+        ordered = _mixed(of_rows + places).sum(dtype=np.uint64)
+    return int(ordered.astype(np.int64)), int(of_rows.sum(dtype=np.uint64).astype(np.int64))
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:

@@ -1,0 +1,280 @@
+"""What a recorder has to know of JAX, and of the libraries built on it. Reads next to
+backends/torch_backend/recorder.py."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from lockstep.common.errors import ConfigError
+from lockstep.common.protocol import Arrays
+from lockstep.common.recorder.adapter import SLOTS, Change, Keep, State
+
+Path = tuple[str, ...]
+# The last part of a path within nnx's variables, which names no part of the model.
+WRAPPERS = ("value", "raw_value")
+
+
+class Adapter:
+    """Trees of arrays are what a script passes around; `nnx` objects are changed in place."""
+
+    def __init__(self) -> None:
+        self._objects: dict[int, Any] = {}  # nnx modules and optimizers, by position
+        self._several = False
+        self._start: Arrays = {}
+        self._trained: list[str] = []
+        self._paths: dict[Path, str] = {}  # of the parameters
+        self._keep: Keep = lambda name, array: None
+        self._recording = True
+        self._traced = False
+        self._interceptors = contextlib.ExitStack()
+        self._notes: list[str] = []
+
+    def begin(self, state: State, change: Change, keep: Keep) -> State:
+        self._keep = keep
+        holders = [thing for thing in state if not _is_optimizer(thing)]
+        self._several = len(holders) > 1
+        found = []
+        for thing in state:
+            place = next((i for i, holder in enumerate(holders) if holder is thing), None)
+            prefix = (str(place),) if self._several and place is not None else ()
+            if isinstance(thing, (nnx.Module, nnx.Optimizer)):
+                found.append(self._begin_object(thing, prefix, change, place))
+            else:
+                found.append(self._begin_tree(thing, prefix, change, place))
+        self._intercept()
+        return tuple(found)
+
+    def _begin_object(self, thing: Any, prefix: Path, change: Change, place: int | None) -> Any:
+        state = nnx.state(thing)
+        new = _changed(state, prefix, change)
+        nnx.update(thing, new)
+        self._objects[len(self._objects)] = thing
+        if place is not None:
+            trained = {prefix + path for path, _ in _leaves(nnx.state(thing, nnx.Param))}
+            self._add(_leaves(new, prefix), trained)
+        return thing
+
+    def _begin_tree(self, thing: Any, prefix: Path, change: Change, place: int | None) -> Any:
+        new = _changed(thing, prefix, change)
+        if place is not None:
+            self._add(_leaves(new, prefix), None)
+        return new
+
+    def _add(self, leaves: Iterator[tuple[Path, Any]], trained: set[Path] | None) -> None:
+        for path, leaf in leaves:
+            name = ".".join(path)
+            self._start[name] = _copy(leaf)
+            if trained is None or path in trained:
+                if jnp.issubdtype(leaf.dtype, jnp.floating):
+                    self._trained.append(name)
+                self._paths[path] = name
+
+    def _intercept(self) -> None:
+        """Report the output of each module of linen and Haiku, which have a hook for that."""
+        if (linen := sys.modules.get("flax.linen")) is not None:
+
+            def of_linen(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+                output = call(*args, **kwargs)
+                if context.method_name == "__call__":
+                    self.tap(".".join(context.module.path) or "output", output)
+                return output
+
+            self._interceptors.enter_context(linen.intercept_methods(of_linen))
+        if (haiku := sys.modules.get("haiku")) is not None:
+
+            def of_haiku(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+                output = call(*args, **kwargs)
+                if context.method_name == "__call__":
+                    self.tap(context.module.module_name, output)
+                return output
+
+            self._interceptors.enter_context(haiku.intercept_methods(of_haiku))
+
+    def start(self) -> Arrays:
+        return dict(self._start)
+
+    def weights(self, params: Any = None) -> Arrays:
+        if params is not None:
+            return {".".join(path): _copy(leaf) for path, leaf in _leaves(params)}
+        return self._live()
+
+    def _live(self) -> Arrays:
+        modules = [thing for thing in self._objects.values() if isinstance(thing, nnx.Module)]
+        return {
+            ".".join((str(i), *path) if self._several else path): _copy(leaf)
+            for i, module in enumerate(modules)
+            for path, leaf in _leaves(nnx.state(module))
+        }
+
+    def parameters(self) -> list[str]:
+        return list(self._trained)
+
+    def gradients(self, grads: Any = None) -> Arrays:
+        if grads is None:
+            return {}
+        return {".".join(path): _copy(leaf) for path, leaf in _leaves(grads)}
+
+    def optimizer_state(self, opt_state: Any = None) -> Arrays:
+        optimizers = [o for o in self._objects.values() if isinstance(o, nnx.Optimizer)]
+        states = [opt_state] if opt_state is not None else [nnx.state(o) for o in optimizers]
+        found = {}
+        for state in states:
+            for path, leaf in _leaves(state):
+                if (slot := self._slot(path)) is not None:
+                    found[slot] = _copy(leaf)
+        return found
+
+    def _slot(self, path: Path) -> str | None:
+        """ "<slot> of <parameter>": the longest end of a path that is a parameter's; the slot stands
+        before it."""
+        for start in range(1, len(path)):
+            for prefix in ((), *(((str(i),)) for i in range(4 if self._several else 0))):
+                name = self._paths.get(prefix + path[start:])
+                if name is not None:
+                    slots = [part for part in path[:start] if part in SLOTS]
+                    return f"{SLOTS[slots[-1]] if slots else path[start - 1]} of {name}"
+        return None
+
+    def learning_rate(self) -> float | None:
+        return None
+
+    def map_arrays(self, value: Any, change: Change) -> Any:
+        def of_leaf(path: Any, leaf: Any) -> Any:
+            if not _is_array(leaf):
+                return leaf
+            name = jax.tree_util.keystr(path)
+            new = change(name, np.asarray(leaf))
+            return jnp.asarray(new) if isinstance(leaf, jax.Array) else new
+
+        return jax.tree_util.tree_map_with_path(of_leaf, value)
+
+    def tap(self, name: str, value: Any) -> None:
+        if not self._recording:
+            return
+        array = next((leaf for leaf in jax.tree.leaves(value) if _is_float(leaf)), None)
+        if array is None:
+            return
+        if not isinstance(array, Tracer):
+            self._keep(name, _copy(array))
+        elif _is_batched(array):
+            self._notes.append(f"{name!r} is inside jax.vmap and is not recorded: tap it outside")
+        else:
+            self._traced = True
+            self._keep(name, None)
+            jax.debug.callback(lambda x: self._keep(name, np.array(x)), array)
+
+    def wait(self) -> None:
+        if self._traced:
+            jax.effects_barrier()
+
+    def end_first_steps(self) -> None:
+        """Compiled programs hold the taps; they are compiled anew without them."""
+        self._recording = False
+        self._keep = lambda name, array: None
+        self._interceptors.close()
+        if self._traced:
+            jax.clear_caches()
+
+    def random(self, numbers: np.ndarray, state: State) -> jax.Array:
+        leaves = (leaf for thing in state for _, leaf in _leaves(_as_tree(thing)))
+        first = next((leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
+        if isinstance(jnp.zeros(()), Tracer):
+            raise ConfigError(
+                "run.random inside jax.jit would give the same numbers in each step: call it "
+                "outside, and pass the numbers in"
+            )
+        return jnp.asarray(numbers, dtype=None if first is None else first.dtype)
+
+    def detached(self, value: Any) -> Any:
+        return value
+
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(self._notes))
+
+    def describe(self) -> dict[str, object]:
+        versions = {
+            name: str(getattr(sys.modules[name], "__version__", "unknown"))
+            for name in ("jax", "flax", "optax", "equinox", "haiku")
+            if name in sys.modules
+        }
+        return {**versions, "device": jax.default_backend()}
+
+
+# --- Trees of arrays
+
+
+def _as_tree(thing: Any) -> Any:
+    return nnx.state(thing) if isinstance(thing, (nnx.Module, nnx.Optimizer)) else thing
+
+
+def _is_optimizer(thing: Any) -> bool:
+    """Whether it is an optimizer or the state of one, as optax has it."""
+    if isinstance(thing, nnx.Optimizer):
+        return True
+    kinds = jax.tree.leaves(thing, is_leaf=lambda x: type(x).__module__.startswith("optax"))
+    return (
+        bool(kinds)
+        and all(type(kind).__module__.startswith("optax") for kind in kinds if not _is_array(kind))
+        and any(type(kind).__module__.startswith("optax") for kind in kinds)
+    )
+
+
+def _leaves(tree: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The arrays of a tree with their paths; keys of random numbers are left out."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in flat:
+        if _is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            parts = [_part(key) for key in path]
+            while parts and parts[-1] in WRAPPERS:
+                parts.pop()
+            yield prefix + tuple(parts), leaf
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _changed(tree: Any, prefix: Path, change: Change) -> Any:
+    """The tree with each float array passed through `change`."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = {id(leaf): ".".join(path) for path, leaf in _leaves(tree, prefix)}
+    new = []
+    for _, leaf in flat:
+        if id(leaf) in names and jnp.issubdtype(leaf.dtype, jnp.floating):
+            array = change(names[id(leaf)], np.asarray(leaf))
+            leaf = jnp.asarray(array) if isinstance(leaf, jax.Array) else array
+        new.append(leaf)
+    return jax.tree_util.tree_unflatten(structure, new)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def _is_float(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_batched(tracer: Any) -> bool:
+    """Whether the tracer, or one that it wraps, belongs to `jax.vmap`."""
+    while tracer is not None:
+        if type(tracer).__name__ == "BatchTracer":
+            return True
+        tracer = getattr(tracer, "primal", None)
+    return False
+
+
+def _copy(array: Any) -> np.ndarray:
+    return np.array(array)

@@ -1,0 +1,145 @@
+"""The interface of the two adapters, `lockstep.backends.*_backend.recorder`: what a recorder has to
+know of a framework."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from lockstep.common.errors import ConfigError
+from lockstep.common.protocol import Arrays
+
+# (name, array) -> the array to use in its place
+Change = Callable[[str, np.ndarray], np.ndarray]
+# (tensor, array): called for each tensor of a forward pass; without an array where a program that
+# will compute it is traced
+Keep = Callable[[str, np.ndarray | None], None]
+State = tuple[Any, ...]  # what a script gave to `Run.begin`
+
+# The common names of the slots of an optimizer's state, by PyTorch's and optax's own.
+SLOTS = {
+    "momentum_buffer": "momentum",
+    "trace": "momentum",
+    "exp_avg": "first moment",
+    "grad_avg": "first moment",
+    "mu": "first moment",
+    "exp_avg_sq": "second moment",
+    "square_avg": "second moment",
+    "nu": "second moment",
+    "e_g": "second moment",
+    "max_exp_avg_sq": "largest second moment",
+    "nu_max": "largest second moment",
+    "sum": "sum of squares",
+    "sum_of_squares": "sum of squares",
+    "acc_delta": "mean squared update",
+    "e_x": "mean squared update",
+}
+
+
+class Adapter(Protocol):
+    """What a recorder asks of a framework. One object for one run."""
+
+    def begin(self, state: State, change: Change, keep: Keep) -> State:
+        """Pass each float parameter, buffer and optimizer tensor through `change`; from now on,
+        report the tensors of each forward pass to `keep`.
+
+        Returns:
+            The same things: modules and optimizers changed in place, other trees new.
+        """
+        ...
+
+    def start(self) -> Arrays:
+        """Parameters and buffers after `begin`, by name, in the order of their definition."""
+        ...
+
+    def weights(self, params: Any = None) -> Arrays:
+        """Parameters and buffers as they are now.
+
+        Args:
+            params: as `Run.step` was given them; None: those of the modules. Without either, none.
+        """
+        ...
+
+    def parameters(self) -> list[str]:
+        """The names of those that are trained."""
+        ...
+
+    def gradients(self, grads: Any = None) -> Arrays:
+        """By the parameter's name: the gradients of the last step, before clipping."""
+        ...
+
+    def optimizer_state(self, opt_state: Any = None) -> Arrays:
+        """By "<slot> of <parameter>", with the names of SLOTS."""
+        ...
+
+    def learning_rate(self) -> float | None:
+        """That of the last step, if the framework knows it."""
+        ...
+
+    def map_arrays(self, value: Any, change: Change) -> Any:
+        """Pass every array of a tree through `change`, and return the tree with the results, in the
+        arrays' own kind. The names are the paths, such as "" or ".image"."""
+        ...
+
+    def tap(self, name: str, value: Any) -> None:
+        """Report a tensor to `keep`, now or when the compiled program runs."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until all tensors of the step have been reported."""
+        ...
+
+    def end_first_steps(self) -> None:
+        """From now on report nothing to `keep`."""
+        ...
+
+    def random(self, numbers: np.ndarray, state: State) -> Any:
+        """`numbers` as the framework's array, in the precision of the first parameter of `state`."""
+        ...
+
+    def detached(self, value: Any) -> Any:
+        """A scalar that holds no graph; `float` reads it later."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What could not be recorded, a sentence each."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """Versions, device and threads."""
+        ...
+
+
+def framework_of(state: Sequence[Any]) -> str:
+    """ "torch" or "flax": the adapter for these things.
+
+    Raises:
+        ConfigError: if neither framework has been imported.
+    """
+    if "torch" in sys.modules and any(_is_torch(thing) for thing in state):
+        return "torch"
+    if "jax" in sys.modules:
+        return "flax"
+    if "torch" in sys.modules:
+        return "torch"
+    raise ConfigError("run.begin: neither PyTorch nor JAX has been imported: give it their tensors")
+
+
+def _is_torch(thing: Any) -> bool:
+    """Whether there is anything of PyTorch's in modules, dictionaries, lists and tuples."""
+    torch = sys.modules["torch"]
+    if isinstance(thing, dict):
+        return any(map(_is_torch, thing.values()))
+    if isinstance(thing, (list, tuple)):
+        return any(map(_is_torch, thing))
+    kinds = (torch.nn.Module, torch.Tensor, torch.optim.Optimizer)
+    return isinstance(thing, kinds)
+
+
+def adapter_for(state: Sequence[Any], backend_module: Callable[[str], ModuleType]) -> Adapter:
+    """A new adapter for what a script gave to `Run.begin`."""
+    return backend_module(f"{framework_of(state)}_backend.recorder").Adapter()
