@@ -29,6 +29,7 @@ FILES = (
     "losses.py",
     "models/net.py",
     "optimizer.py",
+    "recorder.py",
     "state.py",
     "tuning.py",
     "user_module.py",

@@ -134,6 +134,7 @@ class Recorder:
         losses = loss if isinstance(loss, dict) else {"loss": loss}
         rate = adapter.learning_rate() if lr is None else lr
         for name, value in {**losses, **({} if rate is None else {"lr": rate})}.items():
+            _check_scalar(name, value)
             values = self._series.setdefault(name, [])
             values += [math.nan] * (self._step - len(values))
             values.append(adapter.detached(value))
@@ -185,7 +186,7 @@ class Recorder:
         self._keep_stage("forward", self._forward)
         self._forward = {}
         self._note_line("loss/loss")
-        self._keep_stage("loss", {name: _scalar(name, value) for name, value in losses.items()})
+        self._keep_stage("loss", {name: _scalar(value) for name, value in losses.items()})
         self._keep_stage("backward", adapter.gradients(grads))
         self._keep_stage("update", adapter.optimizer_state(opt_state))
         self._keep_parameters("first_steps", f"{step}/update/", params)
@@ -241,8 +242,8 @@ class Recorder:
     # --- The file
 
     def _read_series(self) -> None:
-        for name, values in self._series.items():
-            values[self._read :] = [float(_scalar(name, v)) for v in values[self._read :]]
+        for values in self._series.values():
+            values[self._read :] = [float(_scalar(v)) for v in values[self._read :]]
         self._read = self._step
 
     def close(self, complete: bool = False, results: Arrays | None = None) -> None:
@@ -303,18 +304,19 @@ def _is_float(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
 
 
-def _scalar(name: str, value: Any) -> np.ndarray:
-    """A loss as an array of no dimensions.
+def _check_scalar(name: str, value: Any) -> None:
+    """Raise ConfigError if a loss has more than one entry; without waiting for its value."""
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
+        raise ConfigError(f"run.step: {name} has the shape {tuple(shape)}: give it a scalar")
 
-    Raises:
-        ConfigError: if it has more than one entry.
-    """
+
+def _scalar(value: Any) -> np.ndarray:
+    """A loss as an array of no dimensions; waits for its value."""
     if hasattr(value, "detach"):
-        value = value.detach().cpu().double() if value.dtype.itemsize < 4 else value.detach().cpu()
-    array = np.asarray(value)
-    if array.size != 1:
-        raise ConfigError(f"run.step: {name} has the shape {array.shape}: give it a scalar")
-    return array.reshape(())
+        value = value.detach().cpu()
+        value = value.float() if value.dtype.itemsize < 4 else value  # NumPy has no bfloat16
+    return np.asarray(value).reshape(())
 
 
 def users_line() -> str | None:
