@@ -28,6 +28,10 @@ class BackendError(LockstepError):
     """A framework or device that is not there, or cannot train the network."""
 
 
+class ScriptError(LockstepError):
+    """A training script of the user's that cannot be run, or cannot be recorded."""
+
+
 def printable(text: object) -> str:
     """One line without control characters, whatever a file or an option is called."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
