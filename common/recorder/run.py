@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lockstep.common.recorder.recorder import Recorder
 
 T = TypeVar("T")
+_runs: list[Run] = []  # those of this process
 
 
 class Run:
@@ -38,6 +39,7 @@ class Run:
             from lockstep.common.recorder.recorder import Recorder
 
             self._recorder = Recorder(found, backend_module)
+            _runs.append(self)
 
     def begin(self, *state: Any) -> Any:
         """Register what is trained, before the first step.
@@ -134,3 +136,22 @@ class Run:
         """
         if self._recorder is not None:
             self._recorder.finish(results)
+
+    def _close(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+
+
+def steps_taken() -> int:
+    """How many steps this process has recorded."""
+    return sum(run._step for run in _runs)
+
+
+def close() -> None:
+    """Write the recording of a script that has ended without `finish`.
+
+    Raises:
+        RecordError: if it cannot be written.
+    """
+    for run in _runs:
+        run._close()

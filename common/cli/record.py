@@ -1,0 +1,51 @@
+"""`record`: run a training script of the user's and keep what it computed."""
+
+from __future__ import annotations
+
+import argparse
+
+from lockstep.common.cli import parser as options_of
+from lockstep.common.cli.output import print_json
+from lockstep.common.cli.parser import Invocation, Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "script",
+        nargs="?",
+        metavar="SCRIPT",
+        help="a training script that uses lockstep.Run: SCRIPT.py or MODULE:FUNCTION; what "
+        "follows -- are its arguments",
+    )
+    options_of.add_precision(parser, "float64")
+    options_of.add_script_twins(parser)
+    options_of.add_script_run(parser)
+    options_of.add_output(
+        parser, "folder of the recordings (default: results/runs/record-<script>)"
+    )
+
+
+def execute(options: argparse.Namespace, invocation: Invocation) -> int:
+    (script,) = options_of.given(options, "script")
+    from lockstep.common import scripts
+    from lockstep.common.recorder.script import find
+    from lockstep.common.report import Terminal
+
+    terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
+    folder = options.out or scripts.record_folder(find(script).stem)
+    made = scripts.record(
+        script,
+        folder,
+        precision=options.precision,
+        terminal=terminal,
+        **options_of.script_options(options),
+    )
+    rows = [
+        {"precision": run.dtype, "twin": run.twin, "steps": run.steps, "seconds": run.seconds}
+        for runs in made.values()
+        for run in runs.records
+    ]
+    if options.json:
+        print_json({"schema": 1, "folder": str(folder), "recordings": rows})
+    terminal.print_always(f"Recorded: {folder}")
+    return 0
