@@ -17,9 +17,7 @@ from lockstep.common.system.interrupt import SignalHandler
 
 COMMANDS = {
     "run": "train in both frameworks and compare the two runs (the default)",
-    "check": "find out whether two training scripts of your own are the same run",
     "record": "run a training script of your own and keep what it computed",
-    "diff": "compare the recordings of two training scripts",
     "locate": "find the first tensor in which two runs differ",
     "export": "write a trained model for use elsewhere",
     "pair": "check that your own two networks compute the same, without training",
@@ -41,7 +39,6 @@ examples:
   {program} --resume RUN               resume a run that was stopped
   {program} locate RUN                 where the two runs of a folder differ first
   {program} pair FILE.py:PAIR          check your own pair of networks
-  {program} check A.py B.py            check two training scripts of your own
 
 Options of each command: {program} COMMAND --help. Without a command: run.
 Exit status: 0 agree, 1 disagree, 2 wrong request, 130 or 143 stopped."""
