@@ -1209,6 +1209,25 @@ def test_runs_that_diverge_together_have_a_verdict_of_their_own(dtype: str, step
         assert judged(dtype, together["torch"], wrong(together["flax"]), kin).verdict == "disagree"
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["as a twin does", "as no twin does"])
+@lenses
+def test_rounding_may_decide_which_step_overflows_where_a_twin_shows_it(
+    dtype: str, shared: bool
+) -> None:
+    runs, twins = family(dtype)
+    steps = {"torch": 20, "flax": 21}
+    ends = {name: ended_at(steps[name])(run) for name, run in runs.items()}
+    kin = {
+        name: [ended_at(20 if shared else steps[name])(twin) for twin in of]
+        for name, of in twins.items()
+    }
+    found = judged(dtype, **ends, twins=kin)
+    explained = shared and dtype != "float64"
+    assert (found.verdict, found.diverged_at) == (
+        ("diverged", 20) if explained else ("disagree", None)
+    )
+
+
 @pytest.mark.parametrize("backends", [("torch",), ("torch", "flax")], ids=["single", "both"])
 @lenses
 @pytest.mark.parametrize("steps", [0, 39])
