@@ -7,6 +7,7 @@ A pair is one configuration and seed, trained by both correct backends. So every
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -55,6 +56,9 @@ class Line(TypedDict):
     rule: str
     pairs: int  # to which the rule applies
     alarms: int
+    # Pairs whose runs are not finite from one step on, the same in both: neither agreement nor
+    # alarm. They are not among `pairs`.
+    diverged: int
     rate: float | None  # None without pairs
     interval: list[float]  # of the rate, with CONFIDENCE
 
@@ -100,6 +104,40 @@ SETTINGS = (
     Setting("cifar10", Config(batch_size=32, momentum=0.9, lr=0.01, steps=80)),
     Setting("cifar10", Config(batch_size=64, momentum=0.95, lr=0.005, steps=50)),
     Setting("cifar10", Config(batch_size=128, lr=0.1, steps=40)),
+    # At the ends: batches of 1 and 512, learning rates at which both runs diverge, every option.
+    Setting("digits", Config(batch_size=1, momentum=0.9, lr=0.002, steps=150)),
+    Setting("cifar10", Config(batch_size=3, lr=0.005, label_smoothing=0.1, steps=150)),
+    Setting("digits", Config(batch_size=7, momentum=0.999, lr=1e-4, steps=120)),
+    Setting("cifar10", Config(batch_size=512, momentum=0.9, lr=0.05, steps=20)),
+    Setting("digits", Config(batch_size=512, lr=0.2, weight_decay=5e-4, steps=20)),
+    Setting("digits", Config(batch_size=16, lr=1e6, steps=30)),
+    Setting("cifar10", Config(batch_size=16, momentum=0.9, lr=1e3, steps=30)),
+    Setting("digits", Config(batch_size=32, lr=10.0, steps=40)),
+    Setting("digits", Config(batch_size=16, lr=0.01, momentum=0.5, maximize=True, steps=60)),
+    Setting("cifar10", Config(batch_size=16, momentum=0.9, lr=0.05, clip_norm=0.5, steps=80)),
+    Setting(
+        "digits",
+        Config(
+            batch_size=16,
+            momentum=0.9,
+            lr=0.02,
+            schedule=Schedule("plateau", window=10, patience=1),
+            steps=100,
+        ),
+    ),
+    Setting(
+        "cifar10",
+        Config(
+            batch_size=32,
+            momentum=0.9,
+            lr=0.02,
+            nesterov=True,
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            augment="crop-flip",
+            steps=60,
+        ),
+    ),
 )
 
 
@@ -198,14 +236,19 @@ def measure(
 
 def summary(rows: Iterable[Row]) -> list[Line]:
     """One line per precision and rule, Lockstep first. A pair to which a rule does not apply does
-    not count for it."""
+    not count for it, and one whose runs diverge together for none."""
     said: dict[tuple[str, str], list[bool]] = {}
+    diverged: Counter[str] = Counter()
     for row in rows:
         for dtype, finding in row["lenses"].items():
-            said.setdefault((dtype, LOCKSTEP), []).append(finding["verdict"] == "disagree")
+            own = said.setdefault((dtype, LOCKSTEP), [])
+            if finding["verdict"] == "diverged":
+                diverged[dtype] += 1
+            else:
+                own.append(finding["verdict"] == "disagree")
             for rule in baselines.RULES:
                 alarms = said.setdefault((dtype, rule.name), [])
-                if rule.name not in finding["silent"]:
+                if finding["verdict"] != "diverged" and rule.name not in finding["silent"]:
                     alarms.append(rule.name in finding["alarms"])
     order = sorted(said, key=lambda key: DTYPES.index(key[0]))  # stable: rules stay in their order
     return [
@@ -214,6 +257,7 @@ def summary(rows: Iterable[Row]) -> list[Line]:
             "rule": name,
             "pairs": len(said[dtype, name]),
             "alarms": sum(said[dtype, name]),
+            "diverged": diverged[dtype],
             "rate": sum(said[dtype, name]) / len(said[dtype, name]) if said[dtype, name] else None,
             "interval": list(clopper_pearson(sum(said[dtype, name]), len(said[dtype, name]))),
         }

@@ -73,16 +73,17 @@ def test_mixed_precision_sees_updates_that_bfloat16_could_not_hold(
 # --- The settings and the seeds
 
 
-def test_the_settings_are_twenty_and_as_wide_as_they_claim() -> None:
+def test_the_settings_are_as_wide_as_they_claim() -> None:
     configs = [setting.config for setting in SETTINGS]
-    assert len(SETTINGS) == len(set(SETTINGS)) == 20
+    assert len(SETTINGS) == len(set(SETTINGS)) == 32
     assert {setting.data for setting in SETTINGS} == {"digits", "cifar10"}
-    assert (min(c.batch_size for c in configs), max(c.batch_size for c in configs)) == (4, 128)
-    assert (min(c.momentum for c in configs), max(c.momentum for c in configs)) == (0.0, 0.95)
-    assert {c.schedule.kind for c in configs} == {"constant", "cosine", "step", "exponential"}
-    assert all(
-        any(getattr(c, name) for c in configs) for name in ("weight_decay", "nesterov", "dampening")
-    )
+    assert {1, 3, 7, 128, 512} <= {c.batch_size for c in configs}
+    assert (min(c.momentum for c in configs), max(c.momentum for c in configs)) == (0.0, 0.999)
+    assert max(c.lr for c in configs) == 1e6
+    kinds = {"constant", "cosine", "step", "exponential", "plateau"}
+    assert {c.schedule.kind for c in configs} == kinds
+    options = ("weight_decay", "nesterov", "dampening", "maximize", "clip_norm", "label_smoothing")
+    assert all(any(getattr(c, name) for c in configs) for name in (*options, "augment"))
     assert all(
         setting.config.resolve(1437).total_steps == setting.config.steps for setting in SETTINGS
     )
@@ -265,6 +266,14 @@ def test_the_summary_counts_alarms_and_leaves_out_what_a_rule_says_nothing_of() 
         ("float32", "msprobe"): (2, 3, 2 / 3),
     }
     assert found["float32", "msprobe"]["interval"] == list(clopper_pearson(2, 3))
+
+
+def test_pairs_that_diverge_together_count_for_no_rule() -> None:
+    rows = [fake({"float32": (verdict, True)}) for verdict in ("diverged", "agree", "diverged")]
+    found = {line["rule"]: line for line in false_alarms.summary(rows)}
+    own, other = found["Lockstep"], found["msprobe"]
+    assert (own["pairs"], own["alarms"], own["diverged"]) == (1, 0, 2)
+    assert (other["pairs"], other["alarms"]) == (1, 1)
 
 
 @pytest.mark.parametrize("pairs", [1, 7, 200])
