@@ -56,7 +56,7 @@ def table() -> str:
         for lens in (proof, production)
     ]
     lines = [
-        "| loss gap up to step | float64 | float32, closest runs of torch and flax | float32, furthest twins |",
+        "| loss gap up to step | float64 | float32, closest runs of torch and flax | float32, spread of the twins |",
         "|--:|--:|--:|--:|",
     ]
     gaps = [0.0, 0.0]
