@@ -148,14 +148,19 @@ class Adapter:
         return None
 
     def map_arrays(self, value: Any, change: Change) -> Any:
-        def of_leaf(path: Any, leaf: Any) -> Any:
+        def of_leaf(path: str, leaf: Any) -> Any:
             if not _is_array(leaf):
                 return leaf
-            name = jax.tree_util.keystr(path)
-            new = change(name, np.asarray(leaf))
+            array = np.asarray(leaf)
+            if (new := change(path, array)) is array:
+                return leaf
             return jnp.asarray(new) if isinstance(leaf, jax.Array) else new
 
-        return jax.tree_util.tree_map_with_path(of_leaf, value)
+        if _is_array(value):
+            return of_leaf("", value)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: of_leaf(jax.tree_util.keystr(path), leaf), value
+        )
 
     def tap(self, name: str, value: Any) -> None:
         if not self._recording:

@@ -225,7 +225,9 @@ def _map(value: Any, path: str, change: Change) -> Any:
     if isinstance(value, np.ndarray):
         return change(path, value)
     if isinstance(value, Tensor):
-        return as_tensor(np.ascontiguousarray(change(path, _copy(value)))).to(value.device)
+        array = as_array(value.detach())
+        new = change(path, array)
+        return value if new is array else as_tensor(new).to(value.device)
     return value
 
 

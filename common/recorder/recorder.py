@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import inspect
 import math
@@ -113,17 +114,19 @@ class Recorder:
         again = f" ({call + 1})" if call else ""
         self._note_line("data/batch")
 
-        def of_array(name: str, array: np.ndarray) -> np.ndarray:
-            tensor = f"batch{name}{again}"
+        def of_array(place: str, path: str, array: np.ndarray) -> np.ndarray:
+            tensor = f"batch{place}{path}{again}"
             digests = self._digests.setdefault(tensor, [])
             digests += [(0, 0)] * (self._step - len(digests))
             digests.append(batch_digest(array))
             if self._step < FIRST_STEPS:
-                self._keep("first_steps", {f"{self._step}/data/{tensor}": array})
+                self._keep("first_steps", {f"{self._step}/data/{tensor}": array.copy()})
             return self._in_precision(array, self._batch_rng)
 
-        found = adapter.map_arrays(list(arrays), of_array)
-        return tuple(found)
+        return tuple(
+            adapter.map_arrays(array, functools.partial(of_array, f"[{place}]"))
+            for place, array in enumerate(arrays)
+        )
 
     def tap(self, name: str, value: Any) -> None:
         if self._step < FIRST_STEPS:

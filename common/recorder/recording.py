@@ -6,6 +6,7 @@ names and the layout of the first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -178,21 +179,24 @@ def batch_digest(array: np.ndarray) -> tuple[int, int]:
     """
     values = np.asarray(array)
     values = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
-    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
-    of_rows = bits.sum(axis=1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        places = _mixed(np.arange(1, len(of_rows) + 1, dtype=np.uint64))
-        ordered = _mixed(of_rows + places).sum(dtype=np.uint64)
+    bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # no -0.0
+    of_rows = bits.sum(axis=1, dtype=np.uint32).astype(np.uint64)  # modulo 2^32, which is fast
+    ordered = _mixed(of_rows + _places(len(of_rows))).sum(dtype=np.uint64)
     return int(ordered.astype(np.int64)), int(of_rows.sum(dtype=np.uint64).astype(np.int64))
 
 
+@functools.lru_cache
+def _places(rows: int) -> np.ndarray:
+    """uint64 (rows,): a number for each place."""
+    return _mixed(np.arange(1, rows + 1, dtype=np.uint64))
+
+
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea and Flood 2014), entry by entry; 0 stays 0."""
-    with np.errstate(over="ignore"):
-        z = numbers.astype(np.uint64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014) of each entry, uint64."""
+    z = numbers
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def fingerprint(array: np.ndarray) -> np.ndarray:
