@@ -383,10 +383,10 @@ def suggest_names(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, st
             found[layer] = match
             blocks.setdefault(block, match.rpartition(".")[0])
             del right[match]
-    return f"names={_shortened(found)}" if found else ""
+    return f"names={shortened(found)}" if found else ""
 
 
-def _shortened(found: Mapping[str, str]) -> dict[str, str]:
+def shortened(found: Mapping[str, str]) -> dict[str, str]:
     """The same correspondence in fewer lines: layers that differ in list positions only in one,
     with stars."""
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}

@@ -1,0 +1,110 @@
+"""What the matcher found, as a `Matching`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lockstep.common.recorder import differences, values
+from lockstep.common.recorder.matched import Difference, Match, Matching
+from lockstep.common.recorder.matcher import Link, Matcher
+from lockstep.common.recorder.packed import Space
+from lockstep.common.recorder.tensors import Tensor
+
+ENOUGH = 0.5  # of the tensors that are not constant: so many are equal where both start alike
+NEAR = 0.3  # likeness of two names, from which one is proposed for the other
+
+
+def summary(found: Matcher) -> Matching:
+    """All matches, what is left, and how values differ."""
+    links = sorted(found.links, key=lambda link: (link.a.number, link.b.number))
+    matches = tuple(_match(link) for link in links)
+    parts_a = [link.a for link in links if link.a_index is not None]
+    parts_b = [link.b for link in links if link.is_part and link.a_index is None]
+    unmatched_a = _left(found.left_a(), parts_a, found.space_a)
+    unmatched_b = _left(found.left_b(), parts_b, found.space_b)
+    return Matching(
+        matches,
+        unmatched_a,
+        unmatched_b,
+        _proposals(found, unmatched_a, unmatched_b),
+        _same_start(found),
+        _differing(links, matches),
+    )
+
+
+def _match(link: Link) -> Match:
+    name = f"{link.a.name} [{link.b.name}]" if link.a_index is not None else link.a.name
+    return Match(link.a.name, link.b.name, name, link.how, link.a_index, link.b_index, link.layout)
+
+
+def _left(left: list[Tensor], packed: list[Tensor], space: Space) -> tuple[str, ...]:
+    """What has no partner, or only in part, in the order of definition; without buffers of
+    integers."""
+    partly = {t.number: t for t in packed if space.left(t)}
+    listed = sorted([*left, *partly.values()], key=lambda t: t.number)
+    return tuple(t.name for t in listed if t.is_float or t.is_parameter)
+
+
+def _same_start(found: Matcher) -> bool:
+    equal = {link.a.number for link in found.links if link.how == "value"}
+    equal |= {link.a.number for link in found.links if link.stored is not None}
+    varied = [t for t in found.a if t.is_parameter and not t.is_constant]
+    shared = sum(t.number in equal for t in varied)
+    if not varied:
+        return all(t.is_constant for t in found.b if t.is_parameter)
+    return shared >= ENOUGH * len(varied)
+
+
+def _differing(links: list[Link], matches: tuple[Match, ...]) -> tuple[Difference, ...]:
+    digests = {}
+    for link, match in zip(links, matches, strict=True):
+        if link.a.is_kept and not link.a.is_constant:
+            key = values.signature(values.keys(match.of_a(link.a.array)))
+            digests.setdefault(key, match.name)
+    found = []
+    for link, match in zip(links, matches, strict=True):
+        if link.how == "value" or not (link.a.is_kept and link.b.is_kept):
+            continue
+        text = _difference(link, match, digests)
+        if text:
+            found.append(Difference(match.name, text))
+    return tuple(found)
+
+
+def _difference(link: Link, match: Match, digests: dict[int, str]) -> str:
+    if link.a.is_constant and link.b.is_constant and link.a.signature == link.b.signature:
+        return ""
+    one, other = match.of_a(link.a.array), match.of_b(link.b.array)
+    keyed = values.keys(one), values.keys(other)
+    if np.array_equal(*keyed):
+        return ""
+    if link.stored is not None:
+        stored = link.stored or "not permuted"
+        return f"the same numbers in another layout ({stored}) than all others of its kind"
+    digest = values.signature(keyed[1])
+    equals = digests.get(digest)
+    if equals is not None and equals != match.name and not values.is_constant(keyed[1]):
+        return f"{match.b} equals {equals}"
+    return differences.in_words(one, other, values.signature(keyed[0]) == digest)
+
+
+def _proposals(
+    found: Matcher, unmatched_a: tuple[str, ...], unmatched_b: tuple[str, ...]
+) -> dict[str, str]:
+    """For each name of A, the nearest of B: of its size, and then by name."""
+    a = [t for t in found.a if t.name in set(unmatched_a)]
+    b = [t for t in found.b if t.name in set(unmatched_b)]
+    proposals = {}
+    for t in a:
+        scores = [
+            (other.size == t.size)
+            + 0.5 * (sorted(other.shape) == sorted(t.shape))
+            + found.kinship.names[t.number, other.number]
+            + found.kinship.affinity([t.number], [other.number])[0, 0]
+            for other in b
+        ]
+        if scores:
+            best = int(np.argmax(scores))
+            if scores[best] >= 1 + NEAR or found.kinship.names[t.number, b[best].number] > NEAR:
+                proposals[t.name] = b[best].name
+    return proposals
