@@ -55,8 +55,11 @@ class Adapter:
 
     def _begin_object(self, thing: Any, prefix: Path, change: Change, place: int | None) -> Any:
         state = nnx.state(thing)
+        embeddings = _unpinned_embeddings(thing)
         new = _changed(state, prefix, change)
         nnx.update(thing, new)
+        for embedding in embeddings:
+            embedding.dtype = embedding.embedding.dtype
         self._objects[len(self._objects)] = thing
         if place is not None:
             trained = {prefix + path for path, _ in _leaves(nnx.state(thing, nnx.Param))}
@@ -219,6 +222,16 @@ class Adapter:
 
 def _as_tree(thing: Any) -> Any:
     return nnx.state(thing) if isinstance(thing, (nnx.Module, nnx.Optimizer)) else thing
+
+
+def _unpinned_embeddings(thing: Any) -> list[nnx.Embed]:
+    """Those that compute in the precision of their weights. `nnx.Embed` remembers that precision
+    from its construction, unlike the other layers, so that it has to follow its weights."""
+    if not isinstance(thing, nnx.Module):
+        return []
+    modules = (module for _, module in nnx.iter_modules(thing))
+    embeddings = [module for module in modules if isinstance(module, nnx.Embed)]
+    return [e for e in embeddings if e.dtype == e.embedding.dtype]
 
 
 def _is_optimizer(thing: Any) -> bool:

@@ -315,6 +315,16 @@ def test_nnx_objects_are_recorded_without_further_arguments(
     assert np.abs(found.first_steps["0/update/kernel"] - before).max() > 0.05
 
 
+def test_an_embedding_of_nnx_computes_in_the_precision_of_its_weights(start: Start) -> None:
+    """Left alone it would round float64 weights to the precision of its construction."""
+    free = nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+    pinned = nnx.Embed(5, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    with jax.enable_x64(True):
+        start(dtype="float64").begin(free, pinned)
+        assert free.embedding.dtype == free(jnp.arange(5)).dtype == jnp.float64
+        assert pinned(jnp.arange(5)).dtype == jnp.bfloat16
+
+
 # --- Random numbers
 
 
