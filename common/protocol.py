@@ -89,6 +89,11 @@ class Backend(Protocol[State, Data, Tensor]):
         """The framework's own name of each of them, by canonical name."""
         ...
 
+    def layer_kinds(self) -> dict[str, str]:
+        """What each layer is, by its canonical name: a kind of `lockstep.common.model.layers`, by
+        the class of its module. Layers of no such kind are left out."""
+        ...
+
     def dropout_layers(self) -> dict[str, Dropout]:
         """The dropout of each layer, by the canonical name of its mask."""
         ...

@@ -266,6 +266,7 @@ def locate_disagreement(
     Only one is searched, the first that disagrees: float64, which comes first, shows a difference
     most sharply.
     """
+    from lockstep.common.model.layers import module_names
     from lockstep.common.runs.trainer import backend_errors
     from lockstep.common.verdict import locate
 
@@ -287,6 +288,8 @@ def locate_disagreement(
             trainer.dataset,
             lambda name: trainer.backend(name, dtype),
             weights=trainer.weights,
+            checks=comparison.checks,
+            names_of=lambda name: module_names(trainer.backend(name, dtype)),
         )
     comparisons[place] = dataclasses.replace(comparison, location=location)
 

@@ -8,6 +8,7 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import RecordError
 from lockstep.common.evidence import judge, train_ensemble
+from lockstep.common.model.layers import module_names
 from lockstep.common.protocol import Backend
 from lockstep.common.verdict import locate
 from lockstep.common.verdict.comparison import Comparison
@@ -50,6 +51,13 @@ def same_run(
         return comparison
     runs = {name: ensemble.run for name, ensemble in ensembles.items()}
     location = locate.locate(
-        comparison.first_divergence, runs, config, dataset, backends.__getitem__, twins
+        comparison.first_divergence,
+        runs,
+        config,
+        dataset,
+        backends.__getitem__,
+        twins,
+        checks=comparison.checks,
+        names_of=lambda name: module_names(backends[name]),
     )
     return replace(comparison, location=location)

@@ -4,13 +4,14 @@ backends/torch_backend/activations.py."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
+
+from lockstep.common.model.layers import NORM, kind_of_class
 
 LAYERS = (
     nnx.Linear,
@@ -26,34 +27,51 @@ LAYERS = (
 
 @contextmanager
 def record_activations(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
-    """Record `input of <layer>` and `<layer>` of Flax's own layers with parameters, in the order of
-    calls; of a layer that is called twice, the last call.
+    """Record `input of <layer>` and `<layer>` of Flax's own layers with parameters and of a user's
+    own norms, in the order of calls; of a layer that is called twice, the last call.
 
-    A user's own layers are left out, since the order of their axes is unknown. `nnx` has no hooks:
-    within the block, a function that calls the layer takes its place. Inside `jax.jit` the values
-    are traced and must be returned; it would sort a plain dictionary, and keeps the order of this
-    one.
+    A user's other layers are left out, since the order of their axes is unknown. `nnx` has no
+    hooks: within the block, an object that calls the layer takes its place. Inside `jax.jit` the
+    values are traced and must be returned; it would sort a plain dictionary, and keeps the order of
+    this one.
     """
     seen: dict[str, jax.Array] = OrderedDict()
-
-    def keep(name: str, layer: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
-        seen[f"input of {name}"] = inputs
-        seen[name] = layer(inputs)
-        return seen[name]
-
     layers = [
         (path, layer)
         for path, layer in nnx.iter_modules(model)
-        if path and isinstance(layer, LAYERS)
+        if path and (isinstance(layer, LAYERS) or is_own_norm(layer))
     ]
     layers = [(path, layer) for path, layer in layers if has_parameters(layer)]
     for path, layer in layers:
-        set_attribute(model, path, partial(keep, ".".join(map(str, path)), layer))
+        set_attribute(model, path, RecordedLayer(".".join(map(str, path)), layer, seen))
     try:
         yield seen
     finally:
         for path, layer in layers:
             set_attribute(model, path, layer)
+
+
+class RecordedLayer:
+    """A layer whose calls are recorded; all else that it has is the layer's."""
+
+    def __init__(self, name: str, layer: Any, seen: dict[str, jax.Array]) -> None:
+        self._name, self._layer, self._seen = name, layer, seen
+
+    def __call__(self, inputs: jax.Array, *arguments: Any, **options: Any) -> Any:
+        output = self._layer(inputs, *arguments, **options)
+        # A norm of the user's own may take and give other things than arrays.
+        if isinstance(inputs, jax.Array) and isinstance(output, jax.Array):
+            self._seen[f"input of {self._name}"], self._seen[self._name] = inputs, output
+        return output
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._layer, attribute)
+
+
+def is_own_norm(layer: nnx.Module) -> bool:
+    """Whether it is a norm that is not of the library: as elsewhere in Flax, its last axis is the
+    channels."""
+    return kind_of_class(layer, ()) == NORM
 
 
 def has_parameters(layer: nnx.Module) -> bool:

@@ -77,6 +77,9 @@ class FlaxBackend:
     def native_names(self) -> dict[str, str]:
         return {name: own for own, name in self.network.names.items()}
 
+    def layer_kinds(self) -> dict[str, str]:
+        return self.network.kinds
+
     def dropout_layers(self) -> dict[str, Dropout]:
         return self.network.dropout_layers
 

@@ -25,7 +25,23 @@ from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.model.layers import (
+    ATTENTION,
+    CONVOLUTION,
+    DENSE,
+    EMBEDDING,
+    NORM,
+    kind_of_class,
+    kinds_by_layer,
+)
 
+KINDS = (
+    (nnx.Conv, CONVOLUTION),
+    ((nnx.Linear, nnx.LinearGeneral), DENSE),
+    ((nnx.BatchNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm), NORM),
+    (nnx.Embed, EMBEDDING),
+    (nnx.MultiHeadAttention, ATTENTION),
+)
 IMAGES = (2, 32, 32, 3)  # the batch for a trial of a user's network
 
 
@@ -38,6 +54,7 @@ class Network(NamedTuple):
     names: dict[str, str]
     parameters: dict[str, jax.ShapeDtypeStruct]  # by canonical name
     statistics: dict[str, jax.ShapeDtypeStruct]  # by canonical name
+    kinds: dict[str, str]  # of the layers, by canonical name
     masks: dict[str, jax.Array]  # by canonical name; with these, dropout keeps everything
     dropout_layers: dict[str, protocol.Dropout]  # by the canonical names of their masks
     constants: nnx.State  # what else the module holds
@@ -106,6 +123,7 @@ def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
         names,
         shapes(parameters),
         shapes(statistics),
+        layer_kinds(module, names),
         masks,
         dropout_layers,
         constants,
@@ -153,6 +171,16 @@ def exact_layer(layer: nnx.Module) -> nnx.Module | None:
     if kind is not LayerNorm:
         exact.promote_dtype = promote_bias
     return exact
+
+
+def layer_kinds(module: nnx.Module, names: dict[str, str]) -> dict[str, str]:
+    """What each layer is, by the class of its module and by canonical name.
+
+    Args:
+        names: of the tensors, canonical by Flax's own.
+    """
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module)}
+    return kinds_by_layer(names, lambda layer: kind_of_class(layers.get(layer), KINDS))
 
 
 def definition_order(module: nnx.Module, name: str) -> list[int]:

@@ -78,6 +78,9 @@ class TorchBackend:
     def native_names(self) -> dict[str, str]:
         return {name: own for own, name in convert.canonical_names(self._template).items()}
 
+    def layer_kinds(self) -> dict[str, str]:
+        return convert.layer_kinds(self._template)
+
     def dropout_layers(self) -> dict[str, Dropout]:
         return self._dropout_layers
 

@@ -18,6 +18,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from lockstep.backends.torch_backend import layers
 from lockstep.common.model import pair
+from lockstep.common.model.layers import (
+    ATTENTION,
+    CONVOLUTION,
+    DENSE,
+    EMBEDDING,
+    NORM,
+    kind_of_class,
+    kinds_by_layer,
+)
 from lockstep.common.protocol import Arrays, Dropout
 
 # layers whose activations have the channels in axis 1
@@ -28,6 +37,14 @@ ROLES = (
     ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), {"weight": "scale"}),
     ((_ConvNd, nn.Linear), {"weight": "kernel"}),
     (nn.Embedding, {"weight": "embedding"}),
+)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+KINDS = (
+    (_ConvNd, CONVOLUTION),
+    (nn.Linear, DENSE),
+    (NORMS, NORM),
+    (nn.Embedding, EMBEDDING),
+    (nn.MultiheadAttention, ATTENTION),
 )
 
 
@@ -84,6 +101,13 @@ def flax_role(model: nn.Module, layer: str, role: str) -> str:
     layers."""
     kind = model.get_submodule(layer)
     return next((names.get(role, role) for kinds, names in ROLES if isinstance(kind, kinds)), role)
+
+
+def layer_kinds(model: nn.Module) -> dict[str, str]:
+    """What each layer is, by the class of its module and by canonical name."""
+    return kinds_by_layer(
+        canonical_names(model), lambda layer: kind_of_class(model.get_submodule(layer), KINDS)
+    )
 
 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -195,9 +219,32 @@ def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> 
         array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(
             shape
         )
-    elif isinstance(model.get_submodule(layer), CHANNELS_FIRST):
+    elif has_channels_first(model.get_submodule(layer), array):
         array = np.moveaxis(array, 1, -1)
     return np.ascontiguousarray(array)
+
+
+def has_channels_first(layer: nn.Module, activation: np.ndarray) -> bool:
+    if is_own_norm(layer):
+        return channels_axis(layer, activation.shape) == 1
+    return isinstance(layer, CHANNELS_FIRST)
+
+
+def is_own_norm(layer: nn.Module) -> bool:
+    """Whether it is a norm that is not of the library."""
+    return not isinstance(layer, NORMS) and kind_of_class(layer, ()) == NORM
+
+
+def channels_axis(layer: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """The axis of an activation of a user's own norm that has an entry for each of its parameters:
+    1 or the last one; None if both could be it, or neither.
+
+    Args:
+        shape: of the activation.
+    """
+    sizes = {parameter.numel() for parameter in layer.parameters(recurse=False)}
+    axes = {axis for axis in (1, len(shape) - 1) if axis > 0 and shape[axis] in sizes}
+    return axes.pop() if len(axes) == 1 else None
 
 
 def flattened(model: nn.Module) -> dict[str, tuple[int, ...]]:

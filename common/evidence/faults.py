@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypedDict, TypeVar
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import Build, baselines, train_first_steps, train_runs
+from lockstep.common.model.layers import module_names
 from lockstep.common.protocol import Backend
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
@@ -223,6 +224,8 @@ def measure_precision(pair: _Pair[F], twins: int) -> Finding:
             pair.dataset,
             pair.backend,
             twins or 2,
+            checks=comparison.checks,
+            names_of=lambda name: module_names(pair.backend(name)),
         )
     correct = runs[CORRECT_BACKEND]
     verdicts = baselines.verdicts(

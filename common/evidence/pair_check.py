@@ -16,12 +16,14 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.model.layers import ModuleNames, module_names
 from lockstep.common.protocol import STAGES, Backend, Snapshot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
 from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import Location, divergence
+from lockstep.common.verdict.failures import failures
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.judge import INITIAL_TWINS
 from lockstep.common.verdict.statistics import PROOF_BOUND
@@ -82,7 +84,8 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
         twins = [[one_step(side, twin) for twin in range(1, INITIAL_TWINS + 1)] for side in sides]
         checks = check_first_steps(a.with_short_twins(twins[0]), b.with_short_twins(twins[1]))
     losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
-    native = {side.name: side.native_names() for side in sides}
+    modules = {side.name: module_names(side) for side in sides}
+    native = {name: module.native for name, module in modules.items()}
     gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
     checks.append(Check(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
     failed = [check for check in checks if not check.agrees]
@@ -100,28 +103,33 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
             for stage in STAGES
         },
         bound=PROOF_BOUND,
-        first_difference=describe_difference(failed[0], records, native) if failed else None,
+        first_difference=describe_difference(checks, records, modules) if failed else None,
     )
 
 
 def describe_difference(
-    check: Check, records: list[Record], native: Mapping[str, Mapping[str, str]]
+    checks: list[Check], records: list[Record], modules: Mapping[str, ModuleNames]
 ) -> Location:
     """Where the two networks differ, and the usual cause, or the line that the pair lacks.
 
     Args:
-        native: by backend, the module's own name of a tensor, by canonical name.
+        checks: in causal order; one fails.
+        modules: by backend.
     """
-    names = list(native)
+    names, check = list(modules), next(check for check in checks if not check.agrees)
     one, other = tensors = locate.tensors_at(
         dict(zip(names, records, strict=True)), 0, check.stage, check.tensor
     )
     found = locate.describe(
-        divergence(check, names), tensors, "one step of both from the same weights"
+        divergence(check, names),
+        tensors,
+        "one step of both from the same weights",
+        failures(checks, check.step, check.stage, records[0].layers),
+        modules,
     )
     layer = check.tensor.removeprefix(pair.INPUT_PREFIX)
     if layer != check.tensor and one is not None and other is not None:
-        shape, kernel = flatten_shape(one, other), native[names[0]].get(f"{layer}.kernel")
+        shape, kernel = flatten_shape(one, other), modules[names[0]].native.get(f"{layer}.kernel")
         if shape is not None and kernel is not None:
             line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
             cause = f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"

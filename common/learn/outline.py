@@ -366,6 +366,15 @@ SECTIONS = (
                 "function.",
             ),
             *same_names("activations.py", "record_activations"),
+            Pair(
+                "activations.py:has_known_axes",
+                None,
+                "In Flax, the last axis is that of the channels.",
+            ),
+            *(
+                Pair(None, f"activations.py:RecordedLayer{method}", "PyTorch has hooks.")
+                for method in ("", ".__init__", ".__call__", ".__getattr__")
+            ),
             Pair(None, "activations.py:" + SETTINGS, "PyTorch uses those in `convert.ROLES`."),
             Pair(
                 None,
@@ -390,6 +399,7 @@ SECTIONS = (
                 "backend.py",
                 "Backend.shapes",
                 "Backend.native_names",
+                "Backend.layer_kinds",
                 "Backend.init",
                 "Backend.export",
             ),
@@ -422,6 +432,10 @@ SECTIONS = (
             ),
             Pair("convert.py:kernel_from_canonical", None, "As above."),
             Pair("convert.py:activation_to_canonical", None, "As above, for its activations."),
+            Pair("convert.py:has_channels_first", None, "As above."),
+            Pair("convert.py:channels_axis", None, "As above, for a user's own norms."),
+            Pair("convert.py:layer_kinds", "user_module.py:layer_kinds"),
+            Pair("convert.py:is_own_norm", "activations.py:is_own_norm"),
             Pair(
                 "convert.py:flattened",
                 None,

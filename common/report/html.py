@@ -19,8 +19,8 @@ from lockstep.common.report import alt_text, chart_data, charts, tables
 from lockstep.common.report.chart_data import Records, Runs, Twins
 from lockstep.common.report.figures import COLOURS, drawing, new_figure, to_inline
 from lockstep.common.report.images import first_images, prediction
-from lockstep.common.report.json import ComparisonJson, ReportJson
-from lockstep.common.report.summary import heading, sentence
+from lockstep.common.report.json import ComparisonJson, LocationJson, ReportJson
+from lockstep.common.report.summary import failing_text, heading, own_names_text, sentence
 from lockstep.common.report.tables import Table
 from lockstep.common.report.template import write_page
 from lockstep.common.report.text import escape
@@ -136,7 +136,8 @@ def _section(
         "dtype": dtype,
         "heading": heading(comparison, "disagree"),
         "confidence": alt_text.confidence_summary(comparison),
-        "located": comparison.get("located"),
+        "located": (located := comparison.get("located")),
+        "together": [text for text in _together(located) if text is not None],
         "worst_entries": tables.worst_entries(comparison),
         "losses": [
             _training(dtype, runs, window),
@@ -154,6 +155,11 @@ def _section(
         "total": comparison["predictions_total"],
         "both": both,
     }
+
+
+def _together(located: LocationJson | None) -> tuple[str | None, ...]:
+    """Which tensors fail where the runs diverge, and what either side calls the first."""
+    return () if located is None else (failing_text(located), own_names_text(located))
 
 
 def _panel(

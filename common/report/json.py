@@ -84,6 +84,10 @@ class LocationJson(DivergenceJson):
     pattern: str | None
     offenders: list[EntryJson]
     causes: list[str]
+    failing: NotRequired[int]  # tensors of that step and stage that fail, of how many, ...
+    tensors: NotRequired[int]
+    common: NotRequired[str]  # ... and what these have in common
+    own_names: NotRequired[dict[str, str]]  # of the tensor in each module, where they differ
 
 
 class TwinJson(TypedDict):

@@ -12,6 +12,7 @@ from lockstep.common.report.json import (
     CheckJson,
     ComparisonJson,
     EntryJson,
+    LocationJson,
     ReportJson,
     WindowJson,
 )
@@ -148,6 +149,27 @@ def divergence_text(comparison: ComparisonJson) -> str:
             gap = f"gap {number(row['gap'])} > {number(row['bound'], 'none')}"
             return f"{dtype}: {row['quantity']}: steps {row['start']:,} to {last:,}: {gap}."
     return f"{dtype}: gaps exceed their bounds."
+
+
+def failing_text(found: LocationJson) -> str | None:
+    """How many tensors fail at the place where two runs diverge, and what these have in common;
+    None where there is no choice of them."""
+    if (count := found.get("failing")) is None:
+        return None
+    stage = {"forward": "forward pass", "backward": "backward pass"}.get(
+        found["stage"], found["stage"]
+    )
+    verb = "differs" if count == 1 else "differ"
+    return (
+        f"{count:,} of {plural(found.get('tensors', count), 'tensor')} of the {stage} of that step "
+        f"{verb}: {found.get('common')}"
+    )
+
+
+def own_names_text(found: LocationJson) -> str | None:
+    """What each module calls the tensor where two runs diverge; None if both use one name."""
+    names = [f"{side} calls it {name}" for side, name in found.get("own_names", {}).items()]
+    return ", ".join(names) or None
 
 
 def nonfinite_steps(comparisons: Iterable[ComparisonJson]) -> str:

@@ -23,10 +23,12 @@ from lockstep.common.report.json import (
 from lockstep.common.report.summary import (
     entry_cells,
     extreme,
+    failing_text,
     heading,
     in_short,
     merge_equal,
     notes,
+    own_names_text,
     sentence,
     tensor_text,
     trained,
@@ -194,6 +196,9 @@ class Terminal:
         self._paragraph(f"Where they differ first: {found['message']} ({found['how']}).", "bold")
         if found["pattern"]:
             self._paragraph(f"In {found['tensor']}: {found['pattern']}.")
+        for text in (failing_text(found), own_names_text(found)):
+            if text is not None:
+                self._paragraph(f"{text}.")
         for cause in found["causes"]:
             self._paragraph(f"A likely cause: {cause}.")
 

@@ -6,17 +6,30 @@ import itertools
 import re
 from dataclasses import dataclass
 
+from lockstep.common.model.layers import (
+    ATTENTION,
+    CONVOLUTION,
+    DENSE,
+    EMBEDDING,
+    MOMENTUM_PREFIX,
+    NORM,
+    plain_name,
+)
+from lockstep.common.model.pair import INPUT_PREFIX
+
 
 @dataclass(frozen=True)
 class Cause:
     """A mistake that shows in one place."""
 
     stage: str
-    tensor: str  # regular expression
-    pattern: (
-        str  # of `locate.describe_relation`, as a regular expression; "" fits any, none included
-    )
+    tensor: str  # regular expression; "" fits any
+    # Of what was seen (`locate.describe_relation`, `failures.common`), a regular expression; "" fits
+    # any, and that nothing was seen.
+    pattern: str
     text: str
+    kind: str = ""  # of the layer; "" fits any
+    general: bool = False  # only said where nothing else fits
 
 
 CAUSES = (
@@ -37,6 +50,7 @@ CAUSES = (
         "images",
         "",
         "other images: another shuffle, another normalisation, an augmentation on one side",
+        general=True,
     ),
     Cause(
         "data",
@@ -57,6 +71,7 @@ CAUSES = (
         "",
         "other images or labels in a batch: another shuffle, padding of the last batch, labels "
         "changed in the copy on the device",
+        general=True,
     ),
     Cause(
         "weights",
@@ -69,6 +84,7 @@ CAUSES = (
         "",
         "",
         "a layer kept its own initial weights, or was converted with the wrong layout",
+        general=True,
     ),
     Cause(
         "forward",
@@ -78,28 +94,54 @@ CAUSES = (
     ),
     Cause(
         "forward",
+        "",
+        "",
+        "attention: its scale, 1 / sqrt(width of a head), the split into heads, the mask, the axis "
+        "of the softmax",
+        kind=ATTENTION,
+    ),
+    Cause(
+        "forward",
         "input of",
         "",
         "the function between two layers: activation (nnx.gelu approximates by default), pooling, "
         "dropout",
+        general=True,
     ),
     Cause(
         "forward",
-        "^(?!input of).*(bn|norm)",
+        "",
         "",
         "epsilon, the variance's formula, axes, train mode on one side",
+        kind=NORM,
     ),
     Cause(
         "forward",
-        "conv",
         "",
-        "padding (Flax pads SAME by default), strides, kernel axes, precision (TF32)",
+        "",
+        "padding (Flax pads SAME by default), strides, dilation, kernel axes, precision (TF32)",
+        kind=CONVOLUTION,
+    ),
+    Cause(
+        "forward",
+        "",
+        "",
+        "a missing bias, a transposed kernel, a scale on the output, precision (TF32)",
+        kind=DENSE,
+    ),
+    Cause(
+        "forward",
+        "",
+        "",
+        "indices that count from another start, a scale on the embedding, positions",
+        kind=EMBEDDING,
     ),
     Cause(
         "forward",
         "",
         "",
         "padding (Flax's is SAME by default), strides, a missing bias, precision (float32, TF32)",
+        general=True,
     ),
     Cause(
         "loss",
@@ -113,8 +155,15 @@ CAUSES = (
         "",
         "",
         "a layer frozen or detached, stale gradients, gradients cast to a lower precision",
+        general=True,
     ),
     Cause("update", "^lr$", "", "the schedule: counted from another step, or computed in float32"),
+    Cause(
+        "update",
+        "",
+        "all (biases|scales|kernels)[^;]*, no [^;]*(bias|scale|kernel)",
+        "weight decay on some tensors only: biases and norms left out on one side",
+    ),
     Cause(
         "update",
         "momentum of",
@@ -126,6 +175,7 @@ CAUSES = (
         "momentum of",
         "",
         "momentum, dampening, weight decay (before momentum in PyTorch), precision",
+        general=True,
     ),
     Cause(
         "update",
@@ -144,6 +194,7 @@ CAUSES = (
         "",
         "",
         "the learning rate, nesterov, weight decay after momentum or apart from the gradient, maximize",
+        general=True,
     ),
     Cause(
         "evaluate",
@@ -157,21 +208,59 @@ CAUSES = (
         "",
         "",
         "a last batch left out, older weights, other normalisation, train mode left on",
+        general=True,
     ),
+)
+FLOAT32 = (
+    "float32 inside: a gap of {share:.0e} of the largest entry is what float32 rounds: a constant, "
+    "a cast, or a layer that keeps float32"
+)
+FLOAT32_SHARES = 1e-9, 1e-6  # of the largest entry; float32 rounds to 6e-8 of each
+ATTENTION_NAME = r"attn|attention"
+# The kind that a name suggests, where no side says what its layers are.
+NAMED = (
+    (NORM, r"^(bn|ln|gn)\d*$|norm"),
+    (CONVOLUTION, r"conv"),
+    (ATTENTION, ATTENTION_NAME),
+    (EMBEDDING, r"emb(ed|_|\d|$)"),
+    (DENSE, r"^(fc|head|dense|linear)"),
 )
 
 
-def find_causes(stage: str, tensor: str, pattern: str | None) -> tuple[str, ...]:
+def find_causes(
+    stage: str, tensor: str, pattern: str | None, kind: str | None = None
+) -> tuple[str, ...]:
     """The likely causes of a divergence there, the likeliest first; at most two.
 
     Args:
-        pattern: how one tensor is made of the other, if that was seen.
+        pattern: how one tensor is made of the other, or which tensors fail, if that was seen.
+        kind: of the layer (see `lockstep.common.model.layers`), "" if it has none; None: guessed
+            from its name.
     """
-    fitting = (
-        cause.text
+    if kind is None:
+        kind = kind_by_name(tensor)
+    fitting = [
+        cause
         for cause in CAUSES
         if cause.stage == stage
+        and cause.kind in ("", kind)
         and re.search(cause.tensor, tensor)
         and (not cause.pattern or (pattern and re.search(cause.pattern, pattern)))
-    )
-    return tuple(itertools.islice(fitting, 2))
+    ]
+    said = [cause for cause in fitting if not cause.general] or fitting[:1]
+    return tuple(cause.text for cause in itertools.islice(said, 2))
+
+
+def kind_by_name(tensor: str) -> str:
+    """The kind of layer that its name suggests; "" if it suggests none, and for what lies between
+    two layers."""
+    outer, _, name = plain_name(tensor).lower().rpartition(".")
+    if tensor.startswith((INPUT_PREFIX, MOMENTUM_PREFIX)):
+        return ATTENTION if re.search(ATTENTION_NAME, outer.rpartition(".")[2]) else ""
+    return next((kind for kind, pattern in NAMED if re.search(pattern, name)), "")
+
+
+def float32_cause(share: float) -> str | None:
+    """What a gap in float64 of this share of the largest entry says; None if nothing."""
+    low, high = FLOAT32_SHARES
+    return FLOAT32.format(share=share) if low <= share <= high else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
@@ -9,6 +10,7 @@ from typing import Literal, TypedDict
 from lockstep.common.runs.record import Segment
 from lockstep.common.verdict.check import BATCH, Check, finite
 from lockstep.common.verdict.distances import scalar_gap
+from lockstep.common.verdict.failures import Failures
 from lockstep.common.verdict.statistics import PairedDifference
 
 # "diverged": both runs reach a loss or a gradient norm that is not finite, at the same step, and
@@ -111,10 +113,13 @@ class Location:
     pattern: str | None  # how one tensor is made of the other, where that can be seen
     worst_entries: tuple[Entry, ...]
     causes: tuple[str, ...]  # the likeliest first
+    failures: Failures | None = None  # at that step and stage, this tensor's included
+    # By backend, what its module calls the tensor, where the two differ.
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         names = self.divergence.names
-        return {
+        found: dict[str, object] = {
             **self.divergence.to_json(),
             "how": self.method,
             "pattern": self.pattern,
@@ -125,6 +130,11 @@ class Location:
             ],
             "causes": list(self.causes),
         }
+        if self.failures is not None:
+            found |= dataclasses.asdict(self.failures)
+        if self.own_names:
+            found["own_names"] = dict(self.own_names)
+        return found
 
 
 @dataclass(frozen=True)

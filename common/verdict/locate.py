@@ -20,13 +20,14 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.model.layers import ModuleNames, kind_of, own_names
 from lockstep.common.model.perturb import perturb_one_ulp
 from lockstep.common.protocol import Arrays, Backend, Snapshot
 from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.system import environment
-from lockstep.common.verdict.causes import find_causes
+from lockstep.common.verdict.causes import find_causes, float32_cause
 from lockstep.common.verdict.check import BATCH, Check
 from lockstep.common.verdict.comparison import (
     Divergence,
@@ -35,7 +36,8 @@ from lockstep.common.verdict.comparison import (
     divergence,
     format_distinct,
 )
-from lockstep.common.verdict.distances import abs_differences
+from lockstep.common.verdict.distances import abs_differences, magnitude, max_tensor_difference
+from lockstep.common.verdict.failures import Failures, failures
 from lockstep.common.verdict.first_steps import check_first_steps
 
 # keeps these random numbers apart from those of lockstep.common.model.initial_weights
@@ -58,6 +60,8 @@ def locate(
     build: Callable[[str], Backend],
     twins: int = 2,
     weights: Arrays | None = None,
+    checks: Sequence[Check] = (),
+    names_of: Callable[[str], ModuleNames] | None = None,
 ) -> Location | None:
     """Where two runs diverge; None if they agree.
 
@@ -69,18 +73,24 @@ def locate(
         twins: per backend, for a step that is replayed.
         weights: that both started from, canonical, of any floating-point dtype; None: drawn from
             the seed.
+        checks: all that `compare` found, to say which tensors fail together.
+        names_of: what a backend calls its tensors, and what its layers are; None: that is not
+            known.
     """
     if first is None:
         return None
-    names, dtype = list(runs), next(iter(runs.values())).dtype
+    names, reference = list(runs), next(iter(runs.values()))
+    dtype = reference.dtype
     if first.tensor == BATCH:
         one, other = runs.values()
         pattern = describe_batches(one, other, first.step)
         causes = find_causes(first.stage, first.tensor, pattern)
         return Location(first, "every step's batch was recorded", pattern, (), causes)
+    modules = None if names_of is None else {name: names_of(name) for name in names}
     recorded = tensors_at(runs, first.step, first.stage, first.tensor)
     if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
-        return describe(first, recorded, "as recorded")
+        together = failures(checks, first.step, first.stage, reference.layers)
+        return describe(first, recorded, "as recorded", together, modules)
     found = _replay(names, config, dataset, dtype, first.step, build, twins, weights)
     if found is None and first.stage == "loss" and first.step > 0 and _jumps(first, runs):
         before = first.step - 1
@@ -100,9 +110,9 @@ def locate(
             "many steps, or lies in the inputs"
         )
         return describe(first, recorded, method)
-    check, tensors = found
+    check, tensors, together = found
     method = f"replayed: both took step {check.step} from the state that {names[0]} had before it"
-    return describe(divergence(check, names), tensors, method)
+    return describe(divergence(check, names), tensors, method, together, modules)
 
 
 def _jumps(first: Divergence, runs: Mapping[str, Record]) -> bool:
@@ -126,9 +136,9 @@ def _replay(
     build: Callable[[str], Backend],
     twins: int,
     weights: Arrays | None,
-) -> tuple[Check, Tensors] | None:
+) -> tuple[Check, Tensors, Failures | None] | None:
     """The first check outside its bound of the first step, up to `step`, that goes wrong from the
-    reference's state."""
+    reference's state, and which tensors fail there."""
     backends = [build(name) for name in names]
     reference = backends[0]
     if weights is None:
@@ -153,19 +163,13 @@ def _replay(
                 )
                 for backend in backends
             )
-            checks = [
-                check
-                for check in check_first_steps(a, b, use_twins_in_float64=True)
-                if not check.agrees
-            ]
-            if checks:
-                tensors = tensors_at(
-                    dict(zip(names, (a.run, b.run), strict=True)),
-                    0,
-                    checks[0].stage,
-                    checks[0].tensor,
-                )
-                return replace(checks[0], step=current), tensors
+            checks = check_first_steps(a, b, use_twins_in_float64=True)
+            worst = next((check for check in checks if not check.agrees), None)
+            if worst is not None:
+                runs = dict(zip(names, (a.run, b.run), strict=True))
+                tensors = tensors_at(runs, 0, worst.stage, worst.tensor)
+                together = failures(checks, 0, worst.stage, a.run.layers)
+                return replace(worst, step=current), tensors, together
         state, _ = reference.train_step(state, images, labels)
     return None
 
@@ -253,12 +257,20 @@ def describe_batches(a: Record, b: Record, step: int) -> str | None:
     return None
 
 
-def describe(first: Divergence, tensors: Tensors, method: str) -> Location:
+def describe(
+    first: Divergence,
+    tensors: Tensors,
+    method: str,
+    together: Failures | None = None,
+    modules: Mapping[str, ModuleNames] | None = None,
+) -> Location:
     """A divergence with what can be seen in its two tensors, and likely causes.
 
     Args:
         tensors: of `tensors_at`.
         method: how the place was found.
+        together: the tensors that fail there.
+        modules: by backend.
     """
     a, b = tensors
     pattern: str | None = None
@@ -280,8 +292,23 @@ def describe(first: Divergence, tensors: Tensors, method: str) -> Location:
         )
     elif a is not None and b is not None:
         pattern = f"{first.names[0]}'s shape is {a.shape}, {first.names[1]}'s {b.shape}"
-    causes = find_causes(first.stage, first.tensor, pattern)
-    return Location(first, method, pattern, worst_entries, causes)
+    seen = "; ".join(filter(None, [pattern, together and together.common]))
+    kind = None if modules is None else kind_of(first.tensor, modules.values())
+    causes = find_causes(first.stage, first.tensor, seen, kind)
+    if (cause := float32_cause(_relative_gap(tensors))) and first.tensor != "lr":
+        causes = (cause, *causes[:1])
+    own = {} if modules is None else own_names(first.tensor, modules)
+    return Location(first, method, pattern, worst_entries, causes, together, own)
+
+
+def _relative_gap(tensors: Tensors) -> float:
+    """The largest gap as a share of the largest entry, in float64; 0 in other precisions, and where
+    tensors cannot be compared."""
+    a, b = tensors
+    if a is None or b is None or a.dtype != np.float64 or a.shape != b.shape or a.size == 0:
+        return 0.0
+    scale = max(magnitude(a), magnitude(b))
+    return max_tensor_difference(a, b)[0] / scale if scale > 0 else 0.0
 
 
 def describe_relation(

@@ -334,7 +334,13 @@ def test_where_runs_diverge_is_shown_with_what_is_likely_and_the_entries_that_di
         "(replayed: both" in flat
     )
     assert "In conv1: flax is 3 times torch." in flat
-    assert flat.count("A likely cause: ") == 2 and "padding (Flax pads SAME by default)" in flat
+    assert flat.count("A likely cause: ") == 1 and "padding (Flax pads SAME by default)" in flat
+    assert "differ:" not in flat and "calls it" not in flat  # the control of what follows
+    together = {"failing": 3, "tensors": 6, "common": "all biases, no kernel"}
+    own = {"torch": "conv1.weight", "flax": "conv1.kernel"}
+    flat = " ".join(located(found(own_names=own, **together)).split())
+    assert "3 of 6 tensors of the forward pass of that step differ: all biases, no kernel." in flat
+    assert "torch calls it conv1.weight, flax calls it conv1.kernel." in flat
     rows = text[text.index("largest differences in conv1") :].splitlines()
     assert rows[0].split() == ["largest", "differences", "in", "conv1", "torch", "flax"]
     assert [row.split() for row in rows[2:5]] == [

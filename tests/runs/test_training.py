@@ -53,6 +53,9 @@ class Notebook:
     def native_names(self) -> dict[str, str]:
         return {name: name for name in self.shapes()}
 
+    def layer_kinds(self) -> dict[str, str]:
+        return {}
+
     def dropout_layers(self) -> dict[str, Dropout]:
         return {}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,13 @@ from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.model.layers import ATTENTION, CONVOLUTION, DENSE, NORM, ModuleNames, kind_of
 from lockstep.common.protocol import STAGES, Snapshot
 from lockstep.common.runs import chunks, training
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
-from lockstep.common.verdict.causes import CAUSES, Cause
+from lockstep.common.verdict.causes import CAUSES, NAMED, Cause, find_causes
 from lockstep.common.verdict.compare import compare
 from lockstep.common.verdict.comparison import Divergence, Location
 from lockstep.common.verdict.first_steps import check_first_steps
@@ -138,6 +139,9 @@ SAMPLES = {  # by stage, the tensors that there are
         "fc1",
         "bn1",
         "input of attention.out",
+        "attention",
+        "embed",
+        "LayerNorm_0",
         "logits",
     ],
     "loss": ["loss"],
@@ -173,21 +177,105 @@ def test_every_stage_has_a_trap_and_every_trap_a_stage() -> None:
     assert {trap.stage for trap in CAUSES} == set(STAGES) == set(SAMPLES)
 
 
+COMMON = "all biases, no kernel", "every tensor"  # what failing tensors may have in common
+
+
+def said_of(stage: str, tensor: str) -> Iterator[tuple[str, ...]]:
+    """The causes that may be said of this tensor, whatever was seen of it."""
+    for one, other in pairs(stage, tensor):
+        pattern = describe_relation(one, other, NAMES, classes=stage == "evaluate")
+        for common in ("", *COMMON):
+            for kind in (None, "", *(kind for kind, _ in NAMED)):
+                yield find_causes(stage, tensor, "; ".join(filter(None, [pattern, common])), kind)
+
+
 @pytest.mark.parametrize(
     "trap",
     [cause for cause in CAUSES if cause.tensor != "^batch$"],
-    ids=lambda trap: f"{trap.stage}-{trap.tensor}-{trap.pattern}",
+    ids=lambda trap: f"{trap.stage}-{trap.tensor}-{trap.pattern}-{trap.kind}",
 )
 def test_every_trap_is_said_of_some_tensor_and_pattern(trap: Cause) -> None:
     assert re.compile(trap.tensor) and re.compile(trap.pattern) and trap.text
     said = [
         (tensor, cause)
         for tensor in SAMPLES[trap.stage]
-        for pair in pairs(trap.stage, tensor)
-        for cause in described(trap.stage, tensor, list(pair))["causes"]
+        for causes in said_of(trap.stage, tensor)
+        for cause in causes
     ]
     assert trap.text in {cause for _, cause in said}
     assert all(re.search(trap.tensor, tensor) for tensor, cause in said if cause == trap.text)
+
+
+def repeated_words(causes: Sequence[str]) -> set[str]:
+    """Words of more than five letters that two causes have both."""
+    words = [set(re.findall(r"[a-z]{6,}", text.lower())) for text in causes]
+    return words[0] & words[1] if len(words) == 2 else set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_two_causes_say_the_same(stage: str) -> None:
+    for tensor in SAMPLES[stage]:
+        for causes in said_of(stage, tensor):
+            assert repeated_words(causes) <= {"momentum", "buffer", "pytorch"}, causes
+    # The control: what was said of a convolution once.
+    assert repeated_words(
+        ["padding (Flax pads SAME by default), strides", "padding (Flax's is SAME), a missing bias"]
+    )
+
+
+def test_a_layer_is_told_by_its_class_before_its_name() -> None:
+    norm, padding = "epsilon", "padding (Flax pads SAME"
+    for tensor in ("LayerNorm_0", "bn1", "block.norm2"):
+        assert find_causes("forward", tensor, None)[0].startswith(norm)
+        # The control: a convolution of such a name.
+        assert find_causes("forward", tensor, None, CONVOLUTION)[0].startswith(padding)
+    modules = [ModuleNames({}, {"stem": NORM, "attention": ATTENTION, "attention.out": DENSE})]
+    assert kind_of("stem", modules) == kind_of("stem.kernel", modules) == NORM
+    assert kind_of("input of stem", modules) == kind_of("other", modules) == ""
+    assert kind_of("input of attention.out", modules) == ATTENTION
+    assert kind_of("attention.out", modules) == DENSE
+
+
+def test_float32_inside_is_said_of_gaps_of_its_size_in_float64_and_of_no_others() -> None:
+    one = numbers(6, 4)
+
+    def causes(share: float, dtype: str = "float64") -> tuple[str, ...]:
+        other = one + share * np.abs(one).max() * np.sign(numbers(6, 4, seed=2))
+        pair = one.astype(dtype), other.astype(dtype)
+        return locate.describe(diverging(0, "forward", "fc1"), pair, "as recorded").causes
+
+    for share in (3e-9, 1e-7, 9e-7):
+        assert causes(share)[0].startswith("float32 inside: a gap of") and len(causes(share)) == 2
+    for share in (1e-11, 3e-6, 0.1):
+        assert not any("float32 inside" in cause for cause in causes(share))
+    assert not any("float32 inside" in cause for cause in causes(5e-7, "float32"))
+
+
+def test_the_names_that_both_modules_give_a_tensor_are_told_where_they_differ() -> None:
+    modules = {
+        "torch": ModuleNames({"fc.kernel": "head.weight", "fc.bias": "head.bias"}, {}),
+        "flax": ModuleNames({"fc.kernel": "fc.kernel", "fc.bias": "fc.bias"}, {}),
+    }
+    pair = numbers(3), numbers(3, seed=1)
+
+    def names(stage: str, tensor: str) -> Any:
+        first = diverging(0, stage, tensor)
+        return locate.describe(first, pair, "", None, modules).to_json().get("own_names")
+
+    both = {"torch": "head.weight", "flax": "fc.kernel"}
+    assert names("backward", "fc.kernel") == names("update", "momentum of fc.kernel") == both
+    assert names("forward", "input of fc") == {"torch": "head", "flax": "fc"}
+    assert names("forward", "logits") is names("loss", "loss") is None
+    modules["torch"] = modules["flax"]  # the control
+    assert names("backward", "fc.kernel") is None
+
+
+@pytest.mark.parametrize("exponent", range(-14, 1))
+def test_a_factor_is_never_said_to_be_one(exponent: int) -> None:
+    one = numbers(50)
+    for factor in (1 + 10.0**exponent, 1 - 10.0**exponent, 1 + 1.5 * 10.0**exponent):
+        found = describe_relation(one, factor * one, NAMES)
+        assert found is None or not re.search(r"is 1(\.0*)? times", found), found
 
 
 @pytest.mark.parametrize("stage", STAGES)
