@@ -322,21 +322,6 @@ def models() -> str:
     return markdown(columns, rows)
 
 
-def long_run() -> str:
-    """ResNet-20 in float32, for long: both accuracies, and what the twins differ by."""
-    report = report_of("resnet20-long")
-    [lens] = report["lenses"]
-    accuracy = ", ".join(f"{name} {100 * value:.1f} %" for name, value in lens["accuracy"].items())
-    equal = [twin["predictions_equal"] for twins in lens["twins"].values() for twin in twins]
-    twins = " to ".join(f"{count:,}" for count in sorted({min(equal), max(equal)}))
-    verdict = {"agree": "agree", "disagree": "differ"}[lens["verdict"]]
-    return (
-        f"ResNet-20 for {lens['steps']:,} steps in float32 ({report['config']['batch_size']} images each, lr "
-        f"{report['config']['lr']:g}): {accuracy} of the test images, {lens['predictions_equal']:,} of "
-        f"{lens['predictions_total']:,} predictions equal (with twins {twins}); the two runs {verdict}.\n"
-    )
-
-
 def network_alarms() -> str:
     """Lockstep's false alarms in clean pairs of the other networks, lens by lens."""
     rows = []
@@ -369,7 +354,6 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "summary of results/sensitivity": sensitivity,
     "tables of results/bench": bench,
     "table of models": models,
-    "run of results/resnet20-long": long_run,
     "alarms of results/alarms-*": network_alarms,
 }
 
@@ -462,7 +446,6 @@ NETWORKS = [
     "resnet20",
     "convnext",
     "vit",
-    "resnet20-long",
     *(f"{name}-bfloat16" for name in ("mlp", "resnet20", "convnext", "vit")),
     *(f"{name}-mixed" for name in ("mlp", "resnet20", "convnext", "vit")),
 ]
