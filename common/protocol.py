@@ -20,6 +20,13 @@ Arrays = dict[str, np.ndarray]  # canonical tensors by name
 STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate")
 
 
+def split_slot(tensor: str) -> tuple[str, str]:
+    """The slot and the parameter of "<slot> of <parameter>", as an optimizer's state is called; no
+    slot for all else."""
+    slot, of, parameter = tensor.partition(" of ")
+    return (slot, parameter) if of else ("", tensor)
+
+
 class Metrics(NamedTuple):
     """The metrics of one training step: the framework's scalars. From `train_steps`, each field is a
     float64 array with one entry per step."""

@@ -42,7 +42,9 @@ TERMS = {
     "head": "head lmhead classifier unembed logits",
     "shortcut": "downsample shortcut",
 }
-_TERM: dict[str, str] = {word.lower(): term for term, found in TERMS.items() for word in found.split()}
+_TERM: dict[str, str] = {
+    word.lower(): term for term, found in TERMS.items() for word in found.split()
+}
 _ROLE = {word: role for role, found in ROLES.items() for word in found}
 _WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.common.model.layers import (
@@ -22,7 +23,7 @@ from lockstep.common.model.pair import INPUT_PREFIX
 class Cause:
     """A mistake that shows in one place."""
 
-    stage: str
+    stage: str  # "" fits any
     tensor: str  # regular expression; "" fits any
     # Of what was seen (`locate.describe_relation`, `failures.common`), a regular expression; "" fits
     # any, and that nothing was seen.
@@ -228,7 +229,11 @@ NAMED = (
 
 
 def find_causes(
-    stage: str, tensor: str, pattern: str | None, kind: str | None = None
+    stage: str,
+    tensor: str,
+    pattern: str | None,
+    kind: str | None = None,
+    known: Sequence[Cause] = CAUSES,
 ) -> tuple[str, ...]:
     """The likely causes of a divergence there, the likeliest first; at most two.
 
@@ -236,13 +241,14 @@ def find_causes(
         pattern: how one tensor is made of the other, or which tensors fail, if that was seen.
         kind: of the layer (see `lockstep.common.model.layers`), "" if it has none; None: guessed
             from its name.
+        known: in the order in which they are tried.
     """
     if kind is None:
         kind = kind_by_name(tensor)
     fitting = [
         cause
-        for cause in CAUSES
-        if cause.stage == stage
+        for cause in known
+        if cause.stage in ("", stage)
         and cause.kind in ("", kind)
         and re.search(cause.tensor, tensor)
         and (not cause.pattern or (pattern and re.search(cause.pattern, pattern)))

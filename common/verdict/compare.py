@@ -88,22 +88,22 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             f"nothing says how far {single.dtype} runs may drift apart: run with --twins 1 or more"
         )
 
-    diverged_at = _diverged_at(a, b)
-    checks = _all_checks(a, b, labels, diverged_at)
+    nonfinite_at = diverged_at(a, b)
+    checks = _all_checks(a, b, labels, nonfinite_at)
     # Within an update the learning rate comes first; else, of one step and stage, the order is that
     # of the checks.
     failures = [check for check in checks if not check.agrees]
     failures.sort(key=lambda check: (check.step, STAGES.index(check.stage), check.tensor != "lr"))
     return replace(
         single,
-        verdict="disagree" if failures else "agree" if diverged_at is None else "diverged",
-        diverged_at=diverged_at,
+        verdict="disagree" if failures else "agree" if nonfinite_at is None else "diverged",
+        diverged_at=nonfinite_at,
         not_reproducible={
             name: step
             for name, side in ensembles.items()
             if (step := first_irreproducible_step(side)) is not None
         },
-        rule=_rule(single.dtype, number),
+        rule=rule_of(single.dtype, number),
         checks=tuple(check for check in checks if check.start is None),
         windows=tuple(check for check in checks if check.start is not None),
         first_divergence=divergence(failures[0], list(runs)) if failures else None,
@@ -119,7 +119,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
     )
 
 
-def _diverged_at(a: Ensemble, b: Ensemble) -> int | None:
+def diverged_at(a: Ensemble, b: Ensemble) -> int | None:
     """The step at which both runs are not finite; None if they do not diverge together.
 
     Close to the largest number of a precision, rounding alone decides which step overflows: below
@@ -199,7 +199,7 @@ def _summary(record: Record, labels: np.ndarray) -> RunSummary:
     )
 
 
-def _rule(dtype: str, twins: int) -> Rule:
+def rule_of(dtype: str, twins: int) -> Rule:
     factor = SEPARATION[dtype]
     if dtype == "float64":
         rule = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from lockstep.common.runs.record import Segment
-from lockstep.common.verdict.check import BATCH, Check, finite
+from lockstep.common.verdict.check import BATCH, MEAN, Check, finite
 from lockstep.common.verdict.distances import scalar_gap
 from lockstep.common.verdict.failures import Failures
 from lockstep.common.verdict.statistics import PairedDifference
@@ -81,7 +81,7 @@ def divergence(check: Check, names: Sequence[str]) -> Divergence:
         names: of the two backends.
     """
     # The check of a range of steps has the gap of the whole range; this names that of its step.
-    at_step = check.start is not None and check.tensor != "mean loss"
+    at_step = check.start is not None and not check.tensor.startswith(MEAN)
     gap = scalar_gap(*check.values) if at_step and check.values is not None else check.gap
     return Divergence(
         check.step,

@@ -42,7 +42,7 @@ def _check_predictions(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Check:
         "evaluate",
         "predictions",
         gap if whole else math.inf,
-        _allowed_images(a.run.dtype, spread),
+        allowed_count(a.run.dtype, spread),
         spread,
         most=len(labels),
     )
@@ -72,14 +72,19 @@ def _check_classes(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Iterator[Che
             "evaluate",
             f"accuracy of {name}",
             gap / count,
-            _allowed_images(a.run.dtype, spread) / count,
+            allowed_count(a.run.dtype, spread) / count,
             None if spread is None else spread / count,
             (first, second),
             most=1.0,
         )
 
 
-def _allowed_images(dtype: str, spread: float | None) -> float:
+def allowed_count(dtype: str, spread: float | None) -> float:
+    """How many of two runs' predictions may differ.
+
+    Args:
+        spread: `Distances.within`, of such counts.
+    """
     floor = 0 if dtype == "float64" else COUNT_FLOOR
     return SEPARATION_IMAGES * ((spread or 0.0) + floor)
 

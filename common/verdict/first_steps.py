@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from lockstep.common.dtypes import compute_dtype
-from lockstep.common.protocol import STAGES
+from lockstep.common.protocol import STAGES, split_slot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.check import Check
@@ -31,7 +31,12 @@ from lockstep.common.verdict.statistics import (
 STATISTICS = (".mean", ".var")  # running ones, of what was computed
 
 
-def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = False) -> list[Check]:
+Order = Callable[[str], tuple[int | str, ...]]  # sorts "<step>/<stage>/<tensor>"
+
+
+def check_first_steps(
+    a: Ensemble, b: Ensemble, use_twins_in_float64: bool = False, order: Order | None = None
+) -> list[Check]:
     """Data and initial weights, which must be the same bits; then the first steps, tensor by
     tensor.
 
@@ -42,6 +47,7 @@ def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = Fal
             a scale before a batch norm, which 1 ulp in the weights moves by 6.5e-12 of its largest.
             Late in one, where p - y cancels in a well-fitted network's gradient, rounding exceeds
             1e-12 of what is left.
+        order: of the checks of one step and stage; None: `causal_order`.
     """
     use_twins_in_float64 = bool(use_twins_in_float64 or a.short_twins or b.short_twins)
     first, second = a.run, b.run
@@ -53,7 +59,7 @@ def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = Fal
     for name in sorted(first.weights | second.weights):
         gap, values = max_tensor_difference(first.weights.get(name), second.weights.get(name))
         checks.append(Check(0, "weights", name, gap, 0.0, values=values))
-    for key in sorted(first.first_steps | second.first_steps, key=causal_order(first)):
+    for key in sorted(first.first_steps | second.first_steps, key=order or causal_order(first)):
         step, stage, tensor = key.split("/", 2)
         tensors = first.first_steps.get(key), second.first_steps.get(key)
         if stage == "forward" and any(tensor is None for tensor in tensors):
@@ -69,13 +75,9 @@ def check_first_steps(a: Ensemble, b: Ensemble, use_twins_in_float64: bool = Fal
                 ours, theirs, lambda x, y: max_tensor_difference(x, y)[0]
             )
         scale = max(map(magnitude, tensors))
-        if scale < near_zero * (largest := _stage_magnitude(first, step, stage)):
+        if scale < near_zero * (largest := _stage_magnitude(first, step, stage, tensor)):
             scale = largest
-        stored = (
-            stage == "update"
-            and not tensor.startswith("momentum of ")
-            and not tensor.endswith(STATISTICS)
-        )
+        stored = stage == "update" and not split_slot(tensor)[0] and not tensor.endswith(STATISTICS)
         limit = bound(
             first.dtype,
             spread,
@@ -107,14 +109,14 @@ def _bulk(sides: list[list[Record]], key: str, found: Check, scale: float) -> Ch
     return replace(found, gap=gap, bound=limit, spread=spread, measure="median")
 
 
-def _stage_magnitude(record: Record, step: str, stage: str) -> float:
-    """The largest gradient, or momentum, of a step; 0 for other stages."""
-    prefix = {"backward": f"{step}/backward/", "update": f"{step}/update/momentum of "}.get(stage)
-    found = [
-        array
-        for key, array in record.first_steps.items()
-        if prefix is not None and key.startswith(prefix)
-    ]
+def _stage_magnitude(record: Record, step: str, stage: str, tensor: str) -> float:
+    """The largest gradient of a step, or of the optimizer's state the largest tensor of the same
+    slot; 0 for all else."""
+    slot, _ = split_slot(tensor)
+    prefix = f"{step}/backward/" if stage == "backward" else f"{step}/update/{slot} of "
+    if stage not in ("backward", "update") or (stage == "update" and not slot):
+        return 0.0
+    found = [array for key, array in record.first_steps.items() if key.startswith(prefix)]
     return max(map(magnitude, found), default=0.0)
 
 
@@ -125,25 +127,57 @@ def flip_allowance(first: Record, second: Record, step: int, stage: str, tensor:
     if stage == "backward":
         return FLIP_SHARE * magnitude(first.first_steps.get(f"{step}/backward/{tensor}"))
     # An update may differ by what its gradients were seen to differ, and no more.
-    parameter = tensor.removeprefix("momentum of ")
+    slot, parameter = split_slot(tensor)
     keys = [f"{earlier}/backward/{parameter}" for earlier in range(step + 1)]
     seen = sum(
         max_tensor_difference(first.first_steps.get(key), second.first_steps.get(key))[0]
         for key in keys
     )
-    factor = 1.0 if tensor != parameter else magnitude(first.lr[: step + 1])
+    if slot:
+        factor = 1.0
+    elif len(first.lr):
+        factor = magnitude(first.lr[: step + 1])
+    else:
+        factor = _update_per_gradient(first, step, parameter)
     return factor * seen if math.isfinite(seen) else 0.0
+
+
+def _update_per_gradient(record: Record, step: int, parameter: str) -> float:
+    """By how much the updates changed a parameter, by what its gradients were: the learning rate
+    of SGD, and what stands in its place where the optimizer is not known."""
+    before, after = (
+        record.weights.get(parameter),
+        record.first_steps.get(f"{step}/update/{parameter}"),
+    )
+    gradients = [record.first_steps.get(f"{s}/backward/{parameter}") for s in range(step + 1)]
+    size = min((magnitude(g) for g in gradients if g is not None), default=0.0)
+    change, _ = max_tensor_difference(before, after)
+    return change / size if size and math.isfinite(change) else 0.0
 
 
 def _loss_per_step(record: Record, steps: int) -> float:
     """How much one of the first `steps` updates may move the loss, to first order: lr g^2, kept on
-    by momentum."""
+    by momentum; where these are not known, what the first update moved times its gradient."""
+    if not len(record.gradient_norm):
+        return _first_order_change(record) if steps else 0.0
     kept = 1 / (1 - min(record.config["momentum"], 0.99))
     with np.errstate(over="ignore", invalid="ignore"):
         return magnitude(kept * record.lr[:steps] * record.gradient_norm[:steps] ** 2)
 
 
-def causal_order(record: Record) -> Callable[[str], tuple[int, int, int, str]]:
+def _first_order_change(record: Record) -> float:
+    """|sum of gradient times change| over the parameters, of the first update."""
+    total = 0.0
+    for name, before in record.weights.items():
+        after = record.first_steps.get(f"0/update/{name}")
+        gradient = record.first_steps.get(f"0/backward/{name}")
+        if after is not None and gradient is not None and after.shape == gradient.shape:
+            with np.errstate(over="ignore", invalid="ignore"):
+                total += float(np.sum((after - before) * gradient))
+    return magnitude(np.array([total]))
+
+
+def causal_order(record: Record) -> Order:
     """Sorts "<step>/<stage>/<tensor>" as a difference travels: forward through the layers, backward
     against them."""
     layers = {tensor: place for place, tensor in enumerate(record.layers)}

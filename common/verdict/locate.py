@@ -277,19 +277,8 @@ def describe(
     worst_entries: tuple[Entry, ...] = ()
     if a is not None and b is not None and a.shape == b.shape:
         pattern = describe_relation(a, b, first.names, classes=first.stage == "evaluate")
-        differences = abs_differences(
-            np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64)
-        )
-        if first.tensor.startswith("accuracy of "):
-            differences[:] = 0.0  # of all classes' predictions, none is a large one
-        worst_entries = tuple(
-            Entry(
-                tuple(int(part) for part in np.unravel_index(index, a.shape)),
-                (float(a.flat[index]), float(b.flat[index])),
-            )
-            for index in np.argsort(-differences, kind="stable")[:N_WORST]
-            if differences[index] > 0
-        )
+        if not first.tensor.startswith("accuracy of "):  # of all classes, none differs by much
+            worst_entries = largest_differences(a, b)
     elif a is not None and b is not None:
         pattern = f"{first.names[0]}'s shape is {a.shape}, {first.names[1]}'s {b.shape}"
     seen = "; ".join(filter(None, [pattern, together and together.common]))
@@ -299,6 +288,19 @@ def describe(
         causes = (cause, *causes[:1])
     own = {} if modules is None else own_names(first.tensor, modules)
     return Location(first, method, pattern, worst_entries, causes, together, own)
+
+
+def largest_differences(a: np.ndarray, b: np.ndarray) -> tuple[Entry, ...]:
+    """The entries of two arrays of one shape that differ most, the worst first."""
+    differences = abs_differences(np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64))
+    return tuple(
+        Entry(
+            tuple(int(part) for part in np.unravel_index(index, a.shape)),
+            (float(a.flat[index]), float(b.flat[index])),
+        )
+        for index in np.argsort(-differences, kind="stable")[:N_WORST]
+        if differences[index] > 0
+    )
 
 
 def _relative_gap(tensors: Tensors) -> float:
@@ -317,7 +319,7 @@ def describe_relation(
     """How one tensor is made of the other, where that can be seen: numbering, order, or a common
     factor."""
     if classes:
-        pairs = set(zip(a.tolist(), b.tolist(), strict=True))
+        pairs = set(zip(a.ravel().tolist(), b.ravel().tolist(), strict=True))
         sizes = {len(pairs), len({a for a, _ in pairs}), len({b for _, b in pairs})}
         renumbered = len(sizes) == 1 < len(pairs) and any(a != b for a, b in pairs)
         return "the same predictions under another numbering of the classes" if renumbered else None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from lockstep.common.protocol import Arrays
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record, windows
-from lockstep.common.verdict.check import BATCH, Check
+from lockstep.common.verdict.check import BATCH, MEAN, Check
 from lockstep.common.verdict.distances import (
     abs_differences,
     magnitude,
@@ -46,23 +47,66 @@ def check_trajectory(a: Ensemble, b: Ensemble, finished: bool = True) -> list[Ch
     if a.run.steps == 0:
         return []
     checks = [check_batches(a.run, b.run)]
-    spans = [slice(start, stop) for start, stop in windows(a.run.steps)]
     for quantity, stage in (("lr", "update"), ("loss", "loss"), ("gradient_norm", "backward")):
-        for span, following in zip(spans, [*spans[1:], spans[-1]], strict=True):
-            checks.append(_check_range(a, b, quantity, stage, span, following))
-            if quantity != "lr" and a.run.dtype == "float64":
-                own = (_check_own_twins(side, quantity, stage, span) for side in (a, b))
-                checks += [check for check in own if check is not None]
-    for span in spans:
-        if span.stop - span.start >= MEAN_STEPS and a.run.dtype != "float64":
-            mean = functools.partial(_mean_loss, span=span)
-            checks.append(check_scalar(a, b, span.stop - 1, "loss", "mean loss", mean, span))
+        checks += check_series(a, b, quantity, stage, operator.attrgetter(quantity))
+    checks += check_means(a, b, "loss", operator.attrgetter("loss"))
     checks += check_replicate(a, b) + check_replicate(b, a)
     return checks + check_parameters(a, b, finished)
 
 
+def check_series(
+    a: Ensemble, b: Ensemble, quantity: str, stage: str, of: Callable[[Record], np.ndarray]
+) -> list[Check]:
+    """One quantity in growing ranges of steps; in float64, each run with its own twins, too.
+
+    Args:
+        of: its values, float64 (steps,), in a record.
+    """
+    spans = [slice(start, stop) for start, stop in windows(a.run.steps)]
+    checks = []
+    for span, following in zip(spans, [*spans[1:], spans[-1]], strict=True):
+        checks.append(_check_range(a, b, quantity, stage, span, following, of))
+        if quantity != "lr" and a.run.dtype == "float64":
+            own = (_check_own_twins(side, quantity, stage, span, of) for side in (a, b))
+            checks += [check for check in own if check is not None]
+    return checks
+
+
+def check_means(
+    a: Ensemble, b: Ensemble, quantity: str, of: Callable[[Record], np.ndarray]
+) -> list[Check]:
+    """The means of a loss over ranges of steps, in every precision but float64.
+
+    Args:
+        of: as of `check_series`.
+    """
+    if a.run.dtype == "float64":
+        return []
+    spans = [slice(start, stop) for start, stop in windows(a.run.steps)]
+    return [
+        check_scalar(
+            a,
+            b,
+            span.stop - 1,
+            "loss",
+            f"{MEAN}{quantity}",
+            lambda record, span=span: float(of(record)[span].mean()),
+            span,
+            most=max(magnitude(of(record)[: span.stop]) for record in (a.run, b.run)),
+        )
+        for span in spans
+        if span.stop - span.start >= MEAN_STEPS
+    ]
+
+
 def _check_range(
-    a: Ensemble, b: Ensemble, quantity: str, stage: str, span: slice, following: slice
+    a: Ensemble,
+    b: Ensemble,
+    quantity: str,
+    stage: str,
+    span: slice,
+    following: slice,
+    of: Callable[[Record], np.ndarray],
 ) -> Check:
     """One quantity over one range of steps.
 
@@ -71,7 +115,7 @@ def _check_range(
     all those before.
     """
     dtype = a.run.dtype
-    series = [[getattr(record, quantity) for record in side.records] for side in (a, b)]
+    series = [[of(record) for record in side.records] for side in (a, b)]
     between = [abs_differences(x, y) for x in series[0] for y in series[1]]
     within = [
         [abs_differences(x, y) for x, y in itertools.combinations(side, 2)] for side in series
@@ -110,14 +154,16 @@ def _check_range(
     )
 
 
-def _check_own_twins(side: Ensemble, quantity: str, stage: str, span: slice) -> Check | None:
+def _check_own_twins(
+    side: Ensemble, quantity: str, stage: str, span: slice, of: Callable[[Record], np.ndarray]
+) -> Check | None:
     """A run among its own twins: as far from the nearest of them as they are from each other.
 
     A fault in the run alone does not show between the closest runs of the two sides. In float64
     only: in the other precisions one run in six leaves both of its twins where rounding
     flips a ReLU in it alone (6 of 38 clean pairs, by up to 10,000 times the bound).
     """
-    run, *twins = (getattr(record, quantity) for record in side.records)
+    run, *twins = (of(record) for record in side.records)
 
     def distance(x: np.ndarray, y: np.ndarray) -> float:
         return float(abs_differences(x, y)[: span.stop].max())
@@ -127,7 +173,7 @@ def _check_own_twins(side: Ensemble, quantity: str, stage: str, span: slice) -> 
         return None
     limit = bound(side.run.dtype, found.within, max(1.0, magnitude(run[span])))
     nearest = min(twins, key=functools.partial(distance, run))
-    return _own_check(side, quantity, stage, span, nearest, limit, OWN_TWIN)
+    return _own_check(side, quantity, stage, span, run, nearest, limit, OWN_TWIN)
 
 
 def check_replicate(side: Ensemble, other: Ensemble) -> list[Check]:
@@ -148,8 +194,8 @@ def check_replicate(side: Ensemble, other: Ensemble) -> list[Check]:
             ]
         )
         limit = bound(side.run.dtype, spread, max(1.0, magnitude(series[0][0])))
-        again = getattr(side.replicate, quantity)
-        checks.append(_own_check(side, quantity, stage, span, again, limit, AGAIN))
+        run, again = series[0][0], getattr(side.replicate, quantity)
+        checks.append(_own_check(side, quantity, stage, span, run, again, limit, AGAIN))
     return checks
 
 
@@ -172,12 +218,13 @@ def _own_check(
     quantity: str,
     stage: str,
     span: slice,
+    run: np.ndarray,
     other: np.ndarray,
     limit: float,
     what: str,
 ) -> Check:
     """A run compared with another one of its own side, up to the end of a range of steps."""
-    run, name = getattr(side.run, quantity), side.run.backend
+    name = side.run.backend
     differences = abs_differences(run, other)[: span.stop]
     outside = np.flatnonzero(differences > limit)
     step = int(outside[0]) if len(outside) else span.start
@@ -198,10 +245,6 @@ def _own_check(
 def _largest_finite(differences: np.ndarray) -> float:
     """0 if none is: a twin's that is not finite explains nothing."""
     return float(np.max(differences, initial=0.0, where=np.isfinite(differences)))
-
-
-def _mean_loss(record: Record, span: slice) -> float:
-    return float(record.loss[span].mean())
 
 
 def check_batches(first: Record, second: Record) -> Check:
@@ -259,7 +302,8 @@ def check_parameters(a: Ensemble, b: Ensemble, finished: bool = True) -> list[Ch
                 np.sqrt(sum(np.sum(np.square(array.astype(np.float64))) for array in ours.values()))
             )
             distance_from_start = [
-                weights_distance(record.weights, weights[id(record)]) for record in (first, second)
+                weights_distance(_started_from(record, weights[id(record)]), weights[id(record)])
+                for record in (first, second)
             ]
             limit = bound(
                 first.dtype, spread, norm, FLIP_SHARE * min(distance_from_start), stored=True
@@ -269,6 +313,11 @@ def check_parameters(a: Ensemble, b: Ensemble, finished: bool = True) -> list[Ch
                 Check(step - 1, "update", "all parameters", gap, limit, spread, most=furthest)
             )
     return checks
+
+
+def _started_from(record: Record, weights: Arrays) -> Arrays:
+    """The initial values of these tensors."""
+    return {name: array for name, array in record.weights.items() if name in weights}
 
 
 def parameters_at(record: Record, step: int) -> Arrays:
@@ -290,12 +339,15 @@ def check_scalar(
     of: Callable[[Record], float],
     span: slice | None = None,
     extra: float = 0.0,
+    most: float | None = None,
 ) -> Check:
-    """One number of each run; `extra` is added to its bound."""
+    """One number of each run; `extra` is added to its bound. `most` is `Check.most`; None: the
+    largest loss."""
     gap, spread = between_and_within(a.records, b.records, lambda x, y: scalar_gap(of(x), of(y)))
     values = of(a.run), of(b.run)
     limit = bound(a.run.dtype, spread, max(1.0, magnitude(np.array(values)))) + extra
     start, stop = (span.start, span.stop) if span else (None, None)
     losses = [magnitude(record.loss[:stop]) for record in (a.run, b.run)]
-    largest = max(*losses, magnitude(np.array(values)))
+    largest = max(losses) if most is None else most
+    largest = max(largest, magnitude(np.array(values)))
     return Check(step, stage, name, gap, limit, spread, values, start, stop, most=largest)

@@ -1,0 +1,307 @@
+"""Likely causes of a divergence of two scripts, by the place where it shows and by what can be seen
+there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lockstep.common.verdict.causes import Cause, find_causes
+from lockstep.common.verdict.comparison import format_distinct
+
+EXACT = 1e-6  # relative residual under which a difference is called a multiple of something
+ABOUT = 0.02  # the same for "about": decay and rounding of small entries may be in it
+SINGLE = (1e-9, 1e-5)  # relative gaps in which float32's rounding shows in a float64 run
+
+TIMES = r" is .*times "  # of `locate.describe_relation` and `_times`
+ZEROS, SAME_NUMBERS = "nothing but zeros", "another order"
+ITSELF, UNCHANGED, INVERSE = "times the parameter itself", "does not change", "the smaller"
+BY_SINGLE = "float32's rounding"
+
+CAUSES = (
+    Cause(
+        "data",
+        "",
+        SAME_NUMBERS,
+        "the rows or the axes are in another order: another shuffle, channels in another order (BGR)",
+    ),
+    Cause("data", "", BY_SINGLE, "the batch is normalised in float32 on one side, or elsewhere"),
+    Cause("data", "", TIMES, "the batch is scaled otherwise: normalisation, or 255 left in"),
+    Cause(
+        "data",
+        "",
+        "",
+        "another shuffle, a sampler that was not given the epoch, another last batch, labels or "
+        "tokens shifted by one",
+        general=True,
+    ),
+    Cause(
+        "weights", "", SAME_NUMBERS, "a kernel is transposed, or converted with the wrong layout"
+    ),
+    Cause(
+        "weights",
+        "",
+        "",
+        "the two start from other weights: another seed or initialisation; --start-from A gives B "
+        "the weights of A",
+        general=True,
+    ),
+    Cause(
+        "", "", BY_SINGLE, "something is float32 in this float64 run: a constant, a cast, a table"
+    ),
+    Cause(
+        "forward",
+        "norm|ln|bn",
+        "",
+        "epsilon (1e-5 in PyTorch, 1e-6 in Flax), the variance's formula, axes, train mode on one "
+        "side",
+    ),
+    Cause(
+        "forward",
+        "emb|wte|wpe|pos",
+        "",
+        "an embedding is scaled, positions count from one, tokens are shifted",
+    ),
+    Cause(
+        "forward",
+        "att",
+        "",
+        "the mask (off by one; boolean or additive), q and k in each other's place, the scale of "
+        "the scores, heads split in another order",
+    ),
+    Cause("forward", "drop", "", "dropout: its rate, its scale, its random numbers (run.random)"),
+    Cause(
+        "forward",
+        "conv",
+        "",
+        "padding (Flax pads SAME by default), strides, kernel axes, precision (TF32)",
+    ),
+    Cause("forward", "head|logits", "", "the head is tied to the embedding on one side alone"),
+    Cause(
+        "forward",
+        "lstm|gru|rnn|cell",
+        "",
+        "the order of the gates, two biases or one, the initial state, the activation",
+    ),
+    Cause(
+        "forward",
+        "",
+        "",
+        "the function before it: an activation (GELU: Flax approximates by default), dropout, "
+        "flatten (PyTorch unrolls (C, H, W)), a missing bias, precision",
+        general=True,
+    ),
+    Cause(
+        "loss",
+        "",
+        "",
+        "padding in the mean, a sum for a mean, labels shifted by one, label smoothing, softmax "
+        "applied twice, a term of the loss left out",
+        general=True,
+    ),
+    Cause("backward", "", ZEROS, "frozen or detached: requires_grad, stop_gradient, a mask"),
+    Cause(
+        "backward", "", ITSELF, "weight decay is added to the loss, or to the gradient, on one side"
+    ),
+    Cause(
+        "backward",
+        "",
+        TIMES,
+        "a sum for a mean (gradient accumulation, the batch), a loss that is scaled, gradients "
+        "clipped before they were recorded",
+    ),
+    Cause(
+        "backward",
+        "",
+        "",
+        "a layer frozen or detached, gradients of older parameters, a custom gradient, precision",
+        general=True,
+    ),
+    Cause(
+        "update",
+        "^lr",
+        "",
+        "the schedule: a warm-up off by one, counted from another step or epoch",
+    ),
+    Cause(
+        "update",
+        "moment",
+        ITSELF,
+        "weight decay in the gradient (Adam, SGD) against decay apart from it (AdamW)",
+    ),
+    Cause(
+        "update",
+        "second moment",
+        "",
+        "beta2 (0.999 in PyTorch and optax), or its gradient was clipped otherwise",
+    ),
+    Cause(
+        "update",
+        "momentum|first moment",
+        "",
+        "clipping (of each tensor against of all together, or another norm), beta1, dampening, "
+        "accumulated gradients summed in place of their mean",
+    ),
+    Cause(
+        "update",
+        " of ",
+        "",
+        "another optimizer, or other constants of it (the betas), or clipped gradients",
+    ),
+    Cause(
+        "update", r"var$", TIMES, "PyTorch keeps the unbiased variance, JAX libraries the biased"
+    ),
+    Cause(
+        "update",
+        r"(mean|var)$",
+        "",
+        "the momentum of running statistics (PyTorch's 0.1 is Flax's 0.9)",
+    ),
+    Cause(
+        "update",
+        "",
+        ITSELF,
+        "decoupled weight decay: its factor, whether lr multiplies it (AdamW), or a mask: norms and "
+        "biases decayed on one side alone",
+    ),
+    Cause(
+        "update",
+        "",
+        UNCHANGED,
+        "the tensor is frozen or not given to the optimizer, or the first learning rate is zero (a "
+        "warm-up off by one)",
+    ),
+    Cause("update", "", INVERSE, "the optimizer's epsilon (AdamW's: 1e-8), or where it stands"),
+    Cause(
+        "update",
+        "",
+        r"\b(3\.16|0\.316)\d* times",
+        "Adam's bias correction is left out on one side: 3.16 is (1 - beta1) / sqrt(1 - beta2)",
+    ),
+    Cause(
+        "update",
+        "",
+        TIMES,
+        "the learning rate, or its schedule: a warm-up off by one; an update scaled otherwise",
+    ),
+    Cause(
+        "update",
+        "",
+        "",
+        "the learning rate, the optimizer's epsilon, weight decay, bias correction, clipping",
+        general=True,
+    ),
+    Cause("evaluate", "", "another numbering", "the classes are numbered otherwise"),
+    Cause(
+        "evaluate",
+        "",
+        "",
+        "a last batch left out, means over unequal batches, older weights, dropout or train mode "
+        "left on, other test data",
+        general=True,
+    ),
+)
+
+
+def causes_of(stage: str, tensor: str, pattern: str | None) -> tuple[str, ...]:
+    """Likely causes, the likeliest first; at most two.
+
+    Args:
+        tensor: both sides' names of it.
+        pattern: of `relation_of` or `locate.describe_relation`.
+    """
+    return find_causes(stage, tensor.lower(), pattern, "", CAUSES)
+
+
+# --- What can be seen in two tensors
+
+
+def update_relation(
+    before: np.ndarray,
+    after: tuple[np.ndarray, np.ndarray],
+    gradient: np.ndarray | None,
+    names: Sequence[str],
+) -> str | None:
+    """How the second script's update of a parameter is made of the first one's; None if that cannot
+    be seen.
+
+    Args:
+        before: the parameter before the step, of both.
+        after: of either side.
+        gradient: of the step, if known.
+    """
+    changes = [(each - before).astype(np.float64).ravel() for each in after]
+    if before.size < 2 or not all(np.isfinite(change).all() for change in changes):
+        return None
+    still = [not change.any() for change in changes]
+    if any(still):
+        return None if all(still) else f"{names[still.index(True)]} {UNCHANGED} it"
+    if factor := _factor(changes[1], changes[0], EXACT):
+        return _times(names, "update", factor)
+    difference = changes[1] - changes[0]
+    if text := difference_relation(difference, before, gradient, names):
+        return text
+    if gradient is not None and _falls_with(difference, gradient.astype(np.float64).ravel()):
+        return f"the two updates differ most {INVERSE} the gradient's entry is"
+    if (factor := _factor(changes[1], changes[0], ABOUT)) and abs(factor - 1) > ABOUT:
+        return _times(names, "update", factor, "about ")
+    return None
+
+
+def difference_relation(
+    difference: np.ndarray, parameter: np.ndarray, gradient: np.ndarray | None, names: Sequence[str]
+) -> str | None:
+    """Whether what one side has more is a multiple of the parameter, or of its gradient."""
+    difference = difference.astype(np.float64).ravel()
+    if difference.size < 2:
+        return None
+    if factor := _factor(difference, parameter.astype(np.float64).ravel(), EXACT):
+        return f"{names[1]} adds {factor:.3g} {ITSELF}"
+    if gradient is None:
+        return None
+    if factor := _factor(difference, gradient.astype(np.float64).ravel(), EXACT):
+        return f"{names[1]} adds {factor:.3g} times the gradient"
+    return None
+
+
+def scalar_relation(a: float, b: float, names: Sequence[str]) -> str | None:
+    """Whether one number is a plain multiple of the other, such as the batch size or 1.1."""
+    for one, other, (first, second) in ((a, b, names), (b, a, tuple(reversed(names)))):
+        factor = other / one if one else math.nan
+        if abs(factor) > 1 + EXACT and abs(factor - float(f"{factor:.3g}")) < 1e-9 * abs(factor):
+            return f"{second} is {factor:.3g} times {first}"
+    return None
+
+
+def looks_single(gap: float, scale: float) -> bool:
+    """Whether a gap of this size in a float64 run is that of float32's rounding."""
+    return scale > 0 and SINGLE[0] < gap / scale < SINGLE[1]
+
+
+def _times(names: Sequence[str], what: str, factor: float, about: str = "") -> str:
+    shown = format_distinct(factor, 1.0)[0] if not about else f"{factor:.3g}"
+    return f"{names[1]}'s {what} is {about}{shown} times {names[0]}'s"
+
+
+def _factor(values: np.ndarray, of: np.ndarray, residual: float) -> float | None:
+    """c where `values` are c times `of`, up to this relative residual; None if they are not."""
+    with np.errstate(all="ignore"):
+        square = float(of @ of)
+        factor = float(values @ of) / square if square else 0.0
+        left = float(np.linalg.norm(values - factor * of))
+    size = float(np.linalg.norm(values))
+    fits = np.isfinite(factor) and factor != 0 and left <= residual * size
+    return factor if fits else None
+
+
+def _falls_with(difference: np.ndarray, gradient: np.ndarray) -> bool:
+    """Whether entries differ in inverse proportion to their gradient, as by Adam's epsilon:
+    lr g / (|g| + e) differs by lr (e' - e) sign(g) / |g|."""
+    large = np.abs(gradient) > 1e-2 * np.abs(gradient).max(initial=0.0)
+    products = (difference * gradient)[large]
+    if len(products) < 2 or not products.any():
+        return False
+    middle = float(np.median(products))
+    return bool(np.median(np.abs(products - middle)) < 0.1 * abs(middle))
