@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".package"))  # for a bare checkout
+import lockstep
 from lockstep.common import data
 
 BATCH_SIZE, LEARNING_RATE, MOMENTUM, SEED = 4, 0.001, 0.9, 0
@@ -55,10 +56,14 @@ def train_step(model: Net, optimizer: torch.optim.SGD, images: Tensor, labels: T
 def train(model: Net, dataset: data.Dataset, steps: int, dtype: str = "float32") -> list[float]:
     """The loss of each step, in nats."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    run = lockstep.Run()  # lets `check` record the loop; otherwise its calls do nothing
+    run.begin(model, optimizer)
     losses = []
     for images, labels in itertools.islice(batches(dataset, dtype), steps):
+        images, labels = run.batch(images, labels)
         x = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels before height and width
         loss = train_step(model, optimizer, x, torch.from_numpy(labels))
+        run.step(loss)
         losses.append(float(loss))
     return losses
 
