@@ -128,23 +128,34 @@ class Adapter:
 
     def optimizer_state(self, opt_state: Any = None) -> Arrays:
         optimizers = [o for o in self._objects.values() if isinstance(o, nnx.Optimizer)]
-        states = [opt_state] if opt_state is not None else [nnx.state(o) for o in optimizers]
-        found = {}
+        states = _parts(opt_state) if opt_state is not None else map(nnx.state, optimizers)
+        found: Arrays = {}
         for state in states:
-            for path, leaf in _leaves(state):
-                if (slot := self._slot(path)) is not None:
-                    found[slot] = _copy(leaf)
+            found |= self._slots(state, found)
         return found
 
-    def _slot(self, path: Path) -> str | None:
-        """ "<slot> of <parameter>": the longest end of a path that is a parameter's; the slot stands
-        before it."""
+    def _slots(self, state: Any, taken: Arrays) -> Arrays:
+        """The arrays of one optimizer by "<slot> of <parameter>". Of several things that `begin`
+        was given, an optimizer belongs to the first that its arrays fit and that has none yet."""
+        count = 1 + max((int(path[0]) for path in self._paths), default=0) if self._several else 0
+        best: Arrays = {}
+        for owner in ((), *((str(i),) for i in range(count))):
+            found = {}
+            for path, leaf in _leaves(state):
+                slot = self._slot(path, leaf.shape, owner)
+                if slot is not None and slot not in taken:
+                    found[slot] = leaf
+            best = max(best, found, key=len)
+        return {slot: _copy(leaf) for slot, leaf in best.items()}
+
+    def _slot(self, path: Path, shape: tuple[int, ...], owner: Path) -> str | None:
+        """ "<slot> of <parameter>": the longest end of a path that is a parameter's of `owner`; the
+        slot stands before it."""
         for start in range(1, len(path)):
-            for prefix in ((), *(((str(i),)) for i in range(4 if self._several else 0))):
-                name = self._paths.get(prefix + path[start:])
-                if name is not None:
-                    slots = [part for part in path[:start] if part in SLOTS]
-                    return f"{SLOTS[slots[-1]] if slots else path[start - 1]} of {name}"
+            name = self._paths.get(owner + path[start:])
+            if name is not None and self._start[name].shape == shape:
+                slots = [part for part in path[:start] if part in SLOTS]
+                return f"{SLOTS[slots[-1]] if slots else path[start - 1]} of {name}"
         return None
 
     def learning_rate(self) -> float | None:
@@ -244,6 +255,13 @@ def _is_optimizer(thing: Any) -> bool:
         and all(type(kind).__module__.startswith("optax") for kind in kinds if not _is_array(kind))
         and any(type(kind).__module__.startswith("optax") for kind in kinds)
     )
+
+
+def _parts(opt_state: Any) -> list[Any]:
+    """The states of several optimizers, where they were given as a tuple, a list or a dictionary."""
+    if isinstance(opt_state, dict):
+        return list(opt_state.values())
+    return list(opt_state) if type(opt_state) in (tuple, list) else [opt_state]
 
 
 def _leaves(tree: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:

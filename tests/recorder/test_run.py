@@ -325,6 +325,40 @@ def test_an_embedding_of_nnx_computes_in_the_precision_of_its_weights(start: Sta
         assert pinned(jnp.arange(5)).dtype == jnp.bfloat16
 
 
+def test_each_optimizer_of_nnx_belongs_to_its_own_module(
+    start: Start, recorded: Callable[[], Recording]
+) -> None:
+    """Modules alike but for a width, and their optimizers in another order."""
+    run = start()
+    models = [nnx.Linear(3, width, rngs=nnx.Rngs(0)) for width in (2, 3)]
+    one, two = (nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param) for model in models)
+    run.begin(*models, two, one)
+    loss, grads = nnx.value_and_grad(lambda a, b: (a.bias[...] * 2).sum(), argnums=(0, 1))(*models)
+    one.update(models[0], grads[0])
+    two.update(models[1], grads[1])
+    run.step(loss, grads=grads)
+    run.finish()
+    found = recorded().first_steps
+    assert found["0/backward/0.bias"].tolist() == [2, 2]
+    assert found["0/update/first moment of 0.bias"] == pytest.approx([0.2, 0.2])
+    assert found["0/update/first moment of 1.bias"].tolist() == [0, 0, 0]
+
+
+def test_each_optax_state_belongs_to_its_own_parameters(
+    start: Start, recorded: Callable[[], Recording]
+) -> None:
+    run = start()
+    params = run.begin({"w": jnp.ones(3)}, {"w": jnp.ones(3)})
+    adam = optax.chain(optax.clip(9.0), optax.adam(0.1))
+    grads = ({"w": jnp.ones(3)}, {"w": 2 * jnp.ones(3)})
+    states = [adam.update(g, adam.init(p))[1] for g, p in zip(grads, params, strict=True)]
+    run.step(1.0, params=params, grads=grads, opt_state=tuple(states))
+    run.finish()
+    found = recorded().first_steps
+    assert found["0/update/first moment of 0.w"] == pytest.approx(0.1 * np.ones(3))
+    assert found["0/update/first moment of 1.w"] == pytest.approx(0.2 * np.ones(3))
+
+
 # --- Random numbers
 
 
