@@ -3,17 +3,16 @@ of the libraries."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lockstep.common.recorder.layout import Index, Reshaping, Shape, reshaped, reshapings
-from lockstep.common.recorder.likeness import components
 from lockstep.common.recorder.tensors import Tensor
 
-KERNELS = ("kernel", "w")  # of Flax and Haiku: (..., in, out), where PyTorch's weight has (out, in)
 PRIOR = 2  # as many matches as the libraries' convention counts for
 SURE = 3  # matches of one layout, before a tensor of another counts as wrong
 Kind = tuple[str, str, int, int]
@@ -36,6 +35,13 @@ class Conventions:
             votes[how] += PRIOR
         return [how for how, _ in votes.most_common() if fits(a.shape, b.shape, how)]
 
+    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add what the shapes of matched tensors leave no choice about."""
+        for a, b in pairs:
+            plain = _plain(a.shape, b.shape) if len(a.shape) > 1 and a.is_kept else ()
+            if len(plain) == 1:
+                self.add(a, b, plain[0])
+
     def against(self, a: Tensor, b: Tensor, how: Reshaping | None) -> Reshaping | None:
         """The layout that this pair should have instead of `how`, by the matches of its kind; None
         if nothing speaks against it."""
@@ -50,16 +56,26 @@ class Conventions:
 
     def layout(self, a: Tensor, b: Tensor) -> tuple[Index, Reshaping] | None:
         """The most usual layout, or else the plainest that keeps or merges whole axes."""
-        plain = [how for how in reshapings(a.shape, b.shape) if fits(a.shape, b.shape, how)]
-        for how in (*self.of(a, b), *plain):
+        for how in (*self.of(a, b), *_plain(a.shape, b.shape)):
             index = reshaped(a.shape, b.shape, how)
             if index is not None:
                 return index, how
         return None
 
 
+@functools.cache
+def _plain(a: Shape, b: Shape) -> tuple[Reshaping, ...]:
+    return tuple(how for how in reshapings(a, b) if fits(a, b, how))
+
+
+@functools.cache
+def are_possible(a: Shape, b: Shape) -> bool:
+    """Whether any permutation of axes that keeps or merges them makes these shapes equal."""
+    return any(reshaped(a, b, how) is not None for how in _plain(a, b))
+
+
 def _kind(a: Tensor, b: Tensor) -> Kind:
-    return components(a.name)[-1], components(b.name)[-1], len(a.shape), len(b.shape)
+    return a.path.kind, b.path.kind, len(a.shape), len(b.shape)
 
 
 def _are_same(a: Tensor, b: Tensor, one: Reshaping, other: Reshaping | None) -> bool:
@@ -91,14 +107,12 @@ def _products(shape: Shape) -> Iterator[int]:
 
 
 def _of_libraries(a: Tensor, b: Tensor) -> list[Reshaping]:
-    """PyTorch's (out, in, ...) against (..., in, out), with heads as axes or without."""
-    roles = [components(tensor.name)[-1] for tensor in (a, b)]
-    if roles[0] == roles[1]:
-        same = Reshaping(tuple(range(len(b.shape))))
-        return [same] if a.shape == b.shape else []
-    if roles[0] in KERNELS and roles[1] == "weight":
-        return _jax_from_torch(a.shape, b.shape)
-    return _torch_from_jax(a.shape, b.shape) if roles[1] in KERNELS else []
+    """(out, in, ...) of what is called a weight against (..., in, out) of any other name, with
+    heads as axes or without; embeddings have one layout."""
+    one, other = a.is_out_first, b.is_out_first
+    if one == other or {a.path.last, b.path.last} & {"embedding", "embeddings"}:
+        return [Reshaping(tuple(range(len(b.shape))))] if a.shape == b.shape else []
+    return (_torch_from_jax if one else _jax_from_torch)(a.shape, b.shape)
 
 
 def _torch_from_jax(torch: Shape, jax: Shape) -> list[Reshaping]:

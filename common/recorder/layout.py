@@ -50,6 +50,15 @@ class Index:
         """Whether it takes every entry."""
         return math.prod(self.shape) == math.prod(self.source)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes every entry in its order."""
+        strides = _strides(self.shape)
+        return self.whole and all(
+            np.array_equal(table, np.arange(len(table)) * stride)
+            for table, stride in zip(self.tables, strides, strict=True)
+        )
+
     @cached_property
     def digits(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:
         """For each axis, (size, stride) of the axes that it unrolls; None if a table is not of
@@ -206,6 +215,8 @@ def words(index: Index, how: Reshaping | None, part_of: str = "") -> str:
     if how is None:
         order = _order(index)
         turned = len(order) == 2 and order == (1, 0)
+        if index.is_plain:
+            return "" if index.shape == index.source else "reshaped"
         return ("transposed, " if turned else "") + (_unrolled(index)[2:] or "another order")
     if len(index.shape) == len(index.source):
         if index.shape == tuple(index.source[axis] for axis in how.axes):

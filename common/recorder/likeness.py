@@ -55,6 +55,8 @@ class Path:
 
     name: str
     parents: tuple[str, ...]  # the paths of the modules that it is in, "" first
+    last: str  # the last component
+    kind: str  # the same without a number at its end
     role: str
     terms: frozenset[str]  # of the modules, most of them of one word
     letters: frozenset[str]  # the words themselves
@@ -102,6 +104,8 @@ def paths(names: Sequence[str]) -> list[Path]:
             Path(
                 name,
                 tuple(".".join(own[:i]) for i in range(len(own))),
+                own[-1],
+                own[-1].rstrip("0123456789_") or own[-1],
                 role or own[-1].lower(),
                 frozenset(terms),
                 frozenset(stem for stem in stems if stem),

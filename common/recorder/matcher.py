@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.common.errors import ConfigError
 from lockstep.common.recorder import evidence, packed
-from lockstep.common.recorder.conventions import Conventions
+from lockstep.common.recorder.conventions import Conventions, are_possible
 from lockstep.common.recorder.kinship import Kinship, settle
 from lockstep.common.recorder.layout import Index, Reshaping, reshaped, words
 from lockstep.common.recorder.names import split_key
@@ -51,7 +51,6 @@ class Matcher:
         self.space_a, self.space_b = Space(), Space()
         self._done_a: set[int] = set()
         self._done_b: set[int] = set()
-        self._torch_first = a.framework == "torch"
 
     # --- What is left, and what is found
 
@@ -96,7 +95,7 @@ class Matcher:
             return None
         for link in self._next_to(a, b):
             if link.b_index is not None and link.a_index is None:
-                index = packed.derived(link.b_index, a.shape, b.shape, self._torch_first)
+                index = packed.derived(link.b_index, a.shape, b.shape, link.a.is_out_first)
                 if index is not None and index.whole:
                     return Found(index, None)
         return None
@@ -248,24 +247,16 @@ class Matcher:
     def _add_beside_parts(self, in_a: bool) -> None:
         """What belongs next to the parts that were found: in what is left of the same large
         tensor, and in the biases next to it."""
-        parts = [link for link in self.links if link.is_part and self._is_in(link, in_a)]
-        mine, theirs = self.left_a(), self.left_b()
-        small = theirs if in_a else mine
+        large, small = (self.left_a(), self.left_b()) if in_a else (self.left_b(), self.left_a())
         for tensor in small:
-            for part in packed.remaining(
-                tensor, [_part(x, in_a) for x in parts], self._space(in_a)
-            ):
+            for part in packed.remaining(tensor, self._parts(in_a), self._space(in_a)):
                 self._add_part(part, in_a, SIBLING)
-        for link in parts:
-            known = _part(link, in_a)
-            for large in theirs if not in_a else mine:
-                for tensor in small:
-                    part = packed.next_to(known, tensor, large)
-                    if part is not None:
-                        self._add_part(part, in_a, SIBLING)
+        for part in list(packed.beside(self._parts(in_a), small, large)):
+            self._add_part(part, in_a, SIBLING)
 
-    def _is_in(self, link: Link, in_a: bool) -> bool:
-        return (link.a_index is not None) == in_a
+    def _parts(self, in_a: bool) -> list[Part]:
+        found = [x for x in self.links if x.is_part and (x.a_index is not None) == in_a]
+        return [_part(link, in_a) for link in found]
 
     def _space(self, in_a: bool) -> Space:
         return self.space_a if in_a else self.space_b
@@ -293,18 +284,21 @@ class Matcher:
         for side, left in enumerate((mine, theirs)):
             for t in left:
                 groups.setdefault((t.size, t.is_kept, t.is_float), ([], []))[side].append(t)
+        found: list[tuple[Tensor, Tensor, str]] = []
         for mine, theirs in groups.values():
             if not mine or not theirs:
                 continue
             possible = np.array([[self._is_possible(a, b) for b in theirs] for a in mine])
             bonus = self._bonus(mine, theirs)
             for i, j in settle(self.kinship, _numbers(mine), _numbers(theirs), possible, bonus):
-                a, b = self.a[i], self.b[j]
                 kin = self._has_values and self.kinship.are_kin(i, j)
-                self._add_whole(a, b, SIBLING if kin else NAME, vote=False)
+                found.append((self.a[i], self.b[j], SIBLING if kin else NAME))
+        self.conventions.learn([(a, b) for a, b, _ in found])
+        for a, b, how in sorted(found, key=lambda pair: -len(pair[0].shape)):
+            self._add_whole(a, b, how, vote=False)
 
     def _is_possible(self, a: Tensor, b: Tensor) -> bool:
-        if a.is_kept and self.conventions.layout(a, b) is None:
+        if a.is_kept and not are_possible(a.shape, b.shape):
             return False
         known = ("weight", "bias", "mean", "variance")
         roles = (a.path.role, b.path.role)
@@ -348,8 +342,7 @@ def _part(link: Link, in_a: bool) -> Part:
 
 
 def _whole(a: Tensor, b: Tensor, how: str, found: Found | None) -> Link:
-    if found is None or (a.shape == b.shape and found.how == Reshaping(tuple(range(len(b.shape))))):
-        plain = Reshaping(tuple(range(len(b.shape))))
-        return Link(a, b, how, reshaping=plain)
+    if found is None or (a.shape == b.shape and found.index.is_plain):
+        return Link(a, b, how, reshaping=Reshaping(tuple(range(len(b.shape)))))
     layout = words(found.index, found.how)
     return Link(a, b, how, b_index=found.index, reshaping=found.how, layout=layout)

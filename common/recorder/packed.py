@@ -119,17 +119,25 @@ def remaining(tensor: Tensor, parts: Sequence[Part], space: Space) -> Iterator[P
             yield Part(tensor, part.large, part.index.shifted(part.index.base + shift))
 
 
-def next_to(part: Part, small: Tensor, large: Tensor) -> Part | None:
-    """Where the bias next to a part lies, in the bias next to the large tensor."""
-    if (
-        small.path.parents[-1] != part.small.path.parents[-1]
-        or large.path.parents[-1] != part.large.path.parents[-1]
-        or small.path.role != large.path.role
-        or small.size >= large.size
-    ):
-        return None
-    index = derived(part.index, small.shape, large.shape, small.path.role == "weight")
-    return None if index is None else Part(small, large, index)
+def beside(
+    parts: Sequence[Part], small: Sequence[Tensor], large: Sequence[Tensor]
+) -> Iterator[Part]:
+    """Where the biases next to parts lie, in those next to the large tensors."""
+    smaller, larger = _by_module(small), _by_module(large)
+    for part in parts:
+        for tensor in smaller.get(part.small.path.parents[-1], []):
+            for whole in larger.get(part.large.path.parents[-1], []):
+                if tensor.path.role == whole.path.role and tensor.size < whole.size:
+                    index = derived(part.index, tensor.shape, whole.shape, part.small.is_out_first)
+                    if index is not None:
+                        yield Part(tensor, whole, index)
+
+
+def _by_module(tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.path.parents[-1], []).append(tensor)
+    return found
 
 
 def divided(
@@ -233,17 +241,22 @@ def derived(weight: Index, small: Shape, large: Shape, leading: bool) -> Index |
         leading: whether the output axes come first where sizes cannot tell.
     """
     n = len(weight.shape)
-    starts = range(n - len(small) + 1)
-    for start in starts if leading else reversed(starts):
-        kept = range(start, start + len(small))
-        if tuple(weight.shape[axis] for axis in kept) == small:
-            index = _without_inputs(weight, list(kept), large)
+    starts = list(range(n - len(small) + 1))
+    if not leading:
+        starts.reverse()
+    spans = [range(start, start + len(small)) for start in starts]
+    spans = [kept for kept in spans if tuple(weight.shape[axis] for axis in kept) == small]
+    for is_flat in (False, True):
+        for kept in spans:
+            index = _without_inputs(weight, list(kept), large, is_flat)
             if index is not None:
                 return index
     return None
 
 
-def _without_inputs(weight: Index, kept: list[int], large: Shape) -> Index | None:
+def _without_inputs(weight: Index, kept: list[int], large: Shape, is_flat: bool) -> Index | None:
+    """`derived`, for some axes; `is_flat`: axes of the weight are one of the bias."""
+
     def coordinates(places: np.ndarray) -> np.ndarray:
         return np.stack(np.unravel_index(places, weight.source))
 
@@ -254,7 +267,7 @@ def _without_inputs(weight: Index, kept: list[int], large: Shape) -> Index | Non
         fixed |= set(np.flatnonzero(moved.any(axis=1)).tolist())
     axes = [axis for axis in range(len(weight.source)) if axis not in fixed]
     sizes = [weight.source[axis] for axis in axes]
-    if not axes or math.prod(sizes) != math.prod(large):
+    if not axes or math.prod(sizes) != math.prod(large) or (tuple(sizes) != large) != is_flat:
         return None
 
     def places(of: np.ndarray) -> np.ndarray:

@@ -16,20 +16,26 @@ NEAR = 0.3  # likeness of two names, from which one is proposed for the other
 
 def summary(found: Matcher) -> Matching:
     """All matches, what is left, and how values differ."""
-    links = sorted(found.links, key=lambda link: (link.a.number, link.b.number))
+    links = sorted(found.links, key=_place)
     matches = tuple(_match(link) for link in links)
     parts_a = [link.a for link in links if link.a_index is not None]
     parts_b = [link.b for link in links if link.is_part and link.a_index is None]
     unmatched_a = _left(found.left_a(), parts_a, found.space_a)
     unmatched_b = _left(found.left_b(), parts_b, found.space_b)
+    same_start = _same_start(found)
     return Matching(
         matches,
         unmatched_a,
         unmatched_b,
         _proposals(found, unmatched_a, unmatched_b),
-        _same_start(found),
-        _differing(links, matches),
+        same_start,
+        _differing(links, matches, same_start),
     )
+
+
+def _place(link: Link) -> tuple[int, int, int]:
+    """By A's order of definition, and by where a part lies in A's tensor."""
+    return link.a.number, 0 if link.a_index is None else link.a_index.base, link.b.number
 
 
 def _match(link: Link) -> Match:
@@ -55,23 +61,36 @@ def _same_start(found: Matcher) -> bool:
     return shared >= ENOUGH * len(varied)
 
 
-def _differing(links: list[Link], matches: tuple[Match, ...]) -> tuple[Difference, ...]:
-    digests = {}
+def _differing(
+    links: list[Link], matches: tuple[Match, ...], same_start: bool
+) -> tuple[Difference, ...]:
+    digests: tuple[dict[int, str], dict[int, str]] = ({}, {})
     for link, match in zip(links, matches, strict=True):
         if link.a.is_kept and not link.a.is_constant:
-            key = values.signature(values.keys(match.of_a(link.a.array)))
-            digests.setdefault(key, match.name)
+            for of, name, array in (
+                (digests[0], match.name, match.of_a(link.a.array)),
+                (digests[1], _of_b(link), match.of_b(link.b.array)),
+            ):
+                of.setdefault(values.signature(values.keys(array)), name)
     found = []
     for link, match in zip(links, matches, strict=True):
         if link.how == "value" or not (link.a.is_kept and link.b.is_kept):
             continue
-        text = _difference(link, match, digests)
+        text = _difference(link, match, digests, same_start)
         if text:
             found.append(Difference(match.name, text))
     return tuple(found)
 
 
-def _difference(link: Link, match: Match, digests: dict[int, str]) -> str:
+def _of_b(link: Link) -> str:
+    return (
+        f"{link.a.name}'s part of {link.b.name}" if link.is_part and link.b_index else link.b.name
+    )
+
+
+def _difference(
+    link: Link, match: Match, digests: tuple[dict[int, str], dict[int, str]], same_start: bool
+) -> str:
     if link.a.is_constant and link.b.is_constant and link.a.signature == link.b.signature:
         return ""
     one, other = match.of_a(link.a.array), match.of_b(link.b.array)
@@ -79,13 +98,18 @@ def _difference(link: Link, match: Match, digests: dict[int, str]) -> str:
     if np.array_equal(*keyed):
         return ""
     if link.stored is not None:
-        stored = link.stored or "not permuted"
-        return f"the same numbers in another layout ({stored}) than all others of its kind"
-    digest = values.signature(keyed[1])
-    equals = digests.get(digest)
-    if equals is not None and equals != match.name and not values.is_constant(keyed[1]):
-        return f"{match.b} equals {equals}"
-    return differences.in_words(one, other, values.signature(keyed[0]) == digest)
+        usual = link.layout or "as they are"
+        return f"stored {link.stored or 'as it is'}, all others of its kind {usual}"
+    digest = [values.signature(x) for x in keyed]
+    if digest[0] != digest[1]:
+        if digest[1] in digests[0] and not values.is_constant(keyed[1]):
+            return f"{_of_b(link)} equals {digests[0][digest[1]]}"
+        if digest[0] in digests[1] and not values.is_constant(keyed[0]):
+            return f"{match.name} equals {digests[1][digest[0]]}"
+    text = differences.in_words(one, other, digest[0] == digest[1])
+    if text or not same_start:
+        return text
+    return f"other values: the largest gap is {np.abs(one - other).max():.3g}"
 
 
 def _proposals(

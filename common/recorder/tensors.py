@@ -39,6 +39,11 @@ class Tensor:
     def is_float(self) -> bool:
         return self.array.dtype.kind not in "biu"
 
+    @property
+    def is_out_first(self) -> bool:
+        """Whether a weight is (out, in), by its name, as in PyTorch and Equinox."""
+        return self.path.last.endswith("weight")
+
     def keys(self) -> np.ndarray:
         return values.keys(self.array)
 
