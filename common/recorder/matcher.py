@@ -238,6 +238,8 @@ class Matcher:
         space = self.space_a if in_a else self.space_b
         if part.small.number in done or not space.take(part.large, part.index):
             return
+        if how == NAME and np.array_equal(part.index.take(part.large.keys()), part.small.keys()):
+            how = VALUE
         layout = words(part.index, None, part_of=part.large.name)
         if in_a:
             self.add(Link(part.large, part.small, how, a_index=part.index, layout=layout))

@@ -25,6 +25,8 @@ from lockstep.common.recorder.layout import (
 SAMPLES = 16  # values that are looked up before a layout is worked out
 PROBES = 64  # entries that are compared before all are
 LINES = 12  # entries, with values that occur once, whose lines along the axes are looked up
+TRIED = 48  # indices by which two lines are brought together
+MAX_PAIRS = 10**6  # of places that are compared at once
 MAX_TIES = 4096  # places of one value that are considered
 
 
@@ -233,17 +235,22 @@ class Lookup:
         """The same for indices whose value repeats on every line: the one place that all lines
         have in common."""
         lines = [
-            (entry, place)
+            _Line(self, wanted, axis, entry, place)
             for entry, place in zip(entries, places, strict=True)
-            if known[entry[axis]]
         ]
+        shifts = [(lines[0], 0)]
+        for line in lines[1:]:
+            shift = table[line.at] if known[line.at] else lines[0].shift_of(line)
+            if shift is not None:
+                shifts.append((line, int(shift)))
         for i in np.flatnonzero(~known):
             left: np.ndarray | None = None
-            for entry, place in lines:
-                value = wanted[(*entry[:axis], i, *entry[axis + 1 :])]
-                steps = self.ties(value) - place + table[entry[axis]]
+            for line, shift in shifts:
+                steps = line.steps(int(i)) + shift
                 if steps.size:
                     left = steps if left is None else np.intersect1d(left, steps)
+                if left is not None and left.size == 1:
+                    break
             if left is None or left.size != 1:
                 return None
             table[i] = left[0]
@@ -255,6 +262,33 @@ class Lookup:
         return np.array_equal(flat[index.at(*probes)], wanted[probes]) and np.array_equal(
             index.take(self.source), wanted
         )
+
+
+class _Line:
+    """A line along one axis, through an entry whose place is known."""
+
+    def __init__(
+        self, lookup: Lookup, wanted: np.ndarray, axis: int, entry: tuple[int, ...], place: int
+    ) -> None:
+        self.at = entry[axis]
+        self._values = wanted[(*entry[:axis], slice(None), *entry[axis + 1 :])]
+        self._lookup, self._place = lookup, place
+
+    def steps(self, i: int) -> np.ndarray:
+        """int64: how far index `i` may lie from the entry's; none if nothing can be said."""
+        return self._lookup.ties(self._values[i]) - self._place
+
+    def shift_of(self, other: _Line) -> int | None:
+        """How far the index of another line's entry lies from that of this one's: the only way in
+        which the two lines have places in common for each of some indices."""
+        tried = np.linspace(0, len(self._values) - 1, TRIED).astype(int)
+        candidates = self.steps(other.at)
+        for i in tried:
+            mine, theirs = self.steps(int(i)), other.steps(int(i))
+            if mine.size and theirs.size and 0 < candidates.size * theirs.size <= MAX_PAIRS:
+                together = np.isin(candidates[:, None] + theirs, mine).any(axis=1)
+                candidates = candidates[together]
+        return int(candidates[0]) if candidates.size == 1 else None
 
 
 def samples(keyed: np.ndarray) -> np.ndarray:

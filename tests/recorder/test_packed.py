@@ -59,7 +59,8 @@ def is_covered(found: Matching, weights: Arrays, large: str, of_a: bool) -> bool
 @pytest.mark.parametrize("packed_first", [True, False])
 def test_parts_are_found_in_either_direction(packed: Arrays, apart: Arrays, packed_first: bool):
     sides = [recording(packed), recording(apart, "jax")]
-    found = match(*(sides if packed_first else reversed(sides)))
+    one, other = sides if packed_first else reversed(sides)
+    found = match(one, other)
     assert found.same_start
     assert len(found.matches) == 6
     assert not found.unmatched_a + found.unmatched_b + found.differing
