@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.common.protocol import Arrays, split_slot
 from lockstep.common.recorder.layouts import Layout, find_layout
 from lockstep.common.recorder.modules import components, corresponding, layer_of
-from lockstep.common.recorder.recording import Recording, fingerprint
+from lockstep.common.recorder.recording import Recording, fingerprint, means
 from lockstep.common.runs.record import FIRST_STEPS, Record
 
 ROOT = "output"  # the recorders' name of what the whole network returns
@@ -370,13 +370,6 @@ def _like(record: ScriptRecord, other: ScriptRecord) -> ScriptRecord:
             if name in theirs
         }
     return dataclasses.replace(record, **groups)  # pyright: ignore[reportArgumentType]
-
-
-def means(summary: np.ndarray) -> np.ndarray:
-    """float64 (5,): mean, mean absolute value, root mean square, smallest and largest of an array of
-    which only `recording.fingerprint` is known: all of the size of its entries."""
-    count = max(1.0, float(summary[0]))
-    return summary[1:] / np.array([count, count, np.sqrt(count), 1.0, 1.0])
 
 
 def in_common_type(array: np.ndarray) -> np.ndarray:

@@ -208,3 +208,10 @@ def fingerprint(array: np.ndarray) -> np.ndarray:
     norm = float(np.sqrt(np.square(values).sum()))
     sums = [float(values.sum()), float(np.abs(values).sum()), norm]
     return np.array([values.size, *sums, float(values.min()), float(values.max())])
+
+
+def means(summary: np.ndarray) -> np.ndarray:
+    """float64 (5,): mean, mean absolute value, root mean square, smallest and largest of an array of
+    which only the `fingerprint` is known: all of the size of its entries."""
+    count = max(1.0, float(summary[0]))
+    return summary[1:] / np.array([count, count, np.sqrt(count), 1.0, 1.0])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lockstep.common.config import BACKENDS
-from lockstep.common.report.json import ComparisonJson
+from lockstep.common.report.json import ComparedJson, ComparisonJson
 from lockstep.common.runs.record import Record
 
 MAX_CLASSES = 40  # of more, charts show the weakest and the strongest
@@ -46,19 +46,34 @@ def smoothing(runs: Runs) -> int:
 
 
 def loss_gap(one: Record, other: Record) -> np.ndarray:
-    """|difference| of the two losses of each step that both have; NaN where one is not finite."""
-    steps = min(one.steps, other.steps)
+    """`series_gap` of the two losses."""
+    return series_gap(one.loss, other.loss)
+
+
+def series_gap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """|difference| of each step that both have; NaN where one is not finite."""
+    steps = min(len(one), len(other))
     with np.errstate(all="ignore"):
-        gap = np.abs(one.loss[:steps] - other.loss[:steps])
+        gap = np.abs(one[:steps] - other[:steps])
     return np.where(np.isfinite(gap), np.minimum(gap, CEILING), np.nan)
 
 
 def twin_spread(runs: Runs, twins: dict[str, list[Record]]) -> np.ndarray | None:
     """The largest gap so far, by step, between any two runs of one backend; None where no backend
     has twins."""
-    ensembles = [[runs[name], *twins.get(name, ())] for name in BACKENDS if name in runs]
+    return series_spread(
+        [
+            [record.loss for record in (runs[name], *twins.get(name, ()))]
+            for name in BACKENDS
+            if name in runs
+        ]
+    )
+
+
+def series_spread(ensembles: Sequence[Sequence[np.ndarray]]) -> np.ndarray | None:
+    """`twin_spread` of any series: of each side, those of its run and its twins."""
     spreads = [
-        loss_gap(one, other)
+        series_gap(one, other)
         for ensemble in ensembles
         for one, other in itertools.combinations(ensemble, 2)
     ]
@@ -68,12 +83,12 @@ def twin_spread(runs: Runs, twins: dict[str, list[Record]]) -> np.ndarray | None
     return np.fmax.accumulate(np.fmax.reduce([np.fmax(spread[:shortest], 0) for spread in spreads]))
 
 
-def loss_bounds(comparison: ComparisonJson) -> list[LossBound]:
+def loss_bounds(comparison: ComparedJson, loss: str = "loss") -> list[LossBound]:
     """The bounds on the gap between the losses of a step."""
     return [
         LossBound(row["start"], row["stop"], row["bound"])
         for row in comparison["stretches"]
-        if row["quantity"] == "loss" and row["bound"] is not None
+        if row["quantity"] == loss and row["bound"] is not None
     ]
 
 

@@ -7,7 +7,7 @@ Each `draw_` function fills one panel. `chart_data` computes the numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from lockstep.common.config import BACKENDS
 from lockstep.common.report.chart_data import (
     CEILING,
     MAX_POINTS,
+    LossBound,
     Runs,
     loss_bounds,
     loss_gap,
@@ -35,13 +36,14 @@ from lockstep.common.report.figures import (
     label,
     style_axes,
 )
-from lockstep.common.report.json import ComparisonJson, DivergenceJson
+from lockstep.common.report.json import ComparisonJson, PlaceJson
 from lockstep.common.report.text import percent
 from lockstep.common.runs.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MAX_LABEL = 40  # letters in a legend
 MAX_WRITTEN = 12  # classes of a confusion matrix whose numbers are written into it
 DECADES = 1e3  # a series that spans more has a logarithmic axis
 SHADE = 0.6  # opacity of a full cell: its number can be read on light and on dark pages
@@ -50,33 +52,48 @@ SHADE = 0.6  # opacity of a full cell: its number can be read on light and on da
 def draw_series(axes: Axes, runs: Runs, quantity: str, unit: str, window: int = 1) -> None:
     """A quantity at each step, of each backend: its running mean over `window` steps as a thick
     line, single steps as a thin one."""
+    values = {name: getattr(runs[name], quantity) for name in BACKENDS if name in runs}
+    draw_lines(axes, values, unit, window, from_zero=quantity != "loss")
+
+
+def draw_lines(
+    axes: Axes,
+    series: Mapping[str, np.ndarray],
+    unit: str,
+    window: int = 1,
+    from_zero: bool = False,
+) -> None:
+    """One or two series, by step, as of `draw_series`.
+
+    Args:
+        series: by name; what is not a backend's has the colours of the two in their order.
+        from_zero: whether a linear axis begins there.
+    """
     drawn = []
-    for name in BACKENDS:
-        if name not in runs:
-            continue
-        values = getattr(runs[name], quantity)
+    for place, (name, values) in enumerate(series.items()):
+        like = name if name in COLOURS else BACKENDS[place]
         x, y = running_mean(values, window)
-        kept, style = subsample(len(x)), LINES[name] if len(runs) == 2 else "-"
+        kept, style = subsample(len(x)), LINES[like] if len(series) == 2 else "-"
         mark = "o" if len(x) == 1 else None  # one point is no line
         axes.plot(
             x[kept],
             y[kept],
             linestyle=style,
             marker=mark,
-            color=COLOURS[name],
+            color=COLOURS[like],
             linewidth=1.8,
-            label=name,
+            label=label(name, MAX_LABEL),
             zorder=3,
         )
         drawn.append(y[np.isfinite(y)])
         if window > 1:
             kept = subsample(len(values))
             raw = np.clip(values[kept], -CEILING, CEILING)
-            axes.plot(kept, raw, color=COLOURS[name], linewidth=0.5, alpha=0.35, zorder=2)
+            axes.plot(kept, raw, color=COLOURS[like], linewidth=0.5, alpha=0.35, zorder=2)
     seen = np.concatenate(drawn)
     if len(seen) and seen.min() > 0 and seen.max() / seen.min() > DECADES:
         _decades(axes)
-    elif quantity != "loss":
+    elif from_zero:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel(unit + (f"\n(thick: mean of {window:,} steps)" if window > 1 else ""))
@@ -91,7 +108,25 @@ def draw_gap(
     """The gap between the two training losses, the band of the twins, the bound, and the step at
     which the runs diverge."""
     gap, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
-    bounds = loss_bounds(comparison)
+    draw_gap_of(axes, gap, spread, loss_bounds(comparison), comparison["first_divergence"])
+    axes.set_ylabel("|torch - flax|, nats")
+
+
+def draw_gap_of(
+    axes: Axes,
+    gap: np.ndarray,
+    spread: np.ndarray | None,
+    bounds: Sequence[LossBound],
+    first: PlaceJson | None,
+) -> None:
+    """The gap between two series, by step.
+
+    Args:
+        gap: float64 (steps,); NaN where it is not finite.
+        spread: the largest one so far between twins of one side; None without twins.
+        bounds: on the gap.
+        first: where the two diverge, if they do.
+    """
     seen = np.concatenate([gap, [] if spread is None else spread, [row.bound for row in bounds]])
     seen = seen[np.isfinite(seen) & (seen > 0)]
     # Where a logarithmic axis puts zero: a decade below all else.
@@ -128,9 +163,8 @@ def draw_gap(
             fontsize=8,
             color=GREY,
         )
-    _divergence(axes, comparison["first_divergence"])
+    _divergence(axes, first)
     axes.set_xlabel("step")
-    axes.set_ylabel("|torch - flax|, nats")
     style_axes(axes)
 
 
@@ -165,7 +199,7 @@ def _decades(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _divergence(axes: Axes, first: DivergenceJson | None) -> None:
+def _divergence(axes: Axes, first: PlaceJson | None) -> None:
     """Mark the step at which the two runs diverge, and name it above the panel."""
     if first is None:
         return

@@ -56,12 +56,17 @@ class WindowJson(OutcomeJson):
     drift: float | None
 
 
-class DivergenceJson(TypedDict):
-    """The first check that two runs fail."""
+class PlaceJson(TypedDict):
+    """A place in a run."""
 
     step: int
     stage: str
     tensor: str
+
+
+class DivergenceJson(PlaceJson):
+    """The first check that two runs fail."""
+
     gap: float | None
     bound: float | None
     torch: float | None
@@ -97,11 +102,19 @@ class TwinJson(TypedDict):
     predictions_equal: int
 
 
-class ComparisonJson(TypedDict):
-    """Two runs compared in one precision, or one run described. By backend where a dictionary."""
+class ComparedJson(TypedDict):
+    """What was compared in one precision."""
 
     dtype: str
     steps: int
+    bound: Rule
+    ladder: list[CheckJson]
+    stretches: list[WindowJson]
+
+
+class ComparisonJson(ComparedJson):
+    """Two runs compared in one precision, or one run described. By backend where a dictionary."""
+
     broken: NotRequired[dict[str, int | None]]  # reports of earlier versions have none
     verdict: Verdict
     diverged_at: NotRequired[int | None]  # the step at which both runs are not finite
@@ -111,11 +124,8 @@ class ComparisonJson(TypedDict):
     beginners: NotRequired[dict[str, int]]
     class_differences: NotRequired[dict[str, PairedDifference]]  # by class
     max_abs_loss_gap: float | None
-    bound: Rule
     first_divergence: DivergenceJson | None
     located: NotRequired[LocationJson]
-    ladder: list[CheckJson]
-    stretches: list[WindowJson]
     final_loss: dict[str, float | None]
     test_loss: dict[str, float | None]
     accuracy: dict[str, float | None]

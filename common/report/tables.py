@@ -18,7 +18,13 @@ from lockstep.common.report.chart_data import (
     subsample,
     twin_spread,
 )
-from lockstep.common.report.json import CheckJson, ComparisonJson, ReportJson, WindowJson
+from lockstep.common.report.json import (
+    CheckJson,
+    ComparedJson,
+    ComparisonJson,
+    ReportJson,
+    WindowJson,
+)
 from lockstep.common.report.summary import entry_cells, merge_equal, tensor_text, worst_per_stage
 from lockstep.common.report.text import four_digits, number, ok, percent, steps_text
 from lockstep.common.runs.record import Record
@@ -88,7 +94,7 @@ def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) 
 # --- What was compared
 
 
-def worst_checks(comparison: ComparisonJson) -> Table:
+def worst_checks(comparison: ComparedJson) -> Table:
     """The worst check of each stage."""
     spread = _has_spread(comparison["ladder"])
     rows = [
@@ -100,7 +106,7 @@ def worst_checks(comparison: ComparisonJson) -> Table:
     return Table(f"{worst}, {comparison['dtype']}", columns, rows)
 
 
-def checks(comparison: ComparisonJson) -> Table:
+def checks(comparison: ComparedJson) -> Table:
     """All comparisons of single steps."""
     spread = _has_spread(comparison["ladder"])
     rows = [
@@ -111,7 +117,7 @@ def checks(comparison: ComparisonJson) -> Table:
     return Table(caption, [*_check_columns(spread), "ok"], rows)
 
 
-def windows(comparison: ComparisonJson) -> Table:
+def windows(comparison: ComparedJson) -> Table:
     """All comparisons of step ranges; neighbours with the same numbers are one row."""
     spread = _has_spread(comparison["stretches"])
     rows = [

@@ -139,6 +139,10 @@ class Terminal:
                 self._bar = None
                 bar.stop()
 
+    def paragraph(self, text: str, style: str = "") -> None:
+        """Print `text`, wrapped, even with `quiet`."""
+        self._paragraph(text, style)
+
     def print_always(self, text: str) -> None:
         """Print `text` even with `quiet`."""
         self._paragraph(text, "bold")

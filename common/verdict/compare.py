@@ -103,7 +103,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             for name, side in ensembles.items()
             if (step := first_irreproducible_step(side)) is not None
         },
-        rule=rule_of(single.dtype, number),
+        rule=_rule(single.dtype, number),
         checks=tuple(check for check in checks if check.start is None),
         windows=tuple(check for check in checks if check.start is not None),
         first_divergence=divergence(failures[0], list(runs)) if failures else None,
@@ -199,7 +199,7 @@ def _summary(record: Record, labels: np.ndarray) -> RunSummary:
     )
 
 
-def rule_of(dtype: str, twins: int) -> Rule:
+def _rule(dtype: str, twins: int) -> Rule:
     factor = SEPARATION[dtype]
     if dtype == "float64":
         rule = (

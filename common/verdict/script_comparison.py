@@ -54,7 +54,8 @@ class ScriptPlace:
             shown = zip(check.sides or self.sides, format_distinct(*check.values), strict=True)
             text += " ".join(f"{name}={value}" for name, value in shown) + ", "
         gap = "gap" if check.measure == "largest" else f"{check.measure} gap"
-        return f"{text}{gap} {check.gap:.1e} > {check.bound:.1e}"
+        bound = f"{check.bound:.1e}" if check.bound else "0"
+        return f"{text}{gap} {check.gap:.1e} > {bound}"
 
     @property
     def extent(self) -> str:

@@ -141,7 +141,10 @@ def _update_relation(
         if step
         else record.weights.get(parameter)
     )
-    gradient = record.first_steps.get(f"{step}/backward/{parameter}")
+    # In step 0 a moment is a multiple of the gradient.
+    likes = [f"{step}/backward/", *(["0/update/first moment of "] if step == 0 else [])]
+    found = (record.first_steps.get(f"{like}{parameter}") for like in likes)
+    gradient = next((array for array in found if array is not None), None)
     if before is None or before.shape != after[0].shape or before.dtype.kind != "f":
         return None
     if slot:

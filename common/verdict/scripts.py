@@ -34,7 +34,7 @@ from lockstep.common.recorder.recording import Recording
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.verdict.check import Check
-from lockstep.common.verdict.compare import diverged_at, rule_of
+from lockstep.common.verdict.compare import diverged_at
 from lockstep.common.verdict.comparison import Rule
 from lockstep.common.verdict.distances import max_difference, scalar_gap
 from lockstep.common.verdict.judge import INITIAL_TWINS, MAX_TWINS
@@ -42,7 +42,14 @@ from lockstep.common.verdict.script_checks import all_checks, believed, script
 from lockstep.common.verdict.script_comparison import STEPS, ScriptComparison, ScriptPlace
 from lockstep.common.verdict.script_notes import first_change, not_seen, notes_of, unmatched
 from lockstep.common.verdict.script_place import find_place
-from lockstep.common.verdict.statistics import PROOF_BOUND
+from lockstep.common.verdict.statistics import (
+    COUNT_FLOOR,
+    FLIP_SHARE,
+    FLOOR_ULP,
+    PROOF_BOUND,
+    SEPARATION,
+    SEPARATION_IMAGES,
+)
 
 # Times the bound, of float64. A gap of the first steps that is larger is no rounding: a gradient
 # that cancels was seen to lose six digits. Later, training may amplify rounding to any size; six
@@ -271,15 +278,37 @@ def _check_steps(ours: int, theirs: int) -> Check:
 
 
 def _rule(dtype: str, twins: int) -> Rule:
-    if dtype != "float64" or twins:
-        return rule_of(dtype, twins)
-    return {
-        "rule": (
+    """As `compare.rule_of`, in the words of scripts."""
+    factor = SEPARATION[dtype]
+    if dtype == "float64":
+        rule = (
             f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; every step's batch and "
             "the initial weights are equal, and so are whole numbers given to run.finish"
-        ),
-        "relative": PROOF_BOUND,
-        "twins": 0,
+        )
+        if twins:
+            rule += (
+                f"; after the first steps {factor:g} times the spread of {twins} twins is added, "
+                "that of the script whose twins spread less"
+            )
+        return {"rule": rule, "relative": PROOF_BOUND, "twins": twins}
+    rule = (
+        "every step's batch and the initial weights are equal; the closest runs of the two scripts "
+        f"may be {factor:g} times as far apart as the most distant runs of the one that spreads "
+        f"less are by the end of the next range of steps ({twins} twins, with weights and batches "
+        f"moved by an ulp), and {factor * FLOOR_ULP[dtype]:g} ulp of {dtype}; of whole numbers "
+        f"given to run.finish, {SEPARATION_IMAGES:g} times as many may differ, and "
+        f"{SEPARATION_IMAGES * COUNT_FLOOR:g}; {100 * factor * FLIP_SHARE:g} % of a first "
+        "gradient, but not of half of its entries, and of the way that the weights have gone may "
+        "be ReLUs that rounding flipped"
+    )
+    return {
+        "rule": rule,
+        "separation": factor,
+        "separation_images": SEPARATION_IMAGES,
+        "floor_ulp": FLOOR_ULP[dtype],
+        "flip_share": FLIP_SHARE,
+        "images": COUNT_FLOOR,
+        "twins": twins,
     }
 
 
