@@ -61,19 +61,8 @@ def build(
 
 
 def enable_jax_cache() -> None:
-    """Let JAX cache compiled programs on disk, unless the user has chosen a folder.
+    """Let JAX cache compiled programs on disk; it reads the settings at its first import.
 
-    JAX reads these settings at its first import. Whoever can write a program can have it run, so
-    the folder is the user's alone. `torch.compile` has a cache of its own.
+    `torch.compile` has a cache of its own.
     """
-    folder = environment.cache_folder() / "jax"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return  # without a cache, programs are compiled each time
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        # bytes; JAX removes the least recently used programs
-        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ.update(environment.jax_cache())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lockstep.common.recipes import RECIPES
     from lockstep.common.request import Result
     from lockstep.common.runs.record import read as read_record
+    from lockstep.common.scripts import check, diff, record
     from lockstep.common.testing import same_run
     from lockstep.run import Run
 
@@ -33,9 +34,12 @@ _SOURCES = {
     "Run": ("run", "Run"),
     "Result": ("common.request", "Result"),
     "Schedule": ("common.config", "Schedule"),
+    "check": ("common.scripts", "check"),
     "compare": ("cli", "compare"),
+    "diff": ("common.scripts", "diff"),
     "load_backend": ("backends", "load"),
     "load_data": ("common.data", "load"),
+    "record": ("common.scripts", "record"),
     "read_record": ("common.runs.record", "read"),
     "same_run": ("common.testing", "same_run"),
 }
@@ -50,10 +54,13 @@ __all__ = [
     "Run",
     "Schedule",
     "__version__",
+    "check",
     "compare",
+    "diff",
     "load_backend",
     "load_data",
     "read_record",
+    "record",
     "same_run",
 ]
 

@@ -1,8 +1,14 @@
-"""The report on standard output."""
+"""The report on standard output, and the end of a command over two scripts."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lockstep.common.report import Terminal
+    from lockstep.common.report.scripts import ScriptResult
 
 
 def print_json(report: Mapping[str, object]) -> None:
@@ -10,3 +16,17 @@ def print_json(report: Mapping[str, object]) -> None:
     from lockstep.common.report import to_json
 
     print(to_json(report), end="", flush=True)
+
+
+def terminal(options: argparse.Namespace) -> Terminal:
+    """The terminal that `--quiet`, `--verbose` and `--json` ask for."""
+    from lockstep.common.report import Terminal
+
+    return Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
+
+
+def conclude(result: ScriptResult, options: argparse.Namespace) -> int:
+    """Print what `--json` asks for, and return the exit status."""
+    if options.json:
+        print_json(result.report)
+    return 0 if result else 1

@@ -17,7 +17,9 @@ from lockstep.common.system.interrupt import SignalHandler
 
 COMMANDS = {
     "run": "train in both frameworks and compare the two runs (the default)",
+    "check": "find out whether two training scripts of your own are the same run",
     "record": "run a training script of your own and keep what it computed",
+    "diff": "compare the recordings of two training scripts",
     "locate": "find the first tensor in which two runs differ",
     "export": "write a trained model for use elsewhere",
     "pair": "check that your own two networks compute the same, without training",
@@ -39,6 +41,7 @@ examples:
   {program} --resume RUN               resume a run that was stopped
   {program} locate RUN                 where the two runs of a folder differ first
   {program} pair FILE.py:PAIR          check your own pair of networks
+  {program} check A.py B.py            check two training scripts of your own
 
 Options of each command: {program} COMMAND --help. Without a command: run.
 Exit status: 0 agree, 1 disagree, 2 wrong request, 130 or 143 stopped."""
@@ -392,8 +395,8 @@ def count_of_bytes(text: str) -> int:
     return int(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
 
 
-def add_names(parser: Parser) -> None:
-    parser.add_argument(
+def add_names(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--names",
         type=Path,
         metavar="FILE",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from lockstep.common.cli import output
 from lockstep.common.cli import parser as options_of
-from lockstep.common.cli.output import print_json
 from lockstep.common.cli.parser import Invocation, Parser
 
 
@@ -29,9 +29,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     (script,) = options_of.given(options, "script")
     from lockstep.common import scripts
     from lockstep.common.recorder.script import find
-    from lockstep.common.report import Terminal
 
-    terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
+    terminal = output.terminal(options)
     folder = options.out or scripts.record_folder(find(script).stem)
     made = scripts.record(
         script,
@@ -43,9 +42,9 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     rows = [
         {"precision": run.dtype, "twin": run.twin, "steps": run.steps, "seconds": run.seconds}
         for runs in made.values()
-        for run in runs.records
+        for run in (runs.run, *runs.twins)
     ]
     if options.json:
-        print_json({"schema": 1, "folder": str(folder), "recordings": rows})
+        output.print_json({"schema": 1, "folder": str(folder), "recordings": rows})
     terminal.print_always(f"Recorded: {folder}")
     return 0

@@ -8,6 +8,7 @@ script ended, and `steps` how many steps it has taken.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -50,9 +51,10 @@ def main() -> NoReturn:
     assert settings is not None
     folder = Path(path).parent
     prepare(settings)
-    threading.Thread(target=watch, args=(take_stdin(), folder / STEPS), daemon=True).start()
+    steps = os.open(folder / STEPS, os.O_CREAT | os.O_WRONLY, 0o600)
+    threading.Thread(target=watch, args=(take_stdin(), steps), daemon=True).start()
     outcome = finish(lambda: execute(find(text), arguments))
-    write_steps(folder / STEPS)
+    write_steps(steps)
     temporary = folder / f"{OUTCOME}.part"
     temporary.write_text(json.dumps(outcome), encoding="utf-8")
     temporary.replace(folder / OUTCOME)
@@ -217,21 +219,19 @@ def take_stdin() -> int:
     return pipe
 
 
-def watch(pipe: int, path: Path) -> None:
+def watch(pipe: int, steps: int) -> None:
     """Count the steps, until the other end of the pipe is closed: then end this process, and all
     that it started."""
     while True:
         if select.select([pipe], [], [], INTERVAL)[0] and not os.read(pipe, 1):
             os.killpg(0, signal.SIGKILL)
-        write_steps(path)
+        write_steps(steps)
 
 
-def write_steps(path: Path) -> None:
-    """Write how many steps the script has taken."""
-    try:
-        path.write_text(str(run.steps_taken()), encoding="ascii")
-    except OSError:  # a full disk: the recording itself will say so
-        return
+def write_steps(file: int) -> None:
+    """Write how many steps the script has taken, in one call, so that no half of it is read."""
+    with contextlib.suppress(OSError):  # a full disk: the recording itself will say so
+        os.pwrite(file, b"%12d" % run.steps_taken(), 0)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lockstep.common.errors import RecordError
 from lockstep.common.recorder import recording
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.recorder.settings import OWN
+from lockstep.common.verdict.scripts import ScriptRuns
 
 PRECISIONS = ("float64", OWN)  # in the order in which they are compared
 AGAIN = 0  # the number of the twin that nothing is moved in
-FILE = re.compile(r"(float64|own)(?:-again|-twin[1-9]\d*)?\.safetensors")
+FILE = re.compile(r"(float64|own)(?:-again|-twin[1-9]\d*)?(?:-short)?\.safetensors")
 
 
-@dataclass(frozen=True)
-class ScriptRuns:
-    """One script in one precision: its run and its twins."""
+def file_name(precision: str, twin: int | None, short: bool = False) -> str:
+    """ "float64.safetensors", "own-twin1.safetensors", "float64-again-short.safetensors".
 
-    run: Recording
-    twins: tuple[Recording, ...] = ()
-    replicate: Recording | None = None  # the same run again, with nothing moved
-
-    @property
-    def records(self) -> list[Recording]:
-        """The run, then its twins."""
-        return [self.run, *self.twins]
-
-    def add(self, recordings: list[Recording]) -> ScriptRuns:
-        """With these twins, too, and the replicate, if it is among them."""
-        replicate = next((r for r in recordings if r.twin == AGAIN), self.replicate)
-        moved = [r for r in recordings if r.twin]
-        return replace(self, twins=(*self.twins, *moved), replicate=replicate)
-
-
-def file_name(precision: str, twin: int | None) -> str:
-    """ "float64.safetensors", "own-twin1.safetensors"."""
+    Args:
+        short: of a run that was ended after its first steps.
+    """
     suffix = "" if twin is None else "-again" if twin == AGAIN else f"-twin{twin}"
-    return f"{precision}{suffix}.safetensors"
+    return f"{precision}{suffix}{'-short' if short else ''}.safetensors"
 
 
 def remove(folder: Path, precision: str) -> None:
@@ -73,7 +57,7 @@ def read(folder: Path) -> dict[str, ScriptRuns]:
         path = folder / file_name(precision, None)
         if not path.is_file():
             continue
-        runs = ScriptRuns(recording.read(path))
+        runs = ScriptRuns.of([recording.read(path)])
         names = (path.name for path in folder.glob(f"{precision}-*.safetensors"))
         for name in sorted((n for n in names if FILE.fullmatch(n)), key=lambda n: (len(n), n)):
             twin = recording.read(folder / name)
@@ -88,6 +72,16 @@ def read(folder: Path) -> dict[str, ScriptRuns]:
     for other in others:
         check_same_script(first.run, other.run, folder)
     return found
+
+
+def side_names(
+    runs: tuple[dict[str, ScriptRuns], dict[str, ScriptRuns]], paths: tuple[Path, Path]
+) -> tuple[str, str]:
+    """What the two are called: as their scripts, or, if these are called alike, as the folders."""
+    names = [next(iter(found.values())).run.name for found in runs]
+    if names[0] != names[1]:
+        return names[0], names[1]
+    return (str(paths[0]), str(paths[1])) if paths[0] != paths[1] else ("A", "B")
 
 
 def check_same_script(one: Recording, other: Recording, folder: Path) -> None:

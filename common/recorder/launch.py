@@ -20,7 +20,7 @@ from lockstep.common.recorder import recording
 from lockstep.common.recorder.child import OUTCOME, STEPS, Outcome
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.recorder.script import Script
-from lockstep.common.recorder.settings import OWN, Settings
+from lockstep.common.recorder.settings import FIRST, OWN, Settings
 from lockstep.common.system import environment
 from lockstep.common.system.storage import make_folder
 
@@ -32,6 +32,7 @@ SHOWN = 20  # last lines of a script's output, where it left no traceback
 THREADS = ("OMP_NUM_THREADS", "NPROC")  # read by PyTorch; by XLA
 CLAIMED = ".run"  # next to a recording: the script called lockstep.Run()
 Say = Callable[[str], None]  # prints one line
+Settled = Callable[[list[Recording]], bool]
 
 BEGIN = "run.begin(model, optimizer) in PyTorch, params = run.begin(params) in JAX"
 
@@ -96,11 +97,16 @@ def run_scripts(
     timeout: float | None = None,
     say: Say = lambda line: None,
     at_once: int = AT_ONCE,
+    settled: Settled | None = None,
 ) -> list[Recording]:
     """As `run_script`, for several runs, `at_once` of them at the same time. If one fails, or this
     process is interrupted, the others are ended.
 
     Each process uses its share of the cores, unless the environment says how many threads to use.
+
+    Args:
+        settled: asked once, with recordings of the first steps of all runs, which must be no more
+            than run at the same time: if it says so, the scripts are ended, and these are returned.
     """
     found: dict[int, Recording] = {}
     waiting = list(enumerate(starts))
@@ -114,9 +120,28 @@ def run_scripts(
                 if process.ended():
                     found[number] = process.recording()
                     del running[number]
+            if settled is not None and (first := first_steps(starts)):
+                if running and settled(first):
+                    for process in running.values():
+                        process.end()
+                    keep_first_steps(starts)
+                    return first
+                settled = None
             if running:
                 time.sleep(POLL)
     return [found[number] for number in range(len(starts))]
+
+
+def first_steps(starts: Sequence[Start]) -> list[Recording]:
+    """Recordings of the first steps, if all runs have taken them; else none."""
+    paths = [Path(f"{start.settings.out}{FIRST}") for start in starts]
+    return [recording.read(path) for path in paths] if all(map(Path.exists, paths)) else []
+
+
+def keep_first_steps(starts: Sequence[Start]) -> None:
+    """Have the recordings of the first steps take the place of whole ones."""
+    for start in starts:
+        os.replace(f"{start.settings.out}{FIRST}", start.settings.out)
 
 
 class Process:
@@ -134,8 +159,7 @@ class Process:
                 make_folder(out.parent)
                 self._folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
                 settings.write(self._folder / "settings.json")
-                for path in (out, Path(f"{out}{CLAIMED}")):
-                    path.unlink(missing_ok=True)
+                self._remove(out, *self._besides)
                 log = undo.enter_context(self.start.log.open("wb"))
                 self._process = subprocess.Popen(
                     self._command(),
@@ -150,8 +174,8 @@ class Process:
                     f"cannot start {settings.name} ({error.strerror or error}; its recording goes "
                     f"to {out}): choose another folder with --out or free some space"
                 ) from error
-            undo.callback(self._remove_claim)
-            undo.callback(self._kill)
+            undo.callback(self._remove, *self._besides)
+            undo.callback(self.end)
             self._undo = undo.pop_all()
         self._began = self._moved = self._told = time.monotonic()
         self._steps = 0
@@ -170,13 +194,13 @@ class Process:
     def ended(self) -> bool:
         """Whether the script has ended; raises ScriptError if it has run too long."""
         now = time.monotonic()
-        # The process is not collected here: until `_kill` its number belongs to its group.
+        # The process is not collected here: until `end` its number belongs to its group.
         if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self._seconds = now - self._began
-            self._kill()
+            self.end()
             return True
         if self._timeout is not None and now - self._began > self._timeout:
-            self._kill()
+            self.end()
             raise ScriptError(
                 f"{self.start.settings.name}: {self.start.run} had not ended after "
                 f"{self._timeout:g} s and {steps_text(self.steps())}: it hangs, or --timeout is "
@@ -201,7 +225,7 @@ class Process:
     def steps(self) -> int:
         """How many steps the script has taken."""
         try:
-            return int((self._folder / STEPS).read_text(encoding="ascii") or 0)
+            return int((self._folder / STEPS).read_text(encoding="ascii"))
         except (OSError, ValueError):  # it has not begun
             return 0
 
@@ -258,7 +282,7 @@ class Process:
             f"{name} failed in {self.start.run} (exit status {status}): fix the script first"
         )
 
-    def _kill(self) -> None:
+    def end(self) -> None:
         """End the script, if it runs, and all that it started."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -267,13 +291,21 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
 
-    def _remove_claim(self) -> None:
-        Path(f"{self.start.settings.out}{CLAIMED}").unlink(missing_ok=True)
+    @property
+    def _besides(self) -> list[Path]:
+        """Files next to the recording that do not stay."""
+        return [Path(f"{self.start.settings.out}{suffix}") for suffix in (CLAIMED, FIRST)]
+
+    @staticmethod
+    def _remove(*paths: Path) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def child_environment(at_once: int) -> dict[str, str]:
-    """The environment of a script: this one, with the package that is running, and threads."""
-    found = dict(os.environ)
+    """The environment of a script: this one, with the package that is running, its share of the
+    cores, and JAX's cache: each run compiles the same programs."""
+    found = os.environ | environment.jax_cache()
     package = Path(__import__("lockstep").__file__).absolute().parents[1]
     installed = [Path(path) for path in (*site.getsitepackages(), site.getusersitepackages())]
     if package not in installed and (package / "lockstep").is_dir():

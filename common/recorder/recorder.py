@@ -26,7 +26,7 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.recorder import recording
 from lockstep.common.recorder.adapter import Adapter, adapter_for, framework_of
 from lockstep.common.recorder.recording import Recording, batch_digest, fingerprint
-from lockstep.common.recorder.settings import Settings
+from lockstep.common.recorder.settings import FIRST, Settings
 from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.system import environment
 from lockstep.common.system.storage import read_tensors
@@ -156,6 +156,10 @@ class Recorder:
         if self._step == self.settings.steps:
             self.close(complete=True)
             raise SystemExit(0)
+        if self._step == FIRST_STEPS and self.settings.early:
+            self._read_series()
+            path = Path(f"{self.settings.out}{FIRST}")
+            recording.write(self._recording(complete=False, results={}), path)
 
     def finish(self, results: dict[str, Any]) -> None:
         adapter = self._begun_adapter("finish")

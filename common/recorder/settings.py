@@ -13,6 +13,7 @@ from pathlib import Path
 # such as those of a data loader, from recording.
 VARIABLE = "LOCKSTEP_RECORD"
 OWN = "own"  # the precision that the script chooses itself
+FIRST = ".first"  # after the name of a recording: its first steps alone
 DEFAULT_LIMIT = 10**9  # bytes of one recording
 
 
@@ -28,6 +29,7 @@ class Settings:
     steps: int | None = None  # end the script after so many
     limit: int = DEFAULT_LIMIT
     start_from: str | None = None  # a file of weights by this script's own names
+    early: bool = False  # write the first steps to "<out>.first" as soon as they are done
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")

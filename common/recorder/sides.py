@@ -72,20 +72,20 @@ class Side:
         precision: str,
         twin: int | None,
         steps: int | None = None,
-        out: str | None = None,
+        early: bool = False,
     ) -> Start:
         """One run to start.
 
         Args:
-            steps: at most so many, if the options ask for more.
-            out: the name of the file, in place of the usual one.
+            steps: at most so many: a short run.
+            early: its first steps are wanted as soon as they are done.
         """
         from lockstep.common.recorder import folder
         from lockstep.common.recorder.launch import Start
 
         weights = self.start_from.get(precision)
         settings = Settings(
-            out=str(self.folder / (out or folder.file_name(precision, twin))),
+            out=str(self.folder / folder.file_name(precision, twin, steps is not None)),
             name=self.name,
             dtype=precision,
             twin=twin,
@@ -93,6 +93,7 @@ class Side:
             steps=options.steps if steps is None else min(steps, options.steps or steps),
             limit=options.record_limit,
             start_from=None if weights is None else str(weights.absolute()),
+            early=early,
         )
         return Start(self.script, settings, options.arguments)
 

@@ -79,6 +79,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lockstep"
 
 
+def jax_cache() -> dict[str, str]:
+    """The variables with which JAX caches compiled programs on disk; none if the user has chosen a
+    folder, or there is no place for one: then programs are compiled each time.
+
+    Whoever can write a program can have it run, so the folder is the user's alone.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return {}
+    folder = cache_folder() / "jax"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        # bytes; JAX removes the least recently used programs
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def source_digest(backend: str) -> str:
     """SHA-256, hexadecimal, of the code that a run of `backend` depends on: its folder and
     SOURCE_FILES."""

@@ -368,9 +368,12 @@ def test_a_command_that_is_stopped_leaves_no_process(
     started = subprocess.Popen(
         [sys.executable, *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
-    found = pids_in(pids)
-    started.send_signal(number)
-    _, said = started.communicate(timeout=30)
+    try:
+        found = pids_in(pids)
+        started.send_signal(number)
+        _, said = started.communicate(timeout=30)
+    finally:
+        started.kill()
     expected = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
     assert started.returncode == expected[number]
     assert said == ("" if number == signal.SIGKILL else "interrupted\n")
