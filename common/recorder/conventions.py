@@ -35,6 +35,19 @@ class Conventions:
             votes[how] += PRIOR
         return [how for how, _ in votes.most_common() if fits(a.shape, b.shape, how)]
 
+    def fit(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> np.ndarray:
+        """bool (len(mine), len(theirs)): whether a usual layout fits; so of all vectors."""
+        known: dict[tuple[object, ...], bool] = {}
+        found = np.ones((len(mine), len(theirs)), bool)
+        for i, a in enumerate(mine):
+            for j, b in enumerate(theirs):
+                if len(a.shape) > 1 < len(b.shape):
+                    key = (a.path.last, b.path.last, a.shape, b.shape)
+                    if key not in known:
+                        known[key] = bool(self.of(a, b))
+                    found[i, j] = known[key]
+        return found
+
     def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Add what the shapes of matched tensors leave no choice about."""
         for a, b in pairs:

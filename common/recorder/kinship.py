@@ -13,7 +13,7 @@ import numpy as np
 
 from lockstep.common.recorder.likeness import Path, likeness
 
-KIN, NAME, ORDER = 4.0, 2.0, 0.3  # weights of affinity, likeness of names, and order
+KIN, NAME, ORDER = 4.0, 3.0, 0.3  # weights of affinity, likeness of names, and order
 MARGIN = 0.05  # a pair this much better than any other of its two tensors is taken at once
 SURE_KIN, SURE_NAME = 0.9, 0.5  # affinity or likeness that is enough by itself
 

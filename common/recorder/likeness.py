@@ -93,6 +93,8 @@ def paths(names: Sequence[str]) -> list[Path]:
         stems = [_letters(part) for part in modules]
         last = _letters(own[-1])
         role = _ROLE.get(last, "")
+        if len(stems) > 1 and _term(stems[-2]) == "attention" and _term(stems[-1]) == "dense":
+            stems[-1] = "out"  # Haiku calls it linear
         terms: set[str] = {_term(stem) for stem in stems if stem}
         for part, stem in zip(modules, stems, strict=True):
             if stem not in _TERM:

@@ -19,6 +19,7 @@ from lockstep.common.recorder.recording import Recording
 from lockstep.common.recorder.tensors import Tensor, tensors
 from lockstep.common.recorder.values import Found, by_axes, whole_layout
 
+USUAL = 0.5  # what a layout by convention counts for, next to the weights in `kinship.py`
 VALUE, GRADIENT, SIBLING, NAME, FILE = "value", "gradient", "sibling", "name", "names file"
 
 
@@ -212,7 +213,7 @@ class Matcher:
             mine, theirs = self.left_a(), self.left_b()
             large, small = (mine, theirs) if in_a else (theirs, mine)
             found = list(packed.find(_searchable(small), _searchable(large)))
-            scores = [self._part_score(part, in_a) for part in found]
+            scores = [self._score(part.large, part.small, in_a) for part in found]
             order = sorted(range(len(found)), key=lambda at: -scores[at])
             right = [found[at] for at in order if not packed.is_misplaced(found[at])]
             wrong = [found[at] for at in order if packed.is_misplaced(found[at])]
@@ -223,9 +224,6 @@ class Matcher:
                 if place is not None:
                     self._add_part(place, in_a, NAME)
             self._add_beside_parts(in_a)
-
-    def _part_score(self, part: Part, in_a: bool) -> float:
-        return self._score(part.large, part.small, in_a)
 
     def _score(self, large: Tensor, small: Tensor, in_a: bool) -> float:
         """How well names and siblings of a tensor and of a part fit."""
@@ -238,7 +236,7 @@ class Matcher:
         space = self.space_a if in_a else self.space_b
         if part.small.number in done or not space.take(part.large, part.index):
             return
-        if how == NAME and np.array_equal(part.index.take(part.large.keys()), part.small.keys()):
+        if how == NAME and _is_equal(part):
             how = VALUE
         layout = words(part.index, None, part_of=part.large.name)
         if in_a:
@@ -287,7 +285,8 @@ class Matcher:
             for t in left:
                 groups.setdefault((t.size, t.is_kept, t.is_float), ([], []))[side].append(t)
         found: list[tuple[Tensor, Tensor, str]] = []
-        for mine, theirs in groups.values():
+        matrices_first = sorted(groups.values(), key=lambda group: -_axes(group[0]))
+        for mine, theirs in matrices_first:
             if not mine or not theirs:
                 continue
             possible = np.array([[self._is_possible(a, b) for b in theirs] for a in mine])
@@ -307,14 +306,15 @@ class Matcher:
         return roles[0] == roles[1] or not (roles[0] in known and roles[1] in known)
 
     def _bonus(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> np.ndarray:
-        return np.array([[_likeness(a, b) for b in theirs] for a in mine])
+        """What speaks for each pair besides names and siblings."""
+        usual = self.conventions.fit(mine, theirs)
+        return USUAL * usual + np.array([[_likeness(a, b) for b in theirs] for a in mine])
 
 
 def _likeness(a: Tensor, b: Tensor) -> float:
-    """What speaks for a pair besides names and siblings."""
     score = 0.0
     score += a.path.role == b.path.role
-    score += 0.5 * (sorted(a.shape) == sorted(b.shape))
+    score += 0.1 * (sorted(a.shape) == sorted(b.shape))
     score += 0.5 * (a.is_parameter == b.is_parameter)
     if a.is_constant != b.is_constant:
         score -= 1
@@ -331,6 +331,16 @@ def _is_contradiction(a: Tensor, b: Tensor) -> bool:
 
 def _searchable(side: Sequence[Tensor]) -> list[Tensor]:
     return [t for t in side if t.is_kept and not t.is_constant]
+
+
+def _is_equal(part: Part) -> bool:
+    """Whether a part has values that say so."""
+    taken = part.index.take(part.large.keys())
+    return not part.small.is_constant and np.array_equal(taken, part.small.keys())
+
+
+def _axes(side: Sequence[Tensor]) -> int:
+    return max((len(t.shape) for t in side), default=0)
 
 
 def _numbers(side: Sequence[Tensor]) -> list[int]:
