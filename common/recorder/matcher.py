@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from lockstep.common.errors import ConfigError
+from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.recorder import evidence, packed
 from lockstep.common.recorder.conventions import Conventions, are_possible
 from lockstep.common.recorder.kinship import Kinship, settle
@@ -155,12 +155,15 @@ class Matcher:
         """Match a tensor with its parts: where their values are, or else one after the other."""
         large = packing[0][0]
         small = [part for _, part in packing]
-        found = list(packed.find(_searchable(small), _searchable([large])))
-        for part in found:
-            self._add_part(part, in_a, how)
-        if found:
-            return
-        for part in packed.divided(large, small, self.conventions, in_a):
+        parts = list(packed.find(_searchable(small), _searchable([large])))
+        parts = parts or packed.divided(large, small, self.conventions, in_a)
+        if not parts and how == FILE:
+            sizes = " + ".join(str(t.size) for t in small)
+            raise ConfigError(
+                f"the names file matches {large.name} with {shorten(t.name for t in small)}, "
+                f"of other sizes ({large.size}, {sizes}): name all parts, in their order"
+            )
+        for part in parts:
             self._add_part(part, in_a, how)
 
     def by_value(self) -> None:

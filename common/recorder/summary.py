@@ -11,7 +11,7 @@ from lockstep.common.recorder.packed import Space
 from lockstep.common.recorder.tensors import Tensor
 
 ENOUGH = 0.5  # of the tensors that are not constant: so many are equal where both start alike
-NEAR = 0.3  # likeness of two names, from which one is proposed for the other
+NEAR = 0.7  # of a candidate that is proposed, for names, siblings, size and shape together
 
 
 def summary(found: Matcher) -> Matching:
@@ -116,19 +116,18 @@ def _proposals(
     found: Matcher, unmatched_a: tuple[str, ...], unmatched_b: tuple[str, ...]
 ) -> dict[str, str]:
     """For each name of A, the nearest of B: of its size, and then by name."""
-    a = [t for t in found.a if t.name in set(unmatched_a)]
-    b = [t for t in found.b if t.name in set(unmatched_b)]
+    mine = [t for t in found.a if t.name in set(unmatched_a)]
+    theirs = [t for t in found.b if t.name in set(unmatched_b)]
     proposals = {}
-    for t in a:
-        scores = [
-            (other.size == t.size)
-            + 0.5 * (sorted(other.shape) == sorted(t.shape))
-            + found.kinship.names[t.number, other.number]
-            + found.kinship.affinity([t.number], [other.number])[0, 0]
-            for other in b
-        ]
-        if scores:
-            best = int(np.argmax(scores))
-            if scores[best] >= 1 + NEAR or found.kinship.names[t.number, b[best].number] > NEAR:
-                proposals[t.name] = b[best].name
+    for t in mine:
+        scores = [_nearness(found, t, other) for other in theirs]
+        if scores and max(scores) > NEAR:
+            proposals[t.name] = theirs[int(np.argmax(scores))].name
     return proposals
+
+
+def _nearness(found: Matcher, a: Tensor, b: Tensor) -> float:
+    kin = float(found.kinship.affinity([a.number], [b.number])[0, 0])
+    name = float(found.kinship.names[a.number, b.number])
+    shape = 0.5 * (sorted(a.shape) == sorted(b.shape))
+    return (a.size == b.size) + shape + name + kin - 2 * (a.path.role != b.path.role)

@@ -119,3 +119,9 @@ def pairs_of_gpt(blocks: int = 2) -> dict[str, str]:
             found[f"{other}Dense_{j}.kernel"] = f"{one}mlp.{2 * j}.weight"
             found[f"{other}Dense_{j}.bias"] = f"{one}mlp.{2 * j}.bias"
     return found
+
+
+def coarse(values: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)

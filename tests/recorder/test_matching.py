@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lockstep.common.protocol import Arrays
 from lockstep.common.recorder.matching import Match, Matching, match
-from tests.recorder.recordings import gpt, linen, pairs_of_gpt, recording
+from lockstep.common.recorder.recording import fingerprint
+from tests.recorder.recordings import coarse, gpt, linen, pairs_of_gpt, recording
 
 
 def pairs(found: Matching) -> set[tuple[str, str]]:
@@ -109,3 +113,198 @@ def test_the_same_numbers_in_no_layout_are_said_to_be_so():
     found = match(recording({"x.weight": DENSE}), recording({"x.weight": shuffled}))
     assert one(found).how == "name"
     assert found.differing[0].text == "the same numbers in another order"
+
+
+@pytest.mark.parametrize("rows", [64, 300])
+def test_values_that_repeat_do_not_hide_a_layout(rows: int):
+    # bfloat16 has few values: of 60,000 weights, 2,500 are different, and most of these repeat.
+    draw = np.random.default_rng(rows)
+    a = coarse(draw.normal(size=(rows, 200)))
+    assert len(np.unique(a)) < a.size / 3
+    b = np.ascontiguousarray(a[draw.permutation(rows)][:, draw.permutation(200)].T)
+    found = one(match(recording({"x": a}), recording({"y": b}, "jax")))
+    assert found.how == "value"
+    np.testing.assert_array_equal(found.of_b(b), a)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_separable_layout_is_found(seed: int):
+    draw = np.random.default_rng(seed)
+    shape = tuple(draw.integers(2, 7, draw.integers(1, 5)))
+    a = draw.normal(size=shape)
+    b, later_a = a, draw.normal(size=shape)
+    later_b = later_a
+    for axis in range(a.ndim):  # some axes in another order
+        if draw.random() < 0.4:
+            order = draw.permutation(shape[axis])
+            b, later_b = b.take(order, axis), later_b.take(order, axis)
+    axes = draw.permutation(a.ndim)
+    b, later_b = b.transpose(axes), later_b.transpose(axes)
+    if draw.random() < 0.5:  # two axes as one
+        at = draw.integers(0, a.ndim)
+        merged = (*b.shape[:at], -1, *b.shape[at + 2 :])
+        b, later_b = b.reshape(merged), later_b.reshape(merged)
+    is_part = draw.random() < 0.5
+    if is_part:  # within a larger tensor
+        b, later_b = (np.concatenate([draw.normal(size=x.shape), x]) for x in (b, later_b))
+    found = one(match(recording({"x": a}), recording({"y": b}, "jax")))
+    assert found.how == "value" and found.layout.startswith("part of") == is_part
+    np.testing.assert_array_equal(found.of_a(later_a), found.of_b(later_b))
+    later_b = np.roll(later_b, 1)
+    assert not np.array_equal(found.of_a(later_a), found.of_b(later_b))  # the control
+
+
+# --- Equal values in several tensors, and constants
+
+
+def test_layers_of_equal_values_are_told_apart_by_their_names():
+    weights = gpt()
+    weights |= {n.replace("blocks.0", "blocks.1"): v for n, v in weights.items() if "blocks.0" in n}
+    found = match(recording(weights), recording(linen(weights), "jax"))
+    assert pairs(found) == {(b, a) for a, b in pairs_of_gpt().items()}
+
+
+CONSTANTS = {
+    "w.weight": DENSE,
+    "m1.g": np.ones(6),
+    "m2.g": np.ones(6),
+    "z.weight": np.zeros((6, 6)),
+}
+OTHERS = {"w.kernel": DENSE.T, "u.s": np.ones(6), "v.s": np.ones(6), "y.kernel": np.zeros((6, 6))}
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_equal_gradients_tell_constants_apart(transposed: bool):
+    gradients = numbered(CONSTANTS, 1)
+    others = {"u.s": gradients["m2.g"], "v.s": gradients["m1.g"] * (1 + 1e-9)}
+    others |= {"w.kernel": gradients["w.weight"].T}
+    others["y.kernel"] = gradients["z.weight"].T if transposed else gradients["z.weight"]
+    a = recording(CONSTANTS, gradients=gradients)
+    found = match(a, recording(OTHERS, "jax", gradients=others))
+    how = {(m.a, m.b): (m.how, m.layout) for m in found.matches}
+    assert how["m1.g", "v.s"] == how["m2.g", "u.s"] == ("gradient", "")
+    assert how["z.weight", "y.kernel"] == ("gradient", "transposed" if transposed else "")
+    # The control: gradients that differ say nothing, and the order of definition decides.
+    others = {name: values * 1.01 for name, values in others.items()}
+    found = match(a, recording(OTHERS, "jax", gradients=others))
+    how = {(m.a, m.b): (m.how, m.layout) for m in found.matches}
+    assert how["m1.g", "u.s"] == how["m2.g", "v.s"] == ("sibling", "")
+    assert how["z.weight", "y.kernel"] == ("sibling", "transposed")  # as w is
+
+
+def test_the_first_steps_tell_constants_apart_where_no_gradient_was_recorded():
+    moved = {name: values + 0.1 for name, values in numbered(CONSTANTS, 2).items()}
+    others = {"w.kernel": moved["w.weight"].T, "y.kernel": moved["z.weight"].T}
+    others |= {"u.s": moved["m2.g"], "v.s": moved["m1.g"]}
+    histories = [{f"3/{name}": v for name, v in side.items()} for side in (moved, others)]
+    found = match(
+        recording(CONSTANTS, history=histories[0]), recording(OTHERS, "jax", history=histories[1])
+    )
+    assert {("m1.g", "v.s"), ("m2.g", "u.s")} <= pairs(found)
+
+
+def test_the_bias_of_rows_in_another_order_follows_its_weight():
+    order = [3, 0, 5, 1, 2, 4]
+    a = {"fc.weight": DENSE, "fc.bias": np.zeros(6)}
+    b = {"fc.kernel": np.ascontiguousarray(DENSE[order].T), "fc.bias": np.zeros(6)}
+    bias = match(recording(a), recording(b, "jax")).matches[1]
+    np.testing.assert_array_equal(bias.of_b(np.array(order)), np.arange(6))
+
+
+# --- Other weights at the start
+
+
+def test_other_weights_are_said_and_how_their_distributions_differ():
+    draw = np.random.default_rng(6)
+    a = {"fc1.weight": draw.uniform(-1, 1, (80, 50)), "fc2.weight": draw.normal(size=(7, 80))}
+    b = {
+        "Dense_0.kernel": draw.normal(0, 3**-0.5, (50, 80)),
+        "Dense_1.kernel": draw.normal(size=(80, 7)),
+    }
+    found = match(recording(a), recording(b, "jax"))
+    assert not found.same_start
+    assert [(m.a, m.b, m.how, m.layout) for m in found.matches] == [
+        ("fc1.weight", "Dense_0.kernel", "name", "transposed"),
+        ("fc2.weight", "Dense_1.kernel", "name", "transposed"),
+    ]
+    assert [(d.name, d.text) for d in found.differing] == [("fc1.weight", "uniform against normal")]
+    b["Dense_1.kernel"] = b["Dense_1.kernel"] * 1.3 + 0.5
+    found = match(recording(a), recording(b, "jax"))
+    assert "mean" in found.differing[1].text and "standard deviation" in found.differing[1].text
+
+
+# --- Buffers, fingerprints, and what has no partner
+
+
+def test_buffers_meet_across_collections_and_counters_are_left_out():
+    a = {"conv1.weight": CONV, "bn1.weight": np.ones(4), "bn1.bias": np.zeros(4)}
+    buffers = {"bn1.running_mean": np.zeros(4), "bn1.running_var": np.ones(4)}
+    b = {
+        "batch_stats.BatchNorm_0.mean": np.zeros(4),
+        "batch_stats.BatchNorm_0.var": np.ones(4),
+        "params.BatchNorm_0.bias": np.zeros(4),
+        "params.BatchNorm_0.scale": np.ones(4),
+        "params.Conv_0.kernel": CONV.transpose(2, 3, 1, 0),
+    }
+    counter = {"bn1.num_batches_tracked": np.array(0)}
+    one_side = recording(a | buffers | counter, parameters=list(a))
+    other = recording(b, "jax", parameters=[name for name in b if name.startswith("params")])
+    found = match(one_side, other)
+    assert ("bn1.running_mean", "batch_stats.BatchNorm_0.mean") in pairs(found)
+    assert ("bn1.running_var", "batch_stats.BatchNorm_0.var") in pairs(found)
+    assert not found.unmatched_a + found.unmatched_b
+    mask = {"mask": np.linspace(0, 1, 3)}  # the control: a buffer of floats is listed
+    found = match(recording(a | buffers | counter | mask, parameters=list(a)), other)
+    assert found.unmatched_a == ("mask",)
+
+
+def test_fingerprints_are_matched_and_left_as_they_are():
+    print_ = fingerprint(np.random.default_rng(2).normal(size=(9, 9)))
+    a = replace(
+        recording({"big.weight": print_, "s.weight": DENSE}), fingerprints=["weights/big.weight"]
+    )
+    b = replace(
+        recording({"big.kernel": print_, "s.kernel": DENSE.T}, "jax"),
+        fingerprints=["weights/big.kernel"],
+    )
+    found = match(a, b)
+    assert pairs(found) == {("big.weight", "big.kernel"), ("s.weight", "s.kernel")}
+    assert found.matches[0].of_b(print_) is print_
+    assert found.matches[1].of_b(print_) is print_  # of a whole tensor: no permutation changes it
+
+
+def test_a_head_that_is_not_tied_has_no_partner():
+    weights, others = gpt(), linen(gpt())
+    others["params.Dense_0.kernel"] = weights["wte.weight"].T
+    found = match(recording(weights), recording(others, "jax"))
+    assert found.unmatched_b == ("params.Dense_0.kernel",) and not found.unmatched_a
+
+
+def test_what_is_left_is_proposed_by_size_and_name():
+    a = {"fc.weight": DENSE, "extra.weight": np.zeros((3, 2)), "odd.bias": np.arange(5.0)}
+    b = {"fc.kernel": DENSE.T, "extra.kernel": np.ones((4, 4))}
+    found = match(recording(a), recording(b, "jax"))
+    assert found.unmatched_a == ("extra.weight", "odd.bias")
+    assert found.unmatched_b == ("extra.kernel",)
+    assert found.proposals == {"extra.weight": "extra.kernel"}
+
+
+def test_a_tensor_that_is_only_covered_in_part_is_listed():
+    found = match(
+        recording({"wte": np.concatenate([DENSE, -DENSE])}), recording({"e": DENSE}, "jax")
+    )
+    assert one(found).layout == "part of wte"
+    assert found.unmatched_a == ("wte",)
+
+
+# --- Cost
+
+
+def test_a_thousand_tensors_take_seconds_and_not_minutes():
+    blocks = 90
+    weights = gpt(blocks=blocks)
+    others = linen(weights, blocks)
+    start = time.perf_counter()
+    found = match(recording(weights), recording(others, "jax"))
+    assert time.perf_counter() - start < 60  # measured: 5 s
+    assert pairs(found) == {(b, a) for a, b in pairs_of_gpt(blocks).items()}
