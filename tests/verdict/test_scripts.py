@@ -280,6 +280,25 @@ def test_a_parameter_that_rounding_alone_moves_has_room() -> None:
 # --- More runs
 
 
+@pytest.mark.parametrize(
+    ("share", "agrees"), [(6.5e-6, True), (1e-3, False)], ids=["optax", "a larger one"]
+)
+def test_an_optimizers_own_scalars_may_round_in_float32(share: float, agrees: bool) -> None:
+    """As optax's bias correction does, in no twin: all of an update is 6.5e-6 larger."""
+    ours, theirs = own_precision()
+
+    def scaled(found: Recording) -> Recording:
+        first = dict(found.first_steps)
+        for name in found.parameters:
+            key, start = f"0/update/{name}", found.weights[name]
+            first[key] = (start + (first[key] - start) * (1 + share)).astype(start.dtype)
+        return dataclasses.replace(found, first_steps=first)
+
+    moved = ScriptRuns(scaled(theirs.run), tuple(map(scaled, theirs.twins)))
+    found = compare_scripts(ours, moved, matching())
+    assert (found.verdict == "agree") == agrees, found
+
+
 def test_a_script_that_is_not_reproducible_is_told_from_a_wrong_one() -> None:
     ours = ScriptRuns(recording("torch"))
     theirs = recording("jax", fault="batches in another order")
