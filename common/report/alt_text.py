@@ -15,7 +15,7 @@ from lockstep.common.report.chart_data import (
     running_mean,
     twin_spread,
 )
-from lockstep.common.report.json import ComparisonJson
+from lockstep.common.report.json import ComparedJson, ComparisonJson
 from lockstep.common.report.summary import notes
 from lockstep.common.report.text import four_digits, number, percent, plural
 from lockstep.common.runs.record import Record
@@ -29,7 +29,15 @@ def confidence_summary(comparison: ComparisonJson) -> list[str]:
     if comparison["verdict"] == "single":
         names = " and ".join(comparison["accuracy"])
         return [f"Only {names} ran in this precision, so nothing was compared."]
-    rows, score = comparison["ladder"] + comparison["stretches"], comparison.get("score")
+    text = usage_text(comparison, comparison.get("score"))
+    rule = comparison["bound"].get("rule", "")
+    how = [f"{text}.", *notes(comparison), _twins(comparison)]
+    return [*how, f"Bounds: {rule.rstrip('.')}."]
+
+
+def usage_text(comparison: ComparedJson, score: float | None) -> str:
+    """How much was compared, and how near to the bounds it came."""
+    rows = comparison["ladder"] + comparison["stretches"]
     powerless = sum(row["agrees"] and not row.get("power", True) for row in rows)
     outside = sum(not row["agrees"] for row in rows)
     checks = plural(len(rows), "comparison")
@@ -42,9 +50,7 @@ def confidence_summary(comparison: ComparisonJson) -> list[str]:
             text += f"; the closest one uses {100 * score:.2g} % of its bound"
     if powerless:
         text += f"; {powerless:,} have no power: no run could fail them, so they are no evidence"
-    rule = comparison["bound"].get("rule", "")
-    how = [f"{text}.", *notes(comparison), _twins(comparison)]
-    return [*how, f"Bounds: {rule.rstrip('.')}."]
+    return text
 
 
 def _twins(comparison: ComparisonJson) -> str:

@@ -42,7 +42,11 @@ def running_mean(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarra
 
 def smoothing(runs: Runs) -> int:
     """The window of a running mean: a fiftieth of the run."""
-    return max(1, max(record.steps for record in runs.values()) // 50)
+    return window_of(max(record.steps for record in runs.values()))
+
+
+def window_of(steps: int) -> int:
+    return max(1, steps // 50)
 
 
 def loss_gap(one: Record, other: Record) -> np.ndarray:

@@ -6,41 +6,27 @@ import base64
 import functools
 import io
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 
 from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report import alt_text, chart_data, charts, tables
 from lockstep.common.report.chart_data import Records, Runs, Twins
-from lockstep.common.report.figures import COLOURS, drawing, new_figure, to_inline
+from lockstep.common.report.figures import COLOURS, drawing
 from lockstep.common.report.images import first_images, prediction
 from lockstep.common.report.json import ComparisonJson, LocationJson, ReportJson
+from lockstep.common.report.panels import Chart, escaped, panel
 from lockstep.common.report.summary import failing_text, heading, own_names_text, sentence
-from lockstep.common.report.tables import Table
 from lockstep.common.report.template import write_page
-from lockstep.common.report.text import escape
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict.statistics import CONFIDENCE
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-WIDTH = 4.4  # of a chart, in inches: its labels can be read on a phone
 N_TEST_IMAGES = 16  # shown with their predictions
 N_DIFFERING = 24  # shown of the test images with different predictions
-
-
-class Chart(NamedTuple):
-    """A picture with its text for screen readers, and its numbers."""
-
-    caption: str
-    svg: Markup
-    table: Table | None
 
 
 class ImageTile(NamedTuple):
@@ -106,19 +92,8 @@ def write_report_page(
         "command": shlex.join(typed_command(report["command"])),
         "facts": tables.facts(report),
     }
-    escaped = {name: _escaped(value) for name, value in values.items()}
-    return write_page(Path(folder, "report.html"), "report.html.jinja", **escaped)
-
-
-def _escaped(value: object) -> object:
-    """`value` with every text in it escaped (`text.escape`), except markup."""
-    if isinstance(value, str):
-        return value if isinstance(value, Markup) else escape(value)
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, Chart | Table | ImageTile):
-        return value._make(map(_escaped, value))
-    return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
+    page = {name: escaped(value) for name, value in values.items()}
+    return write_page(Path(folder, "report.html"), "report.html.jinja", **page)
 
 
 # --- One precision
@@ -162,31 +137,10 @@ def _together(located: LocationJson | None) -> tuple[str | None, ...]:
     return () if located is None else (failing_text(located), own_names_text(located))
 
 
-def _panel(
-    key: str,
-    caption: str,
-    text: str,
-    height: float,
-    draw: Callable[[Axes], None],
-    table: Table | None,
-    legend: int = 0,
-) -> Chart:
-    """A chart of one panel.
-
-    Args:
-        legend: the number of columns of the legend below it; 0 for none.
-    """
-    figure = new_figure(WIDTH, height)
-    draw(figure.subplots())
-    if legend:
-        figure.legend(loc="outside lower center", ncols=legend, frameon=False, fontsize=8)
-    return Chart(caption, Markup(to_inline(figure, f"x-{key}", escape(text))), table)
-
-
 def _training(dtype: str, runs: Runs, window: int) -> Chart:
     lines = f": thin line, each step; thick line, the mean of {window:,} steps"
     caption = f"Training loss{lines if window > 1 else ''}"
-    return _panel(
+    return panel(
         f"loss-{dtype}",
         f"{caption}.",
         alt_text.series_text(f"Training loss, {dtype}, in nats", runs, "loss", window),
@@ -198,7 +152,7 @@ def _training(dtype: str, runs: Runs, window: int) -> Chart:
 
 def _gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> Chart:
     band = ", the gap between twins of one framework (grey)," if any(twins.values()) else ""
-    return _panel(
+    return panel(
         f"gap-{comparison['dtype']}",
         f"Gap between the two training losses{band} and its bound.",
         alt_text.gap(comparison, runs, twins),
@@ -211,7 +165,7 @@ def _gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]])
 
 def _rate_and_norm(dtype: str, runs: Runs, window: int) -> list[Chart]:
     return [
-        _panel(
+        panel(
             f"lr-{dtype}",
             "Learning rate of each step.",
             alt_text.series_text(f"Learning rate, {dtype},", runs, "lr"),
@@ -219,7 +173,7 @@ def _rate_and_norm(dtype: str, runs: Runs, window: int) -> list[Chart]:
             lambda axes: charts.draw_series(axes, runs, "lr", "learning rate"),
             tables.series(f"Learning rate, {dtype}", runs, "lr"),
         ),
-        _panel(
+        panel(
             f"norm-{dtype}",
             "Euclidean norm of the whole gradient.",
             alt_text.series_text(f"Gradient norm, {dtype},", runs, "gradient_norm", window),
@@ -236,7 +190,7 @@ def _class_charts(comparison: ComparisonJson, names: list[str]) -> list[Chart]:
     shown, note = chart_data.extremes(names)
     height, which = charts.class_height(comparison) * len(shown), f": {note}" if note else ""
     drawn = [
-        _panel(
+        panel(
             f"classes-{comparison['dtype']}",
             f"Accuracy per class, weakest first{which}.",
             alt_text.classes(comparison, names),
@@ -248,7 +202,7 @@ def _class_charts(comparison: ComparisonJson, names: list[str]) -> list[Chart]:
     ]
     if differences := comparison.get("class_differences"):
         drawn.append(
-            _panel(
+            panel(
                 f"differences-{comparison['dtype']}",
                 f"Difference of the two accuracies, with {100 * CONFIDENCE:g} % intervals that "
                 f"hold for all {len(differences):,} classes together.",
@@ -271,7 +225,7 @@ def _confusions(comparison: ComparisonJson, runs: Runs, dataset: Dataset) -> lis
         if name in runs
     }
     drawn = [
-        _panel(
+        panel(
             f"confusion-{name}-{dtype}",
             f"{name}: predicted classes (columns) for the test images of each class (rows), "
             f"in per cent.{which}",
@@ -297,7 +251,7 @@ def _confusions(comparison: ComparisonJson, runs: Runs, dataset: Dataset) -> lis
     if len(counts) == 2:
         more = counts["torch"] - counts["flax"]
         drawn.append(
-            _panel(
+            panel(
                 f"confusion-difference-{dtype}",
                 f"Test images that torch (+) or flax (-) predicts more often as a class.{which}",
                 alt_text.confusion_difference(more, names, dtype),

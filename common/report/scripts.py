@@ -13,6 +13,7 @@ from lockstep.common.report.script_json import (
     ScriptReportJson,
     make_report,
 )
+from lockstep.common.report.script_page import write_script_page
 from lockstep.common.report.script_terminal import print_script_report
 from lockstep.common.report.terminal import Terminal
 
@@ -61,13 +62,14 @@ class ScriptResult:
 def write_script_report(
     folder: Path, checked: Checked, command: Sequence[str] = ()
 ) -> ScriptResult:
-    """Write report.json to `folder`.
+    """Write report.json and report.html to `folder`.
 
     Raises:
         RecordError: if it cannot be written.
     """
     report = make_report(checked, command)
     write_json(report, folder)
+    write_script_page(folder, report, checked)
     return ScriptResult(report, folder)
 
 
@@ -76,5 +78,5 @@ def write(
 ) -> ScriptResult:
     """Write the reports, and print the result."""
     result = write_script_report(folder, checked, command)
-    print_script_report(terminal, result.report, folder / "report.json")
+    print_script_report(terminal, result.report, folder / "report.html")
     return result

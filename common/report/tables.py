@@ -11,6 +11,7 @@ import numpy as np
 from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report.chart_data import (
+    LossBound,
     Runs,
     loss_bounds,
     loss_gap,
@@ -44,7 +45,7 @@ class Table(NamedTuple):
 # --- Over the steps
 
 
-def _steps(count: int) -> list[int]:
+def steps_of(count: int) -> list[int]:
     """The first steps, then steps at growing distances."""
     return subsample(count, logarithmic=True, limit=ROWS).tolist()
 
@@ -54,7 +55,7 @@ def series(caption: str, runs: Runs, quantity: str) -> Table:
     values = [getattr(record, quantity) for record in runs.values()]
     rows = [
         [f"{step:,}", *(four_digits(each[step]) for each in values)]
-        for step in _steps(min(map(len, values)))
+        for step in steps_of(min(map(len, values)))
     ]
     return Table(caption, ["step>", *(f"{name}>" for name in runs)], rows)
 
@@ -65,7 +66,7 @@ def losses(dtype: str, runs: Runs, window: int) -> Table:
     if window == 1:
         return table
     means = [running_mean(record.loss, window)[1] for record in runs.values()]
-    ends = [step - window + 1 for step in _steps(min(record.steps for record in runs.values()))]
+    ends = [step - window + 1 for step in steps_of(min(record.steps for record in runs.values()))]
     added = [["-" if end < 0 else four_digits(mean[end]) for mean in means] for end in ends]
     columns = [*table.columns, *(f"{name}, mean of {window:,}>" for name in runs)]
     return Table(
@@ -76,10 +77,22 @@ def losses(dtype: str, runs: Runs, window: int) -> Table:
 def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> Table:
     """The gap between the two losses, that between twins, and the bound."""
     between, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
-    bounds = loss_bounds(comparison)
+    caption = f"Gap between the losses, nats, {comparison['dtype']}"
+    return gap_table(caption, between, spread, loss_bounds(comparison))
+
+
+def gap_table(
+    caption: str, between: np.ndarray, spread: np.ndarray | None, bounds: Sequence[LossBound]
+) -> Table:
+    """The same of any series.
+
+    Args:
+        between: the gap of each step; NaN where it is not finite.
+        spread: the largest one so far between twins; None without twins.
+    """
     largest = np.fmax.accumulate(np.fmax(between, 0))
     rows = []
-    for step in _steps(len(between)):
+    for step in steps_of(len(between)):
         now = float(between[step])
         cells = [number(now if np.isfinite(now) else None), number(float(largest[step]))]
         if spread is not None:
@@ -88,7 +101,7 @@ def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) 
         rows.append([f"{step:,}", *cells, number(bound, "none")])
     twin_column = ["between twins, largest so far>"] if spread is not None else []
     columns = ["step>", "gap>", "largest so far>", *twin_column, "bound>"]
-    return Table(f"Gap between the losses, nats, {comparison['dtype']}", columns, rows)
+    return Table(caption, columns, rows)
 
 
 # --- What was compared
@@ -240,16 +253,15 @@ def facts(report: ReportJson) -> list[Table]:
     origins: dict[str, Mapping[str, object]] = {"Configuration": report["config"], "Data": data}
     origins |= {f"Environment: {name}": found for name, found in report["environment"].items()}
     return [
-        Table(caption, ["option", "value"], list(_flat(found)))
-        for caption, found in origins.items()
+        Table(caption, ["option", "value"], list(flat(found))) for caption, found in origins.items()
     ]
 
 
-def _flat(described: Mapping[str, object], prefix: str = "") -> Iterator[list[str]]:
+def flat(described: Mapping[str, object], prefix: str = "") -> Iterator[list[str]]:
     """Rows of a dotted name and a value."""
     for key, value in described.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield [f"{prefix}{key}", _value_text(value)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 from lockstep.common.recorder.matched import Difference, Match, Matching
 from lockstep.common.report.script_json import ScriptReportJson, make_report
 from lockstep.common.report.script_terminal import print_script_report
-from lockstep.common.report.scripts import ScriptResult, write
+from lockstep.common.report.scripts import ScriptResult, write, write_script_report
 from lockstep.common.report.terminal import Terminal
 from lockstep.common.verdict.script_comparison import ScriptComparison
 from lockstep.common.verdict.scripts import ScriptRuns, compare_scripts
+from tests.pages.browser import chromium, examine
 from tests.recorder.made import NAMES, recording, with_twins
 from tests.recorder.made import matching as made_matching
 
@@ -157,3 +159,67 @@ def test_names_cannot_change_the_terminal(hostile: str) -> None:
     found = report("beta2")
     found["precisions"][0]["notes"].append(hostile)
     assert "\x1b" not in "".join(printed(found))
+
+
+# --- The page
+
+
+def page(folder: Path, found: Checked) -> str:
+    write_script_report(folder, found, ["compare.py", "check", "a.py", "b.py"])
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_has_the_place_the_causes_and_both_names_before_all_else(tmp_path: Path) -> None:
+    text = page(tmp_path, checked("decay"))
+    head = text[text.index("<header>") : text.index("</header>")]
+    for words in (
+        "The two scripts disagree.",
+        "float64, step 0, update",
+        "net.fc1.weight",
+        "params.Dense_0.kernel",
+        "times the parameter itself",
+        "decoupled weight decay",
+    ):
+        assert words in head
+
+
+def test_the_page_has_charts_checks_tensors_and_both_environments(tmp_path: Path) -> None:
+    text = page(tmp_path, checked(unmatched_a=("net.extra",), proposals={"net.extra": "params.x"}))
+    assert text.count("<svg") == 4, "loss and gap, in two precisions"
+    assert "between twins, largest so far" in text
+    for words in ("All 65 comparisons", "transposed", "net.extra params.x", "--epochs 2"):
+        assert words in text
+    assert "python compare.py check a.py b.py" in text
+
+
+def test_equal_comparisons_give_equal_pages(tmp_path: Path) -> None:
+    assert page(tmp_path, checked("decay")) == page(tmp_path, checked("decay"))
+    assert page(tmp_path, checked("decay")) != page(tmp_path, checked("epsilon"))
+
+
+def hostile() -> Checked:
+    found = checked("labels shifted", unmatched_a=("<b>x</b>" * 30,))
+    name = "<script>alert(1)</script>" + "x" * 200
+    found.sides = (name, "train.py")
+    runs = found.runs[0]
+    found.comparisons = [compare_scripts(*runs, found.matching, found.sides)]
+    return found
+
+
+def test_names_are_text_in_a_page(tmp_path: Path) -> None:
+    assert "<script>alert" not in page(tmp_path, hostile())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.mark.parametrize("kind", ["agree", "disagree", "hostile"])
+def test_the_page_opens_on_any_screen_for_any_reader(
+    kind: str, tmp_path: Path, browser: Any
+) -> None:
+    makers = {"agree": checked, "disagree": lambda: checked("beta2"), "hostile": hostile}
+    page(tmp_path, makers[kind]())
+    assert examine(browser, tmp_path / "report.html") == []
