@@ -173,7 +173,7 @@ class Adapter:
         if _is_array(value):
             return of_leaf("", value)
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: of_leaf(jax.tree_util.keystr(path), leaf), value
+            lambda path, leaf: of_leaf(_path(path), leaf), value
         )
 
     def tap(self, name: str, value: Any) -> None:
@@ -293,6 +293,16 @@ def _changed(tree: Any, prefix: Path, change: Change) -> Any:
             leaf = jnp.asarray(array) if isinstance(leaf, jax.Array) else array
         new.append(leaf)
     return jax.tree_util.tree_unflatten(structure, new)
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """ "[0].image", as the adapter of PyTorch writes it."""
+    texts = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+    sequences = (isinstance(key, jax.tree_util.SequenceKey) for key in keys)
+    return "".join(
+        f"[{text}]" if sequence else f".{text}"
+        for text, sequence in zip(texts, sequences, strict=True)
+    )
 
 
 def _is_array(leaf: Any) -> bool:

@@ -220,8 +220,10 @@ def _map(value: Any, path: str, change: Change) -> Any:
     if isinstance(value, dict):
         return type(value)((k, _map(item, f"{path}.{k}", change)) for k, item in value.items())
     if isinstance(value, (list, tuple)):
-        items = [_map(item, f"{path}[{i}]", change) for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if (fields := getattr(value, "_fields", None)) is not None:
+            named = zip(fields, value, strict=True)
+            return type(value)(*(_map(item, f"{path}.{name}", change) for name, item in named))
+        return type(value)(_map(item, f"{path}[{i}]", change) for i, item in enumerate(value))
     if isinstance(value, np.ndarray):
         return change(path, value)
     if isinstance(value, Tensor):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import NoReturn, TypedDict
 
 from lockstep.common.errors import LockstepError, ScriptError, did_you_mean
@@ -186,14 +186,19 @@ def ended(function: Callable[[], None]) -> Outcome:
 
 def line_of(error: BaseException) -> str:
     """Where in the script an error of Lockstep was raised, in brackets."""
-    common = Path(__file__).resolve().parents[1]
-    others = (str(common), str(common.parent / "backends"), "site-packages", "<")
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in os.path.realpath(frame.filename) for part in others)
+    lines = [
+        f" ({os.path.basename(frame.f_code.co_filename)}:{line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if is_users(frame)
     ]
-    return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return lines[-1] if lines else ""
+
+
+def is_users(frame: FrameType) -> bool:
+    """Whether a frame is in one of the user's own files."""
+    file = frame.f_code.co_filename
+    own = file == __file__ or str(frame.f_globals.get("__name__")).startswith("lockstep.")
+    return not own and not file.startswith("<") and "site-packages" not in file
 
 
 def without_own_frames(found: TracebackType | None) -> TracebackType | None:

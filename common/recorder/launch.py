@@ -304,8 +304,9 @@ class Process:
 
 def child_environment(at_once: int) -> dict[str, str]:
     """The environment of a script: this one, with the package that is running, its share of the
-    cores, and JAX's cache: each run compiles the same programs."""
-    found = os.environ | environment.jax_cache()
+    cores, and JAX's cache: each run compiles the same programs. Two share a GPU: neither takes most
+    of its memory at once."""
+    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ | environment.jax_cache()
     package = Path(__import__("lockstep").__file__).absolute().parents[1]
     installed = [Path(path) for path in (*site.getsitepackages(), site.getusersitepackages())]
     if package not in installed and (package / "lockstep").is_dir():

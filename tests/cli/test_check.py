@@ -18,6 +18,7 @@ import lockstep
 from lockstep import cli
 from lockstep.common.errors import LockstepError, ScriptError
 from lockstep.common.recorder import recording
+from lockstep.common.recorder.recording import Recording
 from lockstep.common.system import storage
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -134,6 +135,7 @@ def test_where_two_scripts_differ_is_named_and_the_exit_status_is_1(
     assert found.out.splitlines()[-1].startswith("Report: ")
 
 
+@pytest.mark.slow
 def test_an_assertion_shows_the_place(pair: tuple[str, str], write: Write, tmp_path: Path) -> None:
     found = check(pair[0], write("c.py", ("jnp.ones(3)", "jnp.ones(3) + 1e-6")), tmp_path / "out")
     assert not found
@@ -141,6 +143,7 @@ def test_an_assertion_shows_the_place(pair: tuple[str, str], write: Write, tmp_p
     assert check(*pair, tmp_path / "out", steps=2)
 
 
+@pytest.mark.slow
 def test_a_script_agrees_with_itself(pair: tuple[str, str], tmp_path: Path) -> None:
     assert check(pair[0], pair[0], tmp_path, steps=3)
     assert {path.name for path in tmp_path.iterdir()} >= {"a-a", "a-b", "report.json"}
@@ -178,6 +181,7 @@ def test_a_script_that_draws_its_own_numbers_is_found_by_running_it_again(
     assert line.startswith("noisy.py is not reproducible") and "seed it" in line
 
 
+@pytest.mark.slow
 def test_other_numbers_of_steps_are_said(
     pair: tuple[str, str], write: Write, tmp_path: Path
 ) -> None:
@@ -363,6 +367,20 @@ def test_a_folder_of_the_other_precision_has_nothing_in_common(
     (copied / "float64.safetensors").rename(copied / "own.safetensors")
     line = said("diff", golden, copied).error
     assert "float64" in line and "own" in line
+
+
+def test_runs_that_have_nothing_in_common_are_one_line(
+    golden: Path, tmp_path: Path, said: Callable[..., Said]
+) -> None:
+    other = Recording(
+        name="other.py", framework="torch", dtype="float64", twin=None, script="other.py",
+        arguments=[], source="", environment={}, complete=True,
+        weights={"table": np.zeros((7, 2))}, parameters=["table"],
+        series={name: np.zeros(6) for name in ("real", "fake")},
+    )  # fmt: skip
+    recording.write(other, tmp_path / "other" / "float64.safetensors")
+    line = said("diff", golden, tmp_path / "other").error
+    assert line.startswith("train.py and other.py have nothing in common to compare")
 
 
 def test_a_changed_number_in_a_golden_record_does_not_agree(

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -441,3 +441,27 @@ def test_a_script_without_finish_is_recorded_at_its_end(
     assert run._recorder is not None
     run._recorder.close()  # as at exit
     assert (recorded().steps, recorded().complete) == (1, False)
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_arrays_of_a_batch_have_one_name_in_both_frameworks(
+    framework: str, start: Start, recorded: Callable[[], Recording]
+) -> None:
+    run = start()
+    array = torch.tensor if framework == "torch" else jnp.asarray
+    run.begin(nn.Linear(1, 1) if framework == "torch" else {"kernel": jnp.ones((1, 1))})
+    ones, twos = array([1.0]), array([2.0])
+    run.batch(ones, {"image": ones, "views": [ones, twos]}, Pair(ones, twos))
+    run.step(ones.sum())
+    run.finish(scores={"first": twos})
+    found = recorded()
+    assert set(found.batch_digests) == {
+        "batch[0]", "batch[1].image", "batch[1].views[0]", "batch[1].views[1]", "batch[2].left",
+        "batch[2].right",
+    }  # fmt: skip
+    assert list(found.results) == ["scores.first"]
