@@ -182,7 +182,8 @@ def batch_digest(array: np.ndarray) -> tuple[int, int]:
     bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # no -0.0
     of_rows = bits.sum(axis=1, dtype=np.uint32).astype(np.uint64)  # modulo 2^32, which is fast
     ordered = _mixed(of_rows + _places(len(of_rows))).sum(dtype=np.uint64)
-    return int(ordered.astype(np.int64)), int(of_rows.sum(dtype=np.uint64).astype(np.int64))
+    # Modulo 2^32 as well: else the sum would depend on which entries share a row.
+    return int(ordered.astype(np.int64)), int(of_rows.sum(dtype=np.uint64)) % 2**32
 
 
 @functools.lru_cache
