@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from lockstep.common.protocol import Arrays, split_slot
 from lockstep.common.recorder.layouts import Layout, find_layout
+from lockstep.common.recorder.matched import Match, Matching
 from lockstep.common.recorder.modules import components, corresponding, layer_of
 from lockstep.common.recorder.recording import Recording, fingerprint, means
 from lockstep.common.runs.record import FIRST_STEPS, Record
@@ -19,32 +19,6 @@ ROOT = "output"  # the recorders' name of what the whole network returns
 A, B = 0, 1
 Side = int  # A or B
 Names = dict[str, tuple[str, str]]  # by canonical name, A's and B's own
-
-
-class MatchLike(Protocol):
-    """What is used of `matching.Match`: one tensor, or a piece of one, of either side."""
-
-    @property
-    def a(self) -> str: ...
-    @property
-    def b(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    def of_a(self, array: np.ndarray) -> np.ndarray: ...
-    def of_b(self, array: np.ndarray) -> np.ndarray: ...
-
-
-class MatchingLike(Protocol):
-    """What is used of `matching.Matching`."""
-
-    @property
-    def matches(self) -> Sequence[MatchLike]: ...
-    @property
-    def unmatched_a(self) -> Sequence[str]: ...
-    @property
-    def unmatched_b(self) -> Sequence[str]: ...
-    @property
-    def same_start(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +65,7 @@ class Alignment:
 
     sides: tuple[str, str]
     runs: tuple[Recording, Recording]
-    matches: Sequence[MatchLike]
+    matches: Sequence[Match]
     parameters: Names
     layouts: dict[tuple[str, str], Layout] = field(default_factory=dict)  # by group and name
     # Canonical names of activations whose correspondence follows from the parameters of a module
@@ -103,7 +77,7 @@ class Alignment:
 
     @classmethod
     def of(
-        cls, a: Recording, b: Recording, matching: MatchingLike, sides: tuple[str, str]
+        cls, a: Recording, b: Recording, matching: Matching, sides: tuple[str, str]
     ) -> Alignment:
         """The alignment of two runs.
 
@@ -285,7 +259,7 @@ class Alignment:
             elif is_kept or match.name == match.a:  # not of a piece
                 yield match.name, means(array if is_kept else fingerprint(array))
 
-    def _taken(self, match: MatchLike, array: np.ndarray, side: Side) -> np.ndarray | None:
+    def _taken(self, match: Match, array: np.ndarray, side: Side) -> np.ndarray | None:
         """What a match names of an array of its parameter's shape; None for another shape, such as
         that of a slot that is not kept entry by entry."""
         run, own = self.runs[side], (match.a, match.b)[side]
@@ -336,7 +310,7 @@ class Alignment:
 
 
 def align(
-    a: Recording, b: Recording, matching: MatchingLike, sides: tuple[str, str] | None = None
+    a: Recording, b: Recording, matching: Matching, sides: tuple[str, str] | None = None
 ) -> tuple[ScriptRecord, ScriptRecord]:
     """Two recordings as records of one layout: B's tensors under A's names and in A's layout.
 

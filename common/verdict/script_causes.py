@@ -17,6 +17,8 @@ SINGLE = (1e-9, 1e-5)  # relative gaps in which float32's rounding shows in a fl
 
 TIMES = r" is .*times "  # of `locate.describe_relation` and `_times`
 ZEROS, SAME_NUMBERS = "nothing but zeros", "another order"
+PLACED = r"\bequals\b|stored as"  # of `matching.Difference.text`
+BY_OWN_FACTORS = "each by its own factor"
 ITSELF, UNCHANGED, INVERSE = "times the parameter itself", "does not change", "the smaller"
 BY_SINGLE = "float32's rounding"
 
@@ -39,6 +41,12 @@ CAUSES = (
     ),
     Cause(
         "weights", "", SAME_NUMBERS, "a kernel is transposed, or converted with the wrong layout"
+    ),
+    Cause(
+        "weights",
+        "",
+        PLACED,
+        "a converter, or the loading of a checkpoint, put it into the wrong place",
     ),
     Cause(
         "weights",
@@ -78,7 +86,12 @@ CAUSES = (
         "",
         "padding (Flax pads SAME by default), strides, kernel axes, precision (TF32)",
     ),
-    Cause("forward", "head|logits", "", "the head is tied to the embedding on one side alone"),
+    Cause(
+        "forward",
+        r"\b(\w+_)?head\b|logits",
+        "",
+        "the head is tied to the embedding on one side alone",
+    ),
     Cause(
         "forward",
         "lstm|gru|rnn|cell",
@@ -133,9 +146,16 @@ CAUSES = (
     ),
     Cause(
         "update",
+        "momentum|moment",
+        BY_OWN_FACTORS,
+        "gradients are clipped otherwise: each tensor by its own norm, against all by one",
+    ),
+    Cause(
+        "update",
         "second moment",
         "",
         "beta2 (0.999 in PyTorch and optax), or its gradient was clipped otherwise",
+        general=True,
     ),
     Cause(
         "update",
@@ -143,12 +163,14 @@ CAUSES = (
         "",
         "clipping (of each tensor against of all together, or another norm), beta1, dampening, "
         "accumulated gradients summed in place of their mean",
+        general=True,
     ),
     Cause(
         "update",
         " of ",
         "",
         "another optimizer, or other constants of it (the betas), or clipped gradients",
+        general=True,
     ),
     Cause(
         "update", r"var$", TIMES, "PyTorch keeps the unbiased variance, JAX libraries the biased"
@@ -185,6 +207,7 @@ CAUSES = (
         "",
         TIMES,
         "the learning rate, or its schedule: a warm-up off by one; an update scaled otherwise",
+        general=True,
     ),
     Cause(
         "update",

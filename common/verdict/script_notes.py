@@ -9,7 +9,8 @@ import numpy as np
 
 from lockstep.common.errors import shorten
 from lockstep.common.protocol import STAGES, Arrays, split_slot
-from lockstep.common.recorder.align import A, Alignment, B, MatchingLike
+from lockstep.common.recorder.align import A, Alignment, B
+from lockstep.common.recorder.matched import Matching
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.verdict.distances import magnitude, max_tensor_difference
@@ -59,7 +60,7 @@ def _recorded(run: Recording) -> Iterator[str]:
     yield from (f"result {name!r}" for name in run.results)
 
 
-def unmatched(alignment: Alignment, matching: MatchingLike) -> tuple[str, ...]:
+def unmatched(alignment: Alignment, matching: Matching) -> tuple[str, ...]:
     """The tensors that have no counterpart, a sentence per side."""
     found = zip(alignment.sides, (matching.unmatched_a, matching.unmatched_b), strict=True)
     return tuple(

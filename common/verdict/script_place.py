@@ -4,7 +4,8 @@ and what usually causes that."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +17,10 @@ from lockstep.common.verdict.comparison import Entry
 from lockstep.common.verdict.distances import magnitude
 from lockstep.common.verdict.locate import Tensors, describe_relation, largest_differences
 from lockstep.common.verdict.script_causes import (
+    BY_OWN_FACTORS,
     BY_SINGLE,
+    EXACT,
+    TIMES,
     causes_of,
     difference_relation,
     looks_single,
@@ -30,15 +34,25 @@ Records = tuple[ScriptRecord, ScriptRecord]
 
 
 def find_place(
-    check: Check, checks: Sequence[Check], alignment: Alignment, records: Records
+    check: Check,
+    checks: Sequence[Check],
+    alignment: Alignment,
+    records: Records,
+    starts: Mapping[str, str],
 ) -> ScriptPlace:
-    """The place of `check`, the first of `checks` that fails."""
+    """The place of `check`, the first of `checks` that fails.
+
+    Args:
+        starts: how weights differ at the start, in words, by name.
+    """
     sides = alignment.sides
     own = _own_names(check, alignment)
     tensors = _tensors_at(check, records)
-    pattern = _relation(check, tensors, records, sides)
-    tensor = f"{check.tensor} {own[A]} {own[B]}"
+    at_start = starts.get(check.tensor) if check.stage == "weights" else None
+    pattern = at_start or _relation(check, tensors, records, sides)
     failing, passing = _siblings(check, checks)
+    if pattern and re.search(TIMES, pattern) and (which := _factors(check, failing, records)):
+        pattern = f"{pattern}, {which}"
     others = [name for name in failing if name != check.tensor]
     return ScriptPlace(
         check,
@@ -47,7 +61,7 @@ def find_place(
         layer=records[A].holders.get(split_slot(check.tensor)[1], ""),
         pattern=pattern,
         worst_entries=_worst_entries(tensors),
-        causes=causes_of(check.stage, tensor, pattern),
+        causes=causes_of(check.stage, f"{check.tensor} {own[A]} {own[B]}", pattern),
         others=len(others),
         of=len(others) + len(passing),
         trait=_trait(failing, passing, alignment, records[A]) if others else "",
@@ -164,6 +178,21 @@ def _siblings(check: Check, checks: Sequence[Check]) -> tuple[list[str], list[st
         if same and split_slot(each.tensor)[0] == slot and check.start is None:
             (passing if each.agrees else failing)[each.tensor] = None
     return list(failing), [name for name in passing if name not in failing]
+
+
+def _factors(check: Check, failing: Sequence[str], records: Records) -> str | None:
+    """Whether all tensors that fail differ by one factor; None where that cannot be seen."""
+    factors = []
+    for name in failing:
+        a, b = (record.first_steps.get(f"{check.step}/{check.stage}/{name}") for record in records)
+        if a is None or b is None or a.shape != b.shape or not a.any():
+            continue
+        x, y = a.ravel(), b.ravel()
+        factors.append(float(y @ x) / float(x @ x))
+    if len(factors) < 2:
+        return None
+    alike = max(factors) - min(factors) <= EXACT * max(map(abs, factors))
+    return "as all that fail are" if alike else f"those that fail {BY_OWN_FACTORS}"
 
 
 def _trait(

@@ -8,7 +8,7 @@ evaluate. What one side did not record is listed, and the next stage speaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import NamedTuple
@@ -24,32 +24,24 @@ from lockstep.common.recorder.align import (
     A,
     Alignment,
     B,
-    MatchingLike,
     ScriptRecord,
     Side,
     in_common,
     like,
 )
+from lockstep.common.recorder.matched import Matching
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.compare import diverged_at
-from lockstep.common.verdict.comparison import Rule
 from lockstep.common.verdict.distances import max_difference, scalar_gap
 from lockstep.common.verdict.judge import INITIAL_TWINS, MAX_TWINS
 from lockstep.common.verdict.script_checks import all_checks, believed, script
 from lockstep.common.verdict.script_comparison import STEPS, ScriptComparison, ScriptPlace
 from lockstep.common.verdict.script_notes import first_change, not_seen, notes_of, unmatched
 from lockstep.common.verdict.script_place import find_place
-from lockstep.common.verdict.statistics import (
-    COUNT_FLOOR,
-    FLIP_SHARE,
-    FLOOR_ULP,
-    PROOF_BOUND,
-    SEPARATION,
-    SEPARATION_IMAGES,
-)
+from lockstep.common.verdict.script_rule import rule_of
 
 # Times the bound, of float64. A gap of the first steps that is larger is no rounding: a gradient
 # that cancels was seen to lose six digits. Later, training may amplify rounding to any size; six
@@ -105,7 +97,7 @@ RunTwins = Callable[[list[int], int | None], tuple[Sequence[Recording], Sequence
 def judge_scripts(
     a: ScriptRuns,
     b: ScriptRuns,
-    matching: MatchingLike,
+    matching: Matching,
     run_twins: RunTwins,
     sides: tuple[str, str] | None = None,
 ) -> tuple[ScriptComparison, ScriptRuns, ScriptRuns]:
@@ -181,7 +173,7 @@ def _gap_at(check: Check) -> float:
 def compare_scripts(
     a: ScriptRuns,
     b: ScriptRuns,
-    matching: MatchingLike,
+    matching: Matching,
     sides: tuple[str, str] | None = None,
 ) -> ScriptComparison:
     """Compare two scripts in one precision.
@@ -212,7 +204,8 @@ def compare_scripts(
     if a.run.steps != b.run.steps:
         checks.append(_check_steps(a.run.steps, b.run.steps))
     records = script(shared[A].run), script(shared[B].run)
-    place = _first_place(checks, alignment, records)
+    starts = {each.name: each.text for each in matching.differing}
+    place = _first_place(checks, alignment, records, starts)
     changes = [
         first_change(name, each.run, each.again)
         for name, each in zip(sides, (a, b), strict=True)
@@ -225,7 +218,7 @@ def compare_scripts(
         verdict="disagree" if place else "agree" if nonfinite_at is None else "diverged",
         checks=tuple(check for check in checks if check.start is None),
         windows=tuple(check for check in checks if check.start is not None),
-        rule=_rule(dtype, sum(len(side.twins) for side in shared)),
+        rule=rule_of(dtype, sum(len(side.twins) for side in shared)),
         names=alignment.names,
         losses=tuple(records[A].losses),
         place=place,
@@ -262,54 +255,22 @@ def side_names(a: Recording, b: Recording) -> tuple[str, str]:
 
 
 def _first_place(
-    checks: Sequence[Check], alignment: Alignment, records: tuple[ScriptRecord, ScriptRecord]
+    checks: Sequence[Check],
+    alignment: Alignment,
+    records: tuple[ScriptRecord, ScriptRecord],
+    starts: Mapping[str, str],
 ) -> ScriptPlace | None:
     """Where the two diverge first, in causal order; a number of steps counts last."""
     failing = [check for check in checks if not check.agrees]
     if not failing:
         return None
     failing.sort(key=lambda c: (c.tensor == STEPS, c.step, STAGES.index(c.stage), c.tensor != "lr"))
-    return find_place(failing[0], checks, alignment, records)
+    return find_place(failing[0], checks, alignment, records, starts)
 
 
 def _check_steps(ours: int, theirs: int) -> Check:
     gap = float(abs(ours - theirs))
     return Check(min(ours, theirs), "update", STEPS, gap, 0.0, values=(float(ours), float(theirs)))
-
-
-def _rule(dtype: str, twins: int) -> Rule:
-    """As `compare.rule_of`, in the words of scripts."""
-    factor = SEPARATION[dtype]
-    if dtype == "float64":
-        rule = (
-            f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; every step's batch and "
-            "the initial weights are equal, and so are whole numbers given to run.finish"
-        )
-        if twins:
-            rule += (
-                f"; after the first steps {factor:g} times the spread of {twins} twins is added, "
-                "that of the script whose twins spread less"
-            )
-        return {"rule": rule, "relative": PROOF_BOUND, "twins": twins}
-    rule = (
-        "every step's batch and the initial weights are equal; the closest runs of the two scripts "
-        f"may be {factor:g} times as far apart as the most distant runs of the one that spreads "
-        f"less are by the end of the next range of steps ({twins} twins, with weights and batches "
-        f"moved by an ulp), and {factor * FLOOR_ULP[dtype]:g} ulp of {dtype}; of whole numbers "
-        f"given to run.finish, {SEPARATION_IMAGES:g} times as many may differ, and "
-        f"{SEPARATION_IMAGES * COUNT_FLOOR:g}; {100 * factor * FLIP_SHARE:g} % of a first "
-        "gradient, but not of half of its entries, and of the way that the weights have gone may "
-        "be ReLUs that rounding flipped"
-    )
-    return {
-        "rule": rule,
-        "separation": factor,
-        "separation_images": SEPARATION_IMAGES,
-        "floor_ulp": FLOOR_ULP[dtype],
-        "flip_share": FLIP_SHARE,
-        "images": COUNT_FLOOR,
-        "twins": twins,
-    }
 
 
 # --- Recordings as the engine's records

@@ -4,13 +4,14 @@ order. Each fault changes one thing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lockstep.common.recorder.matched import Match, Matching
 from lockstep.common.recorder.recording import Recording, batch_digest
 
 STEPS = 24
@@ -51,44 +52,21 @@ STAGES_OF_FAULTS = {
 }
 
 
-@dataclass
-class Match:
-    """As `matching.Match`: a kernel of "jax" is the transposed one of "torch"."""
-
-    a: str
-    b: str
-    transposed: bool = False
-    how: str = "value"
-
-    @property
-    def name(self) -> str:
-        return self.a
-
-    @property
-    def layout(self) -> str:
-        return "transposed" if self.transposed else ""
-
-    def of_a(self, array: np.ndarray) -> np.ndarray:
-        return array
+class Transposed(Match):
+    """A kernel of "jax" is the transposed one of "torch"."""
 
     def of_b(self, array: np.ndarray) -> np.ndarray:
-        return array.T if self.transposed else array
-
-
-@dataclass
-class Matching:
-    matches: list[Match]
-    unmatched_a: tuple[str, ...] = ()
-    unmatched_b: tuple[str, ...] = ()
-    proposals: dict[str, str] = field(default_factory=dict)
-    same_start: bool = True
-    differing: tuple[Any, ...] = ()
+        return array.T
 
 
 def matching(a: str = "torch", b: str = "jax", **changes: Any) -> Matching:
-    pairs = zip(NAMES[a], NAMES[b], strict=True)
-    found = [Match(one, other, a != b and "kernel" in other) for one, other in pairs]
-    return Matching(found, **changes)
+    """Which tensor of one framework is which of the other."""
+    found = []
+    for one, other in zip(NAMES[a], NAMES[b], strict=True):
+        turned = a != b and "kernel" in other
+        kind, layout = (Transposed, "transposed") if turned else (Match, "")
+        found.append(kind(one, other, one, "value", None, None, layout))
+    return replace(Matching(tuple(found), (), (), {}, True, ()), **changes)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 
 from lockstep.common.recorder.align import align
 from lockstep.common.recorder.layouts import find_layout
+from lockstep.common.recorder.matched import Match
 from lockstep.common.recorder.modules import corresponding, layer_of
 from lockstep.common.recorder.recording import Recording, batch_digest, fingerprint, means
 from tests.recorder.made import STEPS, matching, recording
@@ -70,25 +71,12 @@ def test_the_twins_of_a_packed_tensor_are_its_parts() -> None:
         ours, weights=dict(halves), final=dict(halves), first_steps={}, parameter_history={}
     )
 
-    @dataclasses.dataclass
-    class Part:
-        b: str
-        rows: slice
-        a: str = KERNEL
-
-        @property
-        def name(self) -> str:
-            return f"{self.a} [{self.b}]"
-
+    class Part(Match):
         def of_a(self, array: np.ndarray) -> np.ndarray:
-            return array[self.rows]
+            return array[:4] if self.b == "upper" else array[4:]
 
-        def of_b(self, array: np.ndarray) -> np.ndarray:
-            return array
-
-    found = dataclasses.replace(
-        matching(), matches=[Part("upper", slice(0, 4)), Part("lower", slice(4, 8))]
-    )
+    parts = [Part(KERNEL, b, f"{KERNEL} [{b}]", "value", None, None, "") for b in halves]
+    found = matching(matches=tuple(parts))
     a, b = align(ours, theirs, found)
     assert list(a.weights) == [f"{KERNEL} [upper]", f"{KERNEL} [lower]"]
     np.testing.assert_array_equal(a.weights[f"{KERNEL} [lower]"], b.weights[f"{KERNEL} [lower]"])

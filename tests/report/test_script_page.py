@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.common.recorder.matched import Difference, Match, Matching
+from lockstep.common.recorder.matched import Difference, Matching
 from lockstep.common.report.script_json import ScriptReportJson, make_report
 from lockstep.common.report.script_terminal import print_script_report
 from lockstep.common.report.scripts import ScriptResult, write, write_script_report
@@ -20,8 +19,7 @@ from lockstep.common.report.terminal import Terminal
 from lockstep.common.verdict.script_comparison import ScriptComparison
 from lockstep.common.verdict.scripts import ScriptRuns, compare_scripts
 from tests.pages.browser import chromium, examine
-from tests.recorder.made import NAMES, recording, with_twins
-from tests.recorder.made import matching as made_matching
+from tests.recorder.made import matching, recording, with_twins
 
 
 @dataclass
@@ -30,22 +28,6 @@ class Checked:
     matching: Matching
     comparisons: list[ScriptComparison]
     runs: list[tuple[ScriptRuns, ScriptRuns]]
-
-
-class Transposed(Match):
-    def of_b(self, array: Any) -> Any:
-        return array.T
-
-
-def matching(**changes: Any) -> Matching:
-    kinds = (Transposed if "kernel" in name else Match for name in NAMES["jax"])
-    pairs = zip(kinds, NAMES["torch"], NAMES["jax"], strict=True)
-    found = tuple(
-        kind(a, b, a, "value", None, None, "transposed" if kind is Transposed else "")
-        for kind, a, b in pairs
-    )
-    start = Matching(found, (), (), {}, True, ())
-    return dataclasses.replace(start, **changes)
 
 
 def checked(fault: str = "", lacks: tuple[str, ...] = (), **changes: Any) -> Checked:
@@ -151,7 +133,6 @@ def test_other_initial_weights_are_said_first() -> None:
     lines = printed(found)
     assert lines[0].startswith("The two start from other weights (net.fc1.weight: deviation 0.4")
     assert "--start-from A" in " ".join(lines[:3])
-    assert made_matching().same_start, "of the other reports"
 
 
 @pytest.mark.parametrize("hostile", ["<script>x</script>", "\x1b[31mred"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lockstep.common.errors import RecordError
+from lockstep.common.recorder.matched import Difference
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.verdict.script_comparison import ScriptComparison
 from lockstep.common.verdict.scripts import (
@@ -23,7 +24,6 @@ from lockstep.common.verdict.scripts import (
 from tests.recorder.made import (
     STAGES_OF_FAULTS,
     STEPS,
-    Matching,
     matching,
     recording,
     with_twins,
@@ -108,6 +108,8 @@ def test_other_precisions_than_float64_need_twins() -> None:
         ("frozen layer", "net.fc1.weight (params.Dense_0.kernel)", "zeros", "frozen"),
         ("decay in the gradient", "net.fc2.bias", "0.001 times the parameter itself", "decay"),
         ("beta2", "second moment of net.fc1.weight", "is 50 times", "beta2"),
+        ("beta1", "first moment of net.fc1.weight", "as all that fail are", "beta1"),
+        ("clipping", "first moment of net.fc1.weight", "by its own factor", "by its own norm"),
         ("epsilon", "net.fc1.weight", "the smaller the gradient", "epsilon"),
         ("decay", "net.fc1.weight", "-1e-05 times the parameter itself", "decoupled"),
         ("no bias correction", "net.fc1.weight", "about 3.16 times", "bias correction"),
@@ -124,6 +126,20 @@ def test_the_place_has_both_names_what_is_seen_and_a_cause(
     assert pattern in (place.pattern or "")
     assert cause in place.causes[0]
     assert re.search(rf"{SIDES[0]}=\S+ {SIDES[1]}=\S+, gap .* > ", place.message)
+
+
+def test_a_tensor_in_the_wrong_place_is_told_from_another_start() -> None:
+    theirs = recording("jax")
+    names = list(theirs.weights)
+    theirs.weights[names[1]] = theirs.weights[names[1]][::-1]
+    text = "q.bias equals params.k.bias"
+    found = compare_scripts(
+        ScriptRuns(recording("torch")),
+        ScriptRuns(theirs),
+        matching(differing=(Difference("net.fc1.bias", text),)),
+    )
+    assert found.place is not None and found.place.pattern == text
+    assert "wrong place" in found.place.causes[0]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +196,7 @@ def test_nothing_in_common_is_an_error_and_no_agreement() -> None:
         series={"b": np.ones(STEPS), "c": np.ones(STEPS)},
     )
     with pytest.raises(RecordError, match="nothing in common"):
-        compare_scripts(ScriptRuns(ours), ScriptRuns(theirs), Matching([]))
+        compare_scripts(ScriptRuns(ours), ScriptRuns(theirs), matching(matches=()))
 
 
 def test_tensors_without_a_counterpart_are_listed() -> None:
