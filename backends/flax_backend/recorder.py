@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ class Adapter:
         self._paths: dict[Path, str] = {}  # of the parameters
         self._keep: Keep = lambda name, array: None
         self._recording = True
-        self._traced = False
+        self._taps = 0  # in programs, so far
+        self._latest: dict[str, int] = {}  # the tap of this step that counts, by name
         self._interceptors = contextlib.ExitStack()
         self._notes: list[str] = []
 
@@ -187,20 +189,28 @@ class Adapter:
         elif _is_batched(array):
             self._notes.append(f"{name!r} is inside jax.vmap and is not recorded: tap it outside")
         else:
-            self._traced = True
+            self._taps += 1
             self._keep(name, None)
-            jax.debug.callback(lambda x: self._keep(name, np.array(x)), array)
+            jax.debug.callback(partial(self._arrived, name, self._taps), array)
+
+    def _arrived(self, name: str, tap: int, array: Any) -> None:
+        """A program's tensors arrive in any order: of several calls, that counts which was traced
+        last."""
+        if tap >= self._latest.get(name, 0):
+            self._latest[name] = tap
+            self._keep(name, np.array(array))
 
     def wait(self) -> None:
-        if self._traced:
+        if self._taps:
             jax.effects_barrier()
+        self._latest = {}
 
     def end_first_steps(self) -> None:
         """Compiled programs hold the taps; they are compiled anew without them."""
         self._recording = False
         self._keep = lambda name, array: None
         self._interceptors.close()
-        if self._traced:
+        if self._taps:
             jax.clear_caches()
 
     def random(self, numbers: np.ndarray, state: State) -> jax.Array:

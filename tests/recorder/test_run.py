@@ -276,6 +276,25 @@ def test_taps_record_under_jit_grad_and_scan(
     assert found["0/forward/carry"].item() == 12.0  # of the last call
 
 
+def test_of_two_taps_in_one_program_the_later_counts_whichever_arrives_first(
+    start: Start, recorded: Callable[[], Recording]
+) -> None:
+    """XLA computes what does not depend on each other in any order: here the second is sooner."""
+    run = start()
+    run.begin({"w": jnp.ones(3)})
+
+    @jax.jit
+    def step(x: jax.Array) -> jax.Array:
+        slow = jax.lax.fori_loop(0, 200, lambda _, m: jnp.tanh(m @ m), jnp.eye(200) * x)
+        return run.tap("x", slow.sum() * 0 + 1.0) + run.tap("x", x + 1.0)
+
+    for i in range(2):
+        run.step(step(jnp.float32(1.0 + i)))
+    run.finish()
+    found = recorded().first_steps
+    assert [found[f"{i}/forward/x"].item() for i in range(2)] == [2.0, 3.0]
+
+
 def test_a_tap_inside_vmap_says_why_it_records_nothing(
     start: Start, recorded: Callable[[], Recording]
 ) -> None:

@@ -33,8 +33,8 @@ GPT_FAULTS = {
     # the rate of the first step is 0
     "warm-up": Fault("update", ANY),
     "tanh-gelu": Fault("forward", ("blocks.0.mlp*",)),
-    # the weights of queries and of keys have changed places
-    "swapped-q-k": Fault("forward", ("blocks.0.attention*",)),
+    # the weights of queries and of keys have changed places when they were loaded
+    "swapped-q-k": Fault("weights", ("blocks.0.attention*",)),
     # each place sees the next one
     "causal-mask": Fault("forward", ("blocks.0.attention*",)),
     # targets are moved by two
