@@ -19,7 +19,6 @@ from lockstep.common.report.json import ComparedJson, ComparisonJson
 from lockstep.common.report.summary import notes
 from lockstep.common.report.text import four_digits, number, percent, plural
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict.statistics import CONFIDENCE
 
 STEADY = 0.005  # a series that changes by less, relatively, "stays" at its value
 
@@ -149,18 +148,22 @@ def classes(comparison: ComparisonJson, names: list[str]) -> str:
 
 
 def differences(comparison: ComparisonJson, names: list[str]) -> str:
-    """In how many classes one backend is measurably better, and where they differ most."""
+    """Where the two accuracies differ most, and in how many classes by more than the bound."""
     differences = comparison.get("class_differences", {})
     found = {name: differences[name] for name in names if name in differences}
-    confidence = f"{100 * CONFIDENCE:g} % intervals, {comparison['dtype']}"
-    text = f"Difference of the two accuracies per class with {confidence}: "
+    text = f"Difference of the two accuracies per class, {comparison['dtype']}: "
     if not found:
         return f"{text}no class has test images."
-    measurable = sum(row["low"] > 0 or row["high"] < 0 for row in found.values())
+    outside = sum(_exceeds(row.get("gap"), row.get("bound")) for row in found.values())
     name, row = max(found.items(), key=lambda pair: abs(pair[1]["difference"]))
-    largest = f"{100 * row['difference']:+.1f} percentage points, of {name}"
-    intervals = plural(len(found), "interval")
-    return f"{text}{measurable} of {intervals} exclude zero; the largest difference is {largest}."
+    text += f"the largest is {100 * row['difference']:+.1f} percentage points, of {name}"
+    if (spread := row.get("spread")) is not None:
+        text += f", where twins differ in {percent(spread)} of the images"
+    return f"{text}; classes beyond the bound: {outside:,} of {len(found):,}."
+
+
+def _exceeds(gap: float | None, bound: float | None) -> bool:
+    return gap is not None and bound is not None and gap > bound
 
 
 def confusion(

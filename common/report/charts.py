@@ -257,13 +257,15 @@ def class_height(comparison: ComparisonJson) -> float:
 
 
 def draw_differences(axes: Axes, comparison: ComparisonJson, names: list[str]) -> None:
-    """Per class, the difference of the two accuracies with its interval."""
+    """Per class, the difference of the two accuracies, how far twins are apart, and the bound."""
     axes.axvline(0, color=INK, linewidth=1)
     differences = comparison.get("class_differences", {})
     for y, name in enumerate(names):
         if found := differences.get(name):
-            low, middle, high = 100 * found["low"], 100 * found["difference"], 100 * found["high"]
-            axes.plot([low, high], [y, y], color=GREY, linewidth=2, solid_capstyle="butt")
+            middle, spread = 100 * found["difference"], 100 * (found.get("spread") or 0.0)
+            axes.plot([-spread, spread], [y, y], color=GREY, linewidth=4, solid_capstyle="butt")
+            if (bound := found.get("bound")) is not None:
+                axes.plot([-100 * bound, 100 * bound], [y, y], "|", color=GREY, markersize=7)
             colour = COLOURS["torch" if middle > 0 else "flax"] if middle else INK
             axes.plot([middle], [y], "o", color=colour, markersize=5)
     _class_rows(axes, names)

@@ -23,7 +23,6 @@ from lockstep.common.report.panels import Chart, escaped, panel
 from lockstep.common.report.summary import failing_text, heading, own_names_text, sentence
 from lockstep.common.report.template import write_page
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict.statistics import CONFIDENCE
 
 N_TEST_IMAGES = 16  # shown with their predictions
 N_DIFFERING = 24  # shown of the test images with different predictions
@@ -200,12 +199,12 @@ def _class_charts(comparison: ComparisonJson, names: list[str]) -> list[Chart]:
             legend=2,
         )
     ]
-    if differences := comparison.get("class_differences"):
+    if comparison.get("class_differences"):
         drawn.append(
             panel(
                 f"differences-{comparison['dtype']}",
-                f"Difference of the two accuracies, with {100 * CONFIDENCE:g} % intervals that "
-                f"hold for all {len(differences):,} classes together.",
+                "Difference of the two accuracies; grey, how far twins of one framework are apart "
+                "in that class; ticks, the bound.",
                 alt_text.differences(comparison, names),
                 height + 1.3,
                 lambda axes: charts.draw_differences(axes, comparison, shown),

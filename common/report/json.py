@@ -23,7 +23,7 @@ import numpy as np
 
 from lockstep.common.system.storage import write_atomic
 from lockstep.common.verdict.comparison import Rule, Verdict
-from lockstep.common.verdict.statistics import PairedDifference
+from lockstep.common.verdict.statistics import ClassDifference
 
 SCHEMA = 1
 
@@ -102,6 +102,17 @@ class TwinJson(TypedDict):
     predictions_equal: int
 
 
+class GrowthJson(TypedDict):
+    """How float64's rounding grew, where twins explain it."""
+
+    start: int
+    first: float
+    stop: int
+    largest: float
+    factor: float
+    replayed: list[int]
+
+
 class ComparedJson(TypedDict):
     """What was compared in one precision."""
 
@@ -122,10 +133,11 @@ class ComparisonJson(ComparedJson):
     not_reproducible: NotRequired[dict[str, int]]  # the first step that a second run changed
     score: NotRequired[float | None]  # of two runs; the three above and the two below, too
     beginners: NotRequired[dict[str, int]]
-    class_differences: NotRequired[dict[str, PairedDifference]]  # by class
+    class_differences: NotRequired[dict[str, ClassDifference]]  # by class
     max_abs_loss_gap: float | None
     first_divergence: DivergenceJson | None
     located: NotRequired[LocationJson]
+    growth: NotRequired[GrowthJson]
     final_loss: dict[str, float | None]
     test_loss: dict[str, float | None]
     accuracy: dict[str, float | None]

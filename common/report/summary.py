@@ -18,9 +18,12 @@ from lockstep.common.report.json import (
 )
 from lockstep.common.report.text import number, percent, plural
 from lockstep.common.verdict.comparison import common_nonfinite_step, format_distinct
+from lockstep.common.verdict.statistics import ClassDifference
 
 # stages whose tensors are compared during the first steps only
 FIRST_STEPS = "data", "weights", "forward", "backward"
+# What the verdict compares of a class: the images that one side alone recognises.
+DIFFERING = ("differ, %>", "twins, %>", "bound, %>")
 
 
 # --- Sentences
@@ -96,6 +99,15 @@ def notes(comparison: ComparisonJson) -> list[str]:
         found.append(
             f"{comparison['dtype']}: {name} is not reproducible: the same run again differs from "
             f"step {step:,} on."
+        )
+    if (growth := comparison.get("growth")) is not None:
+        replayed = ", ".join(f"{step:,}" for step in growth["replayed"])
+        found.append(
+            f"{comparison['dtype']}: the gap between the losses grew from "
+            f"{number(growth['first'])} at step {growth['start']:,} to "
+            f"{number(growth['largest'])} at step {growth['stop']:,}, by at most "
+            f"{growth['factor']:.3g} times in one step. Replayed from one state on both sides, "
+            f"steps {replayed} agree."
         )
     return found
 
@@ -256,6 +268,16 @@ def entry_cells(entry: EntryJson) -> list[str]:
     if torch is not None and flax is not None and cells[0] == cells[1]:
         cells = list(format_distinct(torch, flax))
     return [f"[{', '.join(map(str, entry['index']))}]", *cells]
+
+
+def difference_cells(found: ClassDifference | None) -> list[str]:
+    """The difference of a class in points; then the share of its images that only one side
+    recognises, that between twins, and its bound, in per cent."""
+    if found is None:
+        return ["-"] * (1 + len(DIFFERING))
+    shares = (found.get(key) for key in ("gap", "spread", "bound"))
+    cells = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
+    return [f"{100 * found['difference']:+.1f}", *cells]
 
 
 def extreme(accuracy: dict[str, float | None], classes: list[str], weakest: bool) -> str | None:

@@ -26,10 +26,16 @@ from lockstep.common.report.json import (
     ReportJson,
     WindowJson,
 )
-from lockstep.common.report.summary import entry_cells, merge_equal, tensor_text, worst_per_stage
+from lockstep.common.report.summary import (
+    DIFFERING,
+    difference_cells,
+    entry_cells,
+    merge_equal,
+    tensor_text,
+    worst_per_stage,
+)
 from lockstep.common.report.text import four_digits, number, ok, percent, steps_text
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict.statistics import CONFIDENCE, PairedDifference
 
 ROWS = 60  # of a table of steps
 
@@ -169,8 +175,8 @@ def _gap_cells(row: CheckJson | WindowJson, spread: bool) -> list[str]:
 
 
 def classes(comparison: ComparisonJson, dataset: Dataset, names: list[str]) -> Table:
-    """Accuracy per class, in the order of `names`; of two runs, also the difference with its
-    interval."""
+    """Accuracy per class, in the order of `names`; of two runs, also the difference, and what the
+    verdict compares: images that one side alone recognises, and how many twins differ in."""
     backends, table = list(comparison["accuracy"]), comparison["per_class_accuracy"]
     differences = comparison.get("class_differences") or {}
     images = np.bincount(dataset.test_labels, minlength=len(dataset.classes))
@@ -188,21 +194,14 @@ def classes(comparison: ComparisonJson, dataset: Dataset, names: list[str]) -> T
         for name in names
     ]
     if differences:
-        columns += ["difference, points>", f"{100 * CONFIDENCE:g} % interval>"]
+        columns += ["difference, points>", *DIFFERING]
         rows = [
-            [*row, *_interval(differences.get(row[0]) if place else None)]
+            [*row, *difference_cells(differences.get(row[0]) if place else None)]
             for place, row in enumerate(rows)
         ]
     return Table(
         f"Accuracy on the test images, weakest class first, {comparison['dtype']}", columns, rows
     )
-
-
-def _interval(found: PairedDifference | None) -> list[str]:
-    if found is None:
-        return ["-", "-"]
-    low, high = f"{100 * found['low']:+.1f}", f"{100 * found['high']:+.1f}"
-    return [f"{100 * found['difference']:+.1f}", f"{low} to {high}"]
 
 
 def speed(comparison: ComparisonJson) -> Table:

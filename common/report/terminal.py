@@ -21,6 +21,7 @@ from lockstep.common.report.json import (
     WindowJson,
 )
 from lockstep.common.report.summary import (
+    difference_cells,
     entry_cells,
     extreme,
     failing_text,
@@ -262,19 +263,18 @@ class Terminal:
 
     def _accuracy(self, comparison: ComparisonJson, classes: list[str]) -> None:
         names = trained(comparison)
-        # Two networks that drifted apart differ class by class, too: the interval shows by how
-        # much, the twins show why.
+        # Two networks that drifted apart differ class by class, too: the twins show why.
         differences = comparison.get("class_differences", {})
-        columns = ["difference, 99 % interval>"] if differences else []
+        columns = ["difference>", "differ (twins), %>"] if differences else []
         table = self._table("test images", *(f"{name}>" for name in names), *columns)
         self._row(table, "all classes", *(percent(comparison["accuracy"][name]) for name in names))
         table.add_section()
         by_class = comparison["per_class_accuracy"]
         for label in classes if len(classes) <= MAX_CLASSES else ():
             cells = [percent(by_class[name].get(label)) for name in names]
-            if found := differences.get(label):
-                low, high = 100 * found["low"], 100 * found["high"]
-                cells.append(f"{100 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
+            if differences:
+                difference, differing, twins, _ = difference_cells(differences.get(label))
+                cells += [difference, f"{differing} ({twins})"]
             self._row(table, label, *cells)
         table.add_section()
         for title, values in (

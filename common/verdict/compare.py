@@ -115,7 +115,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             for name, side in ensembles.items()
         },
         short_twins={name: len(side.short_twins) for name, side in ensembles.items()},
-        class_differences=class_differences(a.run, b.run, labels),
+        class_differences=class_differences(a, b, labels),
     )
 
 

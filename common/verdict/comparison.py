@@ -11,7 +11,7 @@ from lockstep.common.runs.record import Segment
 from lockstep.common.verdict.check import BATCH, MEAN, Check, finite
 from lockstep.common.verdict.distances import scalar_gap
 from lockstep.common.verdict.failures import Failures
-from lockstep.common.verdict.statistics import PairedDifference
+from lockstep.common.verdict.statistics import ClassDifference
 
 # "diverged": both runs reach a loss or a gradient norm that is not finite, at the same step, and
 # agree up to it.
@@ -138,6 +138,19 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """How the gap between the losses of two float64 runs grew beyond what is compared without
+    twins, and the steps that were replayed: from one state, each of them agreed."""
+
+    start: int  # the first step with a gap ...
+    first: float  # ... which is this, nats
+    stop: int  # the step with the largest ...
+    largest: float  # ... which is this
+    factor: float  # how many times the largest so far grew in one step, at most
+    replayed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The figures that a report gives of one run."""
 
@@ -178,11 +191,12 @@ class Comparison:
     predictions_equal: int | None = None
     twins: Mapping[str, tuple[TwinSummary, ...]] | None = None  # by backend
     short_twins: Mapping[str, int] | None = None  # by backend, how many
-    class_differences: Mapping[str, PairedDifference] | None = None
+    class_differences: Mapping[str, ClassDifference] | None = None
     location: Location | None = None
     # By backend, the first step at which the same run again did not give the same bits.
     not_reproducible: Mapping[str, int] = field(default_factory=dict)
     diverged_at: int | None = None  # the step at which both runs are not finite
+    growth: Growth | None = None  # where float64 agrees because of twins alone
 
     def __bool__(self) -> bool:
         return self.verdict == "agree"
@@ -265,6 +279,8 @@ class Comparison:
             found["class_differences"] = dict(self.class_differences or {})
         if self.location is not None:
             found["located"] = self.location.to_json()
+        if self.growth is not None:
+            found["growth"] = dataclasses.asdict(self.growth)
         return found
 
 

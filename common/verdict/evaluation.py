@@ -9,13 +9,13 @@ import numpy as np
 
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.check import Check, finite
 from lockstep.common.verdict.distances import magnitude, max_difference
 from lockstep.common.verdict.statistics import (
     COUNT_FLOOR,
     PROOF_BOUND,
     SEPARATION_IMAGES,
-    PairedDifference,
+    ClassDifference,
     between_and_within,
     is_correct,
     paired_difference,
@@ -56,10 +56,7 @@ def _check_classes(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Iterator[Che
         for side in (a, b)
         for record in side.records
     }
-    for index, name in enumerate(a.run.data["classes"]):
-        images = labels == index
-        if not images.any():
-            continue
+    for name, images in _images_by_class(a.run, labels):
         gap, spread = between_and_within(
             a.records,
             b.records,
@@ -77,6 +74,12 @@ def _check_classes(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Iterator[Che
             (first, second),
             most=1.0,
         )
+
+
+def _images_by_class(record: Record, labels: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Each class with test images, and which these are."""
+    classes = [(name, labels == index) for index, name in enumerate(record.data["classes"])]
+    return [(name, images) for name, images in classes if images.any()]
 
 
 def allowed_count(dtype: str, spread: float | None) -> float:
@@ -118,11 +121,17 @@ def class_accuracy(
     }
 
 
-def class_differences(
-    first: Record, second: Record, labels: np.ndarray
-) -> dict[str, PairedDifference]:
-    """Per class with test images, first less second, with the interval of `paired_difference`."""
-    a, b = (is_correct(record.predictions, labels) for record in (first, second))
-    classes = [(name, labels == index) for index, name in enumerate(first.data["classes"])]
-    classes = [(name, images) for name, images in classes if images.any()]
-    return {name: paired_difference(a[images], b[images], len(classes)) for name, images in classes}
+def class_differences(a: Ensemble, b: Ensemble, labels: np.ndarray) -> dict[str, ClassDifference]:
+    """Per class with test images, first less second, with the interval of `paired_difference`, and
+    what the verdict is made of."""
+    one, other = (is_correct(side.run.predictions, labels) for side in (a, b))
+    classes = _images_by_class(a.run, labels)
+    return {
+        name: {
+            **paired_difference(one[images], other[images], len(classes)),
+            "gap": finite(check.gap),
+            "spread": finite(check.spread),
+            "bound": finite(check.bound),
+        }
+        for (name, images), check in zip(classes, _check_classes(a, b, labels), strict=True)
+    }

@@ -61,7 +61,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, NotRequired, TypedDict, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -204,6 +204,15 @@ class PairedDifference(TypedDict):
     high: float
     discordant: list[int]  # images that only the first recognised, and only the second
     images: int
+
+
+class ClassDifference(PairedDifference):
+    """The same of one class, with what the verdict compares: the share of the class's images that
+    one side recognises and the other does not."""
+
+    gap: NotRequired[float | None]  # of the closest runs of the two sides
+    spread: NotRequired[float | None]  # of the most distant runs of one side; None without twins
+    bound: NotRequired[float | None]
 
 
 def is_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from lockstep.common.report import sentence
-from lockstep.common.report.summary import extreme, merge_equal, worst_per_stage
+from lockstep.common.report.summary import (
+    difference_cells,
+    extreme,
+    merge_equal,
+    worst_per_stage,
+)
 from tests.report.helpers import make, printed
 
 
@@ -136,3 +141,14 @@ def test_a_check_of_a_median_says_so() -> None:
     for row in report["lenses"][0]["ladder"]:
         row["measure"] = "median"
     assert "(median)" in printed(report)
+
+
+def test_a_class_is_shown_with_what_the_verdict_compares_and_not_with_an_interval() -> None:
+    found: Any = {"difference": -0.125, "low": -0.3, "high": -0.01, "gap": 0.25, "bound": 0.5}
+    without: Any = found | {"spread": None}
+    found["spread"] = 0.2
+    assert difference_cells(found) == ["-12.5", "25.0", "20.0", "50.0"]
+    assert difference_cells(without) == ["-12.5", "25.0", "-", "50.0"]
+    assert difference_cells(None) == ["-"] * 4
+    older: Any = {"difference": 0.5, "low": 0.1, "high": 0.9}
+    assert difference_cells(older) == ["+50.0", "-", "-", "-"]

@@ -405,7 +405,13 @@ def test_each_class_has_the_interval_of_its_difference(dtype: str) -> None:
     assert list(found) == ["plane", "car", "bird", "cat"]
     cat = labels == 3
     one, other = (record.predictions[cat] == labels[cat] for record in runs.values())
-    assert found["cat"] == paired_difference(one, other, 4)
+    [row] = [
+        row
+        for row in compare(runs, {**twins}, labels)["ladder"]
+        if row["tensor"] == "accuracy of cat"
+    ]
+    judged = {"gap": row["gap"], "spread": row["drift"], "bound": row["bound"]}
+    assert found["cat"] == {**paired_difference(one, other, 4), **judged}
     assert found["cat"]["discordant"] == [5, 2] and found["cat"]["difference"] == 3 / 80
     assert (
         found["plane"]["discordant"] == [0, 0]
