@@ -166,6 +166,7 @@ def train_and_compare(
         if not comparisons:
             raise
     if interrupted_at is None:
+        confirm_float64(trainer, ensembles, comparisons)
         locate_disagreement(trainer, ensembles, comparisons)
     runs = {
         dtype: {name: ensemble.run for name, ensemble in by_backend.items()}
@@ -258,6 +259,29 @@ def in_order(ensembles: Ensembles) -> Ensembles:
     return {name: ensembles[name] for name in BACKENDS if name in ensembles}
 
 
+def confirm_float64(
+    trainer: Trainer, ensembles: dict[str, Ensembles], comparisons: list[Comparison]
+) -> None:
+    """Replay steps where float64 agrees because of twins alone."""
+    from lockstep.common.model.layers import module_names
+    from lockstep.common.runs.trainer import backend_errors
+    from lockstep.common.verdict.confirm import confirm
+
+    for place, comparison in enumerate(comparisons):
+        build = functools.partial(trainer.backend, dtype=comparison.dtype)
+        runs = {name: of.run for name, of in ensembles[comparison.dtype].items()}
+        with backend_errors(" and ".join(runs)):
+            comparisons[place] = confirm(
+                comparison,
+                runs,
+                trainer.config,
+                trainer.dataset,
+                build,
+                trainer.weights,
+                lambda name, build=build: module_names(build(name)),
+            )
+
+
 def locate_disagreement(
     trainer: Trainer, ensembles: dict[str, Ensembles], comparisons: list[Comparison]
 ) -> None:
@@ -274,7 +298,7 @@ def locate_disagreement(
         (place for place, comparison in enumerate(comparisons) if comparison.verdict == "disagree"),
         None,
     )
-    if place is None:
+    if place is None or comparisons[place].location is not None:
         return
     comparison = comparisons[place]
     dtype = comparison.dtype

@@ -47,7 +47,7 @@ def same_run(
         for name, backend in backends.items()
     }
     comparison = judge(ensembles, backends, config, dataset)
-    if comparison.verdict == "agree":
+    if comparison.verdict == "agree" or comparison.location is not None:
         return comparison
     runs = {name: ensemble.run for name, ensemble in ensembles.items()}
     location = locate.locate(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
+from lockstep.common.model.layers import module_names
 from lockstep.common.protocol import Backend
 from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble, Ensembles
@@ -18,6 +19,7 @@ from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import judge as verdicts
 from lockstep.common.verdict.comparison import Comparison
+from lockstep.common.verdict.confirm import confirm
 
 Build = Callable[[str, Config, str], Backend]  # backend's name, resolved config, dtype
 
@@ -61,7 +63,8 @@ def judge(
     config: Config,
     dataset: Dataset,
 ) -> Comparison:
-    """The verdict of the command line: `verdict.judge`, with twins that `backends` train."""
+    """The verdict of the command line: `verdict.judge`, with twins that `backends` train, and steps
+    replayed where float64 agrees because of them."""
 
     def train_twins(name: str, twins: range) -> list[Record]:
         return train_runs(backends[name], config, dataset, ensembles[name].run.dtype, twins)
@@ -69,7 +72,16 @@ def judge(
     def train_starts(name: str, twins: range) -> list[Record]:
         return train_first_steps(backends[name], config, dataset, ensembles[name].run.dtype, twins)
 
-    return verdicts.judge(ensembles, train_twins, dataset.test_labels, train_starts)
+    found = verdicts.judge(ensembles, train_twins, dataset.test_labels, train_starts)
+    runs = {name: ensemble.run for name, ensemble in ensembles.items()}
+    return confirm(
+        found,
+        runs,
+        config,
+        dataset,
+        backends.__getitem__,
+        names_of=lambda name: module_names(backends[name]),
+    )
 
 
 def take_test_images(dataset: Dataset, test_images: int) -> Dataset:

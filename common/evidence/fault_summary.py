@@ -75,7 +75,9 @@ def summary_lines(row: Row) -> list[str]:
     for dtype, finding in row["lenses"].items():
         said = finding["message"] or "" if finding["caught"] else "not detected"
         said += "".join(
-            f"; {text}" for text in [finding["pattern"], *(finding["causes"] or ())] if text
+            f"; {text}"
+            for text in [finding["pattern"], finding["common"], *(finding["causes"] or ())]
+            if text
         )
         lines.append(f"  {dtype}: {said}")
     return lines

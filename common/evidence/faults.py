@@ -22,6 +22,7 @@ from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
 from lockstep.common.verdict.check import finite
 from lockstep.common.verdict.comparison import Comparison, Location
+from lockstep.common.verdict.confirm import confirm
 from lockstep.common.verdict.judge import judge
 
 # The run that a fault's options change.
@@ -76,6 +77,7 @@ class Finding(TypedDict):
     message: str | None
     pattern: str | None
     causes: Sequence[str] | None
+    common: str | None  # what the tensors that fail there have in common
     twins: int
     peers: Mapping[str, bool | None]  # what other rules say; see `baselines`
 
@@ -217,7 +219,8 @@ def measure_precision(pair: _Pair[F], twins: int) -> Finding:
     comparison = judge(ensembles, pair.train, pair.dataset.test_labels, pair.train_first_steps)
     runs = {name: ensemble.run for name, ensemble in ensembles.items()}
     with pair.injected():  # a late divergence is located by training again
-        located = locate.locate(
+        comparison = confirm(comparison, runs, pair.config, pair.dataset, pair.backend)
+        located = comparison.location or locate.locate(
             comparison.first_divergence,
             runs,
             pair.config,
@@ -262,6 +265,7 @@ def _finding(
         "message": first and first.message,
         "pattern": located and located.pattern,
         "causes": located and list(located.causes),
+        "common": located and located.failures and located.failures.common,
         "twins": twins,
         "peers": peers,
     }

@@ -10,7 +10,8 @@ not carried along, so what shows is what that step does wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -91,7 +92,8 @@ def locate(
     if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
         together = failures(checks, first.step, first.stage, reference.layers)
         return describe(first, recorded, "as recorded", together, modules)
-    found = _replay(names, config, dataset, dtype, first.step, build, twins, weights)
+    steps = range(max(0, first.step - REPLAY_STEPS), first.step + 1)
+    found = replay(names, config, dataset, dtype, steps, build, twins, weights)
     if found is None and first.stage == "loss" and first.step > 0 and _jumps(first, runs):
         before = first.step - 1
         left = replace(
@@ -127,18 +129,23 @@ def _jumps(first: Divergence, runs: Mapping[str, Record]) -> bool:
 # --- Replaying
 
 
-def _replay(
-    names: list[str],
+def replay(
+    names: Sequence[str],
     config: Config,
     dataset: Dataset,
     dtype: str,
-    step: int,
+    steps: Collection[int],
     build: Callable[[str], Backend],
-    twins: int,
-    weights: Arrays | None,
+    twins: int = 2,
+    weights: Arrays | None = None,
 ) -> tuple[Check, Tensors, Failures | None] | None:
-    """The first check outside its bound of the first step, up to `step`, that goes wrong from the
-    reference's state, and which tensors fail there."""
+    """The first check outside its bound of the first of these steps that goes wrong from the
+    reference's state, and which tensors fail there; None if every one is right.
+
+    Args: as of `locate`; the first of `names` is the reference.
+    """
+    if not steps:
+        return None
     backends = [build(name) for name in names]
     reference = backends[0]
     if weights is None:
@@ -146,32 +153,56 @@ def _replay(
     weights = {name: array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
     state = reference.init(Snapshot.start(weights))
     for current, indices in enumerate(data.batch_indices(config, len(dataset.train_images))):
-        if current > step:
-            return None
+        if current > max(steps):
+            break
         [images] = augment.batches(
             config, dataset.train_images, indices[np.newaxis], current, compute_dtype(dtype)
         )
         labels = dataset.train_labels[indices]
-        if current >= step - REPLAY_STEPS:
-            snapshot = reference.export(state)
-            a, b = (
-                Ensemble.of(
-                    [
-                        one_step(backend, config, dataset, dtype, snapshot, images, labels, twin)
-                        for twin in (None, *range(1, twins + 1))
-                    ]
-                )
-                for backend in backends
+        if current in steps:
+            take = functools.partial(
+                _take, config, dataset, dtype, (reference.export(state), images, labels)
             )
-            checks = check_first_steps(a, b, use_twins_in_float64=True)
-            worst = next((check for check in checks if not check.agrees), None)
-            if worst is not None:
-                runs = dict(zip(names, (a.run, b.run), strict=True))
-                tensors = tensors_at(runs, 0, worst.stage, worst.tensor)
-                together = failures(checks, 0, worst.stage, a.run.layers)
-                return replace(worst, step=current), tensors, together
+            if found := _step_failure(backends, dtype, take, twins):
+                return replace(found[0], step=current), *found[1:]
         state, _ = reference.train_step(state, images, labels)
     return None
+
+
+def _take(
+    config: Config,
+    dataset: Dataset,
+    dtype: str,
+    at: tuple[Snapshot, np.ndarray, np.ndarray],
+    backend: Backend,
+    twin: int | None,
+) -> Record:
+    """`one_step`, with what differs between the calls of one step last."""
+    return one_step(backend, config, dataset, dtype, *at, twin)
+
+
+def _step_failure(
+    backends: Sequence[Backend],
+    dtype: str,
+    take: Callable[[Backend, int | None], Record],
+    twins: int,
+) -> tuple[Check, Tensors, Failures | None] | None:
+    """The first check that one step from one state fails; in float64 twins are asked only then."""
+    a, b = (Ensemble(take(backend, None)) for backend in backends)
+    if dtype == "float64" and all(check.agrees for check in check_first_steps(a, b)):
+        return None
+    numbers = range(1, twins + 1)
+    a, b = (
+        side.add_twins(take(backend, twin) for twin in numbers)
+        for side, backend in zip((a, b), backends, strict=True)
+    )
+    checks = check_first_steps(a, b, use_twins_in_float64=True)
+    worst = next((check for check in checks if not check.agrees), None)
+    if worst is None:
+        return None
+    runs = {backend.name: side.run for backend, side in zip(backends, (a, b), strict=True)}
+    tensors = tensors_at(runs, 0, worst.stage, worst.tensor)
+    return worst, tensors, failures(checks, 0, worst.stage, a.run.layers)
 
 
 def one_step(
