@@ -18,6 +18,8 @@ SINGLE = (1e-9, 1e-5)  # relative gaps in which float32's rounding shows in a fl
 TIMES = r" is .*times "  # of `locate.describe_relation` and `_times`
 ZEROS, SAME_NUMBERS = "nothing but zeros", "another order"
 PLACED = r"\bequals\b|stored as"  # of `matching.Difference.text`
+STALE = "the updates before it agree"
+BY_ONE_FACTOR = "as all that fail are"
 BY_OWN_FACTORS = "each by its own factor"
 ITSELF, UNCHANGED, INVERSE = "times the parameter itself", "does not change", "the smaller"
 BY_SINGLE = "float32's rounding"
@@ -58,6 +60,13 @@ CAUSES = (
     ),
     Cause(
         "", "", BY_SINGLE, "something is float32 in this float64 run: a constant, a cast, a table"
+    ),
+    Cause(
+        "forward",
+        "",
+        STALE,
+        "the step uses parameters of before the last update (a copy that is not renewed), or what it "
+        "counts or draws is that of another step",
     ),
     Cause(
         "forward",
@@ -104,7 +113,6 @@ CAUSES = (
         "",
         "the function before it: an activation (GELU: Flax approximates by default), dropout, "
         "flatten (PyTorch unrolls (C, H, W)), a missing bias, precision",
-        general=True,
     ),
     Cause(
         "loss",
@@ -146,6 +154,13 @@ CAUSES = (
     ),
     Cause(
         "update",
+        "momentum|first moment",
+        BY_ONE_FACTOR,
+        "beta1, dampening, accumulated gradients summed in place of their mean, or all clipped to "
+        "another norm",
+    ),
+    Cause(
+        "update",
         "momentum|moment",
         BY_OWN_FACTORS,
         "gradients are clipped otherwise: each tensor by its own norm, against all by one",
@@ -183,7 +198,7 @@ CAUSES = (
     ),
     Cause(
         "update",
-        "",
+        "^(?!.* of )",
         ITSELF,
         "decoupled weight decay: its factor, whether lr multiplies it (AdamW), or a mask: norms and "
         "biases decayed on one side alone",

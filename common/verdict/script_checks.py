@@ -279,18 +279,21 @@ def believed(checks: list[Check], alignment: Alignment) -> tuple[list[Check], li
     """The checks without those that a later one contradicts, and a sentence on each of these.
 
     That two modules hold the same parameters does not make what they return the same: one may add a
-    residual that the other leaves to its caller. So where they differ and the module around them
-    does not, or nothing but such modules differs, they are no place of the training. And the
-    learning rate that a script reports counts only if an update differs.
+    residual that the other leaves to its caller, or be called several times in a step. So where
+    they differ and the module around them does not, or the losses of the step do not, or nothing
+    but such modules differs, they are no place of the training. And the learning rate that a script
+    reports counts only if an update differs.
     """
     rejected: dict[int, str] = {}
     guessed = [c for c in checks if c.stage == "forward" and c.tensor in set(alignment.inferred)]
     failing = [check for check in checks if not check.agrees]
     real = [c for c in failing if c not in guessed and not _is_rate(c)]
     good = {(c.step, c.tensor) for c in guessed if c.agrees}
+    losses = {step: [c.agrees for c in checks if _is_loss(c, step)] for step in range(FIRST_STEPS)}
     for check in guessed:
+        same_loss = bool(losses[check.step]) and all(losses[check.step])
         around = any(step == check.step and _holds(tensor, check.tensor) for step, tensor in good)
-        if not check.agrees and (around or not real):
+        if not check.agrees and (around or same_loss or not real):
             rejected[id(check)] = (
                 f"forward: {check.tensor}: what the two modules return is not the same thing, "
                 "though they hold the same parameters"
@@ -308,6 +311,10 @@ def believed(checks: list[Check], alignment: Alignment) -> tuple[list[Check], li
 
 def _is_rate(check: Check) -> bool:
     return check.stage == "update" and check.tensor == "lr"
+
+
+def _is_loss(check: Check, step: int) -> bool:
+    return check.stage == "loss" and check.step == step and check.start is None
 
 
 def _rate_is_not_applied(checks: Sequence[Check]) -> bool:

@@ -21,9 +21,14 @@ from lockstep.common.verdict.script_comparison import Unstable
 
 def not_seen(alignment: Alignment) -> tuple[str, ...]:
     """What one of the scripts did not record, or neither did, a sentence each."""
-    seen = [set(_recorded(run)) for run in alignment.runs]
+    paired = [{own[side] for own in alignment.groups["data"].values()} for side in (A, B)]
+    listed = [
+        [what for what in _recorded(run) if what not in names]
+        for run, names in zip(alignment.runs, paired, strict=True)
+    ]
+    seen = [set(each) for each in listed]
     found = []
-    for what in dict.fromkeys([*_recorded(alignment.runs[A]), *_recorded(alignment.runs[B])]):
+    for what in dict.fromkeys([*listed[A], *listed[B]]):
         lacking = [name for name, has in zip(alignment.sides, seen, strict=True) if what not in has]
         found += [(side, what) for side in lacking]
     sentences = []

@@ -15,11 +15,14 @@ from lockstep.common.recorder.recording import Recording
 from lockstep.common.verdict.check import MEAN, Check
 from lockstep.common.verdict.comparison import Entry
 from lockstep.common.verdict.distances import magnitude
+from lockstep.common.verdict.failures import common
 from lockstep.common.verdict.locate import Tensors, describe_relation, largest_differences
 from lockstep.common.verdict.script_causes import (
+    BY_ONE_FACTOR,
     BY_OWN_FACTORS,
     BY_SINGLE,
     EXACT,
+    STALE,
     TIMES,
     causes_of,
     difference_relation,
@@ -53,6 +56,8 @@ def find_place(
     failing, passing = _siblings(check, checks)
     if pattern and re.search(TIMES, pattern) and (which := _factors(check, failing, records)):
         pattern = f"{pattern}, {which}"
+    if pattern is None and check.stage == "forward" and _follows_agreeing_update(check, checks):
+        pattern = STALE
     others = [name for name in failing if name != check.tensor]
     return ScriptPlace(
         check,
@@ -64,7 +69,7 @@ def find_place(
         causes=causes_of(check.stage, f"{check.tensor} {own[A]} {own[B]}", pattern),
         others=len(others),
         of=len(others) + len(passing),
-        trait=_trait(failing, passing, alignment, records[A]) if others else "",
+        trait=_trait(check, failing, passing, alignment, records[A]) if others else "",
         lines=(_line(alignment.runs[A], check, own[A]), _line(alignment.runs[B], check, own[B])),
     )
 
@@ -180,8 +185,15 @@ def _siblings(check: Check, checks: Sequence[Check]) -> tuple[list[str], list[st
     return list(failing), [name for name in passing if name not in failing]
 
 
+def _follows_agreeing_update(check: Check, checks: Sequence[Check]) -> bool:
+    before = [c for c in checks if (c.step, c.stage) == (check.step - 1, "update")]
+    return bool(before) and all(each.agrees for each in before)
+
+
 def _factors(check: Check, failing: Sequence[str], records: Records) -> str | None:
     """Whether all tensors that fail differ by one factor; None where that cannot be seen."""
+    if check.stage == "update" and not split_slot(check.tensor)[0]:
+        return None  # of parameters, not of their changes
     factors = []
     for name in failing:
         a, b = (record.first_steps.get(f"{check.step}/{check.stage}/{name}") for record in records)
@@ -192,12 +204,21 @@ def _factors(check: Check, failing: Sequence[str], records: Records) -> str | No
     if len(factors) < 2:
         return None
     alike = max(factors) - min(factors) <= EXACT * max(map(abs, factors))
-    return "as all that fail are" if alike else f"those that fail {BY_OWN_FACTORS}"
+    return BY_ONE_FACTOR if alike else f"those that fail {BY_OWN_FACTORS}"
 
 
 def _trait(
-    failing: Sequence[str], passing: Sequence[str], alignment: Alignment, record: ScriptRecord
+    check: Check,
+    failing: Sequence[str],
+    passing: Sequence[str],
+    alignment: Alignment,
+    record: ScriptRecord,
 ) -> str:
+    """What the tensors that fail have in common; "" where they are no choice of them."""
+    if check.stage == "forward":
+        return common(failing, passing, check.stage, record.layers) if passing else ""
+    if check.stage not in ("weights", "backward", "update"):
+        return ""
     parameters = [[split_slot(name)[1] for name in names] for names in (failing, passing)]
     axes = {name: array.ndim for name, array in record.weights.items()}
     return common_trait(parameters[0], parameters[1], alignment.names, axes)

@@ -156,6 +156,25 @@ def test_the_place_says_what_the_failing_tensors_have_in_common(fault: str, exte
     assert place is not None and extent in place.extent
 
 
+def test_what_differs_after_equal_updates_uses_older_parameters() -> None:
+    theirs = recording("jax")
+    for key in theirs.first_steps:
+        if key.startswith("1/forward/") or key == "1/loss/loss":
+            theirs.first_steps[key] = theirs.first_steps[key] + 0.1
+    place = compared(b=theirs).place
+    assert place is not None and place.name == "net.fc1 (Dense_0)"
+    assert place.pattern == "the updates before it agree"
+    assert "parameters of before the last update" in place.causes[0]
+
+
+def test_activations_are_said_to_differ_from_one_of_them_on() -> None:
+    place = compared(fault="tanh").place
+    assert place is not None
+    assert place.extent == (
+        "1 of the 2 other tensors of this stage fails, too (everything from net.fc2 on)"
+    )
+
+
 def test_a_step_whose_update_is_lost_is_found_at_that_step() -> None:
     place = compared(fault="dropped update").place
     assert place is not None and place.check.step == 9
@@ -259,6 +278,10 @@ def test_modules_that_return_something_else_are_no_difference_of_the_training() 
     found = compared(b=theirs)
     assert found.verdict == "agree"
     assert any("net.fc1" in sentence for sentence in found.left_out)
+    wrong = recording("jax", fault="decay")
+    wrong.first_steps["0/forward/Dense_0"] += 1.0
+    found = compared(b=wrong)
+    assert found.place is not None and found.place.check.stage == "update", "the losses agree"
     tapped = [recording(name) for name in ("torch", "jax")]
     for side, value in zip(tapped, (1.0, 2.0), strict=True):
         side.first_steps["0/forward/scores"] = np.full(4, value)
