@@ -208,9 +208,11 @@ def start_sentence(report: ScriptReportJson) -> str | None:
     if report["same_start"] and not report["differing"]:
         return None
     differing = report["differing"]
-    shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
-    if report["same_start"]:
-        return f"Some tensors differ at the start: {shown}."
+    if report["same_start"]:  # the place has the first of them
+        return (
+            f"{plural(len(differing), 'tensor')} differ{'s' * (len(differing) == 1)} at the start."
+        )
+    shown = "; ".join(differing[:2]) + ("; ..." if len(differing) > 2 else "")
     how = f" ({shown})" if shown else ""
     return (
         f"The two start from other weights{how}. --start-from A gives B the weights of A, and "
