@@ -125,14 +125,18 @@ def test_a_script_and_its_port_agree_and_their_recordings_can_be_compared_again(
     assert again.status == 0 and "agree" in again.out
 
 
-def test_where_two_scripts_differ_is_named_and_the_exit_status_is_1(
-    pair: tuple[str, str], write: Write, tmp_path: Path, said: Callable[..., Said]
+def test_two_scripts_whose_first_steps_differ_are_ended_there_and_the_exit_status_is_1(
+    write: Write, tmp_path: Path, said: Callable[..., Said]
 ) -> None:
-    other = write("c.py", ("0.1 * g", "0.11 * g"))
-    found = said("check", pair[0], other, *FLOAT64, "--out", tmp_path / "out")
+    long = ("run.finish(", "import time; time.sleep(1000)\nrun.finish(")
+    a, b = write("a.py", long), write("b.py", long, ("0.1 * g", "0.11 * g"))
+    found = said("check", a, b, *FLOAT64, "--out", tmp_path / "out")
     assert found.status == 1 and found.err == ""
+    assert "The first steps differ: the scripts are ended there" in found.out
     assert "update: step 0" in " ".join(found.out.split())
     assert found.out.splitlines()[-1].startswith("Report: ")
+    kept = sorted(path.name for path in (tmp_path / "out" / "a").glob("*.safetensors"))
+    assert kept == ["float64-again-short.safetensors", "float64.safetensors"]
 
 
 @pytest.mark.slow
