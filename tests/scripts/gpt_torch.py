@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
     options, _ = parser.parse_known_args()  # the other side may have options of its own
 
     model = GPT(shared.VOCABULARY, shared.WIDTH, shared.HEADS, shared.BLOCKS, shared.CONTEXT)
@@ -81,6 +82,7 @@ def main() -> None:
 
     run = lockstep.Run()
     run.begin(model, optimizer)
+    forward = torch.compile(model) if options.compile else model
     for inputs, targets in shared.texts(options.steps):
         x, y = run.batch(torch.from_numpy(inputs), torch.from_numpy(targets))
         drawn = run.random("dropout", (shared.BLOCKS, *x.shape, shared.WIDTH), kind="uniform")
@@ -91,7 +93,7 @@ def main() -> None:
         for x_part, y_part, kept in zip(
             x.chunk(parts), y.chunk(parts), keep.chunk(parts, dim=1), strict=True
         ):
-            logits = model(x_part, kept)
+            logits = forward(x_part, kept)
             part = cross_entropy(
                 logits.flatten(0, 1), y_part.flatten(), ignore_index=shared.PADDING
             )
