@@ -57,15 +57,21 @@ class Conventions:
 
     def against(self, a: Tensor, b: Tensor, how: Reshaping | None) -> Reshaping | None:
         """The layout that this pair should have instead of `how`, by the matches of its kind; None
-        if nothing speaks against it."""
+        if nothing speaks against it.
+
+        Args:
+            how: None for one that no permutation of whole axes gives, such as rows in the order of
+                another flatten, which is right as it is.
+        """
+        if how is None:
+            return None
         votes = Counter(self._seen.get(_kind(a, b), Counter()))
         for prior in _of_libraries(a, b):
             votes[prior] += PRIOR
         usual = next((u for u, _ in votes.most_common() if fits(a.shape, b.shape, u)), None)
         if usual is None or votes[usual] < SURE or _are_same(a, b, usual, how):
             return None
-        mine = votes[how] if how is not None else 1
-        return usual if mine <= max(1, votes[usual] // 8) else None
+        return usual if votes[how] <= max(1, votes[usual] // 8) else None
 
     def layout(self, a: Tensor, b: Tensor) -> tuple[Index, Reshaping] | None:
         """The most usual layout, or else the plainest that keeps or merges whole axes."""

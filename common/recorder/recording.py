@@ -175,15 +175,19 @@ def batch_digest(array: np.ndarray) -> tuple[int, int]:
     of its entries in any order.
 
     Entries count by their value in float32, whatever their dtype. Within a row their order does not
-    count, so that (n, channels, height, width) and (n, height, width, channels) are the same.
+    count, so that (n, channels, height, width) and (n, height, width, channels) are the same; it
+    does in rows of signed integers, such as a text's.
     """
-    values = np.asarray(array)
-    values = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    given = np.asarray(array)
+    values = given.reshape(len(given), -1) if given.ndim else given.reshape(1, 1)
     bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # no -0.0
     of_rows = bits.sum(axis=1, dtype=np.uint32).astype(np.uint64)  # modulo 2^32, which is fast
-    ordered = _mixed(of_rows + _places(len(of_rows))).sum(dtype=np.uint64)
     # Modulo 2^32 as well: else the sum would depend on which entries share a row.
-    return int(ordered.astype(np.int64)), int(of_rows.sum(dtype=np.uint64)) % 2**32
+    unordered = int(of_rows.sum(dtype=np.uint64)) % 2**32
+    if given.ndim == 2 and given.dtype.kind == "i":
+        of_rows = (bits * _places(bits.shape[1])).sum(axis=1, dtype=np.uint64)
+    ordered = _mixed(of_rows + _places(len(of_rows))).sum(dtype=np.uint64)
+    return int(ordered.astype(np.int64)), unordered
 
 
 @functools.lru_cache

@@ -144,6 +144,12 @@ def test_rows_in_another_order_are_another_batch(pair: tuple[Recording, Recordin
     assert list(np.flatnonzero(a.batches["batch[0]"] != b.batches["batch[0]"])) == [7]
 
 
+def test_a_text_that_is_rolled_along_its_rows_is_another_batch() -> None:
+    tokens, images = np.arange(12).reshape(3, 4), np.arange(12.0).reshape(3, 4)
+    assert batch_digest(tokens)[0] != batch_digest(np.roll(tokens, 1, axis=1))[0]
+    assert batch_digest(images)[0] == batch_digest(np.roll(images, 1, axis=1))[0]
+
+
 def test_where_the_batch_is_another_axis_the_order_of_the_rows_does_not_count() -> None:
     """(batch, time) against (time, batch)."""
     sides = [recording("torch"), recording("jax")]

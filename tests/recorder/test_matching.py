@@ -108,6 +108,19 @@ def test_equal_values_say_the_layout(a: np.ndarray, b: np.ndarray, layout: str):
     )
 
 
+def test_a_flatten_in_another_order_is_right_next_to_kernels_that_are_transposed():
+    draw = np.random.default_rng(5)
+    kernels = {f"fc{i}.weight": draw.normal(size=(8, 8 + i)) for i in range(4)}
+    ours = {"flat.weight": FLAT, **kernels}
+    theirs = {name.replace("weight", "kernel"): np.array(k.T) for name, k in kernels.items()}
+    theirs["flat.kernel"] = FLAT.reshape(7, 3, 4, 5).transpose(2, 3, 1, 0).reshape(60, 7)
+    found = match(recording(ours), recording(theirs, "jax"))
+    assert not found.differing
+    [flat] = [m for m in found.matches if m.a == "flat.weight"]
+    assert flat.how == "value"
+    np.testing.assert_array_equal(flat.of_b(theirs["flat.kernel"]), FLAT)
+
+
 def test_the_same_numbers_in_no_layout_are_said_to_be_so():
     shuffled = np.random.default_rng(0).permutation(DENSE.ravel()).reshape(DENSE.shape)
     found = match(recording({"x.weight": DENSE}), recording({"x.weight": shuffled}))
