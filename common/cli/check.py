@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lockstep.common.cli import output
+from lockstep.common.cli import output, script_options
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.system import program
@@ -19,11 +19,11 @@ def add_arguments(parser: Parser) -> None:
             help="a training script that uses lockstep.Run: SCRIPT.py or MODULE:FUNCTION"
             + ("; what follows -- are the arguments of both" if name == "B" else ""),
         )
-    options_of.add_precision(parser, "both")
-    options_of.add_script_twins(parser)
-    options_of.add_script_run(parser)
+    script_options.add_precision(parser, "both")
+    script_options.add_script_twins(parser)
+    script_options.add_script_run(parser)
     group = parser.add_argument_group("which tensor is which")
-    options_of.add_names(group)
+    script_options.add_names(group)
     options_of.add_choice(
         group, "--start-from", ("A", "B"), "both start from the initial weights of this one"
     )
@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
-    a, b = options_of.given(options, "a", "b")
+    a, b = script_options.given(options, "a", "b")
     from lockstep.common import scripts
 
     result = scripts.check(
@@ -45,6 +45,6 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         out=options.out,
         terminal=output.terminal(options),
         command=program.typed(invocation.arguments),
-        **options_of.script_options(options),
+        **script_options.script_options(options),
     )
     return output.conclude(result, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lockstep.common.cli import output
+from lockstep.common.cli import output, script_options
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.system import program
@@ -18,12 +18,12 @@ def add_arguments(parser: Parser) -> None:
             metavar=name,
             help="a folder of recordings, as record or check writes it",
         )
-    options_of.add_names(parser)
+    script_options.add_names(parser)
     options_of.add_output(parser, "folder of the report (default: results/runs/diff-<A>-<B>)")
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
-    a, b = options_of.given(options, "a", "b")
+    a, b = script_options.given(options, "a", "b")
     from lockstep.common import scripts
 
     result = scripts.diff(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lockstep.common.cli import output
+from lockstep.common.cli import output, script_options
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.parser import Invocation, Parser
 
@@ -17,16 +17,16 @@ def add_arguments(parser: Parser) -> None:
         help="a training script that uses lockstep.Run: SCRIPT.py or MODULE:FUNCTION; what "
         "follows -- are its arguments",
     )
-    options_of.add_precision(parser, "float64")
-    options_of.add_script_twins(parser)
-    options_of.add_script_run(parser)
+    script_options.add_precision(parser, "float64")
+    script_options.add_script_twins(parser)
+    script_options.add_script_run(parser)
     options_of.add_output(
         parser, "folder of the recordings (default: results/runs/record-<script>)"
     )
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
-    (script,) = options_of.given(options, "script")
+    (script,) = script_options.given(options, "script")
     from lockstep.common import scripts
     from lockstep.common.recorder.script import find
 
@@ -37,7 +37,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         folder,
         precision=options.precision,
         terminal=terminal,
-        **options_of.script_options(options),
+        **script_options.script_options(options),
     )
     rows = [
         {"precision": run.dtype, "twin": run.twin, "steps": run.steps, "seconds": run.seconds}
