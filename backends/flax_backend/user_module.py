@@ -84,6 +84,10 @@ def build(model: str, classes: int, device: str) -> Network:
             and layer.conv_general_dilated is jax.lax.conv_general_dilated
         ):
             layer.conv_general_dilated = convolution(device)  # faster on the CPU
+        if isinstance(layer, nnx.Embed) and layer.dtype == layer.embedding[...].dtype:
+            # Flax takes the parameters' dtype at the start for the one to compute in, and keeps
+            # it; other layers compute in the dtype that their parameters have then.
+            layer.dtype = None
     return split_module(module, {name: name for name in pair.load(model).names.values()})
 
 

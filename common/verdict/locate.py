@@ -310,12 +310,14 @@ def describe(
         pattern = describe_relation(a, b, first.names, classes=first.stage == "evaluate")
         if not first.tensor.startswith("accuracy of "):  # of all classes, none differs by much
             worst_entries = largest_differences(a, b)
+        if a.dtype != b.dtype:
+            pattern = f"{first.names[0]}'s dtype is {a.dtype}, {first.names[1]}'s {b.dtype}"
     elif a is not None and b is not None:
         pattern = f"{first.names[0]}'s shape is {a.shape}, {first.names[1]}'s {b.shape}"
     seen = "; ".join(filter(None, [pattern, together and together.common]))
     kind = None if modules is None else kind_of(first.tensor, modules.values())
     causes = find_causes(first.stage, first.tensor, seen, kind)
-    if (cause := float32_cause(_relative_gap(tensors))) and first.tensor != "lr":
+    if first.tensor != "lr" and (cause := float32_cause(_relative_gap(tensors))):
         causes = (cause, *causes[:1])
     own = {} if modules is None else own_names(first.tensor, modules)
     return Location(first, method, pattern, worst_entries, causes, together, own)
@@ -335,13 +337,15 @@ def largest_differences(a: np.ndarray, b: np.ndarray) -> tuple[Entry, ...]:
 
 
 def _relative_gap(tensors: Tensors) -> float:
-    """The largest gap as a share of the largest entry, in float64; 0 in other precisions, and where
-    tensors cannot be compared."""
+    """The largest gap as a share of the largest entry, where a side is float64; 0 in other
+    precisions, and where tensors cannot be compared."""
     a, b = tensors
-    if a is None or b is None or a.dtype != np.float64 or a.shape != b.shape or a.size == 0:
+    if a is None or b is None or a.shape != b.shape or a.size == 0:
         return 0.0
     scale = max(magnitude(a), magnitude(b))
-    return max_tensor_difference(a, b)[0] / scale if scale > 0 else 0.0
+    if scale == 0 or np.float64 not in (a.dtype, b.dtype):
+        return 0.0
+    return max_tensor_difference(a.astype(np.float64), b.astype(np.float64))[0] / scale
 
 
 def describe_relation(

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from lockstep import backends
+from lockstep import backends, same_run
+from lockstep.backends.faults import inject, named
+from lockstep.cli import main
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
-from lockstep.common.evidence import judge, pair_check, train_ensemble
+from lockstep.common.evidence import faults, judge, pair_check, train_ensemble
+from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.pair import source_digest
-from lockstep.common.protocol import Backend
-
-CASE = f"{Path(__file__).with_name('scale_before_norm.py')}:PAIR"
+from lockstep.common.protocol import Backend, Snapshot
 
 
-def resolved(digits: Dataset) -> Config:
-    config = Config(model=CASE, pair=source_digest(CASE), steps=4, batch_size=16, lr=0.01)
+def case(name: str) -> str:
+    return f"{Path(__file__).with_name(name)}:PAIR"
+
+
+def resolved(digits: Dataset, name: str = "scale_before_norm.py") -> Config:
+    model = case(name)
+    config = Config(model=model, pair=source_digest(model), steps=4, batch_size=16, lr=0.01)
     return config.resolve(len(digits.train_images))
+
+
+def both(config: Config) -> dict[str, Backend]:
+    return {name: backends.load(name)(config, 10, "float64", "cpu", "off") for name in BACKENDS}
 
 
 @pytest.fixture(scope="module")
 def sides(digits: Dataset) -> dict[str, Backend]:
-    config = resolved(digits)
-    return {name: backends.load(name)(config, 10, "float64", "cpu", "off") for name in BACKENDS}
+    return both(resolved(digits))
 
 
 @pytest.mark.slow
@@ -52,3 +65,82 @@ def test_a_gradient_that_cancels_is_judged_by_twins_in_the_first_step(
     first = pair_check.measure(torch, flax, config, digits).first_difference
     assert first is not None and first.divergence.stage == "backward"
     assert first.divergence.tensor == "head.kernel"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_embedding_computes_in_the_precision_of_its_parameters(
+    pinned: bool, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nnx.Embed` keeps the dtype of its parameters at the start, float32, for its outputs."""
+    if pinned:  # the control: what a user's network asks for by itself
+
+        class Pinned(nnx.Embed):
+            def __call__(self, inputs: jax.Array) -> jax.Array:
+                return super().__call__(inputs).astype(np.float32)
+
+        monkeypatch.setattr(nnx, "Embed", Pinned)
+    config = resolved(digits, "positions.py")
+    torch, flax = both(config).values()
+    found = same_run(torch, flax, digits, config)
+    assert bool(found) is not pinned, found
+    if pinned:
+        assert found.location is not None and found.location.divergence.stage == "forward"
+        assert found.location.divergence.tensor == "places"
+        assert found.location.causes[0].startswith("float32 inside")
+
+
+@pytest.mark.slow
+def test_a_norm_of_the_users_own_is_named(digits: Dataset) -> None:
+    config = resolved(digits, "running_norm.py")
+    torch, flax = both(config).values()
+    first = pair_check.measure(torch, flax, config, digits).first_difference
+    assert first is not None
+    assert (first.divergence.stage, first.divergence.tensor) == ("forward", "bn")
+    assert first.causes[0].startswith("epsilon, the variance's formula, axes, train mode")
+    # The control: what precedes it agrees, and is compared.
+    assert {"input of bn", "conv1"} <= {
+        key.removeprefix("forward/")
+        for key in flax.probe(
+            flax.init(Snapshot.start(initial_weights(flax.shapes(), 0, "float64"))),
+            np.zeros((2, 32, 32, 3)),
+            np.zeros(2, np.int64),
+        )
+    }
+
+
+@pytest.mark.slow
+def test_two_mistakes_with_one_first_tensor_are_told_apart(
+    digits: Dataset, build: Callable
+) -> None:
+    """Weight decay after momentum, and none on biases: both differ first, with the same numbers,
+    in the momentum of the first bias."""
+    short = dataclasses.replace(digits, test_images=digits.test_images[:100])
+    short = dataclasses.replace(short, test_labels=digits.test_labels[:100])
+    common = {}
+    for name in ("weight-decay-after-momentum", "biases-not-decayed"):
+        fault = dataclasses.replace(named(name))
+        options = {**fault.options, "steps": 4, "batch_size": 8}
+        fault = dataclasses.replace(fault, options=options)
+        row = faults.measure(fault, short, build, inject, faults.Cache(), ("float64",))
+        finding = row["lenses"]["float64"]
+        assert finding["tensor"] == "momentum of conv1.bias"
+        common[name] = finding["common"]
+    assert common == {
+        "weight-decay-after-momentum": "every parameter; momentum buffers alone",
+        "biases-not-decayed": "all biases, no kernel",
+    }
+
+
+@pytest.mark.slow
+def test_runs_that_reach_nan_together_have_a_verdict_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--model mlp --data digits --batch-size 16 --lr 0.02 --momentum 0.9 --steps 60"
+    rest = f"--seed 201 --dtype float32 --maximize --out {tmp_path / 'run'}"
+    assert main([*options.split(), *rest.split()]) == 1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["verdict"] == "diverged"
+    assert report["lenses"][0]["diverged_at"] == 17
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Both runs diverge at the same step" in said and "disagree" not in said.lower()

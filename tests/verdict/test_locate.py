@@ -249,6 +249,11 @@ def test_float32_inside_is_said_of_gaps_of_its_size_in_float64_and_of_no_others(
     for share in (1e-11, 3e-6, 0.1):
         assert not any("float32 inside" in cause for cause in causes(share))
     assert not any("float32 inside" in cause for cause in causes(5e-7, "float32"))
+    kept = locate.describe(
+        diverging(0, "forward", "fc1"), (one, one.astype(np.float32)), "as recorded"
+    )
+    assert kept.pattern == "torch's dtype is float64, flax's float32"
+    assert kept.causes[0].startswith("float32 inside")
 
 
 def test_the_names_that_both_modules_give_a_tensor_are_told_where_they_differ() -> None:
