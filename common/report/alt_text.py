@@ -17,7 +17,7 @@ from lockstep.common.report.chart_data import (
 )
 from lockstep.common.report.json import ComparedJson, ComparisonJson
 from lockstep.common.report.summary import notes
-from lockstep.common.report.text import four_digits, number, percent, plural
+from lockstep.common.report.text import four_digits, number, percent, plural, share
 from lockstep.common.runs.record import Record
 
 STEADY = 0.005  # a series that changes by less, relatively, "stays" at its value
@@ -46,7 +46,7 @@ def usage_text(comparison: ComparedJson, score: float | None) -> str:
     else:
         text = f"{checks}, each within its bound"
         if score is not None:
-            text += f"; the closest one uses {100 * score:.2g} % of its bound"
+            text += f"; the closest one uses {share(score)} of its bound"
     if powerless:
         text += f"; {powerless:,} have no power: no run could fail them, so they are no evidence"
     return text

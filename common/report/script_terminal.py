@@ -15,7 +15,7 @@ from lockstep.common.report.script_json import (
 from lockstep.common.report.summary import tensor_text, worst_per_stage
 from lockstep.common.report.tables import Table
 from lockstep.common.report.terminal import Terminal
-from lockstep.common.report.text import number, ok, plural
+from lockstep.common.report.text import number, ok, plural, share
 
 MAX_REMARKS = 4  # without `verbose`
 MAX_LINES = 3  # of a names file, likewise
@@ -64,7 +64,7 @@ def in_short(found: ScriptComparisonJson) -> str:
     if found["max_abs_loss_gap"] is not None:
         text += f"; losses within {number(found['max_abs_loss_gap'])}"
     if found["verdict"] == "agree" and found["score"] is not None:
-        text += f"; the closest check uses {100 * found['score']:.2g} % of its bound"
+        text += f"; the closest check uses {share(found['score'])} of its bound"
     return f"{text}{twins_text(found)}."
 
 

@@ -56,6 +56,11 @@ def rate(speed: float | None) -> str:
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
 
 
+def share(value: float) -> str:
+    """A share of a bound, as `71 %` or `0.15 %`."""
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
+
+
 def percent(value: float | None) -> str:
     """An accuracy; None stands for a class without test images."""
     return "no images" if value is None else f"{100 * value:.1f} %"

@@ -276,7 +276,8 @@ def update_relation(
     still = [not change.any() for change in changes]
     if any(still):
         return None if all(still) else f"{names[still.index(True)]} {UNCHANGED} it"
-    if factor := _factor(changes[1], changes[0], EXACT):
+    factor = _factor(changes[1], changes[0], EXACT)
+    if factor is not None and abs(factor - 1) > EXACT:
         return _times(names, "update", factor)
     difference = changes[1] - changes[0]
     if text := difference_relation(difference, before, gradient, names):

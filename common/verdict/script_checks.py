@@ -39,7 +39,7 @@ from lockstep.common.verdict.trajectory import (
     check_series,
 )
 
-# float64. Of the largest change that the steps so far made to any parameter: what a parameter may
+# float64. Of the largest change that the steps so far made to any parameter: what an entry may
 # differ by whose gradient is zero but for rounding. Adam divides the gradient by its own size, plus
 # an epsilon of 1e-8, and so makes 1e-9 of a step of it. To be caught: decay of such a parameter.
 FREE_SHARE = 1e-6
@@ -118,11 +118,40 @@ def _with_room_for_rounding(
     `FREE_SHARE`, and in other precisions those of all parameters with that of `SCALARS_SHARE`."""
     if first.dtype != "float64":
         return [_with_room_for_scalars(first, check) for check in checks]
-    free = moved_by_rounding(first) & moved_by_rounding(second)
-    concerned = [check for check in checks if check.stage == "update" and check.tensor in free]
-    room = {step: FREE_SHARE * largest_change(first, step) for step in {c.step for c in concerned}}
-    wider = {id(c): replace(c, bound=max(c.bound, room[c.step])) for c in concerned}
-    return [wider.get(id(check), check) for check in checks]
+    free = moved_by_rounding(first, second)
+    return [
+        _without_rounding(first, second, check, free[check.tensor])
+        if check.stage == "update" and not check.agrees and check.tensor in free
+        else check
+        for check in checks
+    ]
+
+
+def _without_rounding(
+    first: ScriptRecord, second: ScriptRecord, check: Check, free: np.ndarray
+) -> Check:
+    """The check without the entries that rounding alone moves, where these have moved no further
+    than `FREE_SHARE` says.
+
+    Args:
+        free: bool, of the parameter's shape: these entries.
+    """
+    pair = [parameter_at(record, check.step, check.tensor) for record in (first, second)]
+    a, b = pair
+    if a is None or b is None or a.shape != b.shape or a.shape != free.shape:
+        return check
+    if max_difference(a[free], b[free])[0] > FREE_SHARE * largest_change(first, check.step):
+        return check
+    gap, values = max_difference(a[~free], b[~free])
+    return replace(check, gap=min(check.gap, gap), values=values)
+
+
+def parameter_at(record: ScriptRecord, step: int, name: str) -> np.ndarray | None:
+    """The parameter after this step, if it was recorded."""
+    found = record.first_steps.get(f"{step}/update/{name}")
+    if found is None:
+        found = record.parameter_history.get(f"{step + 1}/{name}")
+    return record.final.get(name) if found is None and step == record.steps - 1 else found
 
 
 def _with_room_for_scalars(record: ScriptRecord, check: Check) -> Check:
@@ -135,22 +164,37 @@ def _with_room_for_scalars(record: ScriptRecord, check: Check) -> Check:
     return replace(check, bound=check.bound + (room if math.isfinite(room) else 0.0))
 
 
-def moved_by_rounding(record: ScriptRecord) -> set[str]:
-    """The parameters whose gradients are zero but for rounding, in each step whose gradients are
-    known: a bias before a norm, or that of an attention's keys."""
+def moved_by_rounding(first: ScriptRecord, second: ScriptRecord) -> dict[str, np.ndarray]:
+    """bool, of the parameter's shape, by parameter: the entries whose gradients are zero but for
+    rounding on both sides, in each step whose gradients are known: a bias before a norm, or that of
+    an attention's keys, which may be a part of a larger one. Only parameters with such entries."""
+    sides = [small_gradients(record) for record in (first, second)]
+    found = {}
+    for name in sides[0].keys() & sides[1].keys():
+        (small_a, zero_a), (small_b, zero_b) = (side[name] for side in sides)
+        if small_a.shape == small_b.shape:
+            found[name] = small_a & small_b & ~(zero_a & zero_b)
+    return {name: free for name, free in found.items() if free.any()}
+
+
+def small_gradients(record: ScriptRecord) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By parameter, the entries whose gradients are near zero in each known step, and those whose
+    gradients are zero."""
     near_zero = min(NEAR_ZERO_ULP * float(np.finfo(np.float64).eps), MAX_NEAR_ZERO)
-    found: list[set[str]] = []
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for step in range(FIRST_STEPS):
         prefix = f"{step}/backward/"
-        sizes = {
-            key.removeprefix(prefix): magnitude(array)
+        gradients = {
+            key.removeprefix(prefix): array
             for key, array in record.first_steps.items()
             if key.startswith(prefix)
         }
-        if sizes:
-            limit = near_zero * max(sizes.values())
-            found.append({name for name, size in sizes.items() if 0 < size < limit})
-    return set.intersection(*found) if found else set()
+        limit = near_zero * max(map(magnitude, gradients.values()), default=0.0)
+        for name, gradient in gradients.items():
+            small, zero = np.abs(gradient) < limit, gradient == 0
+            before = found.get(name, (np.array(True), np.array(True)))
+            found[name] = before[0] & small, before[1] & zero
+    return found
 
 
 def largest_change(record: ScriptRecord, step: int) -> float:

@@ -316,6 +316,25 @@ def test_a_parameter_that_rounding_alone_moves_has_room() -> None:
     assert compared(*sides).verdict == "disagree"
 
 
+@pytest.mark.parametrize("zero", [False, True], ids=["both near zero", "zero on one side"])
+def test_a_part_of_a_parameter_that_rounding_alone_moves_has_room(zero: bool) -> None:
+    """As the bias of the keys in `in_proj_bias`: Adam makes steps of what rounding leaves."""
+    sides = [recording(name) for name in ("torch", "jax")]
+    for n, side in enumerate(sides):
+        name = list(side.weights)[1]
+        for step in (0, 1):
+            side.first_steps[f"{step}/backward/{name}"][:3] = 0.0 if zero and n else 1e-18 * (n + 1)
+            for slot in ("first moment", "second moment"):
+                side.first_steps[f"{step}/update/{slot} of {name}"][:3] = 1e-33
+            side.first_steps[f"{step}/update/{name}"][:3] = side.weights[name][:3] + 1e-11 * n
+        for key in ("3", "10"):
+            side.parameter_history[f"{key}/{name}"][:3] = side.weights[name][:3] + 1e-11 * n
+        side.final[name][:3] = side.weights[name][:3] + 1e-11 * n
+    assert compared(*sides).verdict == "agree"
+    sides[1].final[list(sides[1].weights)[1]][5] += 1e-11  # an entry that has a gradient
+    assert compared(*sides).verdict == "disagree"
+
+
 # --- More runs
 
 
