@@ -12,16 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.tree
 from flax import nnx
 from jax.core import Tracer
 
 from lockstep.common.errors import ConfigError
 from lockstep.common.protocol import Arrays
-from lockstep.common.recorder.adapter import SLOTS, Change, Keep, State
+from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State
 
 Path = tuple[str, ...]
 # The last part of a path within nnx's variables, which names no part of the model.
 WRAPPERS = ("value", "raw_value")
+
+
+_CORRECTION = optax.tree.bias_correction
 
 
 class Adapter:
@@ -103,6 +108,10 @@ class Adapter:
                 return output
 
             self._interceptors.enter_context(haiku.intercept_methods(of_haiku))
+
+    def move_scalars(self, share: float) -> None:
+        """It changes optax itself, whose transforms look this function up at each call."""
+        optax.tree.bias_correction = partial(_bias_correction, share) if share else _CORRECTION
 
     def start(self) -> Arrays:
         return dict(self._start)
@@ -236,6 +245,13 @@ class Adapter:
             if name in sys.modules
         }
         return {**versions, "device": jax.default_backend()}
+
+
+def _bias_correction(share: float, moment: Any, decay: Any, count: Any) -> Any:
+    """That of optax, with 1 - decay^count moved by a share of what float32 may round of it."""
+    moved = 1 - share * SCALARS_ROUNDING / (1 - decay**count)
+    found = _CORRECTION(moment, decay, count)
+    return jax.tree.map(lambda array: array * jnp.asarray(moved, array.dtype), found)
 
 
 # --- Trees of arrays

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lockstep.backends.torch_backend.inputs import as_array, as_tensor
 from lockstep.common.protocol import Arrays
-from lockstep.common.recorder.adapter import SLOTS, Change, Keep, State
+from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State
 
 
 class Adapter:
@@ -26,6 +26,11 @@ class Adapter:
         self._raw: dict[str, Tensor] = {}  # gradients as the last backward pass left them
         self._gradients: dict[str, Tensor] = {}  # those that the optimizer was about to use
         self._rate: float | None = None
+        self._scalars = (
+            0.0  # the share of their rounding that the scalars of optimizers are moved by
+        )
+        self._updates: dict[int, int] = {}  # by the id of an optimizer, so far
+        self._rates: list[float | Tensor] = []  # as they are without that
         self._handles: list[RemovableHandle] = []
         self._keep: Keep = lambda name, array: None
         self._notes: list[str] = []
@@ -45,6 +50,7 @@ class Adapter:
                     _replace(tensor, change(name, _copy(tensor)))
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_update))
+            optimizer.register_step_post_hook(self._restore_rates)
             if optimizer.state:
                 self._change_state(optimizer, change)
         return state
@@ -96,6 +102,24 @@ class Adapter:
             if id(parameter) in updated and parameter.grad is not None:
                 raw = self._raw.get(name)
                 self._gradients[name] = parameter.grad.detach().clone() if raw is None else raw
+        self._move_rates(optimizer)
+
+    def move_scalars(self, share: float) -> None:
+        self._scalars = share
+
+    def _move_rates(self, optimizer: Optimizer) -> None:
+        """Until the update is done: a rate moves the update as Adam's second scalar does, by half
+        of it."""
+        count = self._updates[id(optimizer)] = self._updates.get(id(optimizer), 0) + 1
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            if self._scalars and "betas" in group:
+                rounding = SCALARS_ROUNDING / (1 - float(group["betas"][-1]) ** count)
+                group["lr"] = group["lr"] * (1 + self._scalars * rounding / 2)
+
+    def _restore_rates(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
 
     def _change_state(self, optimizer: Optimizer, change: Change) -> None:
         for slot, name, tensor in self._slots(optimizer):
@@ -158,6 +182,7 @@ class Adapter:
 
     def _note_rate(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._rate = float(optimizer.param_groups[0]["lr"])
+        self._move_rates(optimizer)
 
     def random(self, numbers: np.ndarray, state: State) -> Tensor:
         first = next(

@@ -40,6 +40,11 @@ SLOTS = {
 }
 
 
+# What 1 - b^t of Adam's bias correction may be off by where it is computed in float32, as optax does;
+# PyTorch computes it in float64. At b = 0.999 it is 6e-5 of the first one.
+SCALARS_ROUNDING = 2.0**-24
+
+
 class Adapter(Protocol):
     """What a recorder asks of a framework. One object for one run."""
 
@@ -49,6 +54,15 @@ class Adapter(Protocol):
 
         Returns:
             The same things: modules and optimizers changed in place, other trees new.
+        """
+        ...
+
+    def move_scalars(self, share: float) -> None:
+        """Of a twin, move the scalars of Adam's bias correction by what float32 may round of them.
+
+        Args:
+            share: of that, from -1 to 1. 0 moves nothing, and brings back what an earlier call
+                changed outside this adapter.
         """
         ...
 

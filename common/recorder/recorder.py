@@ -105,6 +105,10 @@ class Recorder:
         self._keep("weights", weights)
         first = next((w for w in weights.values() if _is_float(w)), None)
         self._dtype = "float64" if first is None else first.dtype.name
+        if self.settings.twin and self._dtype != "float64":
+            twin = self.settings.twin
+            draw = generator_for(self.settings.seed, TWINS_STREAM, "scalars of the optimizer", twin)
+            self._adapter.move_scalars(draw.uniform(-1, 1))
         self._begun = self._last = time.monotonic()
         return state
 
@@ -170,7 +174,7 @@ class Recorder:
             return array
 
         for name, value in results.items():
-            if isinstance(value, (bool, int, float)):
+            if isinstance(value, (bool, int, float, np.generic)):
                 found[name] = np.array(value)
             else:
                 adapter.map_arrays(
@@ -258,6 +262,7 @@ class Recorder:
         if self._written or self._adapter is None:
             return
         self._written = True
+        self._adapter.move_scalars(0.0)
         if self._step < FIRST_STEPS:
             self._adapter.end_first_steps()
         with contextlib.suppress(RuntimeError):  # donated to a later step

@@ -378,6 +378,47 @@ def test_each_optax_state_belongs_to_its_own_parameters(
     assert found["0/update/first moment of 1.w"] == pytest.approx(0.2 * np.ones(3))
 
 
+# --- The scalars of an optimizer in a twin
+
+
+def adam_in_torch(run: lockstep.Run) -> np.ndarray:
+    """A bias of 0 after one update: it has no ulp to be moved by."""
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.bias)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
+    run.begin(model, optimizer)
+    model.bias.grad = torch.ones(1)
+    optimizer.step()
+    run.step(0.0)
+    run.finish()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    return model.bias.detach().double().numpy()
+
+
+def adam_in_jax(run: lockstep.Run) -> np.ndarray:
+    params = run.begin({"bias": jnp.zeros(1)})
+    adam = optax.adam(1.0)
+    params, _ = adam.update({"bias": jnp.ones(1)}, adam.init(params))
+    run.step(0.0)
+    run.finish()
+    return np.asarray(params["bias"], np.float64)
+
+
+@pytest.mark.parametrize("adam", [adam_in_torch, adam_in_jax])
+def test_a_twin_moves_adams_scalars_by_what_float32_rounds_of_them(
+    start: Start, adam: Callable[[lockstep.Run], np.ndarray], tmp_path: Path
+) -> None:
+    """1 - 0.999 is off by up to 6e-5 of it in float32, which moves an update by half of that."""
+    moved = []
+    for twin in (None, 1, 2, 3, None):
+        moved.append(adam(start(twin=twin)).item() + 1)
+        (tmp_path / "recording.safetensors.run").unlink()
+    gaps = np.array(moved[1:]) - moved[0]
+    assert np.all((np.abs(gaps[:3]) > 1e-6) & (np.abs(gaps[:3]) < 3.5e-5)), gaps
+    assert len({*gaps[:3]}) == 3
+    assert gaps[3] == 0, "a run that is no twin moves nothing"
+
+
 # --- Random numbers
 
 

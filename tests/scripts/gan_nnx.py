@@ -61,8 +61,8 @@ def main() -> None:
     beta1 = 0.9 if options.fault == "beta1" else 0.5
 
     generator, discriminator = Network(20, 2, 2), Network(21, 2, 1)
-    for_generator = nnx.Optimizer(generator, optax.adam(1e-3, b1=0.5), wrt=nnx.Param)
-    for_discriminator = nnx.Optimizer(discriminator, optax.adam(1e-3, b1=beta1), wrt=nnx.Param)
+    for_generator = nnx.Optimizer(generator, optax.adam(2e-4, b1=0.5), wrt=nnx.Param)
+    for_discriminator = nnx.Optimizer(discriminator, optax.adam(2e-4, b1=beta1), wrt=nnx.Param)
     run = lockstep.Run()
     run.begin(generator, discriminator, for_generator, for_discriminator)
     for points in shared.ring(options.steps):

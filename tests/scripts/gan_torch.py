@@ -38,8 +38,8 @@ def main() -> None:
     options, _ = parser.parse_known_args()  # the other side may have options of its own
 
     generator, discriminator = Network(20, 2, 2), Network(21, 2, 1)
-    for_generator = torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
-    for_discriminator = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    for_generator = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    for_discriminator = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     run = lockstep.Run()
     run.begin(generator, discriminator, for_generator, for_discriminator)
     for points in shared.ring(options.steps):

@@ -420,6 +420,25 @@ def test_rounding_that_a_run_amplifies_is_explained_by_its_twins() -> None:
     assert judge_scripts(ours, theirs, matching(), run_twins)[0].verdict == "agree"
 
 
+@pytest.mark.parametrize(("flipped", "agrees"), [([0], True), ([0, 1, 2], False)])
+def test_a_batch_that_rounding_decides_may_differ_below_float64(
+    flipped: list[int], agrees: bool
+) -> None:
+    """What a policy sees follows from its actions: one flips in a run and in no twin, or, where the
+    two see other batches, in all of them."""
+    ours, theirs = with_twins("torch", "float32", 2), with_twins("jax", "float32", 2)
+    for i in flipped:
+        digests = {name: values.copy() for name, values in ours[i].batch_digests.items()}
+        digests["batch[0]"][6:] += 1
+        ours[i] = dataclasses.replace(ours[i], batch_digests=digests)
+    found = compare_scripts(ScriptRuns.of(ours), ScriptRuns.of(theirs), matching())
+    assert (found.verdict == "agree") == agrees, found
+    if not agrees:
+        assert found.place is not None
+        assert (found.place.check.stage, found.place.check.step) == ("data", 6)
+        assert runs_wanted(found).twins > 2, "another twin may show it"
+
+
 def test_judging_ends_where_no_more_runs_can_be_had() -> None:
     found, *_ = judge_scripts(
         ScriptRuns(recording("torch")),
