@@ -322,6 +322,17 @@ def models() -> str:
     return markdown(columns, rows)
 
 
+def versions() -> str:
+    """A script compared with itself in another version, compiled, and on two threads."""
+    rows = []
+    for name in ("torch-2.11", "compiled", "two-threads"):
+        report = report_of(f"versions/{name}")
+        gaps = {found["dtype"]: found["max_abs_loss_gap"] for found in report["precisions"]}
+        cells = [f"{gaps[dtype]:.1e}" if gaps[dtype] else "0" for dtype in ("float64", "float32")]
+        rows.append([f"[{name}](versions/{name}/report.html)", *cells, report["verdict"]])
+    return markdown(["compared with", "float64: loss gap", "float32: loss gap", "verdict"], rows)
+
+
 def network_alarms() -> str:
     """Lockstep's false alarms in clean pairs of the other networks, lens by lens."""
     rows = []
@@ -355,6 +366,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "tables of results/bench": bench,
     "table of models": models,
     "alarms of results/alarms-*": network_alarms,
+    "summary of results/versions": versions,
 }
 
 
@@ -451,7 +463,10 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["quick", *TUTORIALS, *NETWORKS])
+VERSIONS = [f"versions/{name}" for name in ("torch-2.11", "compiled", "two-threads")]
+
+
+@pytest.mark.parametrize("name", ["quick", *TUTORIALS, *NETWORKS, *VERSIONS])
 def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) -> None:
     report = report_of(name)
     assert f"| `results/{name}` | `{command_of(name)}` |" in EVIDENCE.read_text()
