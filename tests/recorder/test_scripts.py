@@ -74,6 +74,19 @@ def test_what_the_faults_are_planted_in_agrees_without_one(
     assert found, repr(found)
 
 
+@pytest.mark.slow
+def test_the_two_programs_of_the_lesson_agree_over_500_steps(tmp_path: Path) -> None:
+    sides = "lesson_torch.py", "lesson_flax.py"
+    found = check(tmp_path / "agree", *sides, precision="float64")
+    assert found, repr(found)
+    assert found.report["precisions"][0]["steps"] == 500
+    # the control: momentum 0.89 first acts in the second step
+    wrong = check(tmp_path / "disagree", *sides, "--fault", steps=3, precision="float64")
+    place = wrong.report["precisions"][0]["first_divergence"]
+    assert place is not None
+    assert (place["stage"], place["step"]) == ("update", 1)
+
+
 @pytest.mark.parametrize("name", sorted({name for pair in CLEAN for name in pair}))
 def test_a_script_takes_at_most_eight_lines_of_lockstep(name: str) -> None:
     lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
