@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lockstep.common.model import pair
+from lockstep.common.model import names as pair_names
 from lockstep.common.protocol import Arrays
 
 
@@ -40,7 +40,7 @@ def canonical_names(tensors: Iterable[str], declared: Mapping[str, str]) -> dict
     Raises:
         ConfigError: if two tensors get one name, or `declared` names one that does not exist.
     """
-    return pair.canonical_names(
+    return pair_names.canonical_names(
         {native: native.rpartition(".")[2] for native in tensors}, declared, "Flax"
     )
 
@@ -64,8 +64,8 @@ def activations_to_canonical(
 ) -> Arrays:
     """The recorded activations as `forward/<name>`, with canonical names and in the canonical
     layout. `names` are those of the tensors."""
-    layers = pair.layer_names(names)
-    return {pair.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
+    layers = pair_names.layer_names(names)
+    return {pair_names.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
 
 
 def flatten(state: nnx.State, names: Mapping[str, str] | None = None) -> dict[str, jax.Array]:

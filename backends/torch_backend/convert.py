@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lockstep.backends.torch_backend import layers
-from lockstep.common.model import pair
+from lockstep.common.model import names as pair_names
 from lockstep.common.model.layers import (
     ATTENTION,
     CONVOLUTION,
@@ -27,6 +27,7 @@ from lockstep.common.model.layers import (
     kind_of_class,
     kinds_by_layer,
 )
+from lockstep.common.model.pair import INPUT_PREFIX
 from lockstep.common.protocol import Arrays, Dropout
 
 # layers whose activations have the channels in axis 1
@@ -84,7 +85,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
         *dropout_modules(model),
     ]
     roles = {name: flax_role(model, *name.rpartition(".")[::2]) for name in native}
-    return pair.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
+    return pair_names.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
 
 
 def attach_names(
@@ -202,9 +203,9 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
 def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:
     """The recorded activations as `forward/<name>`, with canonical names and in the canonical
     layout."""
-    layers = pair.layer_names(canonical_names(model))
+    layers = pair_names.layer_names(canonical_names(model))
     return {
-        pair.activation_key(layers, n): activation_to_canonical(model, n, a)
+        pair_names.activation_key(layers, n): activation_to_canonical(model, n, a)
         for n, a in activations.items()
     }
 
@@ -213,7 +214,7 @@ def activation_to_canonical(model: nn.Module, name: str, activation: Tensor) -> 
     """NCHW to NHWC, and a flattened NCHW to a flattened NHWC; `name` is `<layer>` or `input of
     <layer>`."""
     array = to_numpy(activation)
-    layer = name.removeprefix(pair.INPUT_PREFIX)
+    layer = name.removeprefix(INPUT_PREFIX)
     if layer != name and layer in flattened(model):
         shape = array.shape
         array = np.moveaxis(array.reshape(len(array), *flattened(model)[layer]), 1, -1).reshape(

@@ -64,7 +64,7 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
     and one evaluation.
 
     Args:
-        torch, flax: of the same tensors; see `pair.check_same`.
+        torch, flax: of the same tensors; see `checks.check_same`.
     """
     shapes, sides = torch.shapes(), (torch, flax)
     indices = next(data.batch_indices(config, len(dataset.train_images)))

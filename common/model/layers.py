@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from lockstep.common.model.pair import INPUT_PREFIX, layer_names
+from lockstep.common.model.names import layer_names
+from lockstep.common.model.pair import INPUT_PREFIX
 
 CONVOLUTION, DENSE, NORM, EMBEDDING, ATTENTION = (
     "convolution",

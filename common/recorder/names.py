@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lockstep.common.errors import ConfigError, nearest, printable
-from lockstep.common.model.pair import shortened
+from lockstep.common.model.names import shortened
 from lockstep.common.recorder.likeness import likeness, paths
 from lockstep.common.recorder.recording import Recording
 

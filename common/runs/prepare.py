@@ -13,8 +13,7 @@ from lockstep.common.backends import BackendPackage
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import DataError
-from lockstep.common.model import initial_weights
-from lockstep.common.model import pair as pairs
+from lockstep.common.model import checks, initial_weights
 from lockstep.common.protocol import Arrays
 from lockstep.common.request import Request
 from lockstep.common.runs import parallel
@@ -56,8 +55,8 @@ def choose_device(
     if len(found) == 2:
         torch, flax = found["torch"], found["flax"]
         native_names = {name: info.native_names for name, info in found.items()}
-        pairs.check_same(torch.shapes, flax.shapes, native_names)
-        pairs.check_dropout(torch.dropout_layers, flax.dropout_layers)
+        checks.check_same(torch.shapes, flax.shapes, native_names)
+        checks.check_dropout(torch.dropout_layers, flax.dropout_layers)
     devices = {name: found[name].device for name in names}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name}: {device}" for name, device in devices.items())

@@ -19,6 +19,7 @@ SOURCE_FILES = (
     "protocol.py",
     "data/*.py",
     "model/initial_weights.py",
+    "model/names.py",
     "model/pair.py",
     "model/perturb.py",
     "runs/chunks.py",

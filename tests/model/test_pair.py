@@ -16,7 +16,7 @@ from lockstep import cli as compare
 from lockstep.common.config import Config
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.evidence.pair_check import flatten_shape
-from lockstep.common.model import pair
+from lockstep.common.model import checks, names, pair
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.runs import record
 from lockstep.common.testing import same_run
@@ -112,7 +112,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def names_of(*own: str, declared: dict[str, str] | None = None) -> dict[str, str]:
-    return pair.canonical_names(
+    return names.canonical_names(
         {name: name.rpartition(".")[2] for name in own}, declared or {}, "Flax"
     )
 
@@ -199,9 +199,9 @@ def test_layers_of_equal_roles_and_shapes_are_proposed_in_their_order_and_no_oth
         "c.kernel": (9,),
     }
     own = {"torch": {n: n.replace("f.1", "f.5") for n in torch}, "flax": {n: n for n in flax}}
-    assert pair.suggest_names(torch, flax, own) == "names={'f.0': 'a', 'f.5': 'b'}"
+    assert names.suggest_names(torch, flax, own) == "names={'f.0': 'a', 'f.5': 'b'}"
     with pytest.raises(ConfigError, match=r"add to the pair: names=\{'f.0': 'a', 'f.5': 'b'\}$"):
-        pair.check_same(torch, flax, own)
+        checks.check_same(torch, flax, own)
 
 
 def test_layers_of_one_block_are_proposed_together_and_repeated_blocks_once() -> None:
@@ -216,7 +216,7 @@ def test_layers_of_one_block_are_proposed_together_and_repeated_blocks_once() ->
         for norm in ("up", "down")
     }
     own = {"torch": {n: n for n in torch}, "flax": {n: n for n in flax}}
-    proposed = pair.suggest_names(torch, flax, own).removeprefix("names=")
+    proposed = names.suggest_names(torch, flax, own).removeprefix("names=")
     expected = {"stem.n1": "start.up", "stem.n2": "start.down"}
     assert eval(proposed) == expected | {
         "blocks.*.n1": "layers.*.up",
