@@ -30,6 +30,7 @@ _FILES = (
     "evaluate",
     "networks",
     "dropout",
+    "held_out",
 )
 for _file in _FILES:
     import_module(f"lockstep.backends.faults.{_file}")  # fills `REGISTRY`

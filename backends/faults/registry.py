@@ -33,6 +33,11 @@ class Fault:
     changes_function: bool  # False: exact arithmetic would give the same numbers; rounding differs
     precision: str | None  # the only precision that has this fault; None where all have it
 
+    @property
+    def held_out(self) -> bool:
+        """Whether no rule of the verdict was set with it; see `lockstep.backends.faults.held_out`."""
+        return self.apply.__module__.endswith(".held_out")
+
 
 @contextmanager
 def inject(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:

@@ -31,6 +31,7 @@ class Summary(TypedDict):
     missed: list[str]
     stage_right: Share
     tensor_right: Share
+    held_out: Share  # caught, of those that no rule of the verdict was set with
     lenses: dict[str, PrecisionSummary]
 
 
@@ -47,6 +48,11 @@ def summary(rows: Sequence[Row]) -> Summary:
         ],
         "stage_right": _share(finding["stage_right"] for finding in caught),
         "tensor_right": _share(f["tensor_right"] for f in caught if f["tensor_right"] is not None),
+        "held_out": _share(
+            finding is not None
+            for row, finding in zip(rows, firsts, strict=True)
+            if row.get("held_out", False)
+        ),
         "lenses": {
             dtype: _precision_summary(rows, dtype)
             for dtype in {d: None for row in rows for d in row["lenses"]}
@@ -102,6 +108,8 @@ def sentence(summary: Summary) -> str:
         f"{_of(summary['stage_right'])} in the right stage, "
         f"{_of(summary['tensor_right'])} in the right tensor."
     )
+    if (held_out := summary["held_out"])["of"]:
+        text += f" Of those that no rule was set with, {_of(held_out)} are found."
     return text + (f" Missed: {', '.join(summary['missed'])}." if summary["missed"] else "")
 
 

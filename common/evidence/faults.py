@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Generic, Protocol, TypedDict, TypeVar
+from typing import Generic, NotRequired, Protocol, TypedDict, TypeVar
 
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
@@ -55,6 +55,8 @@ class Fault(Protocol):
     def changes_function(self) -> bool: ...
     @property
     def precision(self) -> str | None: ...
+    @property
+    def held_out(self) -> bool: ...
 
 
 F = TypeVar("F", bound=Fault)
@@ -91,6 +93,7 @@ class Row(TypedDict):
     stage: str
     tensor: str | None
     changes_function: bool
+    held_out: NotRequired[bool]  # no rule of the verdict was set with it
     lens: str | None  # the only precision that has this fault
     config: Mapping[str, object]  # as in report.json
     train_images: int
@@ -142,6 +145,7 @@ def measure(
         "stage": fault.stage,
         "tensor": fault.tensor,
         "changes_function": fault.changes_function,
+        "held_out": fault.held_out,
         "lens": fault.precision,
         "config": config.to_json(),
         "train_images": len(dataset.train_images),

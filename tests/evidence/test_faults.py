@@ -374,3 +374,9 @@ def test_names_of_frameworks_in_a_module_are_seen() -> None:
     assert not framework_names(module)
     module.__dict__["jnp"] = None
     assert framework_names(module) == {"jnp"}
+
+
+def test_the_faults_that_no_rule_was_set_with_are_those_of_one_file() -> None:
+    held_out = {fault.name for fault in FAULTS if fault.held_out}
+    assert held_out == {"clipped-by-value", "averaged-twice", "momentum-debiased"}
+    assert len(FAULTS) >= 125

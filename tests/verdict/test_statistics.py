@@ -548,3 +548,8 @@ def test_a_run_is_compared_with_its_nearest_twin() -> None:
     assert nearest_twin(0.0, [1.0], distance) is None
     assert nearest_twin(0.0, [], distance) is None
     assert nearest_twin(0.0, [1.0, math.nan], distance) is None
+
+
+def test_what_is_not_said_to_be_stored_has_the_room_of_what_is_computed() -> None:
+    computed, stored = (bound("mixed_bfloat16", 0.0, 1.0, stored=kept) for kept in (False, True))
+    assert bound("mixed_bfloat16", 0.0, 1.0) == computed > 1000 * stored
