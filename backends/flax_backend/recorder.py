@@ -7,7 +7,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.core import Tracer
 
 from lockstep.common.errors import ConfigError
 from lockstep.common.protocol import Arrays
-from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State
+from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State, Tree
 
 Path = tuple[str, ...]
 # The last part of a path within nnx's variables, which names no part of the model.
@@ -33,7 +32,7 @@ class Adapter:
     """Trees of arrays are what a script passes around; `nnx` objects are changed in place."""
 
     def __init__(self) -> None:
-        self._objects: dict[int, Any] = {}  # nnx modules and optimizers, by position
+        self._objects: dict[int, Tree] = {}  # nnx modules and optimizers, by position
         self._several = False
         self._start: Arrays = {}
         self._trained: list[str] = []
@@ -60,7 +59,7 @@ class Adapter:
         self._intercept()
         return tuple(found)
 
-    def _begin_object(self, thing: Any, prefix: Path, change: Change, place: int | None) -> Any:
+    def _begin_object(self, thing: Tree, prefix: Path, change: Change, place: int | None) -> Tree:
         state = nnx.state(thing)
         embeddings = _unpinned_embeddings(thing)
         new = _changed(state, prefix, change)
@@ -73,13 +72,13 @@ class Adapter:
             self._add(_leaves(new, prefix), trained)
         return thing
 
-    def _begin_tree(self, thing: Any, prefix: Path, change: Change, place: int | None) -> Any:
+    def _begin_tree(self, thing: Tree, prefix: Path, change: Change, place: int | None) -> Tree:
         new = _changed(thing, prefix, change)
         if place is not None:
             self._add(_leaves(new, prefix), None)
         return new
 
-    def _add(self, leaves: Iterator[tuple[Path, Any]], trained: set[Path] | None) -> None:
+    def _add(self, leaves: Iterator[tuple[Path, Tree]], trained: set[Path] | None) -> None:
         for path, leaf in leaves:
             name = ".".join(path)
             self._start[name] = _copy(leaf)
@@ -92,7 +91,9 @@ class Adapter:
         """Report the output of each module of linen and Haiku, which have a hook for that."""
         if (linen := sys.modules.get("flax.linen")) is not None:
 
-            def of_linen(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            def of_linen(
+                call: Callable[..., Tree], args: Tree, kwargs: Tree, context: Tree
+            ) -> Tree:
                 output = call(*args, **kwargs)
                 if context.method_name == "__call__":
                     self.tap(".".join(context.module.path) or "output", output)
@@ -101,7 +102,9 @@ class Adapter:
             self._interceptors.enter_context(linen.intercept_methods(of_linen))
         if (haiku := sys.modules.get("haiku")) is not None:
 
-            def of_haiku(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            def of_haiku(
+                call: Callable[..., Tree], args: Tree, kwargs: Tree, context: Tree
+            ) -> Tree:
                 output = call(*args, **kwargs)
                 if context.method_name == "__call__":
                     self.tap(context.module.module_name, output)
@@ -116,7 +119,7 @@ class Adapter:
     def start(self) -> Arrays:
         return dict(self._start)
 
-    def weights(self, params: Any = None) -> Arrays:
+    def weights(self, params: Tree = None) -> Arrays:
         if params is not None:
             return {".".join(path): _copy(leaf) for path, leaf in _leaves(params)}
         return self._live()
@@ -132,12 +135,12 @@ class Adapter:
     def parameters(self) -> list[str]:
         return list(self._trained)
 
-    def gradients(self, grads: Any = None) -> Arrays:
+    def gradients(self, grads: Tree = None) -> Arrays:
         if grads is None:
             return {}
         return {".".join(path): _copy(leaf) for path, leaf in _leaves(grads)}
 
-    def optimizer_state(self, opt_state: Any = None) -> Arrays:
+    def optimizer_state(self, opt_state: Tree = None) -> Arrays:
         optimizers = [o for o in self._objects.values() if isinstance(o, nnx.Optimizer)]
         states = _parts(opt_state) if opt_state is not None else map(nnx.state, optimizers)
         found: Arrays = {}
@@ -145,7 +148,7 @@ class Adapter:
             found |= self._slots(state, found)
         return found
 
-    def _slots(self, state: Any, taken: Arrays) -> Arrays:
+    def _slots(self, state: Tree, taken: Arrays) -> Arrays:
         """The arrays of one optimizer by "<slot> of <parameter>". Of several things that `begin`
         was given, an optimizer belongs to the first that its arrays fit and that has none yet."""
         count = 1 + max((int(path[0]) for path in self._paths), default=0) if self._several else 0
@@ -172,8 +175,8 @@ class Adapter:
     def learning_rate(self) -> float | None:
         return None
 
-    def map_arrays(self, value: Any, change: Change) -> Any:
-        def of_leaf(path: str, leaf: Any) -> Any:
+    def map_arrays(self, value: Tree, change: Change) -> Tree:
+        def of_leaf(path: str, leaf: Tree) -> Tree:
             if not _is_array(leaf):
                 return leaf
             array = np.asarray(leaf)
@@ -187,7 +190,7 @@ class Adapter:
             lambda path, leaf: of_leaf(_path(path), leaf), value
         )
 
-    def tap(self, name: str, value: Any) -> None:
+    def tap(self, name: str, value: Tree) -> None:
         if not self._recording:
             return
         array = next((leaf for leaf in jax.tree.leaves(value) if _is_float(leaf)), None)
@@ -202,7 +205,7 @@ class Adapter:
             self._keep(name, None)
             jax.debug.callback(partial(self._arrived, name, self._taps), array)
 
-    def _arrived(self, name: str, tap: int, array: Any) -> None:
+    def _arrived(self, name: str, tap: int, array: Tree) -> None:
         """A program's tensors arrive in any order: of several calls, that counts which was traced
         last."""
         if tap >= self._latest.get(name, 0):
@@ -232,7 +235,7 @@ class Adapter:
             )
         return jnp.asarray(numbers, dtype=None if first is None else first.dtype)
 
-    def detached(self, value: Any) -> Any:
+    def detached(self, value: Tree) -> Tree:
         return value
 
     def notes(self) -> list[str]:
@@ -247,7 +250,7 @@ class Adapter:
         return {**versions, "device": jax.default_backend()}
 
 
-def _bias_correction(share: float, moment: Any, decay: Any, count: Any) -> Any:
+def _bias_correction(share: float, moment: Tree, decay: Tree, count: Tree) -> Tree:
     """That of optax, with 1 - decay^count moved by a share of what float32 may round of it."""
     moved = 1 - share * SCALARS_ROUNDING / (1 - decay**count)
     found = _CORRECTION(moment, decay, count)
@@ -257,11 +260,11 @@ def _bias_correction(share: float, moment: Any, decay: Any, count: Any) -> Any:
 # --- Trees of arrays
 
 
-def _as_tree(thing: Any) -> Any:
+def _as_tree(thing: Tree) -> Tree:
     return nnx.state(thing) if isinstance(thing, (nnx.Module, nnx.Optimizer)) else thing
 
 
-def _unpinned_embeddings(thing: Any) -> list[nnx.Embed]:
+def _unpinned_embeddings(thing: Tree) -> list[nnx.Embed]:
     """Those that compute in the precision of their weights. `nnx.Embed` remembers that precision
     from its construction, unlike the other layers, so that it has to follow its weights."""
     if not isinstance(thing, nnx.Module):
@@ -271,7 +274,7 @@ def _unpinned_embeddings(thing: Any) -> list[nnx.Embed]:
     return [e for e in embeddings if e.dtype == e.embedding.dtype]
 
 
-def _is_optimizer(thing: Any) -> bool:
+def _is_optimizer(thing: Tree) -> bool:
     """Whether it is an optimizer or the state of one, as optax has it."""
     if isinstance(thing, nnx.Optimizer):
         return True
@@ -283,14 +286,14 @@ def _is_optimizer(thing: Any) -> bool:
     )
 
 
-def _parts(opt_state: Any) -> list[Any]:
+def _parts(opt_state: Tree) -> list[Tree]:
     """The states of several optimizers, where they were given as a tuple, a list or a dictionary."""
     if isinstance(opt_state, dict):
         return list(opt_state.values())
     return list(opt_state) if type(opt_state) in (tuple, list) else [opt_state]
 
 
-def _leaves(tree: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _leaves(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Tree]]:
     """The arrays of a tree with their paths; keys of random numbers are left out."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     for path, leaf in flat:
@@ -301,14 +304,14 @@ def _leaves(tree: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield prefix + tuple(parts), leaf
 
 
-def _part(key: Any) -> str:
+def _part(key: Tree) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
 
 
-def _changed(tree: Any, prefix: Path, change: Change) -> Any:
+def _changed(tree: Tree, prefix: Path, change: Change) -> Tree:
     """The tree with each float array passed through `change`."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = {id(leaf): ".".join(path) for path, leaf in _leaves(tree, prefix)}
@@ -321,7 +324,7 @@ def _changed(tree: Any, prefix: Path, change: Change) -> Any:
     return jax.tree_util.tree_unflatten(structure, new)
 
 
-def _path(keys: tuple[Any, ...]) -> str:
+def _path(keys: tuple[Tree, ...]) -> str:
     """ "[0].image", as the adapter of PyTorch writes it."""
     texts = (jax.tree_util.keystr((key,), simple=True) for key in keys)
     sequences = (isinstance(key, jax.tree_util.SequenceKey) for key in keys)
@@ -331,15 +334,15 @@ def _path(keys: tuple[Any, ...]) -> str:
     )
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: Tree) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
-def _is_float(leaf: Any) -> bool:
+def _is_float(leaf: Tree) -> bool:
     return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_batched(tracer: Any) -> bool:
+def _is_batched(tracer: Tree) -> bool:
     """Whether the tracer, or one that it wraps, belongs to `jax.vmap`."""
     while tracer is not None:
         if type(tracer).__name__ == "BatchTracer":
@@ -348,5 +351,5 @@ def _is_batched(tracer: Any) -> bool:
     return False
 
 
-def _copy(array: Any) -> np.ndarray:
+def _copy(array: Tree) -> np.ndarray:
     return np.array(array)

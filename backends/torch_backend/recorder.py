@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lockstep.backends.torch_backend.inputs import as_array, as_tensor
 from lockstep.common.protocol import Arrays
-from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State
+from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State, Tree
 
 
 class Adapter:
@@ -129,7 +128,7 @@ class Adapter:
     def start(self) -> Arrays:
         return self.weights()
 
-    def weights(self, params: Any = None) -> Arrays:
+    def weights(self, params: Tree = None) -> Arrays:
         if params is not None:
             return {name: _copy(t) for name, t in _tensors(params)}
         return {name: _copy(tensor) for name, tensor in self._tensors.items()}
@@ -137,14 +136,14 @@ class Adapter:
     def parameters(self) -> list[str]:
         return list(self._trained)
 
-    def gradients(self, grads: Any = None) -> Arrays:
+    def gradients(self, grads: Tree = None) -> Arrays:
         if grads is not None:
             return {name: _copy(tensor) for name, tensor in _tensors(grads)}
         found = {name: _copy(gradient) for name, gradient in (self._raw | self._gradients).items()}
         self._raw, self._gradients = {}, {}
         return found
 
-    def optimizer_state(self, opt_state: Any = None) -> Arrays:
+    def optimizer_state(self, opt_state: Tree = None) -> Arrays:
         return {
             f"{slot} of {name}": _copy(tensor)
             for optimizer in self._optimizers
@@ -161,10 +160,10 @@ class Adapter:
     def learning_rate(self) -> float | None:
         return self._rate
 
-    def map_arrays(self, value: Any, change: Change) -> Any:
+    def map_arrays(self, value: Tree, change: Change) -> Tree:
         return _map(value, "", change)
 
-    def tap(self, name: str, value: Any) -> None:
+    def tap(self, name: str, value: Tree) -> None:
         if torch.compiler.is_compiling():
             self._notes.append(f"run.tap({name!r}) inside torch.compile records nothing")
         elif (tensor := _first_tensor(value)) is not None:
@@ -190,7 +189,7 @@ class Adapter:
         )
         return torch.as_tensor(numbers).to(device=first.device, dtype=first.dtype)
 
-    def detached(self, value: Any) -> Any:
+    def detached(self, value: Tree) -> Tree:
         return value.detach() if isinstance(value, Tensor) else value
 
     def notes(self) -> list[str]:
@@ -208,11 +207,11 @@ class Adapter:
 # --- Trees of tensors: dictionaries, lists and tuples
 
 
-def _parts(state: State) -> list[tuple[str, Any]]:
+def _parts(state: State) -> list[tuple[str, Tree]]:
     """Modules, optimizers and tensors with their prefixes: positions, where there are several
     things that hold parameters."""
     several = sum(not isinstance(thing, Optimizer) for thing in state) > 1
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, Tree]] = []
     place = 0
     for thing in state:
         if isinstance(thing, Optimizer):
@@ -223,7 +222,7 @@ def _parts(state: State) -> list[tuple[str, Any]]:
     return found
 
 
-def _flat(value: Any, prefix: str) -> list[tuple[str, Any]]:
+def _flat(value: Tree, prefix: str) -> list[tuple[str, Tree]]:
     if isinstance(value, dict):
         return [p for key, item in value.items() for p in _flat(item, _joined(prefix, str(key)))]
     if isinstance(value, (list, tuple)):
@@ -231,7 +230,7 @@ def _flat(value: Any, prefix: str) -> list[tuple[str, Any]]:
     return [(prefix, value)]
 
 
-def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(value: Tree) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a tree, those of its modules included."""
     for name, thing in _parts(value if isinstance(value, tuple) else (value,)):
         if isinstance(thing, nn.Module):
@@ -241,7 +240,7 @@ def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, thing
 
 
-def _map(value: Any, path: str, change: Change) -> Any:
+def _map(value: Tree, path: str, change: Change) -> Tree:
     if isinstance(value, dict):
         return type(value)((k, _map(item, f"{path}.{k}", change)) for k, item in value.items())
     if isinstance(value, (list, tuple)):

@@ -18,7 +18,9 @@ Change = Callable[[str, np.ndarray], np.ndarray]
 # (tensor, array): called for each tensor of a forward pass; without an array where a program that
 # will compute it is traced
 Keep = Callable[[str, np.ndarray | None], None]
-State = tuple[Any, ...]  # what a script gave to `Run.begin`
+# Whatever a script passes around: modules, optimizers, arrays, and trees of them, of any library.
+Tree = Any
+State = tuple[Tree, ...]  # what a script gave to `Run.begin`
 
 # The common names of the slots of an optimizer's state, by PyTorch's and optax's own.
 SLOTS = {
@@ -70,7 +72,7 @@ class Adapter(Protocol):
         """Parameters and buffers after `begin`, by name, in the order of their definition."""
         ...
 
-    def weights(self, params: Any = None) -> Arrays:
+    def weights(self, params: Tree = None) -> Arrays:
         """Parameters and buffers as they are now.
 
         Args:
@@ -82,11 +84,11 @@ class Adapter(Protocol):
         """The names of those that are trained."""
         ...
 
-    def gradients(self, grads: Any = None) -> Arrays:
+    def gradients(self, grads: Tree = None) -> Arrays:
         """By the parameter's name: the gradients of the last step, before clipping."""
         ...
 
-    def optimizer_state(self, opt_state: Any = None) -> Arrays:
+    def optimizer_state(self, opt_state: Tree = None) -> Arrays:
         """By "<slot> of <parameter>", with the names of SLOTS."""
         ...
 
@@ -94,12 +96,12 @@ class Adapter(Protocol):
         """That of the last step, if the framework knows it."""
         ...
 
-    def map_arrays(self, value: Any, change: Change) -> Any:
+    def map_arrays(self, value: Tree, change: Change) -> Tree:
         """Pass every array of a tree through `change`, and return the tree with the results, in the
         arrays' own kind. The names are the paths, such as "" or ".image"."""
         ...
 
-    def tap(self, name: str, value: Any) -> None:
+    def tap(self, name: str, value: Tree) -> None:
         """Report a tensor to `keep`, now or when the compiled program runs."""
         ...
 
@@ -111,11 +113,11 @@ class Adapter(Protocol):
         """From now on report nothing to `keep`."""
         ...
 
-    def random(self, numbers: np.ndarray, state: State) -> Any:
+    def random(self, numbers: np.ndarray, state: State) -> Tree:
         """`numbers` as the framework's array, in the precision of the first parameter of `state`."""
         ...
 
-    def detached(self, value: Any) -> Any:
+    def detached(self, value: Tree) -> Tree:
         """A scalar that holds no graph; `float` reads it later."""
         ...
 
@@ -128,7 +130,7 @@ class Adapter(Protocol):
         ...
 
 
-def framework_of(state: Sequence[Any]) -> str:
+def framework_of(state: Sequence[Tree]) -> str:
     """ "torch" or "flax": the adapter for these things.
 
     Raises:
@@ -143,7 +145,7 @@ def framework_of(state: Sequence[Any]) -> str:
     raise ConfigError("run.begin: neither PyTorch nor JAX has been imported: give it their tensors")
 
 
-def _is_torch(thing: Any) -> bool:
+def _is_torch(thing: Tree) -> bool:
     """Whether there is anything of PyTorch's in modules, dictionaries, lists and tuples."""
     torch = sys.modules["torch"]
     if isinstance(thing, dict):
@@ -154,6 +156,6 @@ def _is_torch(thing: Any) -> bool:
     return isinstance(thing, kinds)
 
 
-def adapter_for(state: Sequence[Any], backend_module: Callable[[str], ModuleType]) -> Adapter:
+def adapter_for(state: Sequence[Tree], backend_module: Callable[[str], ModuleType]) -> Adapter:
     """A new adapter for what a script gave to `Run.begin`."""
     return backend_module(f"{framework_of(state)}_backend.recorder").Adapter()

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +23,7 @@ from lockstep.common.model.initial_weights import generator_for
 from lockstep.common.model.perturb import TWINS_STREAM, image_perturbation_rng, perturb_one_ulp
 from lockstep.common.protocol import Arrays
 from lockstep.common.recorder import recording
-from lockstep.common.recorder.adapter import Adapter, adapter_for, framework_of
+from lockstep.common.recorder.adapter import Adapter, Tree, adapter_for, framework_of
 from lockstep.common.recorder.recording import Recording, batch_digest, fingerprint
 from lockstep.common.recorder.settings import FIRST, Settings
 from lockstep.common.runs.record import FIRST_STEPS
@@ -51,7 +50,7 @@ class Recorder:
             name: {} for name in ("weights", "first_steps", "parameter_history", "final")
         }
         self._size = 0
-        self._series: dict[str, list[Any]] = {}
+        self._series: dict[str, list[Tree]] = {}
         self._read = 0  # steps whose losses are numbers already
         self._digests: dict[str, list[tuple[int, int]]] = {}
         self._forward: dict[str, np.ndarray] = {}
@@ -59,7 +58,7 @@ class Recorder:
         self._fingerprints: list[str] = []
         self._pinned: dict[str, None] = {}
         self._lines: dict[str, str] = {}
-        self._params: Any = None
+        self._params: Tree = None
         self._calls = 0  # of `batch` in this step
         self._batch_rng = image_perturbation_rng(settings.seed, settings.twin or 0)
         self._start_from = self._read_start()
@@ -91,7 +90,7 @@ class Recorder:
 
     # --- The calls of a script
 
-    def begin(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def begin(self, state: tuple[Tree, ...]) -> tuple[Tree, ...]:
         if self._adapter is not None:
             raise ConfigError("run.begin was called twice: give it everything in one call")
         if not state:
@@ -112,7 +111,7 @@ class Recorder:
         self._begun = self._last = time.monotonic()
         return state
 
-    def batch(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    def batch(self, arrays: tuple[Tree, ...]) -> tuple[Tree, ...]:
         adapter = self._begun_adapter("batch")
         call, self._calls = self._calls, self._calls + 1
         again = f" ({call + 1})" if call else ""
@@ -132,11 +131,11 @@ class Recorder:
             for place, array in enumerate(arrays)
         )
 
-    def tap(self, name: str, value: Any) -> None:
+    def tap(self, name: str, value: Tree) -> None:
         if self._step < FIRST_STEPS:
             self._begun_adapter("tap").tap(name, value)
 
-    def step(self, loss: Any, params: Any, grads: Any, opt_state: Any, lr: Any) -> None:
+    def step(self, loss: Tree, params: Tree, grads: Tree, opt_state: Tree, lr: Tree) -> None:
         adapter = self._begun_adapter("step")
         losses = loss if isinstance(loss, dict) else {"loss": loss}
         rate = adapter.learning_rate() if lr is None else lr
@@ -165,7 +164,7 @@ class Recorder:
             path = Path(f"{self.settings.out}{FIRST}")
             recording.write(self._recording(complete=False, results={}), path)
 
-    def finish(self, results: dict[str, Any]) -> None:
+    def finish(self, results: dict[str, Tree]) -> None:
         adapter = self._begun_adapter("finish")
         found: Arrays = {}
 
@@ -190,7 +189,7 @@ class Recorder:
     # --- What is kept
 
     def _record_first_step(
-        self, adapter: Adapter, losses: dict[str, Any], params: Any, grads: Any, opt_state: Any
+        self, adapter: Adapter, losses: dict[str, Tree], params: Tree, grads: Tree, opt_state: Tree
     ) -> None:
         step = self._step
         adapter.wait()
@@ -217,7 +216,7 @@ class Recorder:
         prefix = f"{self._step}/{stage}/"
         self._keep("first_steps", {prefix + name: array for name, array in arrays.items()})
 
-    def _keep_parameters(self, group: str, prefix: str, params: Any) -> None:
+    def _keep_parameters(self, group: str, prefix: str, params: Tree) -> None:
         assert self._adapter is not None
         arrays = self._adapter.weights(params)
         self._keep(group, {prefix + name: array for name, array in arrays.items()})
@@ -301,7 +300,7 @@ class Recorder:
         )
 
 
-def _padded(values: list[Any], steps: int, value: Any) -> list[Any]:
+def _padded(values: list[Tree], steps: int, value: Tree) -> list[Tree]:
     return [*values, *[value] * (steps - len(values))][:steps]
 
 
@@ -316,14 +315,14 @@ def _is_float(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
 
 
-def _check_scalar(name: str, value: Any) -> None:
+def _check_scalar(name: str, value: Tree) -> None:
     """Raise ConfigError if a loss has more than one entry; without waiting for its value."""
     shape = getattr(value, "shape", ())
     if math.prod(shape) != 1:
         raise ConfigError(f"run.step: {name} has the shape {tuple(shape)}: give it a scalar")
 
 
-def _scalar(value: Any) -> np.ndarray:
+def _scalar(value: Tree) -> np.ndarray:
     """A loss as an array of no dimensions; waits for its value."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
