@@ -73,7 +73,7 @@ CAUSES = (
         "norm|ln|bn",
         "",
         "epsilon (1e-5 in PyTorch, 1e-6 in Flax), the variance's formula, axes, train mode on one "
-        "side",
+        "side; or its input: an embedding that is scaled, a residual that is left out",
     ),
     Cause(
         "forward",
@@ -132,6 +132,12 @@ CAUSES = (
         TIMES,
         "a sum for a mean (gradient accumulation, the batch), a loss that is scaled, gradients "
         "clipped before they were recorded",
+    ),
+    Cause(
+        "backward",
+        r"emb|tok|wte|\b(\w+_)?head\b",
+        "",
+        "the head is tied to the embedding on one side alone; a part that is frozen or detached",
     ),
     Cause(
         "backward",
