@@ -23,8 +23,9 @@ from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data.dropout import masks
 from lockstep.common.errors import ConfigError
+from lockstep.common.model.checks import check_dropout
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.checks import check_dropout, source_digest
+from lockstep.common.model.pair import source_digest
 from lockstep.common.protocol import Backend, Dropout, Snapshot
 from lockstep.common.testing import same_run
 from tests.model.test_pair import said
