@@ -278,8 +278,13 @@ class Process:
                 f"{name}: {self.start.run} was ended by {signal.Signals(-status).name} after "
                 f"{steps_text(self.steps())}: fix the script first; {printed}"
             )
+        hint = ""
+        if self.start.settings.dtype == "float64" and text and "dtype" in text.lower():
+            hint = (
+                "; if it runs by itself, give all its inputs, those of evaluation too, to run.batch"
+            )
         raise ScriptError(
-            f"{name} failed in {self.start.run} (exit status {status}): fix the script first"
+            f"{name} failed in {self.start.run} (exit status {status}): fix the script first{hint}"
         )
 
     def end(self) -> None:

@@ -93,7 +93,10 @@ def _difference(
 ) -> str:
     if link.a.is_constant and link.b.is_constant and link.a.signature == link.b.signature:
         return ""
-    one, other = match.of_a(link.a.array), match.of_b(link.b.array)
+    one, other = (
+        array.astype(np.int8) if array.dtype == np.bool_ else array  # a mask
+        for array in (match.of_a(link.a.array), match.of_b(link.b.array))
+    )
     keyed = values.keys(one), values.keys(other)
     if np.array_equal(*keyed):
         return ""

@@ -97,4 +97,6 @@ def _update(recording: Recording, name: str) -> np.ndarray | None:
     after = recording.first_steps.get(f"0/update/{name}")
     if after is None and steps:
         after = recording.parameter_history[steps[0]]
-    return None if after is None or after.shape != before.shape else after - before
+    if after is None or after.shape != before.shape or before.dtype == np.bool_:
+        return None
+    return after - before

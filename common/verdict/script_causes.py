@@ -200,7 +200,8 @@ CAUSES = (
         "update",
         r"(mean|var)$",
         "",
-        "the momentum of running statistics (PyTorch's 0.1 is Flax's 0.9)",
+        "the momentum of running statistics (PyTorch's 0.1 is Flax's 0.9); where only the last step's "
+        "differ, train mode left on in evaluation",
     ),
     Cause(
         "update",

@@ -34,7 +34,8 @@ def not_seen(alignment: Alignment) -> tuple[str, ...]:
     sentences = []
     for side in alignment.sides:
         if missing := [what for lacking, what in found if lacking == side]:
-            sentences.append(f"not seen on {side}: {shorten(missing)}")
+            taps = ' (name some with run.tap("name", x))' if "activations" in missing else ""
+            sentences.append(f"not seen on {side}: {shorten(missing)}{taps}")
     for what in ("gradients", "activations"):
         if not any(what in has for has in seen):
             sentences.append(f"not seen on either side: {what}")

@@ -21,6 +21,7 @@ from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.session import make_report
 from lockstep.common.verdict.compare import compare
+from tests.marks import slow_except
 from tests.pages.browser import Fault, chromium, examine, executable
 from tests.report.helpers import found
 from tests.verdict.test_compare import CLASSES, LABELS, STEPS
@@ -138,7 +139,15 @@ def page_name(page: Maker | Path) -> str:
     )
 
 
-@pytest.fixture(scope="module", params=[*MAKERS, *COMMITTED], ids=page_name)
+# Each page takes some seconds; of the committed ones the fast run opens three.
+FAST = [REPOSITORY / "results" / name for name in ("index.html", "quick/report.html")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*slow_except(MAKERS, *MAKERS[:3]), *slow_except(COMMITTED, *FAST)],
+    ids=page_name,
+)
 def faults(
     request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Fault]:

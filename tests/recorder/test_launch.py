@@ -326,14 +326,14 @@ def test_a_script_that_hangs_is_ended_with_all_that_it_started(
 ) -> None:
     line = refused(write(HANG), settings, str(tmp_path / "pids"), timeout=1)
     assert "its float64 run had not ended after 1 s and 0 steps" in line and "--timeout" in line
-    assert not any(map(is_alive, pids_in(tmp_path / "pids")))
+    assert wait_until(lambda: not any(map(is_alive, pids_in(tmp_path / "pids"))))
 
 
 def test_what_a_script_leaves_running_is_ended(
     write: Write, settings: Settings, tmp_path: Path
 ) -> None:
     refused(write(HANG.replace("time.sleep(100)", "")), settings, str(tmp_path / "pids"))
-    assert not any(map(is_alive, pids_in(tmp_path / "pids")))
+    assert wait_until(lambda: not any(map(is_alive, pids_in(tmp_path / "pids"))))
 
 
 def test_a_script_that_hangs_is_announced(
@@ -356,7 +356,7 @@ def test_if_one_fails_the_other_is_ended(write: Write, settings: Settings, tmp_p
     ]
     with pytest.raises(ScriptError, match=r"b\.py failed in its run in its own precision"):
         run_scripts(starts)
-    assert not any(map(is_alive, pids_in(pids)))
+    assert wait_until(lambda: not any(map(is_alive, pids_in(pids))))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

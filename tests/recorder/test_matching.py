@@ -121,6 +121,16 @@ def test_a_flatten_in_another_order_is_right_next_to_kernels_that_are_transposed
     np.testing.assert_array_equal(flat.of_b(theirs["flat.kernel"]), FLAT)
 
 
+def test_a_mask_among_the_buffers_is_no_obstacle():
+    mask = np.tril(np.ones((4, 4), bool))
+    ours = recording({"x.weight": DENSE, "mask": mask})
+    theirs = recording({"y.kernel": np.array(DENSE.T), "future": ~mask}, "jax")
+    for side, name in ((ours, "mask"), (theirs, "future")):
+        side.first_steps[f"0/update/{name}"] = side.weights[name]
+        side.parameter_history[f"3/{name}"] = side.weights[name]
+    assert ("x.weight", "y.kernel") in pairs(match(ours, theirs))
+
+
 def test_the_same_numbers_in_no_layout_are_said_to_be_so():
     shuffled = np.random.default_rng(0).permutation(DENSE.ravel()).reshape(DENSE.shape)
     found = match(recording({"x.weight": DENSE}), recording({"x.weight": shuffled}))

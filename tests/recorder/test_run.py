@@ -396,9 +396,9 @@ def adam_in_torch(run: lockstep.Run) -> np.ndarray:
 
 
 def adam_in_jax(run: lockstep.Run) -> np.ndarray:
-    params = run.begin({"bias": jnp.zeros(1)})
+    params = run.begin({"bias": jnp.zeros(1, jnp.float32)})
     adam = optax.adam(1.0)
-    updates: Any = adam.update({"bias": jnp.ones(1)}, adam.init(params))[0]
+    updates: Any = adam.update({"bias": jnp.ones(1, jnp.float32)}, adam.init(params))[0]
     run.step(0.0)
     run.finish()
     return np.asarray(updates["bias"], np.float64)

@@ -335,6 +335,19 @@ def test_a_part_of_a_parameter_that_rounding_alone_moves_has_room(zero: bool) ->
     assert compared(*sides).verdict == "disagree"
 
 
+@pytest.mark.parametrize(
+    ("other", "agrees"),
+    [(float(np.float32(84 / 99)), True), (85 / 99, False), (84 / 99 + 1e-6, False)],
+    ids=["rounded", "one more image", "no share"],
+)
+def test_an_accuracy_may_be_in_float32_in_a_float64_run(other: float, agrees: bool) -> None:
+    sides = [
+        dataclasses.replace(recording(name), results={"accuracy": np.array(value)})
+        for name, value in (("torch", 84 / 99), ("jax", other))
+    ]
+    assert (compared(*sides).verdict == "agree") == agrees
+
+
 # --- More runs
 
 
