@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import select
@@ -64,7 +65,8 @@ def main() -> NoReturn:
 def prepare(settings: Settings) -> None:
     """Set the precision of either framework, before the script imports it."""
     for stream in (sys.stdout, sys.stderr):  # a script that is killed has printed its last line
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     if settings.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"
         sys.meta_path.insert(0, DefaultFloat64())
@@ -95,7 +97,7 @@ class DefaultFloat64(MetaPathFinder):
             execute(module)
             module.set_default_dtype(module.float64)
 
-        loader.exec_module = exec_module  # type: ignore[method-assign]
+        vars(loader)["exec_module"] = exec_module
 
 
 # --- The script

@@ -63,8 +63,9 @@ class Index:
     def digits(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:
         """For each axis, (size, stride) of the axes that it unrolls; None if a table is not of
         that kind."""
-        found = tuple(_digits(table) for table in self.tables)
-        return None if None in found else found  # type: ignore[return-value]
+        every = [_digits(table) for table in self.tables]
+        found = tuple(digits for digits in every if digits is not None)
+        return found if len(found) == len(every) else None
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """The entries of `array`, which has the shape `source`, in an array of the shape `shape`.

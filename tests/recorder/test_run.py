@@ -149,7 +149,8 @@ def test_a_module_its_gradients_and_its_optimizer_are_recorded(
     assert first["0/forward/0"].shape == (4, 5)
     assert {"0/update/first moment of 0.weight", "1/update/second moment of 3.bias"} <= set(first)
     assert "2/backward/0.weight" not in first
-    np.testing.assert_array_equal(found.final["0.weight"], model[0].weight.detach())  # type: ignore[index]
+    now = model.get_parameter("0.weight").detach()
+    np.testing.assert_array_equal(found.final["0.weight"], now)
     assert found.series["loss"][0] == first["0/loss/loss"]
     assert found.series["lr"].tolist() == [0.1] * 3
     assert found.results["accuracy"] == 0.5
