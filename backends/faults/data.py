@@ -114,9 +114,15 @@ def x64_left_off(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     init, images_of, to_array = FlaxBackend.__init__, Inputs.images, convert.to_array
 
     def built(
-        self: FlaxBackend, config: Config, classes: int, dtype: str, device: str, compile: str
+        self: FlaxBackend,
+        config: Config,
+        classes: int,
+        dtype: str,
+        device: str,
+        compile: str,
+        concurrent_processes: int,
     ) -> None:
-        init(self, config, classes, "float32", device, compile)
+        init(self, config, classes, "float32", device, compile, concurrent_processes)
 
     patch(FlaxBackend, "__init__", built)
     patch(Inputs, "images", lambda self, images: images_of(self, images.astype(np.float32)))
