@@ -6,6 +6,7 @@ The measurements behind each number are in results/bench/LOG.md.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,11 @@ def xla_has_option(name: str) -> bool:
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def free_programs() -> None:
+    """Forget the programs that JAX has compiled, where many backends are built one after the other:
+    each has its own, and those of some thirty reach the 65,530 memory maps that Linux allows a
+    process."""
+    jax.clear_caches()
+    gc.collect()

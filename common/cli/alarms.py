@@ -97,8 +97,7 @@ def clean_pairs(
     )
     precisions = DTYPES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
-    return list(
-        clean.measure(
-            setting, seeds, {setting.data: study.load(setting.data)}, study.build, precisions, twins
-        )
-    )
+    datasets = {setting.data: study.load(setting.data)}
+    rows = list(clean.measure(setting, seeds, datasets, study.build, precisions, twins))
+    backends.module("flax_backend.tuning").free_programs()
+    return rows

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -259,6 +260,18 @@ def test_on_the_cpu_a_network_that_xla_convolves_takes_one_step_after_the_other(
         )
         assert np.abs(history - np.array(metrics)).max() <= (1e-5 if loops else 0)
         assert loops or same_snapshot(side.export(one_by_one), side.export(at_once))
+
+
+def test_the_programs_of_a_backend_that_is_gone_are_freed(build: Callable) -> None:
+    def programs() -> int:
+        return len(jax.devices("cpu")[0].client.live_executables())
+
+    side = build("flax", RICH, "float32")
+    before = programs()
+    side.train_step(side.init(start(side, "float32")), *(a[0] for a in batches("float32")))
+    assert programs() > before  # control
+    flax_tuning.free_programs()
+    assert programs() < before
 
 
 @pytest.mark.slow
