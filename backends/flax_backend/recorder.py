@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -33,6 +33,7 @@ class Adapter:
 
     def __init__(self) -> None:
         self._objects: dict[int, Tree] = {}  # nnx modules and optimizers, by position
+        self._prefixes: list[Path | None] = []  # of what `begin` was given; None: an optimizer
         self._several = False
         self._start: Arrays = {}
         self._trained: list[str] = []
@@ -52,6 +53,7 @@ class Adapter:
         for thing in state:
             place = next((i for i, holder in enumerate(holders) if holder is thing), None)
             prefix = (str(place),) if self._several and place is not None else ()
+            self._prefixes.append(None if place is None else prefix)
             if isinstance(thing, (nnx.Module, nnx.Optimizer)):
                 found.append(self._begin_object(thing, prefix, change, place))
             else:
@@ -62,7 +64,7 @@ class Adapter:
     def _begin_object(self, thing: Tree, prefix: Path, change: Change, place: int | None) -> Tree:
         state = nnx.state(thing)
         embeddings = _unpinned_embeddings(thing)
-        new = _changed(state, prefix, change)
+        new = _changed(state, _names(state, prefix), change)
         nnx.update(thing, new)
         for embedding in embeddings:
             embedding.dtype = embedding.embedding.dtype
@@ -73,10 +75,33 @@ class Adapter:
         return thing
 
     def _begin_tree(self, thing: Tree, prefix: Path, change: Change, place: int | None) -> Tree:
-        new = _changed(thing, prefix, change)
+        new = _changed(thing, _names(thing, prefix), change)
         if place is not None:
             self._add(_leaves(new, prefix), None)
         return new
+
+    def sync(self, state: State, change: Change) -> State:
+        state = state or tuple(self._objects.values())
+        if len(state) < len(self._prefixes):
+            raise ConfigError(
+                "run.sync() was given nothing, and run.begin a pytree: give it the same, and go on "
+                "with what it returns"
+            )
+        found, taken = [], set[str]()
+        for thing, prefix in zip(state, self._prefixes, strict=True):
+            tree = _as_tree(thing)
+            if prefix is None:
+                names = self._slot_names(tree, taken)
+                taken |= set(names.values())
+            else:
+                names = _names(tree, prefix)
+            new = _changed(tree, names, change)
+            if tree is thing:
+                found.append(new)
+            else:
+                nnx.update(thing, new)
+                found.append(thing)
+        return tuple(found)
 
     def _add(self, leaves: Iterator[tuple[Path, Tree]], trained: set[Path] | None) -> None:
         for path, leaf in leaves:
@@ -145,22 +170,24 @@ class Adapter:
         states = _parts(opt_state) if opt_state is not None else map(nnx.state, optimizers)
         found: Arrays = {}
         for state in states:
-            found |= self._slots(state, found)
+            names = self._slot_names(state, found)
+            found |= {names[path]: _copy(leaf) for path, leaf in _leaves(state) if path in names}
         return found
 
-    def _slots(self, state: Tree, taken: Arrays) -> Arrays:
-        """The arrays of one optimizer by "<slot> of <parameter>". Of several things that `begin`
-        was given, an optimizer belongs to the first that its arrays fit and that has none yet."""
+    def _slot_names(self, state: Tree, taken: Container[str]) -> dict[Path, str]:
+        """What the arrays of one optimizer are called, "<slot> of <parameter>". Of several things
+        that `begin` was given, an optimizer belongs to the first that its arrays fit and that has
+        none yet."""
         count = 1 + max((int(path[0]) for path in self._paths), default=0) if self._several else 0
-        best: Arrays = {}
+        best: dict[Path, str] = {}
         for owner in ((), *((str(i),) for i in range(count))):
             found = {}
             for path, leaf in _leaves(state):
                 slot = self._slot(path, leaf.shape, owner)
                 if slot is not None and slot not in taken:
-                    found[slot] = leaf
+                    found[path] = slot
             best = max(best, found, key=len)
-        return {slot: _copy(leaf) for slot, leaf in best.items()}
+        return best
 
     def _slot(self, path: Path, shape: tuple[int, ...], owner: Path) -> str | None:
         """ "<slot> of <parameter>": the longest end of a path that is a parameter's of `owner`; the
@@ -311,14 +338,19 @@ def _part(key: Tree) -> str:
     return str(key)
 
 
-def _changed(tree: Tree, prefix: Path, change: Change) -> Tree:
-    """The tree with each float array passed through `change`."""
+def _names(tree: Tree, prefix: Path) -> dict[Path, str]:
+    """What the arrays of a tree are called, by their paths in it."""
+    return {path: ".".join(prefix + path) for path, _ in _leaves(tree)}
+
+
+def _changed(tree: Tree, names: Mapping[Path, str], change: Change) -> Tree:
+    """The tree with each float array that has a name passed through `change`."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = {id(leaf): ".".join(path) for path, leaf in _leaves(tree, prefix)}
+    named = {id(leaf): names[path] for path, leaf in _leaves(tree) if path in names}
     new = []
     for _, leaf in flat:
-        if id(leaf) in names and jnp.issubdtype(leaf.dtype, jnp.floating):
-            array = change(names[id(leaf)], np.asarray(leaf))
+        if id(leaf) in named and jnp.issubdtype(leaf.dtype, jnp.floating):
+            array = change(named[id(leaf)], np.asarray(leaf))
             leaf = jnp.asarray(array) if isinstance(leaf, jax.Array) else array
         new.append(leaf)
     return jax.tree_util.tree_unflatten(structure, new)

@@ -125,6 +125,16 @@ class Adapter:
             if tensor.is_floating_point():
                 _replace(tensor, change(f"{slot} of {name}", _copy(tensor)))
 
+    def sync(self, state: State, change: Change) -> State:
+        in_place = not any(isinstance(thing, (Tensor, dict, list, tuple)) for thing in state)
+        with torch.no_grad():
+            for name, tensor in (self._tensors if in_place else dict(_tensors(state))).items():
+                if tensor.is_floating_point():
+                    tensor.copy_(as_tensor(change(name, _copy(tensor))))
+            for optimizer in self._optimizers:
+                self._change_state(optimizer, change)
+        return state
+
     def start(self) -> Arrays:
         return self.weights()
 

@@ -59,6 +59,21 @@ class Adapter(Protocol):
         """
         ...
 
+    def sync(self, state: State, change: Change) -> State:
+        """Pass each float parameter, buffer and optimizer tensor through `change`, as they are now:
+        the latter as "<slot> of <parameter>".
+
+        Args:
+            state: as `begin` returned it, after some steps; () if all of it is changed in place.
+
+        Returns:
+            The same things, as `begin`.
+
+        Raises:
+            ConfigError: if `state` is needed.
+        """
+        ...
+
     def move_scalars(self, share: float) -> None:
         """Of a twin, move the scalars of Adam's bias correction by what float32 may round of them.
 

@@ -4,7 +4,7 @@ two folders hold."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lockstep.common.errors import RecordError, ScriptError
@@ -15,11 +15,14 @@ from lockstep.common.recorder.launch import Say, Settled, run_scripts
 from lockstep.common.recorder.matching import Matching, match
 from lockstep.common.recorder.names import read_names
 from lockstep.common.recorder.recording import Recording
+from lockstep.common.recorder.replay import Replayer, is_late
 from lockstep.common.recorder.sides import RunOptions, Side
+from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.verdict.script_comparison import ScriptComparison
 from lockstep.common.verdict.scripts import ScriptRuns, compare_scripts, judge_scripts
 
 WEIGHTS = "start-{precision}.safetensors"
+STATE = "state-{step}.safetensors"  # of A, that B's replay starts from
 Recordings = tuple[list[Recording], list[Recording]]  # of either side
 
 
@@ -107,6 +110,14 @@ class Checker:
         if self._matching is None:
             self._matching = self._match(*main)
         a, b = (ScriptRuns.of([run]) for run in main)
+        replayed = None
+        if precision == "float64":
+            found = compare_scripts(a, b, self._matching, self._names_of_sides)
+            if is_late(found, main):
+                replayed = self._replayer(self._matching).replay(main)
+                if replayed.place is not None:
+                    found = replace(found, place=replayed.place)
+                    return found.with_notes(replayed.note), a, b
         if count := self.options.twins_in(precision):
             more = self._run_both(precision, range(1, count + 1))
             a, b = a.add(more[0]), b.add(more[1])
@@ -114,7 +125,25 @@ class Checker:
         def run_twins(twins: list[int], steps: int | None) -> Recordings:
             return self._run_both(precision, twins, steps)
 
-        return judge_scripts(a, b, self._matching, run_twins, self._names_of_sides)
+        found, a, b = judge_scripts(a, b, self._matching, run_twins, self._names_of_sides)
+        return (found.with_notes(replayed.note) if replayed else found), a, b
+
+    def _replayer(self, matching: Matching) -> Replayer:
+        def run(
+            side: int, step: int, twins: Sequence[int | None], state: Path | None
+        ) -> list[Recording]:
+            starts = [
+                self.sides[side].start(
+                    self.options, "float64", twin, FIRST_STEPS, replay=step, state=state
+                )
+                for twin in twins
+            ]
+            return run_scripts(starts, self.options.timeout, self.say)
+
+        folder = self.sides[1].folder
+        return Replayer(
+            self._names_of_sides, matching, run, lambda step: folder / STATE.format(step=step)
+        )
 
     def _run_both(
         self,

@@ -13,16 +13,20 @@ from lockstep.common.verdict.scripts import ScriptRuns
 
 PRECISIONS = ("float64", OWN)  # in the order in which they are compared
 AGAIN = 0  # the number of the twin that nothing is moved in
-FILE = re.compile(r"(float64|own)(?:-again|-twin[1-9]\d*)?(?:-short)?\.safetensors")
+FILE = re.compile(r"(float64|own)(-from\d+)?(?:-again|-twin[1-9]\d*)?(?:-short)?\.safetensors")
 
 
-def file_name(precision: str, twin: int | None, short: bool = False) -> str:
+def file_name(
+    precision: str, twin: int | None, short: bool = False, replay: int | None = None
+) -> str:
     """ "float64.safetensors", "own-twin1.safetensors", "float64-again-short.safetensors".
 
     Args:
         short: of a run that was ended after its first steps.
+        replay: of one that was recorded from this step on: "float64-from105.safetensors".
     """
-    suffix = "" if twin is None else "-again" if twin == AGAIN else f"-twin{twin}"
+    suffix = "" if replay is None else f"-from{replay}"
+    suffix += "" if twin is None else "-again" if twin == AGAIN else f"-twin{twin}"
     return f"{precision}{suffix}{'-short' if short else ''}.safetensors"
 
 
@@ -59,7 +63,7 @@ def read(folder: Path) -> dict[str, ScriptRuns]:
             continue
         runs = ScriptRuns.of([recording.read(path)])
         names = (path.name for path in folder.glob(f"{precision}-*.safetensors"))
-        for name in sorted((n for n in names if FILE.fullmatch(n)), key=lambda n: (len(n), n)):
+        for name in sorted(filter(is_of_run, names), key=lambda n: (len(n), n)):
             twin = recording.read(folder / name)
             check_same_script(runs.run, twin, folder)
             runs = runs.add([twin])
@@ -72,6 +76,12 @@ def read(folder: Path) -> dict[str, ScriptRuns]:
     for other in others:
         check_same_script(first.run, other.run, folder)
     return found
+
+
+def is_of_run(name: str) -> bool:
+    """Whether a file is of a run from its first step on."""
+    found = FILE.fullmatch(name)
+    return found is not None and found[2] is None
 
 
 def side_names(

@@ -68,7 +68,9 @@ class Start:
     def _words(self, own: str) -> list[str]:
         twin = self.settings.twin
         dtype = own if self.settings.dtype == OWN else self.settings.dtype
-        return [dtype, *([] if twin is None else ["again" if twin == 0 else f"twin {twin}"])]
+        words = [dtype, *([] if twin is None else ["again" if twin == 0 else f"twin {twin}"])]
+        replay = self.settings.replay
+        return words if replay is None else [*words, f"from step {replay:,}"]
 
 
 def run_script(

@@ -21,7 +21,7 @@ import numpy as np
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.model.initial_weights import generator_for
 from lockstep.common.model.perturb import TWINS_STREAM, image_perturbation_rng, perturb_one_ulp
-from lockstep.common.protocol import Arrays
+from lockstep.common.protocol import Arrays, split_slot
 from lockstep.common.recorder import recording
 from lockstep.common.recorder.adapter import Adapter, Tree, adapter_for, framework_of
 from lockstep.common.recorder.recording import Recording, batch_digest, fingerprint
@@ -43,11 +43,16 @@ class Recorder:
         self.settings = settings
         self._backend_module = backend_module
         self._adapter: Adapter | None = None
-        self._step = 0
+        self._step = 0  # steps that are recorded
+        self._before = 0  # steps before those, which a replay passes over
+        self._waiting = settings.replay is not None  # for the step of a replay
+        self._synced = False
+        self._things = 0  # that `begin` was given
         self._dtype = ""
         self._framework = ""
         self._groups: dict[str, Arrays] = {
-            name: {} for name in ("weights", "first_steps", "parameter_history", "final")
+            name: {}
+            for name in ("weights", "optimizer", "first_steps", "parameter_history", "final")
         }
         self._size = 0
         self._series: dict[str, list[Tree]] = {}
@@ -61,7 +66,8 @@ class Recorder:
         self._params: Tree = None
         self._calls = 0  # of `batch` in this step
         self._batch_rng = image_perturbation_rng(settings.seed, settings.twin or 0)
-        self._start_from = self._read_start()
+        self._start_from = _read_state(settings.start_from)
+        self._state = _read_state(settings.state)
         self._begun = self._last = time.monotonic()
         self._written = False
         self._claim()
@@ -80,14 +86,6 @@ class Recorder:
                 f"cannot write {self.settings.out} ({error.strerror}): choose another --out"
             ) from error
 
-    def _read_start(self) -> Arrays:
-        if self.settings.start_from is None:
-            return {}
-        _, arrays = read_tensors(
-            Path(self.settings.start_from), 1, "file of initial weights", "run the check again"
-        )
-        return arrays
-
     # --- The calls of a script
 
     def begin(self, state: tuple[Tree, ...]) -> tuple[Tree, ...]:
@@ -97,11 +95,13 @@ class Recorder:
             raise ConfigError("run.begin() was given nothing: give it the model or its parameters")
         self._framework = "torch" if framework_of(state) == "torch" else "jax"
         self._adapter = adapter_for(state, self._backend_module)
+        self._things = len(state)
         state = self._adapter.begin(state, self._change, self._keep_forward)
         weights = self._adapter.start()
         if not weights:
             raise ConfigError("run.begin found no parameters: give it the model or its parameters")
-        self._keep("weights", weights)
+        if not self._waiting:
+            self._keep("weights", weights)
         first = next((w for w in weights.values() if _is_float(w)), None)
         self._dtype = "float64" if first is None else first.dtype.name
         if self.settings.twin and self._dtype != "float64":
@@ -111,9 +111,36 @@ class Recorder:
         self._begun = self._last = time.monotonic()
         return state
 
+    def sync(self, state: tuple[Tree, ...]) -> tuple[Tree, ...]:
+        adapter = self._begun_adapter("sync")
+        if self._calls:
+            raise ConfigError("run.sync was called after run.batch: call it first in each step")
+        if state and len(state) != self._things:
+            raise ConfigError(
+                f"run.sync was given {len(state)} of the {self._things} things that run.begin was "
+                "given: give it the same, in the same order"
+            )
+        self._synced = True
+        if not self._waiting or self._before != self.settings.replay:
+            return state
+        self._waiting = False
+        return adapter.sync(state, self._keep_state)
+
+    def _keep_state(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A parameter, a buffer or a tensor of the optimizer, as a replay starts from it."""
+        array = self._moved(name, self._state.get(name, array))
+        slot, _ = split_slot(name)
+        self._keep("optimizer" if slot else "weights", {name: array})
+        return array
+
     def batch(self, arrays: tuple[Tree, ...]) -> tuple[Tree, ...]:
         adapter = self._begun_adapter("batch")
         call, self._calls = self._calls, self._calls + 1
+        if self._waiting:
+            in_precision = functools.partial(self._in_precision, generator=self._batch_rng)
+            return tuple(
+                adapter.map_arrays(array, lambda path, a: in_precision(a)) for array in arrays
+            )
         again = f" ({call + 1})" if call else ""
         self._note_line("data/batch")
 
@@ -137,6 +164,10 @@ class Recorder:
 
     def step(self, loss: Tree, params: Tree, grads: Tree, opt_state: Tree, lr: Tree) -> None:
         adapter = self._begun_adapter("step")
+        self._calls = 0
+        if self._waiting:
+            self._before += 1
+            return
         losses = loss if isinstance(loss, dict) else {"loss": loss}
         rate = adapter.learning_rate() if lr is None else lr
         for name, value in {**losses, **({} if rate is None else {"lr": rate})}.items():
@@ -147,7 +178,6 @@ class Recorder:
         if self._step < FIRST_STEPS:
             self._record_first_step(adapter, losses, params, grads, opt_state)
         self._step += 1
-        self._calls = 0
         self._params = params
         if self._step == FIRST_STEPS:
             adapter.end_first_steps()
@@ -156,7 +186,7 @@ class Recorder:
         if self._step - self._read >= FLUSH:
             self._read_series()
         self._last = time.monotonic()
-        if self._step == self.settings.steps:
+        if self._before + self._step == self.settings.steps:
             self.close(complete=True)
             raise SystemExit(0)
         if self._step == FIRST_STEPS and self.settings.early:
@@ -203,6 +233,8 @@ class Recorder:
 
     def _keep_forward(self, name: str, array: np.ndarray | None) -> None:
         """One tensor of the forward pass; of several calls in a step, the last."""
+        if self._waiting:
+            return
         self._layers.setdefault(name)
         self._note_line(f"forward/{name}")
         if array is not None:
@@ -238,7 +270,9 @@ class Recorder:
     # --- Precision and twins
 
     def _change(self, name: str, array: np.ndarray) -> np.ndarray:
-        array = self._start_from.get(name, array)
+        return self._moved(name, self._start_from.get(name, array))
+
+    def _moved(self, name: str, array: np.ndarray) -> np.ndarray:
         generator = generator_for(self.settings.seed, TWINS_STREAM, name, self.settings.twin or 0)
         return self._in_precision(array, generator)
 
@@ -247,7 +281,8 @@ class Recorder:
             return array
         if self.settings.dtype == "float64":
             array = array.astype(np.float64)
-        return perturb_one_ulp(array, generator) if self.settings.twin else array
+        moves = self.settings.twin and not self._waiting
+        return perturb_one_ulp(array, generator) if moves else array
 
     # --- The file
 
@@ -261,6 +296,10 @@ class Recorder:
         if self._written or self._adapter is None:
             return
         self._written = True
+        if self._waiting:
+            raise ConfigError(
+                f"run.sync was not called at step {self.settings.replay}: call it in each step"
+            )
         self._adapter.move_scalars(0.0)
         if self._step < FIRST_STEPS:
             self._adapter.end_first_steps()
@@ -284,6 +323,7 @@ class Recorder:
             environment={**environment.describe(), **self._adapter.describe()},
             complete=complete,
             parameters=self._adapter.parameters(),
+            synced=self._synced,
             layers=list(self._layers),
             series={n: np.array(_padded(v, self._step, math.nan)) for n, v in self._series.items()},
             batch_digests={
@@ -298,6 +338,13 @@ class Recorder:
             seconds=self._last - self._begun,
             **groups,
         )
+
+
+def _read_state(file: str | None) -> Arrays:
+    if file is None:
+        return {}
+    _, arrays = read_tensors(Path(file), 1, "file of weights", "run the check again")
+    return arrays
 
 
 def _padded(values: list[Tree], steps: int, value: Tree) -> list[Tree]:

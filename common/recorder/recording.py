@@ -32,6 +32,7 @@ MAX_STEPS = 10**8
 # Arrays of a file, as "<group>/<name>".
 GROUPS = (
     "weights",
+    "optimizer",
     "first_steps",
     "parameter_history",
     "final",
@@ -61,6 +62,9 @@ class Recording:
     # Parameters and buffers after `begin`, in the order of their definition.
     weights: Arrays = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)  # those of `weights` that are trained
+    # Of a replay, the optimizer's state before its first step: "<slot> of <parameter>".
+    optimizer: Arrays = field(default_factory=dict)
+    synced: bool = False  # the script calls `Run.sync`
     # "<step>/<stage>/<tensor>" of the first FIRST_STEPS steps: `data/batch[0]`, `forward/<layer>`,
     # `loss/<name>`, `backward/<parameter>`, `update/<slot> of <parameter>`, `update/<parameter>`.
     first_steps: Arrays = field(default_factory=dict)

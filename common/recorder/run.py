@@ -22,7 +22,8 @@ _runs: list[Run] = []  # those of this process
 class Run:
     """One training run of a script.
 
-    The order of the calls: `begin` once; in each step `batch`, then `step`; `finish` at the end.
+    The order of the calls: `begin` once; in each step `sync` (optional), `batch`, then `step`;
+    `finish` at the end.
     """
 
     def __init__(self, backend_module: Callable[[str], ModuleType]) -> None:
@@ -57,6 +58,24 @@ class Run:
         if self._recorder is not None:
             state = self._recorder.begin(state)
         self._state = state
+        return state[0] if len(state) == 1 else state
+
+    def sync(self, *state: Any) -> Any:
+        """Optional, first in each step: lets Lockstep replay single steps of both scripts.
+
+        Two float64 runs may drift apart late because training amplifies rounding, or because a
+        step computes something else. Where both scripts call this, `check` tells the two apart: it
+        takes such a step again on both sides, from the state of the first script.
+
+        Args:
+            state: what `begin` was given, in the same order. PyTorch and `nnx` need none: their
+                modules and optimizers are changed in place.
+
+        Returns:
+            What was given: one thing, or a tuple. Pytrees may be new ones: go on with these.
+        """
+        if self._recorder is not None:
+            state = self._recorder.sync(state)
         return state[0] if len(state) == 1 else state
 
     def batch(self, *arrays: Any) -> Any:

@@ -29,6 +29,8 @@ class Settings:
     steps: int | None = None  # end the script after so many
     limit: int = DEFAULT_LIMIT
     start_from: str | None = None  # a file of weights by this script's own names
+    replay: int | None = None  # record from this step on, as if the script began there
+    state: str | None = None  # a file of the state that `Run.sync` then returns; None: its own
     early: bool = False  # write the first steps to "<out>.first" as soon as they are done
 
     def write(self, path: Path) -> None:

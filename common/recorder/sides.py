@@ -73,27 +73,35 @@ class Side:
         twin: int | None,
         steps: int | None = None,
         early: bool = False,
+        replay: int | None = None,
+        state: Path | None = None,
     ) -> Start:
         """One run to start.
 
         Args:
             steps: at most so many: a short run.
             early: its first steps are wanted as soon as they are done.
+            replay: record from this step on, `steps` of them.
+            state: a file of the state that the replay starts from; None: the script's own.
         """
         from lockstep.common.recorder import folder
         from lockstep.common.recorder.launch import Start
 
+        short = steps is not None and replay is None
+        last = None if steps is None else (replay or 0) + steps
         weights = self.start_from.get(precision)
         settings = Settings(
-            out=str(self.folder / folder.file_name(precision, twin, steps is not None)),
+            out=str(self.folder / folder.file_name(precision, twin, short, replay)),
             name=self.name,
             dtype=precision,
             twin=twin,
             seed=options.seed,
-            steps=options.steps if steps is None else min(steps, options.steps or steps),
+            steps=options.steps if last is None else min(last, options.steps or last),
             limit=options.record_limit,
             start_from=None if weights is None else str(weights.absolute()),
             early=early,
+            replay=replay,
+            state=None if state is None else str(state.absolute()),
         )
         return Start(self.script, settings, options.arguments)
 

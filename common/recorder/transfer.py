@@ -1,15 +1,17 @@
-"""The initial weights of one script under the names and in the layout of the other."""
+"""The weights of one script, or its state after some steps, under the names and in the layout of
+the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lockstep.common.errors import ScriptError, shorten
-from lockstep.common.protocol import Arrays
+from lockstep.common.protocol import Arrays, split_slot
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.system.storage import write_tensors
 
@@ -75,10 +77,28 @@ def transfer(source: Recording, target: Recording, found: Sequence[Piece]) -> Ar
     return {name: array for name, array in taken.items() if not missing[name].any()}
 
 
+def transfer_optimizer(source: Recording, target: Recording, found: Sequence[Piece]) -> Arrays:
+    """The state of `source`'s optimizer, as `transfer` has its weights: "<slot> of <parameter>"."""
+    taken: Arrays = {}
+    slots = dict.fromkeys(slot for slot, _ in map(split_slot, source.optimizer))
+    for slot in slots:
+        weights = {
+            name: source.optimizer[f"{slot} of {name}"]
+            for name in source.parameters
+            if f"{slot} of {name}" in source.optimizer
+        }
+        pieces = [piece for piece in found if piece.source in weights]
+        covered = {piece.target for piece in pieces}
+        held = replace(target, parameters=[name for name in target.parameters if name in covered])
+        state = transfer(replace(source, weights=weights), held, pieces)
+        taken |= {f"{slot} of {name}": array for name, array in state.items()}
+    return taken
+
+
 def write(weights: Arrays, path: Path) -> None:
-    """Write weights for `Settings.start_from`.
+    """Write weights for `Settings.start_from`, or a state for `Settings.state`.
 
     Raises:
         RecordError: if the folder cannot be written.
     """
-    write_tensors(path, {"schema": SCHEMA, "kind": "initial weights"}, weights)
+    write_tensors(path, {"schema": SCHEMA, "kind": "weights"}, weights)

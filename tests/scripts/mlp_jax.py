@@ -12,6 +12,7 @@ import lockstep
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--lr", type=float, default=0.1)
+parser.add_argument("--fault-from", type=int, default=10**6)  # from this step on, momentum is lost
 options = parser.parse_args()
 
 draws = np.random.default_rng(0)
@@ -46,11 +47,13 @@ optimizer = optax.sgd(options.lr, momentum=0.9)
 params = {"hidden": layer(5, 16), "head": layer(16, 3)}
 
 run = lockstep.Run()
-params = run.begin(params)
-opt_state = optimizer.init(params)
-for _ in range(options.steps):
+params, opt_state = run.begin(params, optimizer.init(params))
+for step in range(options.steps):
+    params, opt_state = run.sync(params, opt_state)
     inputs, labels = draws.standard_normal((8, 5)).astype(np.float32), draws.integers(0, 3, 8)
     inputs, labels = run.batch(jnp.asarray(inputs), jnp.asarray(labels))
+    if step >= options.fault_from:
+        opt_state = jax.tree.map(lambda trace: trace * (1 - 1e-9), opt_state)
     params, opt_state, loss, grads = update(params, opt_state, inputs, labels)
     run.step(loss, params=params, grads=grads, opt_state=opt_state)
 print("final loss", loss)

@@ -11,6 +11,7 @@ import lockstep
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--lr", type=float, default=0.1)
+parser.add_argument("--fault-from", type=int, default=10**6)  # a step; in `mlp_jax.py` alone
 options = parser.parse_args()
 
 model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -23,6 +24,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
 run = lockstep.Run()
 run.begin(model, optimizer)
 for _ in range(options.steps):
+    run.sync()
     inputs = torch.from_numpy(draws.standard_normal((8, 5)).astype(np.float32))
     labels = torch.from_numpy(draws.integers(0, 3, 8))
     inputs, labels = run.batch(inputs, labels)
