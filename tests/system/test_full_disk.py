@@ -425,3 +425,22 @@ def test_a_small_disk_and_one_that_becomes_read_only_are_one_line_each(
     full, read_only = done.stderr.strip().splitlines()
     assert full.startswith("error: cannot write") and "(No space left on device)" in full
     assert read_only.startswith("error: cannot write") and "(Read-only file system)" in read_only
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "status"), [("40k", 2), ("10m", 0)])
+def test_recordings_that_fill_a_disk_are_one_line(
+    size: str, status: int, tmp_path: Path, unshared: list[str]
+) -> None:
+    disk, script = tmp_path / "disk", REPOSITORY / "tests" / "scripts" / "mlp_torch.py"
+    disk.mkdir()
+    check = [sys.executable, str(REPOSITORY / "compare.py"), "check", str(script), str(script)]
+    check += ["--precision", "float64", "--steps", "3", "--quiet", "--out", str(disk / "out")]
+    mount = f"mount -t tmpfs -o size={size} none {disk} && " + '"$@"'
+    ran = subprocess.run(
+        [*unshared, "sh", "-c", mount, "sh", *check], capture_output=True, text=True
+    )
+    assert ran.returncode == status, ran.stderr
+    lines = ran.stderr.splitlines()
+    assert len(lines) == (1 if status else 0), ran.stderr
+    assert not status or "(No space left on device): choose another folder with --out" in lines[0]
