@@ -63,11 +63,11 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             )
     first = clean.MEASUREMENT_SEEDS[0] if options.seed is None else options.seed
     work_items = list(clean.work_items(settings, pairs, first))
-    worker = (
+    workers = (
         1 if options.device == "cuda" else min(len(work_items), os.cpu_count() or 1, MAX_WORKERS)
     )
-    pool = ProcessPoolExecutor(worker, multiprocessing.get_context("spawn"))
-    measure = functools.partial(clean_pairs, options, invocation.backends)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    measure = functools.partial(clean_pairs, options, invocation.backends, workers)
     rows = []
     with backend_errors("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
         for found in pool.map(measure, *zip(*work_items, strict=True)):
@@ -87,14 +87,17 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
 
 def clean_pairs(
-    options: argparse.Namespace, backends: BackendPackage, setting: Setting, seeds: Sequence[int]
+    options: argparse.Namespace,
+    backends: BackendPackage,
+    workers: int,
+    setting: Setting,
+    seeds: Sequence[int],
 ) -> list[Row]:
-    """The rows of one configuration; runs in another process."""
+    """The rows of one configuration; runs in another process, one of `workers`."""
     from lockstep.common.evidence import false_alarms as clean
 
-    study = EvidenceCommand(
-        options, Invocation([], backends, SignalHandler()), folder="alarms", quiet=True
-    )
+    invocation = Invocation([], backends, SignalHandler())
+    study = EvidenceCommand(options, invocation, "alarms", quiet=True, processes=workers)
     precisions = DTYPES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
     datasets = {setting.data: study.load(setting.data)}

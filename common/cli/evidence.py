@@ -26,6 +26,7 @@ class EvidenceCommand:
     Args:
         folder: in results/runs, unless `--out` names another one.
         quiet: even without `--quiet`.
+        processes: that train at the same time; each has its share of the cores.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -37,11 +38,13 @@ class EvidenceCommand:
         invocation: Invocation,
         folder: str,
         quiet: bool = False,
+        processes: int = 1,
     ) -> None:
         from lockstep.common.report import Terminal
         from lockstep.common.system.storage import check_writable
 
         self.options, self.invocation = options, invocation
+        self.processes = processes
         self.folder: Path = options.out or RUNS / folder
         self.terminal = Terminal(
             quiet=quiet or options.quiet, to_stderr=options.json, verbose=options.verbose
@@ -73,7 +76,7 @@ class EvidenceCommand:
                 self.options.device,
             )
         return self.invocation.backends.build(
-            config, len(dataset.classes), self.device, compile, name, dtype
+            config, len(dataset.classes), self.device, compile, name, dtype, self.processes
         )
 
     def report(
