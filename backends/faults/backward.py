@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lockstep.backends.faults.frameworks import Tensors
 
 
-def _gradients(patch: SetAttr, change: Callable[[Tensors], Tensors]) -> None:
+def change_gradients(patch: SetAttr, change: Callable[[Tensors], Tensors]) -> None:
     """Change all gradients as they come out of JAX."""
     from lockstep.backends.faults.frameworks import jax
 
@@ -73,7 +73,7 @@ def sum_over_devices(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients of two devices are summed, where they should be averaged."""
     from lockstep.backends.faults.frameworks import jax
 
-    _gradients(patch, lambda gradients: jax.tree.map(lambda g: 2 * g, gradients))
+    change_gradients(patch, lambda gradients: jax.tree.map(lambda g: 2 * g, gradients))
 
 
 @fault("backward", None, "PyTorch docs, ddp_comm_hooks: bf16_compress_hook", changes_function=False)
@@ -81,7 +81,7 @@ def gradients_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> N
     """Gradients are sent between devices in bfloat16."""
     from lockstep.backends.faults.frameworks import jax, jnp
 
-    _gradients(
+    change_gradients(
         patch,
         lambda gradients: jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), gradients),
     )
@@ -97,7 +97,7 @@ def _ten_bits(patch: SetAttr, names: str) -> None:
         bits = jax.lax.bitcast_convert_type(gradient, jnp.int32)
         return jax.lax.bitcast_convert_type((bits + 0x1000) & ~0x1FFF, jnp.float32)
 
-    _gradients(
+    change_gradients(
         patch,
         lambda gradients: {
             name: rounded(g) if fnmatchcase(name, names) else g for name, g in gradients.items()
@@ -144,7 +144,7 @@ def convolution_of_ten_bits(patch: SetAttr, config: Config, dataset: Dataset) ->
 @fault("backward", "fc2.kernel", "a gradient multiplier of one layer")
 def two_percent_larger(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The gradient of one kernel is 2 % larger."""
-    _gradients(
+    change_gradients(
         patch,
         lambda gradients: {n: 1.02 * g if n == "fc2.kernel" else g for n, g in gradients.items()},
     )
@@ -154,4 +154,6 @@ def two_percent_larger(patch: SetAttr, config: Config, dataset: Dataset) -> None
 def divided_by_batch_less_one(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are divided by one less than the number of images in the batch."""
     size = config.batch_size
-    _gradients(patch, lambda gradients: {n: g * (size / (size - 1)) for n, g in gradients.items()})
+    change_gradients(
+        patch, lambda gradients: {n: g * (size / (size - 1)) for n, g in gradients.items()}
+    )

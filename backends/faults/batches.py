@@ -67,7 +67,7 @@ def not_shuffled_later(patch: SetAttr, config: Config, dataset: Dataset) -> None
     )
 
 
-def _uploaded(
+def change_upload(
     patch: SetAttr, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 ) -> None:
     """Change the data set on its way to the device: copies of its images and labels."""
@@ -95,7 +95,7 @@ def labels_changed_in_the_copy(patch: SetAttr, config: Config, dataset: Dataset)
         labels[few] = (labels[few] + 1) % len(dataset.classes)
         return images, labels
 
-    _uploaded(patch, change)
+    change_upload(patch, change)
 
 
 @fault("data", "batch", "torchvision docs, RandomHorizontalFlip", train_images=1024)
@@ -107,7 +107,7 @@ def images_mirrored_in_the_copy(patch: SetAttr, config: Config, dataset: Dataset
         images[few] = images[few][:, :, ::-1]
         return images, labels
 
-    _uploaded(patch, change)
+    change_upload(patch, change)
 
 
 @fault("data", "labels", "an index that is off by one", train_images=1024)
@@ -118,7 +118,7 @@ def last_labels_moved(patch: SetAttr, config: Config, dataset: Dataset) -> None:
         labels[-40:] = np.roll(labels[-40:], 1)
         return images, labels
 
-    _uploaded(patch, change)
+    change_upload(patch, change)
 
 
 def _gathered(patch: SetAttr, change: Callable[[np.ndarray, int], np.ndarray]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def _images(patch: SetAttr, change: Callable[[np.ndarray], np.ndarray]) -> None:
+def change_images(patch: SetAttr, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change normalised images, (..., n, 32, 32, 3), on their way into JAX."""
     from lockstep.backends.faults.frameworks import Inputs
 
@@ -60,7 +60,7 @@ def imagenet(images: np.ndarray) -> np.ndarray:
 )
 def bgr(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images are read with their channels reversed, blue first."""
-    _images(patch, lambda images: images[..., ::-1])
+    change_images(patch, lambda images: images[..., ::-1])
 
 
 @fault(
@@ -70,7 +70,7 @@ def bgr(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 )
 def planes_as_pixels(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """CIFAR-10's planes are reshaped to (32, 32, 3) without being transposed."""
-    _images(patch, lambda images: np.moveaxis(images, -1, -3).reshape(images.shape))
+    change_images(patch, lambda images: np.moveaxis(images, -1, -3).reshape(images.shape))
 
 
 @fault(
@@ -80,13 +80,13 @@ def planes_as_pixels(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 )
 def other_normalisation(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images are normalised by ImageNet's mean and deviation, not by 0.5 and 0.5."""
-    _images(patch, imagenet)
+    change_images(patch, imagenet)
 
 
 @fault("data", "images", "torchvision docs, ToTensor: scales 0..255 to 0..1, by 255")
 def divided_by_256(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Pixels are divided by 256 in place of 255."""
-    _images(patch, lambda images: (((images + 1) * (255 / 256)) - 1).astype(images.dtype))
+    change_images(patch, lambda images: (((images + 1) * (255 / 256)) - 1).astype(images.dtype))
 
 
 @fault(
@@ -97,7 +97,7 @@ def divided_by_256(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 )
 def images_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Images pass through bfloat16 on their way to the device."""
-    _images(patch, lambda images: images.astype(ml_dtypes.bfloat16).astype(images.dtype))
+    change_images(patch, lambda images: images.astype(ml_dtypes.bfloat16).astype(images.dtype))
 
 
 @fault(
@@ -138,7 +138,7 @@ def augmentation_left_on(patch: SetAttr, config: Config, dataset: Dataset) -> No
         images[..., 0, :, :, :] = images[..., 0, :, ::-1, :]
         return images
 
-    _images(patch, mirrored)
+    change_images(patch, mirrored)
 
 
 @fault(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Evaluate = Callable[[State, np.ndarray, np.ndarray], Evaluation]
 
 
-def _evaluation(
+def change_evaluation(
     patch: SetAttr, change: Callable[[Evaluate, State, np.ndarray, np.ndarray], Evaluation]
 ) -> None:
     """Evaluate by `change(evaluate, state, images, labels)`, where `evaluate` is correct."""
@@ -47,7 +47,7 @@ def last_batch_not_evaluated(patch: SetAttr, config: Config, dataset: Dataset) -
         count = len(images) // 64 * 64
         return evaluate(state, images[:count], labels[:count])
 
-    _evaluation(patch, whole_batches)
+    change_evaluation(patch, whole_batches)
 
 
 @fault("evaluate", "test loss", "algorithmic-efficiency#318, #227: averaged per batch")
@@ -67,7 +67,7 @@ def mean_of_batch_means(patch: SetAttr, config: Config, dataset: Dataset) -> Non
             float(np.mean([p.loss for p in parts])),
         )
 
-    _evaluation(patch, by_batch)
+    change_evaluation(patch, by_batch)
 
 
 @fault(
@@ -78,7 +78,7 @@ def mean_of_batch_means(patch: SetAttr, config: Config, dataset: Dataset) -> Non
 def other_test_normalisation(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Test images are normalised by ImageNet's mean and deviation, training images by 0.5 and
     0.5."""
-    _evaluation(
+    change_evaluation(
         patch, lambda evaluate, state, images, labels: evaluate(state, imagenet(images), labels)
     )
 
@@ -93,7 +93,7 @@ def training_images_evaluated(patch: SetAttr, config: Config, dataset: Dataset) 
         own = data.normalise(dataset.train_images[: len(images)], images.dtype)
         return evaluate(state, own, dataset.train_labels[: len(images)])
 
-    _evaluation(patch, on_training)
+    change_evaluation(patch, on_training)
 
 
 @fault(
@@ -112,7 +112,7 @@ def weights_of_the_step_before(patch: SetAttr, config: Config, dataset: Dataset)
         parameters = {name: p + config.lr * last[name] for name, p in state.parameters.items()}
         return evaluate(state._replace(parameters=parameters), images, labels)
 
-    _evaluation(patch, one_step_back)
+    change_evaluation(patch, one_step_back)
 
 
 @fault("evaluate", "test loss", "PyTorch docs, Module.eval; flax docs, nnx.Dropout: deterministic")
@@ -133,7 +133,7 @@ def dropout_left_on(patch: SetAttr, config: Config, dataset: Dataset) -> None:
             labels,
         )
 
-    _evaluation(patch, dropped)
+    change_evaluation(patch, dropped)
 
 
 @fault(
@@ -154,7 +154,7 @@ def evaluated_in_bfloat16(patch: SetAttr, config: Config, dataset: Dataset) -> N
         )
         return evaluate(state._replace(parameters=parameters), images, labels)
 
-    _evaluation(patch, rounded)
+    change_evaluation(patch, rounded)
 
 
 @fault("evaluate", "predictions", "torchvision docs, ImageFolder: classes are sorted by name")
@@ -167,4 +167,4 @@ def classes_moved(patch: SetAttr, config: Config, dataset: Dataset) -> None:
         right = evaluate(state, images, labels)
         return right._replace(predictions=(right.predictions + 1) % len(dataset.classes))
 
-    _evaluation(patch, moved)
+    change_evaluation(patch, moved)

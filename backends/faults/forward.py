@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Layer = Callable[[jax.Array], jax.Array]
 
 
-def _network(
+def change_network(
     patch: SetAttr,
     relu: Layer | None = None,
     last_relu: Layer | None = None,
@@ -87,7 +87,7 @@ def _rounded_products(patch: SetAttr, mantissa_bits: int) -> None:
 def flatten_order(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The flatten orders its features by channel, height and width; the weights expect height,
     width and channel."""
-    _network(patch, flatten=lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
+    change_network(patch, flatten=lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
 
 
 @fault("forward", "conv1", "flax docs, nnx.Conv: padding defaults to SAME")
@@ -148,7 +148,7 @@ def average_pooling(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Windows are averaged, where their maximum should be taken."""
     from lockstep.backends.faults.frameworks import nnx
 
-    _network(patch, pool=lambda x: nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2)))
+    change_network(patch, pool=lambda x: nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2)))
 
 
 @fault(
@@ -160,7 +160,7 @@ def leaky_rectifier(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The rectifier lets one hundredth of negative values through."""
     from lockstep.backends.faults.frameworks import nnx
 
-    _network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
+    change_network(patch, relu=lambda x: nnx.leaky_relu(x, 0.01))
 
 
 @fault(
@@ -174,13 +174,13 @@ def relu6(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The rectifier stops at six, which activations reach after a while."""
     from lockstep.backends.faults.frameworks import nnx
 
-    _network(patch, relu=nnx.relu6)
+    change_network(patch, relu=nnx.relu6)
 
 
 @fault("forward", "input of fc3", "Keras docs, Dense: activation defaults to None")
 def missing_rectifier(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """There is no rectifier between the last two layers."""
-    _network(patch, last_relu=lambda x: x)
+    change_network(patch, last_relu=lambda x: x)
 
 
 @fault(

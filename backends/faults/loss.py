@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lockstep.backends.faults.frameworks import jax
 
 
-def _loss(patch: SetAttr, loss: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
+def change_loss(patch: SetAttr, loss: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
     """Replace the mean cross entropy by `loss(logits, labels)`."""
     from lockstep.backends.faults.frameworks import flax_backend
 
@@ -29,7 +29,7 @@ def sum_for_mean(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The loss is summed over the batch."""
     from lockstep.backends.faults.frameworks import optax
 
-    _loss(
+    change_loss(
         patch,
         lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(
             logits, labels
@@ -50,7 +50,7 @@ def mean_over_classes(patch: SetAttr, config: Config, dataset: Dataset) -> None:
             * jax.nn.log_softmax(logits)
         )
 
-    _loss(patch, over_all)
+    change_loss(patch, over_all)
 
 
 @fault(
@@ -68,7 +68,7 @@ def label_smoothing(patch: SetAttr, config: Config, dataset: Dataset) -> None:
         )
         return optax.softmax_cross_entropy(logits, targets).mean()
 
-    _loss(patch, smoothed)
+    change_loss(patch, smoothed)
 
 
 @fault(
@@ -98,7 +98,7 @@ def softmax_twice(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     from lockstep.backends.faults.frameworks import flax_backend, jax
 
     right = flax_backend.cross_entropy
-    _loss(patch, lambda logits, labels: right(jax.nn.softmax(logits), labels))
+    change_loss(patch, lambda logits, labels: right(jax.nn.softmax(logits), labels))
 
 
 @fault("loss", "loss", "Keras docs, config.epsilon: 1e-7")
@@ -110,7 +110,7 @@ def epsilon_in_the_logarithm(patch: SetAttr, config: Config, dataset: Dataset) -
         probabilities = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=-1)
         return -jnp.log(probabilities + 1e-7).mean()
 
-    _loss(patch, guarded)
+    change_loss(patch, guarded)
 
 
 @fault(
@@ -127,4 +127,4 @@ def mean_over_padding(patch: SetAttr, config: Config, dataset: Dataset) -> None:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.sum() / max(len(labels), config.batch_size)
 
-    _loss(patch, padded)
+    change_loss(patch, padded)

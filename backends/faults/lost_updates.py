@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lockstep.backends.flax_backend.state import State
 
 
-def _after_each_step(patch: SetAttr, change: Callable[[Snapshot, Snapshot], Snapshot]) -> None:
+def after_each_step(patch: SetAttr, change: Callable[[Snapshot, Snapshot], Snapshot]) -> None:
     """Put another state in the place of the one after a step, given those before and after it."""
     from lockstep.backends.faults.frameworks import FlaxBackend
 
@@ -49,7 +49,7 @@ def updates_lost_at_random(patch: SetAttr, config: Config, dataset: Dataset) -> 
             return after
         return after._replace(parameters=before.parameters, momentum=before.momentum)
 
-    _after_each_step(patch, lose)
+    after_each_step(patch, lose)
 
 
 @fault("update", None, "a step that a gradient scaler skips (torch.amp.GradScaler)", momentum=0.9)
@@ -61,7 +61,7 @@ def update_lost_once(patch: SetAttr, config: Config, dataset: Dataset) -> None:
             return after
         return after._replace(parameters=before.parameters, momentum=before.momentum)
 
-    _after_each_step(patch, lose)
+    after_each_step(patch, lose)
 
 
 @fault("update", "fc2.kernel", "a parameter group that is frozen late in training")
@@ -74,7 +74,7 @@ def update_lost_in_one_layer(patch: SetAttr, config: Config, dataset: Dataset) -
         kept = {"fc2.kernel": before.parameters["fc2.kernel"]}
         return after._replace(parameters=after.parameters | kept)
 
-    _after_each_step(patch, lose)
+    after_each_step(patch, lose)
 
 
 @fault("update", "momentum of *", "a checkpoint without the optimizer's state", momentum=0.9)
@@ -88,4 +88,4 @@ def momentum_lost_once(patch: SetAttr, config: Config, dataset: Dataset) -> None
             momentum={name: np.zeros_like(array) for name, array in after.momentum.items()}
         )
 
-    _after_each_step(patch, lose)
+    after_each_step(patch, lose)
