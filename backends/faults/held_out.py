@@ -70,7 +70,7 @@ def images_off_by_one_column(patch: SetAttr, config: Config, dataset: Dataset) -
 
 
 @fault("data", "batch", "a cache that is written with the last files missing", train_images=1024)
-def first_image_in_place_of_the_last(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+def last_images_overwritten(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """The last four images of the copy on the device are the first one, with its label."""
 
     def change(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ def focal_loss(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 
 
 @fault("backward", None, "Bengio et al. 2013 (arXiv:1308.3432): straight-through estimators")
-def gradient_through_closed_rectifiers(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+def closed_rectifiers_leak(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """A hundredth of the gradient passes the last rectifier where it is closed."""
     from lockstep.backends.faults.frameworks import jax, nnx
 
@@ -134,7 +134,7 @@ def gradient_through_closed_rectifiers(patch: SetAttr, config: Config, dataset: 
 
 
 @fault("backward", None, "PyTorch docs, ddp_comm_hooks: fp16_compress_hook", changes_function=False)
-def gradients_rounded_to_float16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
+def gradients_in_float16(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """Gradients are sent through float16, as a compressed sum over devices does."""
     from lockstep.backends.faults.frameworks import jax, jnp
 
