@@ -30,6 +30,7 @@ from lockstep.common.runs.record import FIRST_STEPS, Record, windows
 from lockstep.common.system import environment
 
 FIRST_STEPS_IMAGES = 8  # of a batch, whose activations are recorded
+FEW_TEST_IMAGES = 50  # that are evaluated during the run
 TEST_CHUNK = 1000  # test images at a time, to save memory
 SNAPSHOT_SECONDS = 1.0  # at most so much work is lost if a chunk is interrupted
 
@@ -157,6 +158,11 @@ class TrainingLoop:
         self.batch_digests = np.zeros(config.total_steps, np.int64)
         self.batch_digests[: len(start.batch_digests)] = start.batch_digests
         self._restore(start)
+        self.few_test_images = replace(
+            dataset,
+            test_images=dataset.test_images[:FEW_TEST_IMAGES],
+            test_labels=dataset.test_labels[:FEW_TEST_IMAGES],
+        )
         self.uploaded: Any = None
         if config.augment is None:
             self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
@@ -190,6 +196,9 @@ class TrainingLoop:
                 self.stop_at_nonfinite(before, int(np.argmin(finite)), metrics)
                 return
             self.history.append(metrics)
+            if self.step == FIRST_STEPS < self.config.total_steps:
+                # Training goes on after an evaluation: one that changes it shows in the next step.
+                evaluate(self.backend, self.state, self.few_test_images, self.dtype)
             if window_ends and window_ends[0] <= self.step < self.config.total_steps:
                 self.parameter_history |= with_step(
                     self.step, self.backend.export(self.state).tensors

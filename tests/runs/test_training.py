@@ -223,10 +223,39 @@ def test_evaluation_gets_every_test_image_once_and_after_the_last_step(
     made = dataset(10)
     np.testing.assert_array_equal(labels, made.test_labels)
     assert images.tobytes() == data.normalise(made.test_images, np.float32).tobytes()
-    assert [call for call in backend.calls if call[0] == "evaluate"] == [("evaluate", 3)]
+    assert [step for call, step in backend.calls if call == "evaluate"] == [FIRST_STEPS, 3]
     np.testing.assert_array_equal(record.predictions, made.test_labels)
     assert record.predictions.dtype == np.int64
     assert record.test_loss == 0.75
+
+
+class ModeKept(Notebook):
+    """Its evaluation leaves the network in evaluation mode."""
+
+    evaluation_mode = False
+
+    def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+        self.evaluation_mode = True
+        return super().evaluate(state, images, labels)
+
+    def train_steps(
+        self, state: State, images: np.ndarray, labels: np.ndarray
+    ) -> tuple[State, Metrics]:
+        state, metrics = super().train_steps(state, images, labels)
+        return state, metrics._replace(loss=metrics.loss + self.evaluation_mode)
+
+
+def test_an_evaluation_that_changes_the_training_shows_in_the_next_step(
+    observer: SilentObserver,
+) -> None:
+    made = dataset(40)
+    config = Config(batch_size=4).resolve(40)
+    right, wrong = (
+        training.train(backend, config, made, "float32", observer).loss
+        for backend in (Notebook(), ModeKept())
+    )
+    assert (right[:FIRST_STEPS] == wrong[:FIRST_STEPS]).all()
+    assert (right[FIRST_STEPS:] != wrong[FIRST_STEPS:]).all()
 
 
 # --- Chunks
