@@ -13,7 +13,6 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import first_steps
-from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.first_steps import check_first_steps, flip_allowance
 from lockstep.common.verdict.statistics import (
     FLIP_SHARE,
@@ -81,21 +80,72 @@ def test_in_float64_twins_set_the_bound_only_where_they_are_asked_or_short() -> 
     twin = record("float64", {KEY: array(1.0 + 1e-9)})
     other = record("float64", {KEY: array(1.0 + 4e-9)})
 
-    def check(a: Ensemble, b: Ensemble, asked: bool | None = None) -> Check:
-        options = {} if asked is None else {"use_twins_in_float64": asked}
-        [found] = check_first_steps(a, b, **options)
-        return found
-
     whole = Ensemble(run, (twin,)), Ensemble(other, (other,))
-    assert check(*whole).bound == pytest.approx(PROOF_BOUND, rel=1e-6)
-    assert check(*whole).spread is None
-    assert check(*whole, asked=True).spread == 0
+    [alone] = check_first_steps(*whole)
+    assert alone.bound == pytest.approx(PROOF_BOUND, rel=1e-6)
+    assert alone.spread is None
+    [asked] = check_first_steps(*whole, use_twins_in_float64=True)
+    assert asked.spread == 0
     for short in (0, 1):  # short twins of either side are enough
         sides = [Ensemble(run), Ensemble(other)]
         sides[short] = sides[short].with_short_twins([twin])
-        found = check(*sides)
+        [found] = check_first_steps(sides[0], sides[1])
         assert found.spread is not None
         assert found.bound > PROOF_BOUND * 1.1
+
+
+# --- What must be equal, and what one side may lack
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_weights_and_data_have_no_room(dtype: str) -> None:
+    one = record(dtype, {"0/data/images": array(1.0)})
+    one = dataclasses.replace(one, weights={"fc1.bias": array(1.0)})
+    checks = check_first_steps(Ensemble(one, (one,)), Ensemble(one, (one,)))
+    assert [(c.step, c.stage, c.bound, c.agrees) for c in checks] == [
+        (0, "data", 0, True),
+        (0, "weights", 0, True),
+    ]
+
+
+def test_only_an_activation_may_be_known_of_one_side_alone() -> None:
+    def gaps(stage: str) -> list[float]:
+        tensors = {f"0/{stage}/fc1": array(1.0)}
+        known = record("float64", tensors | {KEY: array(1.0)})
+        unknown = record("float64", {KEY: array(1.0)})
+        sides = Ensemble(known), Ensemble(unknown)
+        return [check.gap for check in check_first_steps(*sides) if check.stage == stage]
+
+    assert gaps("forward") == []
+    assert gaps("update") == [np.inf]
+
+
+def test_a_given_order_takes_the_place_of_the_causal_one() -> None:
+    run = record("float64", {f"0/forward/{name}": array(1.0) for name in "abc"}, layers=list("abc"))
+    side = Ensemble(run)
+    assert [c.tensor for c in check_first_steps(side, side)] == ["a", "b", "c"]
+    reverse = check_first_steps(side, side, order=lambda key: (-ord(key[-1]),))
+    assert [c.tensor for c in reverse] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("key", "stored"),
+    [
+        ("0/update/fc1.bias", True),
+        ("0/update/bn.mean", False),
+        ("0/update/bn.var", False),
+        ("0/update/momentum of fc1.bias", False),
+        ("0/forward/fc1", False),
+    ],
+)
+def test_in_mixed_precision_parameters_alone_are_as_exact_as_float32(
+    key: str, stored: bool
+) -> None:
+    run = record("mixed_bfloat16", {key: array(1.0)}, lr=np.zeros(0), gradient_norm=np.zeros(3))
+    [found] = check_first_steps(Ensemble(run, (run,)), Ensemble(run, (run,)))
+    dtype = "float32" if stored else "bfloat16"
+    floor = SEPARATION[dtype] * FLOOR_ULP[dtype] * EPS[dtype]
+    assert found.bound == pytest.approx(floor)
 
 
 # --- The smaller half of a gradient's differences
