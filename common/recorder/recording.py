@@ -29,6 +29,7 @@ from lockstep.common.system.storage import JsonObject, read_tensors, write_tenso
 SCHEMA = 1
 MAX_FILE = 2**33  # bytes; the limit of a recording is the user's
 MAX_STEPS = 10**8
+MINUS_ZERO = np.iinfo(np.int32).min  # the bits of -0.0 in float32
 # Arrays of a file, as "<group>/<name>".
 GROUPS = (
     "weights",
@@ -184,7 +185,10 @@ def batch_digest(array: np.ndarray) -> tuple[int, int]:
     """
     given = np.asarray(array)
     values = given.reshape(len(given), -1) if given.ndim else given.reshape(1, 1)
-    bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # no -0.0
+    values = values.astype(np.float32, copy=False)
+    if values.view(np.int32).min(initial=0) == MINUS_ZERO:
+        values = values + np.float32(0)  # -0.0 + 0 is 0.0; all else stays, at the cost of a copy
+    bits = values.view(np.uint32)
     of_rows = bits.sum(axis=1, dtype=np.uint32).astype(np.uint64)  # modulo 2^32, which is fast
     # Modulo 2^32 as well: else the sum would depend on which entries share a row.
     unordered = int(of_rows.sum(dtype=np.uint64)) % 2**32

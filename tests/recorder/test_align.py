@@ -146,6 +146,8 @@ def test_rows_in_another_order_are_another_batch(pair: tuple[Recording, Recordin
 
 def test_a_text_that_is_rolled_along_its_rows_is_another_batch() -> None:
     tokens, images = np.arange(12).reshape(3, 4), np.arange(12.0).reshape(3, 4)
+    zeros = np.zeros((2, 3), np.float32)
+    assert batch_digest(zeros) == batch_digest(-zeros) != batch_digest(zeros + 1)
     assert batch_digest(tokens)[0] != batch_digest(np.roll(tokens, 1, axis=1))[0]
     assert batch_digest(images)[0] == batch_digest(np.roll(images, 1, axis=1))[0]
 

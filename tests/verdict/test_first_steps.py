@@ -246,12 +246,15 @@ def test_the_order_of_a_backward_pass_is_that_of_the_layers_reversed() -> None:
     layers = ["input of a", "a", "b"]
     keys = ["1/backward/a.kernel", "0/backward/b.kernel", "0/backward/a.kernel", "0/forward/b"]
     keys += ["0/forward/a", "0/update/a.kernel", "0/update/momentum of b.kernel"]
+    keys += ["0/forward/unknown", "0/backward/0.kernel"]  # of no layer: with the first one
     run = record("float64", {key: array(1.0) for key in keys}, layers=layers)
     assert sorted(keys, key=first_steps.causal_order(run)) == [
+        "0/forward/unknown",
         "0/forward/a",
         "0/forward/b",
         "0/backward/b.kernel",
         "0/backward/a.kernel",
+        "0/backward/0.kernel",
         "0/update/momentum of b.kernel",
         "0/update/a.kernel",
         "1/backward/a.kernel",
