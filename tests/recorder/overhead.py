@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import lockstep
-from lockstep.common.recorder.launch import child_environment, run_script
+from lockstep.common.recorder.launch import AT_ONCE, MALLOC, child_environment, run_script
 from lockstep.common.recorder.script import find
 from lockstep.common.recorder.settings import Settings
 from lockstep.common.report import write_json
@@ -140,13 +141,21 @@ def run_once(framework: str, steps: int, recorded: bool, folder: Path) -> dict[s
     else:
         code = "from tests.recorder import overhead; overhead.worker()"
         command = [sys.executable, "-c", code, *arguments]
-        subprocess.run(command, env=child_environment(2), check=True)
+        subprocess.run(command, env=plain_environment(), check=True)
     times = json.loads(out.read_text())
     later = times[WARM_UP:]
     return {
         "step_us": 1e6 * statistics.median(step for step, _ in later),
         "calls_us": 1e6 * statistics.median(calls for _, calls in later),
         "first_steps_ms": 1e3 * sum(map(sum, times[:FIRST_STEPS])),
+    }
+
+
+def plain_environment() -> dict[str, str]:
+    """As many threads as in a recorded run, and what the user's own shell has besides."""
+    recorded = child_environment(AT_ONCE)
+    return {
+        name: value for name, value in recorded.items() if name not in MALLOC.keys() - os.environ
     }
 
 
@@ -189,6 +198,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "framework": framework,
             "step_us": median(framework, True, "step_us"),
+            "step_alone_us": median(framework, False, "step_us"),
             "calls_us": median(framework, True, "calls_us"),
             "calls_alone_us": median(framework, False, "calls_us"),
             "share_of_step": median(framework, True, "calls_us") / (1e6 * STEP),
