@@ -102,5 +102,5 @@ def clean_pairs(
     twins = 2 if options.twins is None else options.twins
     datasets = {setting.data: study.load(setting.data)}
     rows = list(clean.measure(setting, seeds, datasets, study.build, precisions, twins))
-    backends.module("flax_backend.tuning").free_programs()
+    study.free_programs()
     return rows

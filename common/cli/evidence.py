@@ -79,6 +79,10 @@ class EvidenceCommand:
             config, len(dataset.classes), self.device, compile, name, dtype, self.processes
         )
 
+    def free_programs(self) -> None:
+        """Forget what JAX compiled for the backends that were built; see `tuning.free_programs`."""
+        self.invocation.backends.module("flax_backend.tuning").free_programs()
+
     def report(
         self,
         facts: Mapping[str, object],

@@ -58,7 +58,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     with study.terminal.progress("faults", len(chosen)) as advance:
         for fault in chosen:
             rows.append(measure(fault, dataset, study.build, catalogue.inject))
-            invocation.backends.module("flax_backend.tuning").free_programs()
+            study.free_programs()
             advance(1, math.nan)
     summary = fault_summary.summary(rows)
     if options.only and (options.verbose or len(rows) <= MAX_SHOWN):

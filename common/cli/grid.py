@@ -28,6 +28,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     with study.terminal.progress("combinations", len(configs)) as advance:
         for config in configs:
             rows.append(optimizer_grid.measure(config, dataset, build))
+            study.free_programs()
             advance(1, rows[-1]["last_loss"])
     facts = {"steps": configs[0].steps, "bound": optimizer_grid.GRID_BOUND}
     agree = all(row["agrees"] for row in rows)

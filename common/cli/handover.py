@@ -43,6 +43,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     ):
         for config in configs:
             rows.append(handover.measure(config, dataset, build, Path(folder), every=every))
+            study.free_programs()
             advance(1, math.nan)
     handovers = 2 * sum(len(row.places) for row in rows)
     worst = handover.largest_gap(rows, *handover.DIRECTIONS)
