@@ -136,3 +136,19 @@ def test_the_numbers_of_the_twins_go_on_where_those_that_are_there_end() -> None
 def test_a_verdict_that_stands_asks_for_none() -> None:
     assert asked_for("float32", lambda record: record, 2) == {"whole": [], "short": []}
     assert asked_for("float64", lambda record: record, 0) == {"whole": [], "short": []}
+
+
+def test_twins_of_one_backend_alone_count() -> None:
+    def train(name: str, numbers: range) -> list[Record]:
+        return [make(name, "float64", number) for number in numbers] if name == "flax" else []
+
+    def alone(fault: Callable[[Record], Record]) -> Comparison:
+        runs, _ = family("float64")
+        runs["flax"] = fault(runs["flax"])
+        ensembles = {name: Ensemble(run) for name, run in runs.items()}
+        return judging.judge(ensembles, train, LABELS, train)
+
+    whole = alone(late).twins
+    assert whole is not None
+    assert {name: len(each) for name, each in whole.items()} == {"torch": 0, "flax": FIRST}
+    assert alone(in_opening("0/backward/fc1.bias")).short_twins == {"torch": 0, "flax": FIRST}
