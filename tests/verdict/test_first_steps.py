@@ -239,7 +239,7 @@ def test_a_bound_is_the_spread_the_floor_and_the_allowance() -> None:
     assert found.measure == "largest"
     assert found.gap == 9.0 - 1.25  # of the closest runs
     assert found.spread == 0.25  # of the side that spreads less
-    assert found.bound == pytest.approx(SEPARATION["float32"] * (0.25 + floor + FLIP_SHARE))
+    assert found.bound == pytest.approx(8 * (0.25 + floor + 0.004))  # as the README has it
 
 
 def test_the_order_of_a_backward_pass_is_that_of_the_layers_reversed() -> None:
