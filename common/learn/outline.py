@@ -145,6 +145,7 @@ SECTIONS = (
             Pair(
                 None, "tuning.py:xla_has_option", ("PyTorch's options depend on its version alone.")
             ),
+            Pair(None, "tuning.py:free_programs", "PyTorch compiles far fewer programs."),
             Pair(
                 None,
                 "tuning.py:has_library_convolution",
