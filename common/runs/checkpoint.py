@@ -24,6 +24,7 @@ from lockstep.common.runs.record import (
     file_stem,
     first_problem,
     grouped,
+    has_all_layers,
     is_count,
     same_tensors,
     ungrouped,
@@ -311,6 +312,7 @@ def _tensor_checks(c: Checkpoint) -> list[Check]:
         ("schedule, not finite", lambda: not schedule_is_finite()),
         ("schedule, best", lambda: bool(np.isnan(s.schedule.get("best", 0.0)))),
         ("first_steps", lambda: not all(map(_is_first_steps_key, c.first_steps))),
+        ("layers, of the first steps", lambda: not has_all_layers(c.layers, c.first_steps)),
         ("parameter_history", lambda: not all(map(_is_history_key, c.parameter_history))),
     ]
 

@@ -274,6 +274,7 @@ def _tensor_checks(r: Record) -> list[Check]:
                 or not all(_is_first_steps_tensor(key, array) for key, array in first_steps)
             ),
         ),
+        ("layers, of the first steps", lambda: not has_all_layers(r.layers, r.first_steps)),
         (
             "parameter_history",
             lambda: not all(same_tensors(a, r.weights) for a in parameters_by_step(r).values()),
@@ -288,6 +289,16 @@ def same_tensors(arrays: Arrays, expected: Arrays) -> bool:
         for tensors in (arrays, expected)
     )
     return found == wanted
+
+
+def has_all_layers(layers: list[str], first_steps: Arrays) -> bool:
+    """Whether each of the first steps has the activations of these layers and no others: what one
+    record lacks is not compared."""
+    found: dict[str, set[str]] = {}
+    for key in first_steps:
+        step, stage, tensor = key.split("/", 2)
+        found.setdefault(step, set()).update([tensor] if stage == "forward" else [])
+    return all(names == set(layers) for names in found.values())
 
 
 def all_finite(arrays: Arrays) -> bool:

@@ -71,7 +71,7 @@ def make(
         "segments": [{"backend": "torch", "stop": step}] if step else [], "layers": ["fc1", "logits"],
         "perturbation_rng_state": None if twin is None else dict(image_perturbation_rng(0, twin).bit_generator.state), "seconds": 1.5,
         "loss": series[0], "gradient_norm": np.abs(series[1]), "lr": series[2], "batch_digests": np.arange(step), "weights": tensors(),
-        "first_steps": {"0/forward/fc1": np.ones((2, 2), kind), "0/loss/loss": np.array(2.0, kind)} if step else {},
+        "first_steps": {"0/forward/fc1": np.ones((2, 2), kind), "0/forward/logits": np.ones(2, kind), "0/loss/loss": np.array(2.0, kind)} if step else {},
         "parameter_history": {"3/fc1.bias": np.array([-0.0, 5e-324]).astype(kind)} if step else {}, "snapshot": snapshot,
     }  # fmt: skip
     return Checkpoint(**fields | changes)
@@ -216,6 +216,8 @@ WRONG: list[tuple[str, Callable[..., Any]]] = [  # what is said, and what was do
     ("first_steps", array("opening/0/novelty/fc1", HALF)),
     ("first_steps", array("opening/x/forward/fc1", HALF)),
     ("ValueError", array("opening/0", HALF)),
+    ("layers, of the first steps", without("opening/0/forward/logits")),
+    ("layers, of the first steps", array("opening/0/forward/fc2", HALF)),
     ("parameter_history", array("along/x/fc1.bias", HALF)),
     ("KeyError", array("novelty/fc1.bias", HALF)),
     ("TypeError", fact(novelty=1)),

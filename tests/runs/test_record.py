@@ -60,7 +60,8 @@ def make(twin: int | None = None) -> Record:
             "0/data/labels": np.array([3, 1]),
             "0/loss/loss": np.array(2.25, np.float32),  # of no dimension, as the backends give it
             "0/forward/logits": generator.normal(size=(2, 3)).T,  # in no C order
-            "1/backward/nothing": np.zeros((0, 2)),
+            "0/forward/a, of no order": np.zeros(1),
+            "0/backward/nothing": np.zeros((0, 2)),
         },
         layers=["logits", "a, of no order"],
         parameter_history={
@@ -332,6 +333,8 @@ UNFIT: dict[
     ),
     "a tensor of nothing": ({}, {"opening__0": np.ones(2)}, "ValueError"),
     "a tensor of truth values": ({}, {"opening__0__data__labels": np.ones(2, bool)}, "first_steps"),
+    "an activation too few": ({}, {"opening__0__forward__logits": None}, "layers, of"),
+    "an activation too many": ({}, {"opening__0__forward__x": np.ones(2)}, "layers, of"),
     "a parameter after no step": ({}, {"along__0__conv1.bias": np.ones(2, BFLOAT16)}, "ValueError"),
     "a parameter after the run": ({}, {"along__4__conv1.bias": np.ones(2, BFLOAT16)}, "ValueError"),
     "a parameter after some step": (
