@@ -19,6 +19,7 @@ import zlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
+from unittest import mock
 
 import numpy as np
 
@@ -1047,7 +1048,8 @@ class Plans(Kind):
         report: Any = {"verdict": "agree", "cut_short": None}
         made = session.Result(report, Path("begun"))
         session.train_and_compare = lambda *given: made
-        vars(parallel)["WorkerProcess"] = no_process  # the second process of a long run
+        # the second process of a long run
+        mock.patch.object(parallel, "WorkerProcess", no_process).start()
         if compare.main([*arguments, "--quiet"]) != 0:
             raise RuntimeError("the valid run is refused")
         self.content = Path("begun", request.FILE).read_bytes()
