@@ -107,6 +107,7 @@ def faults() -> str:
     summary = report_of("faults")["summary"]
     lenses = summary["lenses"]
     proof, production = (lenses[dtype] for dtype in ("float64", "float32"))
+    held_out = summary["held_out"]
     changing, seen = (
         lens["caught_of_those_that_change_the_function"] for lens in (proof, production)
     )
@@ -115,24 +116,29 @@ def faults() -> str:
     )
     text = (
         f"Of {summary['faults']} faults {summary['caught']} are found by at least one check. float64 finds "
-        f"{changing['yes']} of the {changing['of']} that change the computed function, float32 {seen['yes']}. "
-        f"Of the faults found, {stage} are named with the right stage, and, where one tensor is to blame, {tensor} "
-        "with the right tensor."
+        f"{changing['yes']} of the {changing['of']} that change the computed function, float32 {seen['yes']} of "
+        f"{seen['of']}. Of the faults found, {stage} are named with the right stage, and, where one tensor is to "
+        f"blame, {tensor} with the right tensor. Of the {held_out['of']} faults that no rule was set with, "
+        f"{held_out['yes']} are found."
     )
     return textwrap.fill(text, 120) + "\n"
 
 
+ALARMS_BY = ("float64", "float32", "bfloat16", "mixed")
+
+
 def peers() -> str:
     """False alarms and detections of every rule, lens by lens."""
-    alarms, found = report_of("alarms"), report_of("faults")
-    rates = {(line["lens"], line["rule"]): line for line in alarms["summary"]}
+    found = report_of("faults")
+    alarms = [line for dtype in ALARMS_BY for line in report_of(f"alarms-{dtype}")["summary"]]
+    rates = {(line["lens"], line["rule"]): line for line in alarms}
     lines = [
         "| rule | "
         + " | ".join(f"{d}: false alarms | {d}: faults found" for d in ("float64", "float32"))
         + " |"
     ]
     lines.append("|---|--:|--:|--:|--:|")
-    for rule in dict.fromkeys(line["rule"] for line in alarms["summary"]):
+    for rule in dict.fromkeys(line["rule"] for line in alarms):
         cells = []
         for dtype in ("float64", "float32"):
             rate = rates[dtype, rule]
@@ -142,13 +148,13 @@ def peers() -> str:
             said = [lens["caught"] if rule == "Lockstep" else lens["peers"][rule] for lens in said]
             cells.append(f"{sum(map(bool, said))} of {len(said)}")
         lines.append(f"| {rule} | {' | '.join(cells)} |")
-    [mixed] = [line for line in report_of("alarms-mixed")["summary"] if line["rule"] == LOCKSTEP]
-    line = rates["bfloat16", "Lockstep"]
+    line, mixed = rates["bfloat16", LOCKSTEP], rates["mixed_bfloat16", LOCKSTEP]
     low, high = (100 * end for end in line["interval"])
+    diverged = ", ".join(f"{dtype} {rates[dtype, LOCKSTEP]['diverged']}" for dtype in DTYPES)
     note = (
         f"In bfloat16 {line['alarms']} of {line['pairs']} pairs raise a false alarm of Lockstep ({low:.1f} to "
-        f"{high:.1f} %), and in mixed precision {mixed['alarms']} of {mixed['pairs']}. Intervals: 95 %, Clopper and "
-        f"Pearson."
+        f"{high:.1f} %), and in mixed precision {mixed['alarms']} of {mixed['pairs']}. Pairs whose two runs are not "
+        f"finite from the same step on are not counted: {diverged}. Intervals: 95 %, Clopper and Pearson."
     )
     return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
 
@@ -333,6 +339,32 @@ def versions() -> str:
     return markdown(["compared with", "float64: loss gap", "float32: loss gap", "verdict"], rows)
 
 
+def overhead() -> str:
+    """What recording costs, in a table."""
+    rows = []
+    for line in report_of("overhead")["summary"]:
+        full = line["first_steps_ms"] - line["first_steps_alone_ms"]
+        rows.append(
+            [
+                {"torch": "PyTorch", "jax": "JAX"}[line["framework"]],
+                f"{line['step_alone_us'] / 1000:.1f} ms",
+                f"{line['step_us'] / 1000:.1f} ms",
+                f"{line['calls_us']:.0f} us",
+                f"{100 * line['share_of_step']:.1f} %",
+                f"{full:.0f} ms",
+            ]
+        )
+    columns = [
+        "",
+        "the step alone",
+        "recorded",
+        "the calls",
+        "of 5 ms",
+        "first two steps, longer by",
+    ]
+    return markdown(columns, rows)
+
+
 def network_alarms() -> str:
     """Lockstep's false alarms in clean pairs of the other networks, lens by lens."""
     rows = []
@@ -361,12 +393,13 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "summary of results/kills": kills,
     "summary of results/fuzz": fuzz,
     "summary of results/faults": faults,
-    "peers of results/alarms and results/faults": peers,
+    "peers of results/alarms-* and results/faults": peers,
     "summary of results/sensitivity": sensitivity,
     "tables of results/bench": bench,
     "table of models": models,
     "alarms of results/alarms-*": network_alarms,
     "summary of results/versions": versions,
+    "summary of results/overhead": overhead,
 }
 
 
@@ -392,7 +425,7 @@ def rewritten(text: str) -> str:
 
 def command_of(name: str) -> str:
     """The command that makes results/`name` again; older reports name modules that have moved."""
-    words = [word for word in report_of(name)["command"] if word != "python"]
+    words = [w for w in report_of(name)["command"] if w not in ("python", "--quiet")]
     words = [re.sub(r"^tests\.(kills|fuzz)$", r"tests.robustness.\1", word) for word in words]
     out = [] if "--out" in words else ["--out", f"results/{name}"]
     return " ".join(["python", *words, *out])
@@ -475,8 +508,7 @@ def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) 
 
 
 ALARMS = [
-    "alarms",
-    "alarms-mixed",
+    *(f"alarms-{name}" for name in ALARMS_BY),
     "alarms-mlp",
     "alarms-resnet20",
     "alarms-convnext",
@@ -484,7 +516,7 @@ ALARMS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz", *ALARMS])
+@pytest.mark.parametrize("name", ["grid", "handover", "kills", "fuzz", "overhead", *ALARMS])
 def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
     assert f"| `results/{name}` | `{command_of(name)}` |" in EVIDENCE.read_text()
 
