@@ -456,6 +456,7 @@ def test_locate_has_nothing_to_say_of_runs_that_agree(
 # --- The evidence
 
 
+@pytest.mark.slow
 def test_a_known_fault_can_be_run_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

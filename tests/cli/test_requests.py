@@ -59,6 +59,7 @@ def test_a_wrong_request_is_refused_before_a_framework_is_imported(
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_a_short_run_says_what_it_trains_first_and_takes_little_time(tmp_path: Path) -> None:
     """The control of the test above, too: this run imports both frameworks."""
     options = ["--data", "digits", "--steps", "2", "--dtype", "float64", "--out", tmp_path / "run"]

@@ -533,6 +533,7 @@ def test_the_committed_page_says_what_the_sources_and_the_evidence_say_now(page:
     assert words_of(page.replace("dampening", "damping")) != words_of(page)
 
 
+@pytest.mark.slow
 def test_the_page_can_be_read_by_everyone_on_every_screen(
     page: str, browser: Any, tmp_path: Path
 ) -> None:
