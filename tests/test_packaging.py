@@ -178,6 +178,7 @@ def test_importing_lockstep_imports_no_numpy_and_no_framework(
 # --- Next to a user's own `common/`, `backends/` and `compare.py`
 
 
+@pytest.mark.slow
 def test_the_command_works_next_to_modules_of_the_same_names(
     installed: Environment, project: Path
 ) -> None:

@@ -925,6 +925,7 @@ def test_a_damaged_record_is_not_exported(
 # --- Runs that start from a file
 
 
+@pytest.mark.slow
 def test_both_backends_start_from_the_file_and_agree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
