@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +16,15 @@ from lockstep.common.data import Dataset
 CONFIG = lockstep.Config(model="mlp", steps=3, batch_size=8, lr=0.01)
 
 
-def compared(out: Path, **settings: object) -> lockstep.Result:
-    options: dict[str, object] = {"data": "digits", "dtypes": ["float64"], "device": "cpu"}
-    return lockstep.compare(CONFIG, out=out, **options | settings)  # type: ignore[arg-type]
+compared = functools.partial(
+    lockstep.compare, CONFIG, data="digits", dtypes=["float64"], device="cpu"
+)
 
 
 def test_one_call_trains_judges_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = compared(tmp_path / "run")
+    result = compared(out=tmp_path / "run")
     assert result and result.verdict == "agree"
     assert (result.place, result.causes, result.interrupted_at) == (None, (), None)
     assert result.sentence.startswith("The two runs agree: float64 within ")
@@ -30,7 +32,7 @@ def test_one_call_trains_judges_and_reports(
     assert json.loads((result.folder / "report.json").read_text()) == result.report
     assert (result.folder / "report.html").exists()
     assert capsys.readouterr() == ("", ""), "it is quiet unless asked"
-    compared(tmp_path / "loud", quiet=False)  # control
+    compared(out=tmp_path / "loud", quiet=False)  # control
     assert "The two runs agree" in " ".join(capsys.readouterr().out.split())
 
 
@@ -38,7 +40,7 @@ def test_a_broken_port_disagrees_and_is_located(tmp_path: Path, digits: Dataset)
     """The control of the test above."""
     config = CONFIG.resolve(len(digits.train_images))
     with faults.inject(faults.named("labels-from-one"), config, digits):
-        result = compared(tmp_path)
+        result = compared(out=tmp_path)
     assert not result and result.verdict == "disagree"
     assert result.place is not None and result.place.startswith("data: step 0: labels")
     assert result.causes
@@ -57,9 +59,9 @@ def test_a_broken_port_disagrees_and_is_located(tmp_path: Path, digits: Dataset)
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
 def test_a_wrong_request_is_a_lockstep_error_and_leaves_nothing(
-    tmp_path: Path, settings: dict[str, object], word: str
+    tmp_path: Path, settings: dict[str, Any], word: str
 ) -> None:
     with pytest.raises(lockstep.LockstepError, match=word) as raised:
-        compared(tmp_path / "run", **settings)
+        compared(out=tmp_path / "run", **settings)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()

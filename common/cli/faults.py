@@ -33,11 +33,11 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.quick:
         chosen = [fault for fault in chosen if fault.name in catalogue.QUICK]
 
-    from lockstep.common.evidence import fault_summary, plots, take_test_images
+    from lockstep.common.evidence import fault_summary, plots
     from lockstep.common.evidence import faults as matrix
 
     study = EvidenceCommand(options, invocation, folder="faults")
-    dataset = take_test_images(study.load(options.data), matrix.TEST_IMAGES)
+    dataset = study.load(options.data).first_test_images(matrix.TEST_IMAGES)
     if (dataset.train_images == dataset.train_images[..., :1]).all():
         left_out = [fault.name for fault in chosen if fault.needs_color_images]
         chosen = [fault for fault in chosen if not fault.needs_color_images]

@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
-    from lockstep.common.evidence import handover, take_test_images
+    from lockstep.common.evidence import handover
     from lockstep.common.verdict.check import finite
 
     steps = handover.STEPS if options.steps is None else options.steps
@@ -32,7 +32,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         )
     configs = list(handover.configurations(steps))
     study = EvidenceCommand(options, invocation, folder="handover")
-    dataset = take_test_images(study.load(options.data), handover.TEST_IMAGES)
+    dataset = study.load(options.data).first_test_images(handover.TEST_IMAGES)
     configs = [config.resolve(len(dataset.train_images)) for config in configs]
     build = functools.partial(study.build, dtype="float64")
     every = max(1, steps // 4)

@@ -6,7 +6,6 @@ Most modules make one report from many short pairs of runs; `lockstep` has a com
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 from lockstep.common.config import Config
@@ -81,13 +80,4 @@ def judge(
         dataset,
         backends.__getitem__,
         names_of=lambda name: module_names(backends[name]),
-    )
-
-
-def take_test_images(dataset: Dataset, test_images: int) -> Dataset:
-    """Keep only the first `test_images` test images, since evaluation dominates a short run."""
-    return dataclasses.replace(
-        dataset,
-        test_images=dataset.test_images[:test_images],
-        test_labels=dataset.test_labels[:test_images],
     )

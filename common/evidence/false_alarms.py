@@ -13,7 +13,7 @@ from typing import NamedTuple, TypedDict
 
 from lockstep.common.config import BACKENDS, DTYPES, MODELS, Config, Schedule
 from lockstep.common.data import Dataset
-from lockstep.common.evidence import Build, baselines, judge, take_test_images, train_ensemble
+from lockstep.common.evidence import Build, baselines, judge, train_ensemble
 from lockstep.common.recipes import RECIPES
 from lockstep.common.verdict.check import finite
 
@@ -199,7 +199,7 @@ def measure(
         datasets: by name; `setting.data` is looked up.
         twins: per backend, in every precision except float64.
     """
-    dataset = take_test_images(datasets[setting.data], TEST_IMAGES)
+    dataset = datasets[setting.data].first_test_images(TEST_IMAGES)
     config = setting.config.resolve(len(dataset.train_images))
     backends = {
         dtype: {name: build(name, config, dtype) for name in BACKENDS} for dtype in precisions

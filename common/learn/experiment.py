@@ -12,7 +12,7 @@ from lockstep.common import data
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
-from lockstep.common.evidence import Build, take_test_images
+from lockstep.common.evidence import Build
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.protocol import Arrays, Backend, Evaluation, Snapshot
 
@@ -26,7 +26,7 @@ class Experiment:
     """A data set, and the backends that train on it, each built once."""
 
     def __init__(self, build: Build, dataset: Dataset) -> None:
-        self.dataset = take_test_images(dataset, TEST_IMAGES)
+        self.dataset = dataset.first_test_images(TEST_IMAGES)
         self._build = build
         self._built: dict[tuple[str, Config, str], Backend] = {}
 

@@ -15,7 +15,7 @@ from lockstep.common.recorder.launch import Say, Settled, run_scripts
 from lockstep.common.recorder.matching import Matching, match
 from lockstep.common.recorder.names import read_names
 from lockstep.common.recorder.recording import Recording
-from lockstep.common.recorder.replay import Replayer, is_late
+from lockstep.common.recorder.replay import Replayer, can_replay, is_late
 from lockstep.common.recorder.sides import RunOptions, Side
 from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.verdict.script_comparison import ScriptComparison
@@ -111,9 +111,9 @@ class Checker:
             self._matching = self._match(*main)
         a, b = (ScriptRuns.of([run]) for run in main)
         replayed = None
-        if precision == "float64":
+        if precision == "float64" and can_replay(main):
             found = compare_scripts(a, b, self._matching, self._names_of_sides)
-            if is_late(found, main):
+            if is_late(found):
                 replayed = self._replayer(self._matching).replay(main)
                 if replayed.place is not None:
                     found = replace(found, place=replayed.place)

@@ -137,9 +137,9 @@ class Recorder:
         adapter = self._begun_adapter("batch")
         call, self._calls = self._calls, self._calls + 1
         if self._waiting:
-            in_precision = functools.partial(self._in_precision, generator=self._batch_rng)
             return tuple(
-                adapter.map_arrays(array, lambda path, a: in_precision(a)) for array in arrays
+                adapter.map_arrays(each, lambda path, a: self._in_precision(a, self._batch_rng))
+                for each in arrays
             )
         again = f" ({call + 1})" if call else ""
         self._note_line("data/batch")

@@ -144,6 +144,7 @@ def _checks(r: Recording) -> Iterator[Check]:
     texts = (r.name, r.framework, r.dtype, r.script, r.source)
     yield "names", lambda: not all(isinstance(text, str) for text in texts)
     yield "twin", lambda: r.twin is not None and not is_count(r.twin, 0)
+    yield "synced", lambda: not isinstance(r.synced, bool)
     lists = (r.arguments, r.parameters, r.layers, r.fingerprints, r.pinned, r.notes)
     yield "lists", lambda: not all(are_names(names) for names in lists)
     yield "parameters", lambda: not set(r.parameters) <= set(r.weights)

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from lockstep.common.errors import ScriptError
 from lockstep.common.protocol import split_slot
 from lockstep.common.recorder import transfer
@@ -23,10 +21,9 @@ from lockstep.common.recorder.align import A, B, Side
 from lockstep.common.recorder.matched import Matching
 from lockstep.common.recorder.recording import Recording
 from lockstep.common.runs.record import FIRST_STEPS
-from lockstep.common.verdict.distances import abs_differences
+from lockstep.common.verdict.confirm import left_bound
 from lockstep.common.verdict.script_comparison import STEPS, ScriptComparison, ScriptPlace
 from lockstep.common.verdict.scripts import ScriptRuns, judge_scripts
-from lockstep.common.verdict.statistics import PROOF_BOUND
 
 STAGES = ("loss", "backward", "update")  # of a late gap that a replay may explain
 
@@ -57,13 +54,11 @@ class Replayer(NamedTuple):
     def replay(self, main: Recordings) -> Replayed:
         """Replay the steps of two float64 runs that drift apart late."""
         done: list[int] = []
-        for step in windows(main):
+        for step in starts(main):
             try:
                 found = self._from(step, main)
             except ScriptError as error:
-                return Replayed(None, f"no step was replayed: {error}")
-            if isinstance(found, str):
-                return Replayed(None, f"no step was replayed: {found}")
+                return Replayed(None, f"step {step} could not be replayed: {error}")
             done += range(step, step + FIRST_STEPS)
             if found.place is not None:
                 at = found.place.check.step + step
@@ -78,12 +73,16 @@ class Replayer(NamedTuple):
             "agree",
         )
 
-    def _from(self, step: int, main: Recordings) -> ScriptComparison | str:
-        """The comparison of `FIRST_STEPS` steps from this one on, or why there is none."""
+    def _from(self, step: int, main: Recordings) -> ScriptComparison:
+        """The comparison of `FIRST_STEPS` steps from this one on.
+
+        Raises:
+            ScriptError: if they cannot be replayed, with the reason.
+        """
         [ours] = self.run(A, step, [None], None)
         name = main[A].losses[0]
         if ours.series[name][0] != main[A].series[name][step]:
-            return f"run again, {self.sides[A]} has another loss at step {step}"
+            raise ScriptError(f"run again, {self.sides[A]} has another loss there")
         pieces = transfer.pieces(self.matching.matches)
         state = transfer.transfer(ours, main[B], pieces)
         state |= transfer.transfer_optimizer(ours, main[B], pieces)
@@ -92,7 +91,7 @@ class Replayer(NamedTuple):
         [theirs] = self.run(B, step, [None], path)
         for side, recording in zip(self.sides, (ours, theirs), strict=True):
             if missing := _not_synced(recording):
-                return (
+                raise ScriptError(
                     f"{side} gives run.sync no {missing}: give it, and run.begin, all of the state"
                 )
 
@@ -104,30 +103,31 @@ class Replayer(NamedTuple):
         runs = ScriptRuns.of([ours]), ScriptRuns.of([theirs])
         found, *_ = judge_scripts(*runs, self.matching, run_twins, self.sides)
         if found.place is not None and found.place.check.stage in ("data", "weights"):
-            return f"at step {step} the two differ in {found.place.name}"
+            raise ScriptError(f"the two differ in {found.place.name}")
         return found
 
 
-def is_late(comparison: ScriptComparison, main: Recordings) -> bool:
-    """Whether a gap that shows after the first steps can be replayed."""
-    if comparison.place is None or not all(run.synced and run.losses for run in main):
+def is_late(comparison: ScriptComparison) -> bool:
+    """Whether the two differ first after the first steps, in what a step computes."""
+    if comparison.place is None:
         return False
     check = comparison.place.check
     return check.step >= FIRST_STEPS and check.stage in STAGES and check.tensor not in (STEPS, "lr")
 
 
-def windows(main: Recordings) -> tuple[int, ...]:
-    """The first of the steps to replay, `FIRST_STEPS` each: from the step before the one at which
-    a loss leaves 1e-12 of its magnitude, and at the end."""
+def starts(main: Recordings) -> tuple[int, ...]:
+    """Where replays start, of `FIRST_STEPS` steps each: at the step before the one at which a loss
+    leaves its bound, and at the end."""
     steps = min(run.steps for run in main)
-    outside = np.zeros(steps, bool)
-    for name in set(main[A].losses) & set(main[B].losses):
-        a, b = (run.series[name][:steps] for run in main)
-        largest = np.maximum.accumulate(np.maximum(np.abs(a), np.abs(b)))
-        outside |= ~(abs_differences(a, b) <= PROOF_BOUND * np.maximum(1.0, largest))
-    left = int(np.argmax(outside)) if outside.any() else steps - 1
-    last = steps - FIRST_STEPS
+    shared = set(main[A].losses) & set(main[B].losses)
+    pairs = ((main[A].series[name][:steps], main[B].series[name][:steps]) for name in shared)
+    left, last = left_bound(pairs, steps), steps - FIRST_STEPS
     return tuple(dict.fromkeys((max(1, min(left - 1, last)), max(1, last))))
+
+
+def can_replay(main: Recordings) -> bool:
+    """Whether both scripts call `Run.sync`."""
+    return all(run.synced and run.losses for run in main)
 
 
 def _not_synced(recording: Recording) -> str:

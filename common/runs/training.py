@@ -158,11 +158,6 @@ class TrainingLoop:
         self.batch_digests = np.zeros(config.total_steps, np.int64)
         self.batch_digests[: len(start.batch_digests)] = start.batch_digests
         self._restore(start)
-        self.few_test_images = replace(
-            dataset,
-            test_images=dataset.test_images[:FEW_TEST_IMAGES],
-            test_labels=dataset.test_labels[:FEW_TEST_IMAGES],
-        )
         self.uploaded: Any = None
         if config.augment is None:
             self.uploaded = backend.upload(dataset.train_images, dataset.train_labels)
@@ -198,7 +193,8 @@ class TrainingLoop:
             self.history.append(metrics)
             if self.step == FIRST_STEPS < self.config.total_steps:
                 # Training goes on after an evaluation: one that changes it shows in the next step.
-                evaluate(self.backend, self.state, self.few_test_images, self.dtype)
+                few = self.dataset.first_test_images(FEW_TEST_IMAGES)
+                evaluate(self.backend, self.state, few, self.dtype)
             if window_ends and window_ends[0] <= self.step < self.config.total_steps:
                 self.parameter_history |= with_step(
                     self.step, self.backend.export(self.state).tensors

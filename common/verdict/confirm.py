@@ -8,7 +8,7 @@ state; one that fails is the fault and its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -63,14 +63,24 @@ def confirm(
 
 
 def left_bound_at(first: Record, second: Record) -> int:
-    """The first step at which a loss or a gradient norm differs by more than 1e-12 of its magnitude
-    (of 1, where it is smaller); the last one if there is none, and only parameters do."""
-    outside = np.zeros(first.steps, bool)
-    for quantity in ("loss", "gradient_norm"):
-        a, b = (getattr(record, quantity) for record in (first, second))
+    """`left_bound` of the losses and the gradient norms; the last step if only parameters differ."""
+    quantities = ("loss", "gradient_norm")
+    pairs = ((getattr(first, name), getattr(second, name)) for name in quantities)
+    return left_bound(pairs, first.steps)
+
+
+def left_bound(pairs: Iterable[tuple[np.ndarray, np.ndarray]], steps: int) -> int:
+    """The first step at which two series differ by more than 1e-12 of their magnitude (of 1, where
+    it is smaller); the last one if there is none.
+
+    Args:
+        pairs: float64 (steps,) each, of both runs.
+    """
+    outside = np.zeros(steps, bool)
+    for a, b in pairs:
         largest = np.maximum.accumulate(np.maximum(np.abs(a), np.abs(b)))
         outside |= abs_differences(a, b) > PROOF_BOUND * np.maximum(1.0, largest)
-    return int(np.argmax(outside)) if outside.any() else first.steps - 1
+    return int(np.argmax(outside)) if outside.any() else steps - 1
 
 
 def steps_to_replay(left: int, total: int) -> tuple[int, ...]:

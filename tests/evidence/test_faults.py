@@ -20,7 +20,7 @@ from lockstep.backends.faults import FAULTS, QUICK, Fault, inject
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
-from lockstep.common.evidence import fault_summary, take_test_images
+from lockstep.common.evidence import fault_summary
 from lockstep.common.evidence import faults as matrix
 from lockstep.common.evidence.faults import Row
 from lockstep.common.evidence.plots import draw_faults
@@ -48,7 +48,7 @@ def cache() -> matrix.Cache:
 
 @pytest.fixture(scope="module")
 def few(digits: Dataset) -> Dataset:
-    return take_test_images(digits, 100)
+    return digits.first_test_images(100)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -31,10 +31,27 @@ from lockstep.common.report import write_json
 from lockstep.common.runs.record import FIRST_STEPS
 from lockstep.common.system import environment
 
+if TYPE_CHECKING:
+    import jax
+
+    Params = list[jax.Array]
+
+Made = dict[str, object]  # what `Run.step` is given
 BATCH, WIDTH, LAYERS, CLASSES = 64, 128, 8, 10
 PIXELS = (3, 32, 32)
 WARM_UP = 50  # steps that do not count
 STEP = 5e-3  # seconds: a step that the cost is compared with
+
+
+class Row(NamedTuple):
+    """The medians of one run."""
+
+    framework: str
+    recorded: bool
+    turn: int
+    step_us: float  # microseconds, without the calls of `run`
+    calls_us: float  # of `run.batch` and `run.step`
+    first_steps_ms: float  # all of the first steps, calls included
 
 
 def train_torch(run: lockstep.Run, steps: int) -> list[tuple[float, float]]:
@@ -51,7 +68,7 @@ def train_torch(run: lockstep.Run, steps: int) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run.begin(model, optimizer)
 
-    def step(x: Any, y: Any) -> dict[str, Any]:
+    def step(x: torch.Tensor, y: torch.Tensor) -> Made:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
@@ -69,17 +86,19 @@ def train_jax(run: lockstep.Run, steps: int) -> list[tuple[float, float]]:
 
     sizes = [int(np.prod(PIXELS)), *[WIDTH] * LAYERS, CLASSES]
     keys = jax.random.split(jax.random.key(0), len(sizes))
-    params: Any = [
+    params = [
         jax.random.normal(key, (n, m)) / n**0.5
         for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
     ]
     params = run.begin(params)
     optimizer = optax.adamw(1e-3)
-    state: Any = optimizer.init(params)
+    state = optimizer.init(params)
 
     @jax.jit
-    def update(params: Any, state: Any, x: Any, y: Any) -> Any:
-        def mean_loss(params: Any) -> Any:
+    def update(
+        params: Params, state: optax.OptState, x: jax.Array, y: jax.Array
+    ) -> tuple[Params, optax.OptState, jax.Array, Params]:
+        def mean_loss(params: Params) -> jax.Array:
             x_ = x.reshape(len(x), -1)
             for kernel in params[:-1]:
                 x_ = jax.nn.relu(x_ @ kernel)
@@ -87,9 +106,9 @@ def train_jax(run: lockstep.Run, steps: int) -> list[tuple[float, float]]:
 
         loss, grads = jax.value_and_grad(mean_loss)(params)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss, grads
+        return cast("Params", optax.apply_updates(params, updates)), state, loss, grads
 
-    def step(x: Any, y: Any) -> dict[str, Any]:
+    def step(x: jax.Array, y: jax.Array) -> Made:
         nonlocal params, state
         params, state, loss, grads = jax.block_until_ready(update(params, state, x, y))
         return {"loss": loss, "params": params, "grads": grads, "opt_state": state}
@@ -108,10 +127,10 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def timed(
-    run: lockstep.Run, steps: int, step: Callable[..., dict[str, Any]], *arrays: Any
+    run: lockstep.Run, steps: int, step: Callable[..., Made], *arrays: object
 ) -> list[tuple[float, float]]:
     """Seconds of each step without the calls of `run`, and of these calls."""
-    found = []
+    found: list[tuple[float, float]] = []
     for _ in range(steps):
         times = [time.perf_counter()]
         given = run.batch(*arrays)
@@ -131,8 +150,7 @@ def worker() -> None:
     Path(out).write_text(json.dumps(TRAIN[framework](lockstep.Run(), int(steps))))
 
 
-def run_once(framework: str, steps: int, recorded: bool, folder: Path) -> dict[str, float]:
-    """Microseconds per step, and milliseconds of the first steps."""
+def run_once(framework: str, steps: int, recorded: bool, turn: int, folder: Path) -> Row:
     out = folder / "times.json"
     arguments = [framework, str(steps), str(out)]
     if recorded:
@@ -144,11 +162,14 @@ def run_once(framework: str, steps: int, recorded: bool, folder: Path) -> dict[s
         subprocess.run(command, env=plain_environment(), check=True)
     times = json.loads(out.read_text())
     later = times[WARM_UP:]
-    return {
-        "step_us": 1e6 * statistics.median(step for step, _ in later),
-        "calls_us": 1e6 * statistics.median(calls for _, calls in later),
-        "first_steps_ms": 1e3 * sum(map(sum, times[:FIRST_STEPS])),
-    }
+    return Row(
+        framework,
+        recorded,
+        turn,
+        step_us=1e6 * statistics.median(step for step, _ in later),
+        calls_us=1e6 * statistics.median(calls for _, calls in later),
+        first_steps_ms=1e3 * sum(map(sum, times[:FIRST_STEPS])),
+    )
 
 
 def plain_environment() -> dict[str, str]:
@@ -170,10 +191,7 @@ def main() -> int:
         for turn in range(options.turns):
             for framework in TRAIN:
                 for recorded in (False, True):
-                    found = run_once(framework, options.steps, recorded, Path(folder))
-                    rows.append(
-                        {"framework": framework, "recorded": recorded, "turn": turn} | found
-                    )
+                    rows.append(run_once(framework, options.steps, recorded, turn, Path(folder)))
                     print(rows[-1], flush=True)
     report = {
         "schema": 1,
@@ -181,18 +199,18 @@ def main() -> int:
         "environment": environment.describe(),
         "step": STEP,
         "summary": summary(rows),
-        "rows": rows,
+        "rows": [row._asdict() for row in rows],
     }
     write_json(report, options.out)
     return 0
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: list[Row]) -> list[dict[str, object]]:
     """For each framework, the medians of the turns."""
 
     def median(framework: str, recorded: bool, key: str) -> float:
-        chosen = [r for r in rows if (r["framework"], r["recorded"]) == (framework, recorded)]
-        return statistics.median(row[key] for row in chosen)
+        chosen = [row for row in rows if (row.framework, row.recorded) == (framework, recorded)]
+        return statistics.median(getattr(row, key) for row in chosen)
 
     return [
         {

@@ -202,7 +202,7 @@ def test_the_steps_round_the_first_gap_and_the_last_ones(
 ) -> None:
     ones = [1.0] * len(gaps)
     moved = [one + gap for one, gap in zip(ones, gaps, strict=True)]
-    assert replays.windows((losing(ones), losing(moved))) == expected
+    assert replays.starts((losing(ones), losing(moved))) == expected
 
 
 # --- From scripts to a verdict
