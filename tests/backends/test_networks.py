@@ -412,7 +412,6 @@ CONTROLS: dict[str, tuple[str, Callable | None, Callable, str, float]] = {
     slow_except(
         CONTROLS,
         "flatten",
-        "padding with strides",
         "epsilon of layer norm of vit",
         "keys for queries",
     ),

@@ -313,15 +313,12 @@ PORTS = [
     ("classes-moved", [], 24, "evaluate", "predictions"),
 ]
 
-ONE_OF_EACH_STAGE = (
-    "bgr", "own-weights", "flatten-order", "sum-for-mean", "stopped-gradient", "momentum-089",
-    "classes-moved",
-)  # fmt: skip
+FAST = ("bgr", "flatten-order", "classes-moved")
 
 
 @pytest.mark.parametrize(
     ("fault", "options", "step", "stage", "tensor"),
-    slow_except(PORTS, *ONE_OF_EACH_STAGE),
+    slow_except(PORTS, *FAST),
     ids=[port[0] for port in PORTS],
 )
 def test_a_broken_port_disagrees_and_its_check_is_named(
@@ -694,6 +691,7 @@ def test_an_altered_cifar10_file_gives_one_line_and_status_2(
     assert_one_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_with_odd_names_is_trained_on(
     tmp_path: Path, digits: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

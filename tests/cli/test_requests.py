@@ -81,6 +81,7 @@ def test_a_short_run_says_what_it_trains_first_and_takes_little_time(tmp_path: P
     assert seconds <= MAX_SECONDS
 
 
+@pytest.mark.slow
 def test_evidence_goes_to_results_runs_unless_a_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

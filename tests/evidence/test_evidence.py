@@ -48,7 +48,7 @@ def width(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> int:
     return sum(widest) + 3 * len(columns) + 1
 
 
-@pytest.mark.parametrize("made", slow_except([1.0, 0.5, 0.0], 1.0, 0.0))
+@pytest.mark.parametrize("made", slow_except([1.0, 0.5, 0.0], 0.0))
 def test_mixed_precision_sees_updates_that_bfloat16_could_not_hold(
     made: float, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,7 +264,7 @@ def test_a_fault_of_another_network_is_caught_and_named(
     assert finding["trajectory_agrees"] == (row["stage"] != "forward")
 
 
-@pytest.mark.parametrize("model", slow_except(["resnet20", "vit"], "vit"))
+@pytest.mark.parametrize("model", slow_except(["resnet20", "vit"]))
 def test_without_a_fault_nothing_is_caught_in_another_network(
     model: str, few: Dataset, build: Callable, cache: matrix.Cache
 ) -> None:

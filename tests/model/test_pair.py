@@ -20,6 +20,7 @@ from lockstep.common.model import checks, names, pair
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.runs import record
 from lockstep.common.testing import same_run
+from tests.marks import slow_except
 
 README = Path(__file__).resolve().parents[2] / "backends" / "README.md"
 
@@ -511,7 +512,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+# Each builds and compiles two networks.
+LONG = {
+    "an extra layer in PyTorch",
+    "an extra layer in Flax",
+    "fewer logits in Flax",
+    "draws in Flax",
+}
+
+
+@pytest.mark.parametrize("what", slow_except(REFUSED, *(REFUSED.keys() - LONG)))
 def test_what_cannot_be_compared_is_refused_in_one_line(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

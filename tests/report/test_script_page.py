@@ -18,6 +18,7 @@ from lockstep.common.report.scripts import ScriptResult, write, write_script_rep
 from lockstep.common.report.terminal import Terminal
 from lockstep.common.verdict.script_comparison import ScriptComparison
 from lockstep.common.verdict.scripts import ScriptRuns, compare_scripts
+from tests.marks import slow_except
 from tests.pages.browser import chromium, examine
 from tests.recorder.made import matching, recording, with_twins
 
@@ -197,7 +198,7 @@ def browser() -> Iterator[Any]:
         yield found
 
 
-@pytest.mark.parametrize("kind", ["agree", "disagree", "hostile"])
+@pytest.mark.parametrize("kind", slow_except(["agree", "disagree", "hostile"], "hostile"))
 def test_the_page_opens_on_any_screen_for_any_reader(
     kind: str, tmp_path: Path, browser: Any
 ) -> None:

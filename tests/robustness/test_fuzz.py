@@ -31,6 +31,7 @@ def quick() -> dict[str, Tally]:
     return run(QUICK, 7, KINDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_input_is_read_or_refused_in_one_line(kind: str, quick: dict[str, Tally]) -> None:
     assert quick[kind].failures == []

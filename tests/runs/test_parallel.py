@@ -161,6 +161,7 @@ def test_what_stops_one_process_with_force_ends_the_other(whole: Path, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_an_error_in_the_other_process_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run" / "flax-float64.safetensors" / "in the way").mkdir(parents=True)
     with started(BOTH, tmp_path / "run") as run:

@@ -91,7 +91,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- Stop and resume
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number",
+    slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT),
+    ids=["Ctrl-C", "SIGTERM"],
+)
 def test_a_run_that_is_stopped_resumes_where_it_was(
     whole: Path,
     tmp_path: Path,
@@ -164,7 +168,9 @@ def test_a_twin_that_begins_its_rounding_again_is_seen(
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("torch", "flax"), ("flax", "torch")], ids=["to flax", "to torch"]
+    ("first", "second"),
+    slow_except([("torch", "flax"), ("flax", "torch")], "torch"),
+    ids=["to flax", "to torch"],
 )
 def test_the_other_backend_resumes_where_one_stopped(
     whole: Path, tmp_path: Path, first: str, second: str, monkeypatch: pytest.MonkeyPatch
@@ -183,7 +189,7 @@ def test_the_other_backend_resumes_where_one_stopped(
     assert (report["verdict"], report["lenses"][0]["legs"][second]) == ("agree", joined.segments)
 
 
-@pytest.mark.parametrize("lost", slow_except(["momentum", "parameters"], "momentum"))
+@pytest.mark.parametrize("lost", slow_except(["momentum", "parameters"]))
 def test_a_handover_that_loses_something_disagrees(
     tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

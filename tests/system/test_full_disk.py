@@ -391,6 +391,7 @@ def unshared() -> Iterator[list[str]]:
     yield command
 
 
+@pytest.mark.slow
 def test_a_small_disk_and_one_that_becomes_read_only_are_one_line_each(
     tmp_path: Path, whole: dict[str, str], unshared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
