@@ -44,7 +44,7 @@ def last_batch_not_evaluated(patch: SetAttr, config: Config, dataset: Dataset) -
     def whole_batches(
         evaluate: Evaluate, state: State, images: np.ndarray, labels: np.ndarray
     ) -> Evaluation:
-        count = len(images) // 64 * 64
+        count = len(images) // 64 * 64 or len(images)
         return evaluate(state, images[:count], labels[:count])
 
     change_evaluation(patch, whole_batches)

@@ -76,7 +76,8 @@ sys.meta_path.insert(0, Finder())
 # The first two calls are those of the first steps.
 COMPILING = "from lockstep import backends; before(backends.load({0!r}), 'train_steps', 2)"
 TRAINING = "from lockstep import backends; before(backends.load({0!r}), 'train_steps', 4, 0.5)"
-EVALUATING = "from lockstep.common.runs import training; before(training, 'evaluate', 0, 0.2)"
+# The first call follows the first steps.
+EVALUATING = "from lockstep.common.runs import training; before(training, 'evaluate', 1, 0.2)"
 SAVING = """
 def replace(aside, path, complete=os.replace):
     if "checkpoints" in str(path):
