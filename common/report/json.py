@@ -128,7 +128,7 @@ class ComparisonJson(ComparedJson):
 
     broken: NotRequired[dict[str, int | None]]  # reports of earlier versions have none
     verdict: Verdict
-    diverged_at: NotRequired[int | None]  # the step at which both runs are not finite
+    diverged_at: NotRequired[int | None]  # the step at which both runs diverge
     no_power_from: NotRequired[int | None]  # the step from which on no check could fail
     not_reproducible: NotRequired[dict[str, int]]  # the first step that a second run changed
     score: NotRequired[float | None]  # of two runs; the three above and the two below, too

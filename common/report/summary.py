@@ -63,8 +63,8 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
             if (step := each.get("diverged_at")) is not None
         )
         end = (
-            "Both runs diverge at the same step, where a loss or a gradient norm is not finite "
-            f"({steps}); up to there they agree: choose a smaller --lr."
+            "Both runs diverge at the same step, where the loss is not finite or is left to "
+            f"rounding ({steps}); up to there they agree: choose a smaller --lr."
         )
         return " ".join([end, *agreeing])
     return " ".join(["The two runs disagree.", *map(divergence_text, disagreeing), *agreeing])

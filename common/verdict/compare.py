@@ -50,7 +50,11 @@ from lockstep.common.verdict.statistics import (
     SEPARATION,
     SEPARATION_IMAGES,
 )
-from lockstep.common.verdict.trajectory import check_trajectory, first_irreproducible_step
+from lockstep.common.verdict.trajectory import (
+    check_trajectory,
+    first_irreproducible_step,
+    left_to_rounding_at,
+)
 
 
 def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison:
@@ -88,16 +92,16 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             f"nothing says how far {single.dtype} runs may drift apart: run with --twins 1 or more"
         )
 
-    nonfinite_at = diverged_at(a, b)
-    checks = _all_checks(a, b, labels, nonfinite_at)
+    together = diverged_at(a, b)
+    checks = _all_checks(a, b, labels, together)
     # Within an update the learning rate comes first; else, of one step and stage, the order is that
     # of the checks.
     failures = [check for check in checks if not check.agrees]
     failures.sort(key=lambda check: (check.step, STAGES.index(check.stage), check.tensor != "lr"))
     return replace(
         single,
-        verdict="disagree" if failures else "agree" if nonfinite_at is None else "diverged",
-        diverged_at=nonfinite_at,
+        verdict="disagree" if failures else "agree" if together is None else "diverged",
+        diverged_at=together,
         not_reproducible={
             name: step
             for name, side in ensembles.items()
@@ -122,9 +126,11 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
 def diverged_at(a: Ensemble, b: Ensemble) -> int | None:
     """The step at which both runs are not finite; None if they do not diverge together.
 
-    Close to the largest number of a precision, rounding alone decides which step overflows: below
-    float64 the steps may differ where a run of one side shares its step with one of the other. Seen
-    in bfloat16 at lr 1000: a loss of 1.4e29, and one that was not finite.
+    Close to the largest number of a precision, rounding alone decides which step overflows, and
+    whether one does: below float64 the steps may differ where a run of one side shares its step
+    with one of the other, and the loss tells nothing any more where the twins of both sides left it
+    (`left_to_rounding_at`). Seen in bfloat16 at lr 1000: a loss of 1.4e29, and one that was not
+    finite; at lr 10: 1.6e34, and 13.6, while twins of either side were 3e31 apart.
     """
     steps = [side.run.first_nonfinite for side in (a, b)]
     common = common_nonfinite_step(steps)
@@ -132,13 +138,15 @@ def diverged_at(a: Ensemble, b: Ensemble) -> int | None:
         return common
     ours, theirs = ({record.first_nonfinite for record in side.records} for side in (a, b))
     found = [step for step in steps if step is not None]
-    return min(found) if len(found) == 2 and ours & theirs - {None} else None
+    if len(found) == 2 and ours & theirs - {None}:
+        return min(found)
+    return left_to_rounding_at(a, b)
 
 
 def _all_checks(
     a: Ensemble, b: Ensemble, labels: np.ndarray, diverged_at: int | None
 ) -> list[Check]:
-    """Everything that is compared; up to `diverged_at`, where both runs are not finite there."""
+    """Everything that is compared; up to `diverged_at`, where both runs diverge."""
     if diverged_at is None:
         return check_first_steps(a, b) + check_trajectory(a, b) + check_evaluation(a, b, labels)
     before = a.until(diverged_at), b.until(diverged_at)

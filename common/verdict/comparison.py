@@ -13,8 +13,8 @@ from lockstep.common.verdict.distances import scalar_gap
 from lockstep.common.verdict.failures import Failures
 from lockstep.common.verdict.statistics import ClassDifference
 
-# "diverged": both runs reach a loss or a gradient norm that is not finite, at the same step, and
-# agree up to it.
+# "diverged": both runs reach a loss or a gradient norm that is not finite, at the same step, or,
+# below float64, a loss that rounding decides; they agree up to it.
 Verdict = Literal["agree", "disagree", "diverged", "single"]
 
 
@@ -195,7 +195,7 @@ class Comparison:
     location: Location | None = None
     # By backend, the first step at which the same run again did not give the same bits.
     not_reproducible: Mapping[str, int] = field(default_factory=dict)
-    diverged_at: int | None = None  # the step at which both runs are not finite
+    diverged_at: int | None = None  # the step at which both runs diverge
     growth: Growth | None = None  # where float64 agrees because of twins alone
 
     def __bool__(self) -> bool:
@@ -215,8 +215,8 @@ class Comparison:
             return f"the {self.dtype} runs diverge: {self.first_divergence.message}"
         if self.verdict == "diverged":
             return (
-                f"both {self.dtype} runs diverge at step {self.diverged_at}, where a loss or a "
-                "gradient norm is not finite; up to there they agree"
+                f"both {self.dtype} runs diverge at step {self.diverged_at}, where the loss is not "
+                "finite or is left to rounding; up to there they agree"
             )
         return f"one run: {self.dtype}, {self.steps} steps"
 

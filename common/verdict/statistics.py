@@ -104,6 +104,10 @@ FLIP_SHARE = 0.004
 # pairs the largest share of its bound was 0.17. To be caught: a mantissa of 10 bits in one kernel's
 # gradient, 2.7; 2 % on one kernel, 12; division by batch - 1, up to a batch of 512, 350.
 BULK = 0.5
+# Times the first loss. Where rounding alone moves the loss by so much, whether a run overflows is
+# left to rounding, too: the runs have diverged. Seen: of 300 bfloat16 pairs five, of 32 in mixed
+# precision two, in which the twins of each side were 1e21 and more apart.
+EXPLODED = 1e6
 COUNT_FLOOR = 4  # times SEPARATION_IMAGES; two predictions were seen to differ where no twin's did
 # Of a step's largest gradient: what is smaller is what rounding leaves of a sum that is zero, such
 # as the gradient of a bias before a batch norm, and is compared with the largest. Seen: 60 ulp of

@@ -23,6 +23,7 @@ from lockstep.common.verdict.distances import (
     weights_distance,
 )
 from lockstep.common.verdict.statistics import (
+    EXPLODED,
     FLIP_SHARE,
     PROOF_BOUND,
     between_and_within,
@@ -211,6 +212,32 @@ def first_irreproducible_step(side: Ensemble) -> int | None:
         | (run.batch_digests != again.batch_digests)
     )
     return int(np.argmax(unequal)) if unequal.any() else None
+
+
+def left_to_rounding_at(a: Ensemble, b: Ensemble) -> int | None:
+    """The step from which on rounding alone moves the loss by more than `EXPLODED` times the first
+    one, on both sides in one range of steps or in the next; None if it does not."""
+    starts = [_exploded_at(side) for side in (a, b)]
+    if None in starts:
+        return None
+    ranges = [
+        index
+        for at in starts
+        for index, (start, stop) in enumerate(windows(a.run.steps))
+        if at is not None and start <= at < stop
+    ]
+    return min(at for at in starts if at is not None) if max(ranges) - min(ranges) <= 1 else None
+
+
+def _exploded_at(side: Ensemble) -> int | None:
+    """The first step at which the losses of two runs of one side, finite both, are so far apart."""
+    losses = [record.loss for record in side.records]
+    limit = EXPLODED * max(1.0, magnitude(side.run.loss[:1]))
+    apart = np.zeros(side.run.steps, bool)
+    for x, y in itertools.combinations(losses, 2):
+        differences = abs_differences(x, y)
+        apart |= np.isfinite(differences) & (differences > limit)
+    return int(np.argmax(apart)) if apart.any() else None
 
 
 def _own_check(

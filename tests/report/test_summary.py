@@ -127,7 +127,7 @@ def test_runs_that_end_together_are_neither_the_same_nor_different() -> None:
     report["verdict"] = report["lenses"][0]["verdict"] = "diverged"
     report["lenses"][0]["diverged_at"] = 1_234
     assert sentence(report) == (
-        "Both runs diverge at the same step, where a loss or a gradient norm is not finite "
+        "Both runs diverge at the same step, where the loss is not finite or is left to rounding "
         "(float64: step 1,234); up to there they agree: choose a smaller --lr. "
         "float32 within what rounding explains."
     )

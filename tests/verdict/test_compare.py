@@ -1234,6 +1234,40 @@ def test_rounding_may_decide_which_step_overflows_where_a_twin_shows_it(
     )
 
 
+def apart_from(step: int) -> Callable[[Record], Record]:
+    """As a run whose loss is 1e20 from `step` on, as rounding had it."""
+
+    def changed(record: Record) -> Record:
+        loss = record.loss.copy()
+        loss[step:] = 1e20
+        return dataclasses.replace(record, loss=loss)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("torch", "flax", "diverged"),
+    [(20, 25, 20), (25, 20, 20), (8, 20, 8), (1, 20, None), (20, None, None), (None, 20, None)],
+)
+@lenses
+def test_where_twins_of_both_sides_explode_the_loss_is_left_to_rounding(
+    dtype: str, torch: int | None, flax: int | None, diverged: int | None
+) -> None:
+    """In ranges of steps next to each other; (1, 20) is no such pair."""
+    runs, twins = family(dtype)
+    changes = {"torch": torch, "flax": flax}
+    kin = {
+        name: [*(twin if at is None else apart_from(at)(twin) for twin in of[:1]), *of[1:]]
+        for (name, of), at in zip(twins.items(), changes.values(), strict=True)
+    }
+    run = ended_at(22)(runs["torch"])
+    found = judged(dtype, run, runs["flax"], kin)
+    expected = None if dtype == "float64" else diverged
+    assert (found.verdict, found.diverged_at) == (
+        ("disagree", None) if expected is None else ("diverged", expected)
+    )
+
+
 @pytest.mark.parametrize("backends", [("torch",), ("torch", "flax")], ids=["single", "both"])
 @lenses
 @pytest.mark.parametrize("steps", [0, 39])
