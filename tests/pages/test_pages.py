@@ -231,6 +231,14 @@ BROKEN = {
         "color-contrast",
         ["light, 1440", "dark, 390"],
     ),
+    "low contrast of a failed cell far down a table": (
+        "<table><caption>Cells</caption><thead><tr><th>Cell</th></tr></thead><tbody>"
+        + "<tr><td>seen</td></tr>" * 30
+        + '<tr><td class="bad" style="color: #bbb">faint</td></tr></tbody></table>',
+        "access",
+        "color-contrast",
+        ["light, 1440", "dark, 390"],
+    ),
 }
 
 
