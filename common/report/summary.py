@@ -109,6 +109,12 @@ def notes(comparison: ComparisonJson) -> list[str]:
             f"{growth['factor']:.3g} times in one step. Replayed from one state on both sides, "
             f"steps {replayed} agree."
         )
+        if (step := growth.get("beyond")) is not None:
+            found.append(
+                f"{comparison['dtype']}: from step {step:,} on the gap is more than the twins "
+                "show. Since each step agrees from one state, and the same runs again give the "
+                "same bits, rounding changed a sign, such as that of a rectifier's input."
+            )
     return found
 
 

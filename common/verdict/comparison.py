@@ -148,6 +148,7 @@ class Growth:
     largest: float  # ... which is this
     factor: float  # how many times the largest so far grew in one step, at most
     replayed: tuple[int, ...]
+    beyond: int | None = None  # the step from which on the gap is more than the twins show
 
 
 @dataclass(frozen=True)

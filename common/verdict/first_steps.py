@@ -24,6 +24,8 @@ from lockstep.common.verdict.statistics import (
     FLIP_SHARE,
     MAX_NEAR_ZERO,
     NEAR_ZERO_ULP,
+    PROOF_BOUND,
+    REPLAY_BOUND,
     between_and_within,
     bound,
 )
@@ -35,21 +37,22 @@ Order = Callable[[str], tuple[int | str, ...]]  # sorts "<step>/<stage>/<tensor>
 
 
 def check_first_steps(
-    a: Ensemble, b: Ensemble, use_twins_in_float64: bool = False, order: Order | None = None
+    a: Ensemble, b: Ensemble, replayed: bool = False, order: Order | None = None
 ) -> list[Check]:
     """Data and initial weights, which must be the same bits; then the first steps, tensor by
     tensor.
 
     Args:
         a, b: the runs, their twins, and their short twins.
-        use_twins_in_float64: let twins set the bound in float64, too; short twins do so always.
-            At the start of a run they are seldom needed: where a gradient cancels, such as that of
-            a scale before a batch norm, which 1 ulp in the weights moves by 6.5e-12 of its largest.
-            Late in one, where p - y cancels in a well-fitted network's gradient, rounding exceeds
-            1e-12 of what is left.
+        replayed: whether it is a later step, taken again from one state: then twins set the bound
+            in float64, too, as short twins always do, and it is no less than `REPLAY_BOUND`. At the
+            start of a run they are seldom needed: where a gradient cancels, such as that of a scale
+            before a batch norm, which 1 ulp in the weights moves by 6.5e-12 of its largest. Late in
+            one, where p - y cancels in a well-fitted network's gradient, rounding exceeds 1e-12 of
+            what is left.
         order: of the checks of one step and stage; None: `causal_order`.
     """
-    use_twins_in_float64 = bool(use_twins_in_float64 or a.short_twins or b.short_twins)
+    ask_twins = bool(a.run.dtype != "float64" or replayed or a.short_twins or b.short_twins)
     first, second = a.run, b.run
     sides = [[*side.records, *side.short_twins] for side in (a, b)]
     near_zero = min(
@@ -69,7 +72,7 @@ def check_first_steps(
             checks.append(Check(int(step), stage, tensor, gap, 0.0, values=values))
             continue
         spread = None
-        if first.dtype != "float64" or use_twins_in_float64:
+        if ask_twins:
             ours, theirs = ([record.first_steps.get(key) for record in side] for side in sides)
             gap, spread = between_and_within(
                 ours, theirs, lambda x, y: max_tensor_difference(x, y)[0]
@@ -84,6 +87,7 @@ def check_first_steps(
             scale,
             flip_allowance(first, second, int(step), stage, tensor),
             stored,
+            REPLAY_BOUND if replayed else PROOF_BOUND,
         )
         found = Check(int(step), stage, tensor, gap, limit, spread, values)
         if stage == "backward" and first.dtype != "float64":

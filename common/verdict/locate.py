@@ -196,7 +196,7 @@ def _step_failure(
         side.add_twins(take(backend, twin) for twin in numbers)
         for side, backend in zip((a, b), backends, strict=True)
     )
-    checks = check_first_steps(a, b, use_twins_in_float64=True)
+    checks = check_first_steps(a, b, replayed=True)
     worst = next((check for check in checks if not check.agrees), None)
     if worst is None:
         return None

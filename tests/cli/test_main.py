@@ -505,7 +505,7 @@ def test_clean_pairs_raise_no_alarm(
     report = report_of(tmp_path)
     assert [row["lenses"]["float64"]["verdict"] for row in report["rows"]] == ["agree"]
     assert report["summary"][0]["rule"] == "Lockstep"
-    assert report["first_seed"] == report["rows"][0]["seed"] == 13000
+    assert report["first_seed"] == report["rows"][0]["seed"] == 21000
     assert (tmp_path / "alarms.png").exists()
 
 

@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 
 from lockstep.common.config import BACKENDS, Config
+from lockstep.common.data import Dataset
 from lockstep.common.evidence import judge, train_ensemble
+from lockstep.common.protocol import Evaluation, Snapshot
 from lockstep.common.report.summary import notes
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import confirm as confirming
 from lockstep.common.verdict import locate
 from lockstep.common.verdict.check import Check
-from lockstep.common.verdict.comparison import Comparison, RunSummary
-from lockstep.common.verdict.confirm import confirm, growth, left_bound_at, steps_to_replay
+from lockstep.common.verdict.comparison import Comparison, RunSummary, divergence
+from lockstep.common.verdict.confirm import (
+    confirm,
+    growth,
+    jumps_at,
+    left_bound_at,
+    steps_to_replay,
+)
 from tests.verdict.test_locate import from_step
 
 STEPS = 40
@@ -58,6 +66,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return seen[0]
 
     monkeypatch.setattr(locate, "replay", replay)
+    monkeypatch.setattr(confirming, "evaluate_one_state", lambda *_: None)
     return seen
 
 
@@ -71,7 +80,9 @@ def test_the_step_that_left_the_bound_the_one_before_and_later_ones_are_replayed
 ) -> None:
     left = int(np.argmax(GROWING > 2e-12))
     found = confirmed(comparison())
-    assert replayed[1:] == [(left - 1, left, (left + STEPS - 1) // 2, STEPS - 1)]
+    jump = jumps_at(*runs(GROWING).values())
+    later = (left - 1, left, (left + STEPS - 1) // 2, STEPS - 1)
+    assert replayed[1:] == [(jump - 1, jump, *later)]
     assert found.verdict == "agree" and found.growth is not None
     assert found.growth.replayed == replayed[1]
 
@@ -92,6 +103,16 @@ def test_what_twins_did_not_excuse_costs_no_more(of: Comparison, replayed: list[
     assert len(replayed) == 2  # the control
 
 
+def test_the_step_at_which_the_gap_grew_most_and_the_one_before_are_replayed(
+    replayed: list[Any],
+) -> None:
+    jumping = GROWING * np.where(np.arange(STEPS) < 33, 1, 1e4)
+    confirmed(comparison(), jumping)
+    assert {32, 33} <= set(replayed[1])
+    confirmed(comparison())  # the control
+    assert not {32, 33} & set(replayed[2])
+
+
 def test_a_step_that_fails_from_one_state_is_the_fault(replayed: list[Any]) -> None:
     tensors = np.ones(4), np.full(4, 1.5)
     replayed[0] = Check(27, "update", "fc1.bias", 0.5, 1e-12, values=(1.0, 1.5)), tensors, None
@@ -102,6 +123,97 @@ def test_a_step_that_fails_from_one_state_is_the_fault(replayed: list[Any]) -> N
     assert found.location.divergence == found.first_divergence
     assert "replayed: twins explain the gap" in found.location.method
     assert found.location.pattern == "flax is 1.5 times torch"
+
+
+def beyond_twins(**changes: Any) -> Comparison:
+    """Runs that disagree at step 20 by more than their twins show; `changes` are of that check."""
+    settings: dict[str, Any] = {"bound": 65e-9, "spread": 1e-9, "start": 10, "stop": 30}
+    place: dict[str, Any] = {"step": 20, "stage": "loss", "tensor": "loss", "gap": 1.0}
+    failed = Check(**(place | settings | changes))
+    found = divergence(failed, BACKENDS)
+    return replace(comparison("disagree"), windows=(failed,), first_divergence=found)
+
+
+@pytest.mark.parametrize("spread", [1e-9, None], ids=["both sides", "a run and its twins"])
+def test_a_gap_beyond_the_twins_is_rounding_where_every_step_agrees_from_one_state(
+    replayed: list[Any], spread: float | None
+) -> None:
+    found = confirmed(beyond_twins(spread=spread))
+    assert replayed[1:] == [(*range(20), 20, 29, 39)]
+    assert found.verdict == "agree" and found.first_divergence is None
+    assert found.growth is not None and found.growth.beyond == 20
+    _, text = notes({"dtype": "float64", "growth": {**found.growth.__dict__}})  # pyright: ignore
+    assert "from step 20 on the gap is more than the twins show" in text
+    # the control: a step fails
+    replayed[0] = Check(17, "update", "fc1.bias", 0.5, 1e-12), (None, None), None
+    of = beyond_twins(spread=spread)
+    assert confirmed(of) is of
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        beyond_twins(bound=9e-12, spread=1e-13),
+        beyond_twins(bound=9e-12, spread=None),
+        beyond_twins(step=1),
+        beyond_twins(stage="data"),
+        beyond_twins(tensor="lr"),
+        beyond_twins(gap=np.inf),
+        replace(beyond_twins(), not_reproducible={"flax": 12}),
+    ],
+    ids=[
+        "not amplified",
+        "a run and its twins, not amplified",
+        "a first step",
+        "data",
+        "learning rate",
+        "not finite",
+        "not reproducible",
+    ],
+)
+def test_what_may_be_a_fault_at_once_is_not_replayed(of: Comparison, replayed: list[Any]) -> None:
+    assert confirmed(of) is of and len(replayed) == 1
+
+
+class Evaluator:
+    """A backend that evaluates each state alike."""
+
+    def __init__(self, loss: float, predictions: np.ndarray) -> None:
+        self.found = Evaluation(predictions, loss)
+
+    def init(self, snapshot: Snapshot) -> Snapshot:
+        assert snapshot.parameters == {"fc1.bias": 7.0}
+        return snapshot
+
+    def evaluate(self, *_: Any) -> Evaluation:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("loss", "tensor"),
+    [(4 + 3e-12, None), (4 + 5e-12, "test loss"), (np.nan, "test loss"), (4.0, "predictions")],
+)
+def test_what_evaluates_one_state_otherwise_is_the_fault(
+    replayed: list[Any], monkeypatch: pytest.MonkeyPatch, loss: float, tensor: str | None
+) -> None:
+    labels = np.arange(4)
+    pixels = np.zeros((4, 32, 32, 3), np.uint8)
+    dataset = Dataset("made", pixels, labels, pixels, labels, ("a", "b", "c", "d"))
+    other = labels[::-1] if tensor == "predictions" else labels
+    backends: Any = {"torch": Evaluator(4.0, labels), "flax": Evaluator(loss, other)}
+    ended: Any = {"fc1.bias": 7.0}
+    both = {name: replace(run, final=ended) for name, run in runs(GROWING).items()}
+    monkeypatch.undo()
+    monkeypatch.setattr(locate, "replay", lambda *_, **__: None)
+    config = Config(steps=STEPS).resolve(1000)
+    found = confirm(comparison(), both, config, dataset, backends.__getitem__)
+    if tensor is None:
+        assert found and found.growth is not None
+        return
+    assert not found and found.location is not None and found.first_divergence is not None
+    place = found.first_divergence
+    assert (place.step, place.stage, place.tensor) == (STEPS, "evaluate", tensor)
+    assert found.location.method.endswith("that both evaluate the last state of torch otherwise")
 
 
 def test_the_first_step_beyond_the_bound_is_that_of_the_loss_or_of_the_gradient() -> None:

@@ -20,6 +20,7 @@ from lockstep.common.verdict.statistics import (
     MAX_NEAR_ZERO,
     NEAR_ZERO_ULP,
     PROOF_BOUND,
+    REPLAY_BOUND,
     SEPARATION,
 )
 from tests.verdict.test_compare import make
@@ -84,7 +85,7 @@ def test_in_float64_twins_set_the_bound_only_where_they_are_asked_or_short() -> 
     [alone] = check_first_steps(*whole)
     assert alone.bound == pytest.approx(PROOF_BOUND, rel=1e-6)
     assert alone.spread is None
-    [asked] = check_first_steps(*whole, use_twins_in_float64=True)
+    [asked] = check_first_steps(*whole, replayed=True)
     assert asked.spread == 0
     for short in (0, 1):  # short twins of either side are enough
         sides = [Ensemble(run), Ensemble(other)]
@@ -92,6 +93,20 @@ def test_in_float64_twins_set_the_bound_only_where_they_are_asked_or_short() -> 
         [found] = check_first_steps(sides[0], sides[1])
         assert found.spread is not None
         assert found.bound > PROOF_BOUND * 1.1
+
+
+@pytest.mark.parametrize(
+    ("gap", "agrees"), [(0.9 * REPLAY_BOUND, True), (1.1 * REPLAY_BOUND, False)]
+)
+def test_a_step_taken_again_has_room_for_sums_that_cancel(gap: float, agrees: bool) -> None:
+    one, other = (
+        Ensemble(made, (made,))
+        for made in (record("float64", {KEY: array(value)}) for value in (1.0, 1.0 + gap))
+    )
+    [found] = check_first_steps(one, other, replayed=True)
+    assert found.agrees == agrees
+    [found] = check_first_steps(one, other)  # the control: the first steps have none
+    assert not found.agrees
 
 
 # --- What must be equal, and what one side may lack
@@ -158,7 +173,7 @@ def test_the_median_counts_for_gradients_and_not_in_float64(dtype: str, stage: s
             record(dtype, {f"0/{stage}/fc1.bias": np.full(4, value)}) for value in (1.0, 1.002)
         )
         sides = Ensemble(one, (one,)), Ensemble(other, (other,))
-        [found] = check_first_steps(*sides, use_twins_in_float64=True)
+        [found] = check_first_steps(*sides, replayed=True)
         return found.measure
 
     assert measure("float32", "backward") == "median"
