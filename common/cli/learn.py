@@ -1,4 +1,5 @@
-"""`learn`: two pages to learn from, the two backends side by side, and one step in numbers."""
+"""`learn`: three pages to learn from: a lesson, the two backends side by side, and one step in
+numbers."""
 
 from __future__ import annotations
 
@@ -25,13 +26,20 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             f"repository and run {program.CHECKOUT[0]} {program.CHECKOUT[1]} learn there"
         )
 
-    from lockstep.common.learn import read_report, walk_through, write_read_page, write_walk_page
+    from lockstep.common.learn import (
+        read_report,
+        walk_through,
+        write_lesson_page,
+        write_read_page,
+        write_walk_page,
+    )
 
     catalogue = invocation.backends.module("faults")
     study = EvidenceCommand(options, invocation, folder="learn")
     # What goes wrong if a difference is missed.
     report = read_report(ROOT / "results" / "faults" / "report.json")
     dataset = study.load("digits" if options.data == "auto" else options.data)
+    write_lesson_page(study.folder / "lesson.html", ROOT, report)
     write_read_page(
         study.folder / "read.html", ROOT, report, [fault.name for fault in catalogue.FAULTS]
     )

@@ -89,7 +89,8 @@ REPLAY_BOUND = 1e-11
 # all runs of one side round alike shows in no twin. The gradient of ResNet-20's first kernel is a sum
 # of 16,384 terms that cancel: the frameworks differ by 1.5e-14 there, and twins of Flax by 1.3e-15.
 # Over 12 pairs of ResNet-20 (digits, lr 0.05, 20 steps, seeds from 5000 on) the largest gap was 10
-# times the spread of six twins, in the variance of a batch norm. What a `c` so large might hide is
+# times the spread of six twins, in the variance of a batch norm; but for one pair, in which the sign
+# of a rectifier's input changed, and no `c` helps. What a `c` so large might hide is
 # asked from one state (`lockstep.common.verdict.confirm`), where twins spread by next to nothing.
 # Mixed precision has bfloat16's levels: over 20 clean pairs the largest score was 0.6; what is stored
 # in float32 has the floor of float32 (see `bound`).

@@ -608,6 +608,7 @@ def test_pages_to_learn_from_are_made_where_they_were_asked_for(
     )
     assert lockstep("learn", "--out", tmp_path, "--quiet") == 0
     assert "The two backends side by side" in (tmp_path / "read.html").read_text()
+    assert "From PyTorch to JAX" in (tmp_path / "lesson.html").read_text()
     assert (tmp_path / "walk.html").read_text() == "walked"
     [(_, dataset, sources, _)] = walked
     assert (dataset.name, sources) == ("digits", REPOSITORY)
