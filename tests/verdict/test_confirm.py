@@ -14,7 +14,7 @@ from lockstep.common.data import Dataset
 from lockstep.common.evidence import judge, train_ensemble
 from lockstep.common.protocol import Evaluation, Snapshot
 from lockstep.common.report.summary import notes
-from lockstep.common.runs.record import Record
+from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.verdict import confirm as confirming
 from lockstep.common.verdict import locate
 from lockstep.common.verdict.check import Check
@@ -151,6 +151,34 @@ def test_a_gap_beyond_the_twins_is_rounding_where_every_step_agrees_from_one_sta
 
 
 @pytest.mark.parametrize(
+    ("changes", "amplified"),
+    [
+        ({"bound": 9.9e-12, "spread": None}, False),
+        ({"bound": 10.1e-12, "spread": None, "values": (0.5, 0.4)}, True),
+        ({"bound": 49e-12, "spread": None, "values": (-5.0, 4.0)}, False),
+        ({"bound": 51e-12, "spread": None, "values": (-5.0, 4.0)}, True),
+        ({"bound": 9.9e-12, "spread": 8.9e-12 / 64}, False),
+        ({"bound": 10.1e-12, "spread": 9.1e-12 / 64}, True),
+        ({"step": FIRST_STEPS}, True),
+    ],
+)
+def test_twins_decide_where_the_bound_is_ten_times_the_one_without_them(
+    changes: dict[str, Any], amplified: bool, replayed: list[Any]
+) -> None:
+    # another check that fails, which is not asked
+    other = Check(30, "backward", "gradient_norm", 1.0, 1e-12, 1e-15, start=30, stop=40)
+    of = beyond_twins(**changes)
+    of = replace(of, windows=(other, *of.windows))
+    assert bool(confirmed(of)) == amplified
+    assert len(replayed) == 1 + amplified
+
+
+def test_a_gap_after_the_last_step_is_asked_of_the_steps_before(replayed: list[Any]) -> None:
+    assert confirmed(beyond_twins(step=STEPS, stage="update", tensor="fc1.bias"))
+    assert replayed[1:] == [tuple(range(STEPS - 31, STEPS))]
+
+
+@pytest.mark.parametrize(
     "of",
     [
         beyond_twins(bound=9e-12, spread=1e-13),
@@ -191,7 +219,14 @@ class Evaluator:
 
 @pytest.mark.parametrize(
     ("loss", "tensor"),
-    [(4 + 3e-12, None), (4 + 5e-12, "test loss"), (np.nan, "test loss"), (4.0, "predictions")],
+    [
+        (4 + 3e-12, None),
+        (4 + 5e-12, "test loss"),
+        (np.nan, "test loss"),
+        (4.0, "predictions"),
+        (0.5 + 0.9e-12, None),
+        (0.5 + 1.2e-12, "test loss"),
+    ],
 )
 def test_what_evaluates_one_state_otherwise_is_the_fault(
     replayed: list[Any], monkeypatch: pytest.MonkeyPatch, loss: float, tensor: str | None
@@ -199,8 +234,9 @@ def test_what_evaluates_one_state_otherwise_is_the_fault(
     labels = np.arange(4)
     pixels = np.zeros((4, 32, 32, 3), np.uint8)
     dataset = Dataset("made", pixels, labels, pixels, labels, ("a", "b", "c", "d"))
-    other = labels[::-1] if tensor == "predictions" else labels
-    backends: Any = {"torch": Evaluator(4.0, labels), "flax": Evaluator(loss, other)}
+    other = np.array([0, 1, 2, 2]) if tensor == "predictions" else labels
+    reference = 0.5 if loss < 1 else 4.0
+    backends: Any = {"torch": Evaluator(reference, labels), "flax": Evaluator(loss, other)}
     ended: Any = {"fc1.bias": 7.0}
     both = {name: replace(run, final=ended) for name, run in runs(GROWING).items()}
     monkeypatch.undo()
@@ -229,6 +265,7 @@ def test_the_first_step_beyond_the_bound_is_that_of_the_loss_or_of_the_gradient(
     assert left("loss", 7, 0.9e-10) == STEPS - 1
     assert left("gradient_norm", 5, 1.1e-12) == 5  # of 1, where the norm is smaller
     assert left("gradient_norm", 5, 0.9e-12) == STEPS - 1
+    assert jumps_at(replace(one, loss=loss[:1]), replace(one, loss=loss[:1])) == 0
     assert steps_to_replay(0, 1) == (0,) and steps_to_replay(0, 3) == (0, 1, 2)
 
 
