@@ -71,8 +71,14 @@ def build(model: str, classes: int, device: str) -> Network:
         # shapes only: no weight is drawn
         module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))
         return split_module(module, {})
+    module = build_module(model, classes, device, seed=0)
+    return split_module(module, declared_names(model))
+
+
+def build_module(model: str, classes: int, device: str, seed: int) -> nnx.Module:
+    """The user's module, with the weights that it draws with this seed."""
     with pair.user_code_errors(model, "flax", "build"):
-        module = network(classes, rngs=nnx.Rngs(0))
+        module = pair.network(model, "flax")(classes, rngs=nnx.Rngs(seed))
     if not isinstance(module, nnx.Module):
         raise ConfigError(
             f"--model {model}: flax builds a {type(module).__name__}: "
@@ -88,7 +94,20 @@ def build(model: str, classes: int, device: str) -> Network:
             # Flax takes the parameters' dtype at the start for the one to compute in, and keeps
             # it; other layers compute in the dtype that their parameters have then.
             layer.dtype = None
-    return split_module(module, {name: name for name in pair.load(model).names.values()})
+    return module
+
+
+def declared_names(model: str) -> dict[str, str]:
+    return {name: name for name in pair.load(model).names.values()}
+
+
+def own_start(model: str, classes: int, device: str, seed: int) -> protocol.Arrays:
+    """What the user's module itself starts from with this seed, by canonical name."""
+    module = build_module(model, classes, device, seed)
+    _, parameters, statistics, _ = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+    names = split_module(module, declared_names(model)).names
+    tensors = convert.flatten(parameters, names) | convert.flatten(statistics, names)
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
 def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:

@@ -15,6 +15,7 @@ from lockstep.backends.torch_backend.layers import BatchNorm2d, LayerNorm
 from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair as pairs
+from lockstep.common.protocol import Arrays
 
 IMAGES = (2, 3, 32, 32)  # the batch for a trial of a user's network
 # layers whose layouts differ by more than axes
@@ -44,6 +45,16 @@ def build(model: str, classes: int, device: str) -> nn.Module:
         module = use_exact_sums(module)
     convert.attach_names(module, pair.names, pair.flattened)
     return module
+
+
+def own_start(model: str, classes: int, device: str, seed: int) -> Arrays:
+    """What the user's module itself starts from with this seed, by canonical name."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build(model, classes, device)
+    return convert.to_canonical(
+        module, dict(module.named_parameters()) | convert.statistics(module)
+    )
 
 
 def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:

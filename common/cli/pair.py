@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.output import print_json
 from lockstep.common.cli.parser import Invocation, Parser
-from lockstep.common.config import BACKENDS, Config
+from lockstep.common.config import BACKENDS, MODELS, Config
 from lockstep.common.errors import ConfigError
 from lockstep.common.model import pair as pairs
 from lockstep.common.system import program
+
+if TYPE_CHECKING:
+    from lockstep.common.protocol import Arrays
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,7 +43,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     )
 
     from lockstep.common import data
-    from lockstep.common.evidence import pair_check
+    from lockstep.common.evidence import initialisation, pair_check
     from lockstep.common.report import Terminal, write_json
     from lockstep.common.runs.prepare import choose_device
 
@@ -48,19 +56,42 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         backends.build(config, len(dataset.classes), device, "off", name, "float64")
         for name in BACKENDS
     )
-    found = pair_check.measure(torch, flax, config, dataset)
+    found, starts = pair_check.measure(torch, flax, config, dataset), None
+    if model not in MODELS:
+        draws = own_draws(backends, model, len(dataset.classes), device)
+        starts = initialisation.compare_starts(draws)
+        if found.first_difference is None:
+            own = draws["torch"](config.seed)
+            found = pair_check.measure(torch, flax, config, dataset, own)
     report = {
         "schema": 1,
         "command": program.typed(invocation.arguments),
         "model": model,
         **found.to_json(),
+        "starts": None if starts is None else [dataclasses.asdict(start) for start in starts],
     }
     terminal.table(*pair_check.table(found))
     if options.out is not None:
         write_json(report, options.out)
     if report["first_difference"] is not None:
         terminal.located(report["first_difference"])
+    if starts is not None:
+        terminal.print_always(initialisation.sentence(starts, len(found.tensors)))
+        if starts:
+            terminal.table(*initialisation.table(starts))
     terminal.print_always(pair_check.sentence(found))
     if options.json:
         print_json(report)
     return 0 if report["first_difference"] is None else 1
+
+
+def own_draws(
+    backends: BackendPackage, model: str, classes: int, device: str
+) -> dict[str, Callable[[int], Arrays]]:
+    """By backend, what the user's module starts from with a seed."""
+    return {
+        name: functools.partial(
+            backends.module(f"{name}_backend.user_module").own_start, model, classes, device
+        )
+        for name in BACKENDS
+    }

@@ -17,7 +17,7 @@ from lockstep.common.data import Dataset
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.layers import ModuleNames, module_names
-from lockstep.common.protocol import STAGES, Backend, Snapshot
+from lockstep.common.protocol import STAGES, Arrays, Backend, Snapshot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
@@ -28,6 +28,10 @@ from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.judge import INITIAL_TWINS
 from lockstep.common.verdict.statistics import PROOF_BOUND
 
+AT_ZERO = (
+    "an activation whose derivative at 0 differs: that of `jnp.maximum(x, 0)` is one half, that of a "
+    "`relu` is 0; biases that start at zero show it"
+)
 CANCELS = ("backward", "update")  # where rounding may exceed the bound, and twins are asked
 
 
@@ -59,12 +63,21 @@ class PairCheck:
         }
 
 
-def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> PairCheck:
+def measure(
+    torch: Backend,
+    flax: Backend,
+    config: Config,
+    dataset: Dataset,
+    own: Arrays | None = None,
+) -> PairCheck:
     """Compare one step of both backends from the same weights on the run's first batch, in float64,
     and one evaluation.
 
     Args:
         torch, flax: of the same tensors; see `checks.check_same`.
+        own: what PyTorch's module itself starts from; None: weights drawn from the seed. A bias
+            that starts at zero shows what an activation does there; a scale of zero hides what is
+            before it.
     """
     shapes, sides = torch.shapes(), (torch, flax)
     indices = next(data.batch_indices(config, len(dataset.train_images)))
@@ -72,7 +85,8 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
         data.normalise(dataset.train_images[indices], np.float64),
         dataset.train_labels[indices],
     )
-    start = Snapshot.start(initial_weights(shapes, config.seed, "float64"))
+    drawn = initial_weights(shapes, config.seed, "float64") if own is None else own
+    start = Snapshot.start({name: array.astype(np.float64) for name, array in drawn.items()})
 
     def one_step(side: Backend, twin: int | None) -> Record:
         return locate.one_step(side, config, dataset, "float64", start, images, labels, twin)
@@ -103,19 +117,26 @@ def measure(torch: Backend, flax: Backend, config: Config, dataset: Dataset) -> 
             for stage in STAGES
         },
         bound=PROOF_BOUND,
-        first_difference=describe_difference(checks, records, modules) if failed else None,
+        first_difference=describe_difference(checks, records, modules, own is not None)
+        if failed
+        else None,
     )
 
 
 def describe_difference(
-    checks: list[Check], records: list[Record], modules: Mapping[str, ModuleNames]
+    checks: list[Check],
+    records: list[Record],
+    modules: Mapping[str, ModuleNames],
+    own: bool = False,
 ) -> Location:
     """Where the two networks differ, and the usual cause, or the line that the pair lacks.
 
     Args:
         checks: in causal order; one fails.
         modules: by backend.
+        own: whether both started from PyTorch's own weights.
     """
+    weights = "PyTorch's own initial weights" if own else "the same weights"
     names, check = list(modules), next(check for check in checks if not check.agrees)
     one, other = tensors = locate.tensors_at(
         dict(zip(names, records, strict=True)), 0, check.stage, check.tensor
@@ -123,10 +144,12 @@ def describe_difference(
     found = locate.describe(
         divergence(check, names),
         tensors,
-        "one step of both from the same weights",
+        f"one step of both from {weights}",
         failures(checks, check.step, check.stage, records[0].layers),
         modules,
     )
+    if own and check.stage == "backward":  # from drawn weights, gradients agree
+        return dataclasses.replace(found, causes=(AT_ZERO, *found.causes[:1]))
     layer = check.tensor.removeprefix(pair.INPUT_PREFIX)
     if layer != check.tensor and one is not None and other is not None:
         shape, kernel = flatten_shape(one, other), modules[names[0]].native.get(f"{layer}.kernel")

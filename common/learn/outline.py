@@ -113,10 +113,17 @@ SECTIONS = (
                 "user_module.py",
                 SETTINGS,
                 "build",
+                "own_start",
                 "validate_module",
                 "use_exact_sums",
                 "exact_layer",
             ),
+            Pair(
+                None,
+                "user_module.py:build_module",
+                "In PyTorch, `build` does this: its generator is set from outside.",
+            ),
+            Pair(None, "user_module.py:declared_names", "In PyTorch, `attach_names`."),
             Pair(
                 None,
                 "user_module.py:Network",

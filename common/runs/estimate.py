@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lockstep.common.config import Config
+from lockstep.common.config import MODELS, Config
 from lockstep.common.system import environment
 
 if TYPE_CHECKING:
@@ -86,9 +86,11 @@ def announcement(request: Request) -> str:
     verb = "Resuming" if request.resumed is not None else "Training"
     if request.keep_records:
         verb = "Comparing"
+    own = config.model in MODELS or request.weights is not None
+    start = "" if own else ", from weights that Lockstep draws and not your modules"
     return (
-        f"{verb} {config.model} in {names} on {data.get(request.data, request.data)}: {length} of "
-        f"batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"
+        f"{verb} {config.model} in {names} on {data.get(request.data, request.data)}{start}: "
+        f"{length} of batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"
         f"{time_needed(request, config)}"
     )
 

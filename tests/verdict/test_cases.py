@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +16,12 @@ from flax import nnx
 
 from lockstep import backends, same_run
 from lockstep.backends.faults import inject, named
+from lockstep.backends.torch_backend.user_module import own_start
 from lockstep.cli import main
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.evidence import faults, judge, pair_check, train_ensemble
+from lockstep.common.evidence.initialisation import compare_starts
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.pair import source_digest
 from lockstep.common.protocol import Backend, Snapshot
@@ -107,6 +111,43 @@ def test_a_norm_of_the_users_own_is_named(digits: Dataset) -> None:
             np.zeros(2, np.int64),
         )
     }
+
+
+def run_pair(name: str, out: Path) -> tuple[int, dict[str, Any]]:
+    """The exit status of `pair` on a case, and its report."""
+    status = main(["pair", case(name), "--data", "digits", "--out", str(out), "--quiet"])
+    return status, json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_same_network_that_starts_otherwise_is_the_same_and_its_start_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report = run_pair("own_start.py", tmp_path)
+    assert status == 0 and report["first_difference"] is None
+    said = {start["name"]: (start["torch"], start["flax"]) for start in report["starts"]}
+    assert set(said) == {"conv1.kernel", "conv2.kernel", "bn.scale", "fc.kernel"}
+    assert said["bn.scale"] == ("all 0", "all 1") and said["fc.kernel"][1] == "all 1e+03"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "start otherwise, in 4 of 8 tensors" in printed
+    # The control: one module against itself, with other seeds.
+    start = functools.partial(own_start, case("own_start.py"), 10, "cpu")
+    assert compare_starts({"torch": start, "flax": lambda seed: start(100 + seed)}) == ()
+
+
+@pytest.mark.slow
+def test_a_derivative_at_zero_shows_where_biases_start_at_zero(
+    tmp_path: Path, digits: Dataset
+) -> None:
+    status, report = run_pair("maximum.py", tmp_path)
+    first = report["first_difference"]
+    assert status == 1 and (first["stage"], first["tensor"]) == ("backward", "conv2.bias")
+    assert "PyTorch's own initial weights" in first["how"]
+    assert "derivative at 0" in first["causes"][0]
+    # The control: from weights that are drawn, no input of an activation is zero.
+    config = resolved(digits, "maximum.py")
+    torch, flax = both(config).values()
+    assert pair_check.measure(torch, flax, config, digits).first_difference is None
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""How the two modules of a pair start: are their initial weights drawn alike?
+
+Lockstep trains both from the same weights, so a port that starts otherwise agrees. Trained by
+itself, it does not learn alike. Each module is built `DRAWS` times, with other seeds, and the
+entries of each tensor are compared as two samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.common.protocol import Arrays
+
+Draw = Callable[[int], Arrays]  # by seed, what a module starts from, by canonical name
+
+DRAWS = 20
+# Of a false alarm per tensor and test. The largest difference of two samples' distribution
+# functions (Kolmogorov and Smirnov) sees another gain, fan or shape; the extremes see a tail that
+# is cut off.
+LEVEL = 1e-6
+MAX_ENTRIES = 200_000  # of a tensor, over all draws; more are thinned out
+
+
+@dataclass(frozen=True)
+class StartDifference:
+    """A tensor that the two modules start otherwise."""
+
+    name: str  # canonical
+    torch: str  # its distribution in words
+    flax: str
+
+
+def compare_starts(draws: Mapping[str, Draw], number: int = DRAWS) -> tuple[StartDifference, ...]:
+    """The tensors that two modules start otherwise, in the order of the first.
+
+    Args:
+        draws: by backend; both give the same tensors.
+        number: of seeds.
+    """
+    ours, theirs = ([draw(seed) for seed in range(number)] for draw in draws.values())
+    found = []
+    for name in ours[0]:
+        a, b = (sample([drawn[name] for drawn in side]) for side in (ours, theirs))
+        if differ(a, b):
+            found.append(StartDifference(name, in_words(a), in_words(b)))
+    return tuple(found)
+
+
+def sample(draws: list[np.ndarray]) -> np.ndarray:
+    """The entries of one tensor in all draws, float64 (entries,), at most about `MAX_ENTRIES`."""
+    entries = np.stack(draws).astype(np.float64).ravel()
+    return entries[:: max(1, entries.size // MAX_ENTRIES)]
+
+
+def differ(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two samples of equal size come from two distributions.
+
+    Tests: that of Kolmogorov and Smirnov, and on either end how many of the outermost entries come
+    from one sample alone: k or more with a probability of 2^(1 - k), where both are drawn alike.
+    """
+    if is_constant(a) or is_constant(b):
+        return not np.array_equal(a, b)
+    if distribution_level(a, b) < LEVEL:
+        return True
+    outermost = max(beyond(a, b), beyond(b, a), beyond(-a, -b), beyond(-b, -a))
+    return 2.0 ** (1 - outermost) < LEVEL
+
+
+def distribution_level(a: np.ndarray, b: np.ndarray) -> float:
+    """The p-value of the two-sample test of Kolmogorov and Smirnov, by its limit for large samples:
+    2 sum over k of (-1)^(k - 1) exp(-2 k^2 n m / (n + m) D^2)."""
+    from scipy.special import kolmogorov
+
+    a, b = np.sort(a), np.sort(b)
+    both = np.concatenate([a, b])
+    shares = (np.searchsorted(side, both, side="right") / side.size for side in (a, b))
+    largest = np.abs(np.subtract(*shares)).max()
+    return float(kolmogorov(largest * np.sqrt(a.size * b.size / (a.size + b.size))))
+
+
+def beyond(a: np.ndarray, b: np.ndarray) -> int:
+    """How many entries of `a` are larger than all of `b`."""
+    return int(np.sum(a > b.max()))
+
+
+def is_constant(entries: np.ndarray) -> bool:
+    """Whether all entries are one number, in all draws."""
+    return bool(np.ptp(entries) == 0) if entries.size else True
+
+
+def in_words(entries: np.ndarray) -> str:
+    """As `all 0`, or `deviation 0.059 between -0.1 and 0.1`."""
+    if entries.size == 0:
+        return "empty"
+    if is_constant(entries):
+        return f"all {entries[0]:.3g}"
+    low, high = entries.min(), entries.max()
+    return f"deviation {entries.std():.2g}, between {low:.2g} and {high:.2g}"
+
+
+def sentence(found: tuple[StartDifference, ...], tensors: int) -> str:
+    """What `pair` says of the two starts."""
+    if not found:
+        return f"Both modules draw their initial weights alike, as far as {DRAWS} draws show."
+    return (
+        f"The two modules start otherwise, in {len(found)} of {tensors} tensors: trained by "
+        "themselves, they would not learn alike. Lockstep trains both from the same weights."
+    )
+
+
+def table(found: tuple[StartDifference, ...]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and lines."""
+    rows = [(start.name, start.torch, start.flax) for start in found]
+    return ("starts otherwise", "PyTorch", "Flax"), rows
