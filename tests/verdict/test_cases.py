@@ -151,6 +151,25 @@ def test_a_derivative_at_zero_shows_where_biases_start_at_zero(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_matrix_as_embedding_and_as_head(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tied:  # the control: the head's gradient does not reach the embedding
+
+        class Apart(nnx.Embed):
+            def attend(self, query: jax.Array) -> jax.Array:
+                return query @ jax.lax.stop_gradient(self.embedding[...]).T
+
+        monkeypatch.setattr(nnx, "Embed", Apart)
+    status, report = run_pair("tied_head.py", tmp_path)
+    assert status == (0 if tied else 1)
+    if not tied:
+        first = report["first_difference"]
+        assert (first["stage"], first["tensor"]) == ("backward", "table.embedding")
+
+
+@pytest.mark.slow
 def test_two_mistakes_with_one_first_tensor_are_told_apart(
     digits: Dataset, build: Callable
 ) -> None:

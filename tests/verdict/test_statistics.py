@@ -275,6 +275,13 @@ def test_tensors_that_are_not_alike_are_infinitely_far_apart() -> None:
     assert max_tensor_difference(None, None) == (math.inf, None)
 
 
+def test_integers_of_any_width_are_numbers_and_other_types_are_not_alike() -> None:
+    long, short = np.array([3, 5]), np.array([3, 4], np.int32)
+    assert max_tensor_difference(long, short) == (1.0, (5.0, 4.0))
+    for other in (short.astype(bool), short.astype(np.float64)):
+        assert max_tensor_difference(long, other) == (math.inf, None)
+
+
 def test_gaps_are_measured_in_float64() -> None:
     one, other = (np.array(value, ml_dtypes.bfloat16) for value in (256.0, 1.0))
     assert max_tensor_difference(one, other)[0] == 255.0  # in bfloat16 it would be 256
