@@ -7,6 +7,7 @@ backend's own business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -137,6 +138,11 @@ class Backend(Protocol[State, Data, Tensor]):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The batches as `train_steps` receives them, as canonical NumPy arrays: images (steps,
         batch, 32, 32, 3), labels (steps, batch)."""
+        ...
+
+    def masks(self, state: State, shape: Sequence[int]) -> Arrays:
+        """The masks of dropout for the next steps, for labels of `shape`, (steps, batch) or
+        (batch,): bool (*shape, *shape of the layer), by canonical name; none without dropout."""
         ...
 
     def train_steps(

@@ -59,8 +59,8 @@ def dropout_of_whole_features(patch: SetAttr, config: Config, dataset: Dataset) 
 
 
 @fault(
-    "forward",
-    "input of blocks.0.*",
+    "data",
+    "batch",
     "jax docs, Pseudorandom numbers: a key that is used again or split late",
     **VIT,
 )

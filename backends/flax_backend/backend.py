@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import final
 
@@ -162,12 +163,15 @@ class FlaxBackend:
         images, labels = self._inputs.images(images), self._inputs.labels(labels)
         return self._many_steps(state, images, labels, self._masks(state, labels.shape))
 
-    def _masks(self, state: State, shape: tuple[int, ...]) -> Parameters:
-        """Masks of dropout for the next steps, for labels of `shape`, by canonical name."""
+    def masks(self, state: State, shape: Sequence[int]) -> Arrays:
         layers = self.network.dropout_layers
         if not layers:
             return {}  # without waiting for `state`
-        return convert.from_canonical(draw_masks(layers, self.config.seed, int(state.step), shape))
+        return draw_masks(layers, self.config.seed, int(state.step), shape)
+
+    def _masks(self, state: State, shape: Sequence[int]) -> Parameters:
+        """The same on the device."""
+        return convert.from_canonical(self.masks(state, shape))
 
     # --- Looking without touching
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import final
 
@@ -139,7 +140,7 @@ class TorchBackend:
             state,
             self._inputs.images(images),
             self._inputs.labels(labels),
-            self._masks(state.step, labels.shape),
+            self._masks(state, labels.shape),
         )
 
     # --- Many steps in one call
@@ -155,13 +156,14 @@ class TorchBackend:
 
     def train_steps(self, state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
         images, labels = self._inputs.images(images), self._inputs.labels(labels)
-        return self._many_steps(state, images, labels, self._masks(state.step, labels.shape))
+        return self._many_steps(state, images, labels, self._masks(state, labels.shape))
 
-    def _masks(self, step: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Masks of dropout for the steps from `step` on, for labels of `shape`, by PyTorch's
-        names."""
-        masks = draw_masks(self._dropout_layers, self.config.seed, step, shape)
-        masks = convert.masks_from_canonical(self._template, masks)
+    def masks(self, state: State, shape: Sequence[int]) -> Arrays:
+        return draw_masks(self._dropout_layers, self.config.seed, state.step, shape)
+
+    def _masks(self, state: State, shape: Sequence[int]) -> dict[str, Tensor]:
+        """The same on the device, by PyTorch's names."""
+        masks = convert.masks_from_canonical(self._template, self.masks(state, shape))
         return {name: mask.to(self.device) for name, mask in masks.items()}
 
     # --- Looking without touching
@@ -183,7 +185,7 @@ class TorchBackend:
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
         batch, batch_labels = self._inputs.images(images), self._inputs.labels(labels)
-        convert.set_masks(model, self._masks(state.step, labels.shape))
+        convert.set_masks(model, self._masks(state, labels.shape))
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with record_activations(model) as activations:
             logits = self._forward(model, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -54,9 +54,11 @@ def order_digest(config: Config, images: int) -> str:
 EVERY = 4  # of an image's rows and of its columns, for the digest of a batch
 
 
-def batch_digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A digest of each batch: a weighted sum, modulo 2^64, of the bits of one pixel in 16 and of all
-    labels.
+def batch_digests(
+    images: np.ndarray, labels: np.ndarray, masks: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
+    """A digest of each batch: a weighted sum, modulo 2^64, of the bits of one pixel in 16, of all
+    labels, and of the masks of dropout.
 
     It changes with an image, a label, their order, and a crop. The digest of every pixel would take
     several percent of a step of four images, and this one takes half a percent.
@@ -64,14 +66,22 @@ def batch_digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Args:
         images: (steps, batch, height, width, channels), of any floating-point dtype.
         labels: (steps, batch) integers.
+        masks: bool (steps, batch, ...), by layer.
 
     Returns:
         int64 (steps,).
     """
     chosen = np.ascontiguousarray(images[:, :, ::EVERY, ::EVERY])
     bits = chosen.view(f"u{chosen.itemsize}").reshape(len(chosen), -1).astype(np.uint64)
-    entries = np.concatenate([bits, labels.astype(np.uint64)], axis=1)
+    dropped = [_packed(mask) for _, mask in sorted((masks or {}).items())]
+    entries = np.concatenate([bits, labels, *dropped], axis=1, dtype=np.uint64, casting="unsafe")
     return (entries * _digest_weights(entries.shape[1])).sum(axis=1, dtype=np.uint64).view(np.int64)
+
+
+def _packed(mask: np.ndarray) -> np.ndarray:
+    """A mask, bool (steps, ...), with 64 entries in each number: uint64 (steps, numbers)."""
+    packed = np.packbits(mask.reshape(len(mask), -1), axis=1)
+    return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
 
 
 @functools.lru_cache(maxsize=8)

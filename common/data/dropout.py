@@ -8,6 +8,7 @@ are others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,12 +33,17 @@ def masks(layers: Mapping[str, Dropout], seed: int, step: int, shape: Sequence[i
     """
     if not layers:
         return {}
-    steps = range(step, step + (shape[0] if len(shape) > 1 else 1))
-    drawn = [_of_one_step(layers, seed, current, shape[-1]) for current in steps]
-    return {
-        name: np.stack([masks[name] for masks in drawn]).reshape(*shape, *layer.shape)
-        for name, layer in layers.items()
-    }
+    *several, batch = shape
+    drawn = _of_steps(tuple(layers.items()), seed, step, several[0] if several else 1, batch)
+    return {name: mask.reshape(*shape, *layers[name].shape) for name, mask in drawn.items()}
+
+
+@functools.lru_cache(maxsize=1)  # a run trains with them, and records their digest
+def _of_steps(
+    layers: tuple[tuple[str, Dropout], ...], seed: int, step: int, steps: int, batch: int
+) -> Arrays:
+    drawn = [_of_one_step(dict(layers), seed, step + later, batch) for later in range(steps)]
+    return {name: np.stack([masks[name] for masks in drawn]) for name, _ in layers}
 
 
 def _of_one_step(layers: Mapping[str, Dropout], seed: int, step: int, batch: int) -> Arrays:

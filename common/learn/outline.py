@@ -217,7 +217,7 @@ SECTIONS = (
             *modules("models/vit.py", "ViT", "Block", "Attention"),
             *modules("layers.py", "Dropout"),
             Pair(None, "layers.py:Mask", "In PyTorch, a buffer; it has only one kind."),
-            *same_names("backend.py", "Backend._masks", "Backend.dropout_layers"),
+            *same_names("backend.py", "Backend.masks", "Backend._masks", "Backend.dropout_layers"),
             Pair("convert.py:set_masks", None, "In Flax, masks are an argument of the step."),
             Pair("layers.py:BatchNorm2d", "layers.py:BatchNorm"),
             Pair("layers.py:BatchNorm2d.forward", "layers.py:BatchNorm.__call__"),

@@ -248,13 +248,19 @@ class TrainingLoop:
             )
             labels = self.dataset.train_labels[indices]
         if self.perturbation_rng is not None:
-            images = perturb_one_ulp(self._record_digests(images, labels), self.perturbation_rng)
+            seen = self._record_digests(images, labels, self._masks(labels))
+            images = perturb_one_ulp(seen, self.perturbation_rng)
         return images, labels
 
-    def _record_digests(self, images: Any, labels: Any) -> np.ndarray:
+    def _masks(self, labels: Any) -> Arrays:
+        """The masks of dropout that the next steps use."""
+        return self.backend.masks(self.state, tuple(labels.shape))
+
+    def _record_digests(self, images: Any, labels: Any, masks: Arrays) -> np.ndarray:
         """Record the digests of the batches from this step on; the images, as NumPy has them."""
         seen = self.backend.download(images, labels)
-        self.batch_digests[self.step : self.step + len(labels)] = data.batch_digests(*seen)
+        found = data.batch_digests(*seen, masks)
+        self.batch_digests[self.step : self.step + len(labels)] = found
         return seen[0]
 
     def _steps(self, indices: np.ndarray) -> Metrics:
@@ -265,9 +271,10 @@ class TrainingLoop:
             self.first_steps |= with_step(
                 self.step, truncate_batch(self.backend.probe(self.state, images[0], labels[0]))
             )
+        masks = self._masks(labels)
         self.state, metrics = self.backend.train_steps(self.state, images, labels)
         if self.perturbation_rng is None:  # after training: a device gathers while it computes
-            self._record_digests(images, labels)
+            self._record_digests(images, labels, masks)
         if is_first_step:
             self.first_steps |= with_step(
                 self.step, update_tensors(self.backend.export(self.state))

@@ -69,6 +69,12 @@ CAUSES = (
     Cause(
         "data",
         "^batch$",
+        "masks of dropout",
+        "masks of another step or seed: a key that is used twice, or split at the wrong place",
+    ),
+    Cause(
+        "data",
+        "^batch$",
         "",
         "other images or labels in a batch: another shuffle, padding of the last batch, labels "
         "changed in the copy on the device",

@@ -279,12 +279,19 @@ def tensors_at(runs: Mapping[str, Record], step: int, stage: str, tensor: str) -
 
 
 def describe_batches(a: Record, b: Record, step: int) -> str | None:
-    """Names the other side's step whose batch one side trained on; None if there is none."""
+    """Names the other side's step whose batch one side trained on, or the masks of dropout where a
+    first step's images and labels are equal; None if neither can be seen."""
     for one, other in ((b, a), (a, b)):
         [steps] = np.nonzero(other.batch_digests == one.batch_digests[step])
         if len(steps):
             closest = int(steps[np.argmin(abs(steps - step))])
             return f"{one.backend}'s batch is that of step {closest} in {other.backend}"
+    inputs = [
+        [record.first_steps.get(f"{step}/data/{name}") for name in ("images", "labels")]
+        for record in (a, b)
+    ]
+    if all(max_tensor_difference(x, y)[0] == 0 for x, y in zip(*inputs, strict=True)):
+        return "images and labels are equal: the masks of dropout differ"
     return None
 
 

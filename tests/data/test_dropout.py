@@ -227,3 +227,71 @@ def test_dropout_that_differs_is_refused_in_one_line(
     assert "flax cannot build (ValueError: a rate of 1: give 0 or more, and less than 1)" in error
     with pytest.raises(ConfigError, match=r"a: PyTorch 0\.25 of \(7, 5\), Flax has none"):
         check_dropout({"a.mask": LAYERS["a.mask"]}, {})
+
+
+# --- What is recorded of it
+
+
+def test_a_digest_changes_with_one_unit_that_is_left_out_and_not_with_the_order_of_layers() -> None:
+    images, labels = batches(3)
+    drawn = masks(LAYERS, 0, 0, labels.shape)
+    found = data.batch_digests(images, labels, drawn)
+    assert (found != data.batch_digests(images, labels)).all()
+    turned = dict(reversed(drawn.items()))
+    np.testing.assert_array_equal(found, data.batch_digests(images, labels, turned))
+    np.testing.assert_array_equal(
+        data.batch_digests(images, labels, {}), data.batch_digests(images, labels)
+    )
+    for name, place in (("a.mask", (1, 7, 6, 4)), ("b.mask", (1, 0, 0, 0, 0))):
+        other = drawn | {name: drawn[name].copy()}
+        other[name][place] ^= True
+        changed = data.batch_digests(images, labels, other) != found
+        assert changed.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("side", ["torch", "flax"])
+def test_a_backend_says_which_masks_it_trains_with_and_training_leaves_them(
+    build: Callable[..., Backend], side: str
+) -> None:
+    backend = build(side)
+    state = backend.init(Snapshot.start(initial_weights(backend.shapes(), 0, "float64")))
+    images, labels = batches(2)
+    said_before = backend.masks(state, labels.shape)
+    expected = {name: mask.copy() for name, mask in said_before.items()}
+    assert set(expected) == set(backend.dropout_layers())
+    for name, layer in backend.dropout_layers().items():
+        assert expected[name].shape == (2, 8, *layer.shape) and 0 < expected[name].mean() < 1
+    state, _ = backend.train_steps(state, images, labels)
+    for name, mask in said_before.items():
+        np.testing.assert_array_equal(mask, expected[name])
+    after = backend.masks(state, labels[0].shape)  # of the third step
+    assert any((after[name] != mask[1]).any() for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("late", [0, 4])
+def test_a_mask_that_differs_is_named_by_its_step(
+    file: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    from lockstep.backends.flax_backend import backend as flax_backend
+
+    def other(layers: Any, seed: int, step: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        found = {name: mask.copy() for name, mask in masks(layers, seed, step, shape).items()}
+        for number in range(shape[0]) if len(shape) > 1 else ():
+            if step + number >= late:
+                found["features.1.mask"][number, 0, 0] ^= True
+        return found
+
+    model = f"{file}:PAIR"
+    config = Config(model=model, pair=source_digest(model), steps=6, batch_size=8, lr=0.1)
+    config = config.resolve(len(digits.train_images))
+    torch, flax = (
+        backends.load(side)(config, 10, "float64", "cpu", "off") for side in ("torch", "flax")
+    )
+    assert same_run(torch, flax, digits, config)  # the control
+    monkeypatch.setattr(flax_backend, "draw_masks", other)
+    found = same_run(torch, flax, digits, config)
+    assert not found and found.first_divergence is not None and found.location is not None
+    place = found.first_divergence
+    assert (place.step, place.stage, place.tensor) == (late, "data", "batch")
+    said = "images and labels are equal: the masks of dropout differ"
+    assert found.location.pattern == (said if late < 2 else None)

@@ -98,6 +98,9 @@ class Notebook:
             state.step + 1.0, state.step + 0.5, 0.25
         )
 
+    def masks(self, state: Any, shape: Any) -> dict[str, np.ndarray]:
+        return {}
+
     def train_steps(
         self, state: State, images: np.ndarray, labels: np.ndarray
     ) -> tuple[State, Metrics]:
@@ -237,6 +240,9 @@ class ModeKept(Notebook):
     def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         self.evaluation_mode = True
         return super().evaluate(state, images, labels)
+
+    def masks(self, state: Any, shape: Any) -> dict[str, np.ndarray]:
+        return {}
 
     def train_steps(
         self, state: State, images: np.ndarray, labels: np.ndarray
