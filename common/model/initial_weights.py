@@ -26,7 +26,7 @@ def initial_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -
     Embeddings are normal; a norm begins as the identity, with the running statistics of normalised
     data. A network's own bare parameters, for which neither library has a default, are normal with
     standard deviation 0.02, as in vision transformers. Drawn in float64 and rounded to `dtype`, so
-    that all lenses start from the same weights. Each tensor has its own stream, so the order of
+    that all precisions start from the same weights. Each tensor has its own stream, so the order of
     `shapes` does not matter.
     """
     return {name: _initial(name, shapes, seed).astype(numpy_dtype(dtype)) for name in shapes}

@@ -405,7 +405,7 @@ def test_a_late_fault_is_not_taken_for_chaos(
     ("fault", "stage"),
     [("flatten-order", "forward"), ("momentum-089", "update"), ("classes-moved", "evaluate")],
 )
-def test_a_broken_port_disagrees_in_the_production_lens_too(
+def test_a_broken_port_disagrees_in_the_precision_it_trains_in_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Path, fault: str, stage: str
 ) -> None:
     options = [*SHORT, "--dtype", "float32", "--twins", "1", "--steps", "100", "--out", tmp_path]

@@ -268,6 +268,7 @@ def test_a_backend_says_which_masks_it_trains_with_and_training_leaves_them(
     assert any((after[name] != mask[1]).any() for name, mask in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 4])
 def test_a_mask_that_differs_is_named_by_its_step(
     file: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch, late: int
