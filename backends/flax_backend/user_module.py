@@ -97,6 +97,12 @@ def build_module(model: str, classes: int, device: str, seed: int) -> nnx.Module
     return module
 
 
+def exchanged(model: str, classes: int, device: str) -> list[str]:
+    """The layers of the user's module that `use_exact_sums` replaces, by Flax's names."""
+    layers = nnx.iter_modules(build_module(model, classes, device, seed=0))
+    return [".".join(map(str, path)) for path, layer in layers if exact_layer(layer) is not None]
+
+
 def declared_names(model: str) -> dict[str, str]:
     return {name: name for name in pair.load(model).names.values()}
 

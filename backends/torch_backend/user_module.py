@@ -33,7 +33,16 @@ def build(model: str, classes: int, device: str) -> nn.Module:
     if model in MODELS:
         with torch.device("meta"):  # so that PyTorch draws no random weights
             return network(classes, device)
-    pair = pairs.load(model)
+    pair, module = pairs.load(model), build_module(model, classes)
+    with pairs.user_code_errors(model, "torch", "copy its module"):
+        module = use_exact_sums(module)
+    convert.attach_names(module, pair.names, pair.flattened)
+    return module
+
+
+def build_module(model: str, classes: int) -> nn.Module:
+    """The user's module, with the weights that it draws."""
+    network = pairs.network(model, "torch")
     with torch.random.fork_rng(devices=[]), pairs.user_code_errors(model, "torch", "build"):
         module = network(classes)
     if not isinstance(module, nn.Module):
@@ -41,10 +50,13 @@ def build(model: str, classes: int, device: str) -> nn.Module:
             f"--model {model}: torch builds a {type(module).__name__}: "
             "let it build a torch.nn.Module"
         )
-    with pairs.user_code_errors(model, "torch", "copy its module"):
-        module = use_exact_sums(module)
-    convert.attach_names(module, pair.names, pair.flattened)
     return module
+
+
+def exchanged(model: str, classes: int, device: str) -> list[str]:
+    """The layers of the user's module that `use_exact_sums` replaces, by PyTorch's names."""
+    layers = build_module(model, classes).named_modules()
+    return [name for name, layer in layers if exact_layer(layer) is not None]
 
 
 def own_start(model: str, classes: int, device: str, seed: int) -> Arrays:

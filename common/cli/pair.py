@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lockstep.common.backends import BackendPackage
@@ -56,8 +57,12 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         backends.build(config, len(dataset.classes), device, "off", name, "float64")
         for name in BACKENDS
     )
-    found, starts = pair_check.measure(torch, flax, config, dataset), None
+    found, starts, exchanged = pair_check.measure(torch, flax, config, dataset), None, {}
     if model not in MODELS:
+        exchanged = {
+            name: user_module(backends, name).exchanged(model, len(dataset.classes), device)
+            for name in BACKENDS
+        }
         draws = own_draws(backends, model, len(dataset.classes), device)
         starts = initialisation.compare_starts(draws)
         if found.first_difference is None:
@@ -68,6 +73,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         "command": program.typed(invocation.arguments),
         "model": model,
         **found.to_json(),
+        "exchanged": exchanged,
         "starts": None if starts is None else [dataclasses.asdict(start) for start in starts],
     }
     terminal.table(*pair_check.table(found))
@@ -75,6 +81,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         write_json(report, options.out)
     if report["first_difference"] is not None:
         terminal.located(report["first_difference"])
+    if any(exchanged.values()):
+        terminal.print_always(pair_check.exchange(exchanged))
     if starts is not None:
         terminal.print_always(initialisation.sentence(starts, len(found.tensors)))
         if starts:
@@ -90,8 +98,10 @@ def own_draws(
 ) -> dict[str, Callable[[int], Arrays]]:
     """By backend, what the user's module starts from with a seed."""
     return {
-        name: functools.partial(
-            backends.module(f"{name}_backend.user_module").own_start, model, classes, device
-        )
+        name: functools.partial(user_module(backends, name).own_start, model, classes, device)
         for name in BACKENDS
     }
+
+
+def user_module(backends: BackendPackage, name: str) -> ModuleType:
+    return backends.module(f"{name}_backend.user_module")

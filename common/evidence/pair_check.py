@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.judge import INITIAL_TWINS
 from lockstep.common.verdict.statistics import PROOF_BOUND
 
+SIDES = {"torch": "PyTorch", "flax": "Flax"}
 AT_ZERO = (
     "an activation whose derivative at 0 differs: that of `jnp.maximum(x, 0)` is one half, that of a "
     "`relu` is 0; biases that start at zero show it"
@@ -205,3 +206,15 @@ def sentence(report: PairCheck) -> str:
         f"{report.gaps['forward']:.1e}, gradients within {report.gaps['backward']:.1e} (bound "
         f"{report.bound:g} of a tensor's largest entry)."
     )
+
+
+def exchange(layers: Mapping[str, Sequence[str]]) -> str:
+    """Which of the user's layers Lockstep computes by its own, in words.
+
+    Args:
+        layers: by backend, their names.
+    """
+    named = "; ".join(
+        f"{SIDES[side]}'s {', '.join(names)}" for side, names in layers.items() if names
+    )
+    return f"Lockstep computes these layers by its own, whose sums are more exact: {named}."

@@ -113,15 +113,12 @@ SECTIONS = (
                 "user_module.py",
                 SETTINGS,
                 "build",
+                "build_module",
                 "own_start",
+                "exchanged",
                 "validate_module",
                 "use_exact_sums",
                 "exact_layer",
-            ),
-            Pair(
-                None,
-                "user_module.py:build_module",
-                "In PyTorch, `build` does this: its generator is set from outside.",
             ),
             Pair(None, "user_module.py:declared_names", "In PyTorch, `attach_names`."),
             Pair(

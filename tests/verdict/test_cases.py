@@ -128,8 +128,10 @@ def test_the_same_network_that_starts_otherwise_is_the_same_and_its_start_is_nam
     said = {start["name"]: (start["torch"], start["flax"]) for start in report["starts"]}
     assert set(said) == {"conv1.kernel", "conv2.kernel", "bn.scale", "fc.kernel"}
     assert said["bn.scale"] == ("all 0", "all 1") and said["fc.kernel"][1] == "all 1e+03"
+    assert report["exchanged"] == {"torch": ["bn"], "flax": ["conv1", "conv2", "fc"]}
     printed = " ".join(capsys.readouterr().out.split())
     assert "start otherwise, in 4 of 8 tensors" in printed
+    assert "more exact: PyTorch's bn; Flax's conv1, conv2, fc." in printed
     # The control: one module against itself, with other seeds.
     start = functools.partial(own_start, case("own_start.py"), 10, "cpu")
     assert compare_starts({"torch": start, "flax": lambda seed: start(100 + seed)}) == ()
