@@ -547,6 +547,32 @@ def test_a_schedule_that_is_restored_before_any_step_goes_on_bit_for_bit(kind: s
             )
 
 
+@pytest.mark.parametrize("dampening", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+def test_a_restored_state_is_one_of_its_optimizer(momentum: float, dampening: float) -> None:
+    config = replace(plain(), momentum=momentum, dampening=dampening)
+    parameters = {name: jnp.ones(size) for name, size in SIZES.items()}
+    fresh = flax_side.make_optimizer(config, np.dtype(np.float64)).init(parameters)
+    restored = flax_side.restore_schedule(config, fresh, {"lr": config.lr}, 7)
+    assert jax.tree.structure(restored) == jax.tree.structure(fresh)
+    counts = {int(leaf) for leaf in jax.tree.leaves(restored) if leaf.dtype == jnp.int32}
+    assert counts == {7}
+    # a buffer is part of a snapshot from the first step on, if there is one
+    exported = [set(flax_side.export_momentum(config, restored, step)) for step in (0, 1)]
+    assert exported == [set(), set(SIZES) if momentum else set()]
+
+
+@pytest.mark.parametrize(("lr", "scale"), [(0.5, 0.2), (2.0, 0.05)])
+def test_a_plateau_stops_at_its_smallest_learning_rate(lr: float, scale: float) -> None:
+    schedule = Schedule("plateau", window=1, patience=0, gamma=0.1, min_lr=0.1)
+    config = replace(plain(), lr=lr, schedule=schedule.resolve(STEPS))
+    plateau = flax_side.reduce_on_plateau(config)
+    state: Any = plateau.init({"w": jnp.ones(1)})
+    for _ in range(30):
+        _, state = plateau.update({"w": jnp.ones(1)}, state, {"w": jnp.ones(1)}, value=1.0)
+    assert float(state.scale) == pytest.approx(scale)
+
+
 @pytest.mark.parametrize(
     "journey", slow_except(JOURNEYS, "plain", "multistep-dampening", "plateau")
 )
