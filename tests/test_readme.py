@@ -153,8 +153,8 @@ def peers() -> str:
     diverged = ", ".join(f"{dtype} {rates[dtype, LOCKSTEP]['diverged']}" for dtype in DTYPES)
     note = (
         f"In bfloat16 {line['alarms']} of {line['pairs']} pairs raise a false alarm of Lockstep ({low:.1f} to "
-        f"{high:.1f} %), and in mixed precision {mixed['alarms']} of {mixed['pairs']}. Pairs whose two runs are not "
-        f"finite from the same step on are not counted: {diverged}. Intervals: 95 %, Clopper and Pearson."
+        f"{high:.1f} %), and in mixed precision {mixed['alarms']} of {mixed['pairs']}. Pairs whose two runs "
+        f"diverge together are not counted: {diverged}. Intervals: 95 %, Clopper and Pearson."
     )
     return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
 
