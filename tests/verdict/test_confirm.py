@@ -122,6 +122,9 @@ def test_a_step_that_fails_from_one_state_is_the_fault(replayed: list[Any]) -> N
     assert found.first_divergence.message.startswith("update: step 27: fc1.bias: torch=1 flax=1.5")
     assert found.location.divergence == found.first_divergence
     assert "replayed: twins explain the gap" in found.location.method
+    assert found.location.method.endswith(
+        "take step 27 otherwise from the state that torch had before it"
+    )
     assert found.location.pattern == "flax is 1.5 times torch"
 
 
@@ -280,6 +283,7 @@ def test_the_growth_of_the_gap_is_told_with_its_largest_factor_in_one_step() -> 
     # The control: rounding below an ulp of the loss is no growth of its own.
     torch, flax = runs(GROWING).values()
     assert growth(torch, flax, ()).factor < 6
+    assert growth(torch, torch, ()).factor == 1
     said: Any = {"dtype": "float64", "growth": {**found.__dict__}}
     [text] = notes(said)
     assert "grew from 4.4e-16 at step 10 to" in text
