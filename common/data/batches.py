@@ -51,13 +51,13 @@ def order_digest(config: Config, images: int) -> str:
 
 # --- Digests of single batches
 
-EVERY = 4  # of an image's rows and of its columns, for the digest of a batch
+EVERY = 8  # of an image's rows and of its columns, for the digest of a batch
 
 
 def batch_digests(
     images: np.ndarray, labels: np.ndarray, masks: Mapping[str, np.ndarray] | None = None
 ) -> np.ndarray:
-    """A digest of each batch: a weighted sum, modulo 2^64, of the bits of one pixel in 16, of all
+    """A digest of each batch: a weighted sum, modulo 2^64, of the bits of one pixel in 64, of all
     labels, and of the masks of dropout.
 
     It changes with an image, a label, their order, and a crop. The digest of every pixel would take
