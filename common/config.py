@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from lockstep.common.errors import ConfigError, did_you_mean, nearest
 
 BACKENDS = ("torch", "flax")
+FRAMEWORKS = {"torch": "PyTorch", "flax": "Flax"}  # by backend, as a user knows them
 MAX_COUNT = 2**31 - 1  # optax counts steps in int32
 MAX_NUMBER = 1e30  # so that no option overflows in float32
 DTYPES = ("float64", "float32", "bfloat16", "mixed_bfloat16")  # the last one by Keras' name

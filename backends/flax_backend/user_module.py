@@ -108,7 +108,7 @@ def declared_names(model: str) -> dict[str, str]:
 
 
 def own_start(model: str, classes: int, device: str, seed: int) -> protocol.Arrays:
-    """What the user's module itself starts from with this seed, by canonical name."""
+    """The initial tensors that the user's module draws with this seed, by canonical name."""
     module = build_module(model, classes, device, seed)
     _, parameters, statistics, _ = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
     names = split_module(module, declared_names(model)).names

@@ -60,7 +60,7 @@ def exchanged(model: str, classes: int, device: str) -> list[str]:
 
 
 def own_start(model: str, classes: int, device: str, seed: int) -> Arrays:
-    """What the user's module itself starts from with this seed, by canonical name."""
+    """The initial tensors that the user's module draws with this seed, by canonical name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(model, classes, device)

@@ -96,7 +96,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 def own_draws(
     backends: BackendPackage, model: str, classes: int, device: str
 ) -> dict[str, Callable[[int], Arrays]]:
-    """By backend, what the user's module starts from with a seed."""
+    """By backend, a function from a seed to the initial tensors of the user's module."""
     return {
         name: functools.partial(user_module(backends, name).own_start, model, classes, device)
         for name in BACKENDS

@@ -1,7 +1,7 @@
-"""How the two modules of a pair start: are their initial weights drawn alike?
+"""Do the two modules of a pair draw their initial weights from the same distributions?
 
-Lockstep trains both from the same weights, so a port that starts otherwise agrees. Trained by
-itself, it does not learn alike. Each module is built `DRAWS` times, with other seeds, and the
+Lockstep trains both from the same weights, so it cannot see a difference there. A port that is
+trained alone learns differently. Each module is built `DRAWS` times, with other seeds, and the
 entries of each tensor are compared as two samples.
 """
 
@@ -14,33 +14,31 @@ import numpy as np
 
 from lockstep.common.protocol import Arrays
 
-Draw = Callable[[int], Arrays]  # by seed, what a module starts from, by canonical name
+Draw = Callable[[int], Arrays]  # by seed, the initial tensors of a module, by canonical name
 
 DRAWS = 20
-# Of a false alarm per tensor and test. The largest difference of two samples' distribution
-# functions (Kolmogorov and Smirnov) sees another gain, fan or shape; the extremes see a tail that
-# is cut off.
+# The probability of a false alarm, per tensor and test. The test of Kolmogorov and Smirnov sees
+# another gain, fan or shape; that of the outermost entries sees a truncated tail.
 LEVEL = 1e-6
 MAX_ENTRIES = 200_000  # of a tensor, over all draws; more are thinned out
 
 
 @dataclass(frozen=True)
 class StartDifference:
-    """A tensor that the two modules start otherwise."""
+    """A tensor whose initial values the two modules draw from different distributions."""
 
     name: str  # canonical
     torch: str  # its distribution in words
     flax: str
 
 
-def compare_starts(draws: Mapping[str, Draw], number: int = DRAWS) -> tuple[StartDifference, ...]:
-    """The tensors that two modules start otherwise, in the order of the first.
+def compare_starts(draws: Mapping[str, Draw]) -> tuple[StartDifference, ...]:
+    """The tensors whose initial values two modules draw differently, in the order of the first.
 
     Args:
         draws: by backend; both give the same tensors.
-        number: of seeds.
     """
-    ours, theirs = ([draw(seed) for seed in range(number)] for draw in draws.values())
+    ours, theirs = ([draw(seed) for seed in range(DRAWS)] for draw in draws.values())
     found = []
     for name in ours[0]:
         a, b = (sample([drawn[name] for drawn in side]) for side in (ours, theirs))
@@ -102,16 +100,16 @@ def in_words(entries: np.ndarray) -> str:
 
 
 def sentence(found: tuple[StartDifference, ...], tensors: int) -> str:
-    """What `pair` says of the two starts."""
+    """The result in plain words."""
     if not found:
         return f"Both modules draw their initial weights alike, as far as {DRAWS} draws show."
     return (
-        f"The two modules start otherwise, in {len(found)} of {tensors} tensors: trained by "
-        "themselves, they would not learn alike. Lockstep trains both from the same weights."
+        f"The two modules draw different initial values for {len(found)} of {tensors} tensors. "
+        "Lockstep trains both from the same weights; trained alone, they would differ."
     )
 
 
 def table(found: tuple[StartDifference, ...]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Column names and lines."""
     rows = [(start.name, start.torch, start.flax) for start in found]
-    return ("starts otherwise", "PyTorch", "Flax"), rows
+    return ("initial values", "PyTorch", "Flax"), rows

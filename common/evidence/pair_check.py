@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.common import data
-from lockstep.common.config import Config
+from lockstep.common.config import FRAMEWORKS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
@@ -28,7 +28,6 @@ from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.judge import INITIAL_TWINS
 from lockstep.common.verdict.statistics import PROOF_BOUND
 
-SIDES = {"torch": "PyTorch", "flax": "Flax"}
 AT_ZERO = (
     "an activation whose derivative at 0 differs: that of `jnp.maximum(x, 0)` is one half, that of a "
     "`relu` is 0; biases that start at zero show it"
@@ -76,9 +75,9 @@ def measure(
 
     Args:
         torch, flax: of the same tensors; see `checks.check_same`.
-        own: what PyTorch's module itself starts from; None: weights drawn from the seed. A bias
-            that starts at zero shows what an activation does there; a scale of zero hides what is
-            before it.
+        own: the initial tensors of PyTorch's module; None: weights that Lockstep draws. A bias
+            that starts at zero shows the derivative of an activation there; a scale that starts at
+            zero hides the layers before it.
     """
     shapes, sides = torch.shapes(), (torch, flax)
     indices = next(data.batch_indices(config, len(dataset.train_images)))
@@ -209,12 +208,12 @@ def sentence(report: PairCheck) -> str:
 
 
 def exchange(layers: Mapping[str, Sequence[str]]) -> str:
-    """Which of the user's layers Lockstep computes by its own, in words.
+    """The layers of the user's that Lockstep replaces, in a sentence.
 
     Args:
         layers: by backend, their names.
     """
     named = "; ".join(
-        f"{SIDES[side]}'s {', '.join(names)}" for side, names in layers.items() if names
+        f"{', '.join(names)} in {FRAMEWORKS[side]}" for side, names in layers.items() if names
     )
-    return f"Lockstep computes these layers by its own, whose sums are more exact: {named}."
+    return f"Lockstep replaces these layers by its own, which sum more exactly: {named}."

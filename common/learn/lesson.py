@@ -9,11 +9,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lockstep.common.config import BACKENDS
+from lockstep.common.config import BACKENDS, FRAMEWORKS
 from lockstep.common.learn import alignment
 from lockstep.common.learn.faults_report import FaultRow, FaultsReport
 from lockstep.common.learn.lesson_text import AFTERWARDS, SECTIONS, LessonNote, LessonSection
-from lockstep.common.learn.side_by_side import NAMES, Cell, prose
+from lockstep.common.learn.side_by_side import Cell, prose
 from lockstep.common.learn.sources import Definition, SourceError, find, read_file
 from lockstep.common.report.template import write_page
 
@@ -73,7 +73,7 @@ def write_lesson_page(
         sections=shown,
         afterwards=[(prose(title), prose(text)) for title, text in AFTERWARDS],
         files=FILES,
-        names=NAMES,
+        names=FRAMEWORKS,
         data=" and ".join(data["name"] for data in faults_report["data"]),
         highlight=alignment.stylesheet(),
     )

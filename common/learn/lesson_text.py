@@ -1,4 +1,4 @@
-"""What the lesson says: sections of the two programs, and notes on their lines."""
+"""The text of the lesson: sections of the two programs, and notes on their lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LessonNote:
     torch: str | None  # text of one line of the section, and of no other; None: of no line
     flax: str | None
     text: str
-    missed: str  # what goes wrong if it is missed
+    missed: str  # the mistake of those who miss it
     fault: str | None = None  # of the catalogue, which shows it
 
 
@@ -84,7 +84,8 @@ SECTIONS = (
     LessonSection(
         "step",
         "2. One training step",
-        "Here the two part. PyTorch records what you do and stores gradients in the parameters. "
+        "Here the two differ most. PyTorch records each operation and stores gradients in the "
+        "parameters. "
         "JAX takes a function and returns another one, which computes the gradients.",
         {"torch": ("train_step",), "flax": ("train_step",)},
         (
@@ -92,12 +93,13 @@ SECTIONS = (
                 "What `jit` runs, and how often",
                 None,
                 "@nnx.jit",
-                "The first call runs the Python code with placeholders in place of arrays. That is "
-                "tracing; what was done to the arrays is compiled, and later calls run that alone. "
+                "The first call runs the Python code with placeholders in place of arrays. This is "
+                "tracing. Then the operations on the arrays are compiled, and later calls run only "
+                "the compiled program. "
                 "Another shape or type is traced again, such as a smaller last batch. "
                 "So a `print` runs once per shape, and `if` cannot ask for an array's value.",
-                "What Python reads while tracing, such as a learning rate in a global variable, "
-                "stays as it was.",
+                "A value that Python reads while tracing, such as a learning rate in a global "
+                "variable, stays as it was.",
             ),
             LessonNote(
                 "A module is a tree of arrays",
@@ -107,7 +109,7 @@ SECTIONS = (
                 "modules. `nnx.split(model)` gives a module's structure and such a tree, "
                 "`nnx.merge` makes the module again. `nnx.jit` does both for you, and writes back "
                 "what the step changed in `model` and `optimizer`.",
-                "With `jax.jit` alone, what the step wrote is lost, such as a batch norm's "
+                "With `jax.jit` alone, all that the step wrote is lost, such as a batch norm's "
                 "statistics.",
                 "statistics-not-updated",
             ),
@@ -139,7 +141,7 @@ SECTIONS = (
                 "and `update`, and its state is a tree that goes in and comes out. "
                 "`nnx.Optimizer` holds that tree in `opt_state` and writes the new parameters into "
                 "the model.",
-                "Where the new state is dropped, each step is a first one.",
+                "If the new state is dropped, each step is a first one.",
                 "optimizer-state-lost",
             ),
         ),
@@ -152,12 +154,12 @@ SECTIONS = (
         {"torch": ("train",), "flax": ("train",)},
         (
             LessonNote(
-                "What is trained",
+                "Which variables are trained",
                 "model.parameters()",
                 "wrt=nnx.Param",
                 "PyTorch's optimizer is given parameters. Flax's is given the model and a kind of "
                 "variable: `nnx.Param`, not the statistics of a batch norm.",
-                "What the optimizer does not know is never updated.",
+                "A variable that the optimizer does not know is never updated.",
                 "layer-not-in-the-optimizer",
             ),
             LessonNote(

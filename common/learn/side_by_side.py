@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from lockstep.common.config import BACKENDS
+from lockstep.common.config import BACKENDS, FRAMEWORKS
 from lockstep.common.learn import alignment, notes, outline
 from lockstep.common.learn.alignment import Row, Token
 from lockstep.common.learn.annotations import NOTES
@@ -17,7 +17,6 @@ from lockstep.common.learn.faults_report import FaultRow, FaultsReport, FindingJ
 from lockstep.common.learn.sources import Definition, Line, header, read_backends
 from lockstep.common.report.template import write_page
 
-NAMES = {"torch": "PyTorch", "flax": "Flax"}
 # The sign between two lines, and the same in words.
 SIGNS = {
     "same": ("=", "the same in both"),
@@ -161,7 +160,7 @@ def write_read_page(
         data=" and ".join(data["name"] for data in faults_report["data"]),
         command=" ".join(["python", *faults_report["command"]]),
         signs=SIGNS,
-        names=NAMES,
+        names=FRAMEWORKS,
         highlight=alignment.stylesheet(),
     )
 

@@ -111,7 +111,7 @@ class GrowthJson(TypedDict):
     largest: float
     factor: float
     replayed: list[int]
-    beyond: NotRequired[int | None]  # the step from which on the gap is more than the twins show
+    beyond: NotRequired[int | None]  # the step from which on the gap exceeds the twins' bound
 
 
 class ComparedJson(TypedDict):

@@ -63,8 +63,8 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
             if (step := each.get("diverged_at")) is not None
         )
         end = (
-            "Both runs diverge at the same step, where the loss is not finite or is left to "
-            f"rounding ({steps}); up to there they agree: choose a smaller --lr."
+            "Both runs diverge at the same step: the loss is not finite, or so large that rounding "
+            f"decides it ({steps}). Up to there they agree: choose a smaller --lr."
         )
         return " ".join([end, *agreeing])
     return " ".join(["The two runs disagree.", *map(divergence_text, disagreeing), *agreeing])
@@ -111,9 +111,9 @@ def notes(comparison: ComparisonJson) -> list[str]:
         )
         if (step := growth.get("beyond")) is not None:
             found.append(
-                f"{comparison['dtype']}: from step {step:,} on the gap is more than the twins "
-                "show. Since each step agrees from one state, and the same runs again give the "
-                "same bits, rounding changed a sign, such as that of a rectifier's input."
+                f"{comparison['dtype']}: from step {step:,} on the gap exceeds the twins' bound. "
+                "Each step agrees from one state, and the same runs again give the same bits: "
+                "rounding changed a sign, such as that of a ReLU's input."
             )
     return found
 

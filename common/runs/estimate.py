@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lockstep.common.config import MODELS, Config
+from lockstep.common.config import FRAMEWORKS, MODELS, Config
 from lockstep.common.system import environment
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def duration(seconds: float) -> str:
 def announcement(request: Request) -> str:
     """The first line of a run: the network, the data, and about how long it takes."""
     config = request.config
-    names = " and ".join({"torch": "PyTorch", "flax": "Flax"}[name] for name in request.backends)
+    names = " and ".join(FRAMEWORKS[name] for name in request.backends)
     if config.steps is not None:
         length = f"{config.steps:,} step{'' if config.steps == 1 else 's'}"
     else:
@@ -87,7 +87,7 @@ def announcement(request: Request) -> str:
     if request.keep_records:
         verb = "Comparing"
     own = config.model in MODELS or request.weights is not None
-    start = "" if own else ", from weights that Lockstep draws and not your modules"
+    start = "" if own else ", from weights that Lockstep draws, not your modules' own"
     return (
         f"{verb} {config.model} in {names} on {data.get(request.data, request.data)}{start}: "
         f"{length} of batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"

@@ -248,13 +248,10 @@ class TrainingLoop:
             )
             labels = self.dataset.train_labels[indices]
         if self.perturbation_rng is not None:
-            seen = self._record_digests(images, labels, self._masks(labels))
+            masks = self.backend.masks(self.state, labels.shape)
+            seen = self._record_digests(images, labels, masks)
             images = perturb_one_ulp(seen, self.perturbation_rng)
         return images, labels
-
-    def _masks(self, labels: Any) -> Arrays:
-        """The masks of dropout that the next steps use."""
-        return self.backend.masks(self.state, tuple(labels.shape))
 
     def _record_digests(self, images: Any, labels: Any, masks: Arrays) -> np.ndarray:
         """Record the digests of the batches from this step on; the images, as NumPy has them."""
@@ -271,7 +268,7 @@ class TrainingLoop:
             self.first_steps |= with_step(
                 self.step, truncate_batch(self.backend.probe(self.state, images[0], labels[0]))
             )
-        masks = self._masks(labels)
+        masks = self.backend.masks(self.state, labels.shape)
         self.state, metrics = self.backend.train_steps(self.state, images, labels)
         if self.perturbation_rng is None:  # after training: a device gathers while it computes
             self._record_digests(images, labels, masks)

@@ -52,8 +52,8 @@ from lockstep.common.verdict.statistics import (
 )
 from lockstep.common.verdict.trajectory import (
     check_trajectory,
+    exploded_together_at,
     first_irreproducible_step,
-    left_to_rounding_at,
 )
 
 
@@ -127,9 +127,8 @@ def diverged_at(a: Ensemble, b: Ensemble) -> int | None:
     """The step at which both runs are not finite; None if they do not diverge together.
 
     Close to the largest number of a precision, rounding alone decides which step overflows, and
-    whether one does: below float64 the steps may differ where a run of one side shares its step
-    with one of the other, and the loss tells nothing any more where the twins of both sides left it
-    (`left_to_rounding_at`). Seen in bfloat16 at lr 1000: a loss of 1.4e29, and one that was not
+    whether one does. So below float64 the steps may differ if a run of one side shares its step with
+    one of the other, or if the twins of both sides explode (`exploded_together_at`). Seen in bfloat16 at lr 1000: a loss of 1.4e29, and one that was not
     finite; at lr 10: 1.6e34, and 13.6, while twins of either side were 3e31 apart.
     """
     steps = [side.run.first_nonfinite for side in (a, b)]
@@ -140,7 +139,7 @@ def diverged_at(a: Ensemble, b: Ensemble) -> int | None:
     found = [step for step in steps if step is not None]
     if len(found) == 2 and ours & theirs - {None}:
         return min(found)
-    return left_to_rounding_at(a, b)
+    return exploded_together_at(a, b)
 
 
 def _all_checks(

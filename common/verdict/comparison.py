@@ -148,7 +148,7 @@ class Growth:
     largest: float  # ... which is this
     factor: float  # how many times the largest so far grew in one step, at most
     replayed: tuple[int, ...]
-    beyond: int | None = None  # the step from which on the gap is more than the twins show
+    beyond: int | None = None  # the step from which on the gap exceeds the twins' bound
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Comparison:
         if self.verdict == "diverged":
             return (
                 f"both {self.dtype} runs diverge at step {self.diverged_at}, where the loss is not "
-                "finite or is left to rounding; up to there they agree"
+                "finite, or so large that rounding decides it; up to there they agree"
             )
         return f"one run: {self.dtype}, {self.steps} steps"
 

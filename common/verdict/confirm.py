@@ -3,11 +3,12 @@
 Twins may explain a gap beyond 1e-12: training amplifies the rounding of float64, too. But from one
 state, a step agrees within 1e-12 of its tensors however chaotic the run is. So the step at which
 the gap left the bound, the one before it, those at which it grew most, and two later ones are
-replayed from the reference's state, and both backends evaluate its last one; what fails is the fault and its place.
+replayed from the reference's state, and both backends evaluate its last one. The first of these
+that fails is the fault and its place.
 
-Twins may also fail to explain a gap between correct runs: where rounding changes the sign of one
-rectifier's input in a run, and in no twin, the gap jumps. Then all steps up to the one at which it
-is more than the twins show are replayed, and if they agree, the runs do.
+Twins may also fail to explain a gap between correct runs. If rounding changes the sign of one
+ReLU's input in a run, and in no twin, the gap jumps. Then the steps up to the one at which it
+exceeds the twins' bound are replayed, too, and if all agree, the runs agree.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lockstep.common.verdict.distances import abs_differences, scalar_gap
 from lockstep.common.verdict.statistics import PROOF_BOUND, SEPARATION
 
 LATER_STEPS = 2  # that are replayed after the gap left the bound: half way, and the last one
-# A bound is made of twins' spread where it is so many times the one without them.
+# Rounding is amplified where the twins make a bound so many times what it is without them.
 AMPLIFIED = 10.0
 ULP = float(np.finfo(np.float64).eps)  # a gap below it is none: growth is counted from here
 
@@ -45,9 +46,9 @@ def confirm(
     weights: Arrays | None = None,
     names_of: Callable[[str], ModuleNames] | None = None,
 ) -> Comparison:
-    """The same comparison, with how the gap grew: "agree" where all that is replayed agrees; where
-    twins explain the gap, and a step that is replayed fails, "disagree" and its place. What needed
-    no twins is returned as it is, and nothing is built.
+    """The same comparison, with how the gap grew: "agree" if all replays agree. If twins explain the
+    gap and a replay fails, "disagree" and its place. A comparison that needed no twins is returned
+    as it is, and nothing is built.
 
     Args: as of `locate.locate`.
     """
@@ -73,10 +74,10 @@ def confirm(
     place = divergence(check, names)
     modules = None if names_of is None else {name: names_of(name) for name in names}
     if check.stage == "evaluate":
-        what = f"evaluate the last state of {names[0]} otherwise"
+        what = f"the two evaluate the last state of {names[0]} differently"
     else:
-        what = f"take step {check.step} otherwise from the state that {names[0]} had before it"
-    method = f"replayed: twins explain the gap between the two runs, but not that both {what}"
+        what = f"from one state of {names[0]}, the two take step {check.step} differently"
+    method = f"replayed: twins explain the gap between the two runs, but {what}"
     location = locate.describe(place, tensors, method, together, modules)
     return replace(comparison, verdict="disagree", first_divergence=place, location=location)
 

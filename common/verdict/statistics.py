@@ -75,23 +75,22 @@ T = TypeVar("T")
 # learning rate computed in float32, 1e-8 of it.
 PROOF_BOUND = 1e-12
 
-# The same for a step that is taken again from one state, late in a float64 run. Where the terms of a
-# gradient cancel, rounding is a share of the terms and not of what is left of them, and twins of one
-# side round alike. Over 84 steps of 12 clean pairs of ResNet-20 (seeds from 5000 on) the largest gap
-# was 8.7e-13; in one pair more, 1.5e-12. To be caught: what passes through float32, 1e-8.
+# The same for a step that is replayed, late in a float64 run. If the terms of a gradient cancel, its
+# rounding is relative to the terms, not to their sum, and twins of one side share it. Over 84 steps of 12 clean pairs of ResNet-20 (seeds from 5000 on) the largest gap
+# was 8.7e-13; in one pair more, 1.5e-12. To be caught: logits that pass through float32, 1e-8.
 REPLAY_BOUND = 1e-11
 
 # `c`. Over 100 float32 and 40 bfloat16 clean pairs with two twins a side (the configurations of
 # lockstep.common.evidence.false_alarms with twice as many steps, seeds from 5000 on) the largest
 # scores were 3.4, 2.5 and 1.4, and 2.4, 1.8 and 1.6. To be caught: what is past all that runs of
 # one side do.
-# float64's counts only where a run amplifies its own rounding past PROOF_BOUND. It is larger, for what
-# all runs of one side round alike shows in no twin. The gradient of ResNet-20's first kernel is a sum
+# float64's counts only where a run amplifies its own rounding past PROOF_BOUND. It is larger, because
+# twins do not show rounding that all runs of one side share. The gradient of ResNet-20's first kernel is a sum
 # of 16,384 terms that cancel: the frameworks differ by 1.5e-14 there, and twins of Flax by 1.3e-15.
 # Over 12 pairs of ResNet-20 (digits, lr 0.05, 20 steps, seeds from 5000 on) the largest gap was 10
-# times the spread of six twins, in the variance of a batch norm; but for one pair, in which the sign
-# of a rectifier's input changed, and no `c` helps. What a `c` so large might hide is
-# asked from one state (`lockstep.common.verdict.confirm`), where twins spread by next to nothing.
+# times the spread of six twins, in the variance of a batch norm. In one more pair the sign of a ReLU's
+# input changed, where no `c` helps. Replays from one state find the faults that so large a `c` might
+# hide (`lockstep.common.verdict.confirm`).
 # Mixed precision has bfloat16's levels: over 20 clean pairs the largest score was 0.6; what is stored
 # in float32 has the floor of float32 (see `bound`).
 SEPARATION = {"float64": 64.0, "float32": 8.0, "bfloat16": 8.0, "mixed_bfloat16": 8.0}
@@ -113,8 +112,8 @@ FLIP_SHARE = 0.004
 # pairs the largest share of its bound was 0.17. To be caught: a mantissa of 10 bits in one kernel's
 # gradient, 2.7; 2 % on one kernel, 12; division by batch - 1, up to a batch of 512, 350.
 BULK = 0.5
-# Times the first loss. Where rounding alone moves the loss by so much, whether a run overflows is
-# left to rounding, too: the runs have diverged. Seen: of 300 bfloat16 pairs five, of 32 in mixed
+# Times the first loss. If rounding alone moves the loss by so much, it also decides whether a run
+# overflows: the runs have diverged. Seen: of 300 bfloat16 pairs five, of 32 in mixed
 # precision two, in which the twins of each side were 1e21 and more apart.
 EXPLODED = 1e6
 COUNT_FLOOR = 4  # times SEPARATION_IMAGES; two predictions were seen to differ where no twin's did

@@ -214,7 +214,7 @@ def first_irreproducible_step(side: Ensemble) -> int | None:
     return int(np.argmax(unequal)) if unequal.any() else None
 
 
-def left_to_rounding_at(a: Ensemble, b: Ensemble) -> int | None:
+def exploded_together_at(a: Ensemble, b: Ensemble) -> int | None:
     """The step from which on rounding alone moves the loss by more than `EXPLODED` times the first
     one, on both sides in one range of steps or in the next; None if it does not."""
     starts = [_exploded_at(side) for side in (a, b)]

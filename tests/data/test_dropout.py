@@ -4,7 +4,7 @@ would leave of them."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,9 @@ def test_a_mask_that_differs_is_named_by_its_step(
 ) -> None:
     from lockstep.backends.flax_backend import backend as flax_backend
 
-    def other(layers: Any, seed: int, step: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    def other(
+        layers: Mapping[str, Dropout], seed: int, step: int, shape: tuple[int, ...]
+    ) -> dict[str, np.ndarray]:
         found = {name: mask.copy() for name, mask in masks(layers, seed, step, shape).items()}
         for number in range(shape[0]) if len(shape) > 1 else ():
             if step + number >= late:

@@ -111,6 +111,6 @@ def test_the_sentence_counts_and_the_table_names_them() -> None:
     assert compare_starts({"torch": lambda _: none, "flax": lambda _: none}) == ()
     assert "draw their initial weights alike" in sentence((), 4)
     found = compare_starts({"torch": draw(STARTS["zeros"], 0), "flax": draw(STARTS["ones"], 0)})
-    assert "start otherwise, in 1 of 4 tensors" in sentence(found, 4)
+    assert "different initial values for 1 of 4 tensors" in sentence(found, 4)
     columns, rows = table(found)
     assert columns[1:] == ("PyTorch", "Flax") and rows == [("conv.kernel", "all 0", "all 1")]

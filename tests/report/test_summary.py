@@ -127,8 +127,8 @@ def test_runs_that_end_together_are_neither_the_same_nor_different() -> None:
     report["verdict"] = report["lenses"][0]["verdict"] = "diverged"
     report["lenses"][0]["diverged_at"] = 1_234
     assert sentence(report) == (
-        "Both runs diverge at the same step, where the loss is not finite or is left to rounding "
-        "(float64: step 1,234); up to there they agree: choose a smaller --lr. "
+        "Both runs diverge at the same step: the loss is not finite, or so large that rounding "
+        "decides it (float64: step 1,234). Up to there they agree: choose a smaller --lr. "
         "float32 within what rounding explains."
     )
     assert "float64, 40 steps: the runs diverge together" in printed(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ class Notebook:
             state.step + 1.0, state.step + 0.5, 0.25
         )
 
-    def masks(self, state: Any, shape: Any) -> dict[str, np.ndarray]:
+    def masks(self, state: object, shape: Sequence[int]) -> dict[str, np.ndarray]:
         return {}
 
     def train_steps(
@@ -240,9 +240,6 @@ class ModeKept(Notebook):
     def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         self.evaluation_mode = True
         return super().evaluate(state, images, labels)
-
-    def masks(self, state: Any, shape: Any) -> dict[str, np.ndarray]:
-        return {}
 
     def train_steps(
         self, state: State, images: np.ndarray, labels: np.ndarray

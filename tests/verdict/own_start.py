@@ -1,4 +1,4 @@
-"""The same network, started otherwise: He's normal and a scale of zero there, defaults and a head of 1000 here."""
+"""The same network with other initial weights: He's normal and a scale of zero there, defaults and a head of 1000 here."""
 
 import torch
 from flax import nnx

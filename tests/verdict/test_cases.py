@@ -130,8 +130,8 @@ def test_the_same_network_that_starts_otherwise_is_the_same_and_its_start_is_nam
     assert said["bn.scale"] == ("all 0", "all 1") and said["fc.kernel"][1] == "all 1e+03"
     assert report["exchanged"] == {"torch": ["bn"], "flax": ["conv1", "conv2", "fc"]}
     printed = " ".join(capsys.readouterr().out.split())
-    assert "start otherwise, in 4 of 8 tensors" in printed
-    assert "more exact: PyTorch's bn; Flax's conv1, conv2, fc." in printed
+    assert "different initial values for 4 of 8 tensors" in printed
+    assert "more exactly: bn in PyTorch; conv1, conv2, fc in Flax." in printed
     # The control: one module against itself, with other seeds.
     start = functools.partial(own_start, case("own_start.py"), 10, "cpu")
     assert compare_starts({"torch": start, "flax": lambda seed: start(100 + seed)}) == ()

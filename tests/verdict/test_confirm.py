@@ -122,9 +122,7 @@ def test_a_step_that_fails_from_one_state_is_the_fault(replayed: list[Any]) -> N
     assert found.first_divergence.message.startswith("update: step 27: fc1.bias: torch=1 flax=1.5")
     assert found.location.divergence == found.first_divergence
     assert "replayed: twins explain the gap" in found.location.method
-    assert found.location.method.endswith(
-        "take step 27 otherwise from the state that torch had before it"
-    )
+    assert found.location.method.endswith("one state of torch, the two take step 27 differently")
     assert found.location.pattern == "flax is 1.5 times torch"
 
 
@@ -146,7 +144,7 @@ def test_a_gap_beyond_the_twins_is_rounding_where_every_step_agrees_from_one_sta
     assert found.verdict == "agree" and found.first_divergence is None
     assert found.growth is not None and found.growth.beyond == 20
     _, text = notes({"dtype": "float64", "growth": {**found.growth.__dict__}})  # pyright: ignore
-    assert "from step 20 on the gap is more than the twins show" in text
+    assert "from step 20 on the gap exceeds the twins' bound" in text
     # the control: a step fails
     replayed[0] = Check(17, "update", "fc1.bias", 0.5, 1e-12), (None, None), None
     of = beyond_twins(spread=spread)
@@ -231,7 +229,7 @@ class Evaluator:
         (0.5 + 1.2e-12, "test loss"),
     ],
 )
-def test_what_evaluates_one_state_otherwise_is_the_fault(
+def test_an_evaluation_of_one_state_that_differs_is_the_fault(
     replayed: list[Any], monkeypatch: pytest.MonkeyPatch, loss: float, tensor: str | None
 ) -> None:
     labels = np.arange(4)
@@ -252,7 +250,9 @@ def test_what_evaluates_one_state_otherwise_is_the_fault(
     assert not found and found.location is not None and found.first_divergence is not None
     place = found.first_divergence
     assert (place.step, place.stage, place.tensor) == (STEPS, "evaluate", tensor)
-    assert found.location.method.endswith("that both evaluate the last state of torch otherwise")
+    assert found.location.method.endswith(
+        "but the two evaluate the last state of torch differently"
+    )
 
 
 def test_the_first_step_beyond_the_bound_is_that_of_the_loss_or_of_the_gradient() -> None:
