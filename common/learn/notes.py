@@ -21,6 +21,7 @@ class SourceLine(NamedTuple):
 
     definition: str  # as `models/net.py:Net.forward`
     snippet: str  # text of that line, and of no other line in the definition
+    after: str = ""  # or the first such line below the one line with this text
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,30 @@ def locate(
     Raises:
         SourceError: if a definition or a line is gone, or if a line is not the only one.
     """
-    found = []
-    for note in notes:
-        lines = {}
-        for side, (definition, snippet) in (("torch", note.torch), ("flax", note.flax)):
-            if definition not in backends[side]:
-                raise SourceError(
-                    f"{side} has no {definition}, which the note {note.title!r} names: change it"
-                )
-            lines[side] = find(backends[side][definition], definition, snippet)
-        found.append((note, lines))
-    return found
+    return [
+        (
+            note,
+            {
+                side: line_of(backends, side, source_line, f"the note {note.title!r}")
+                for side, source_line in (("torch", note.torch), ("flax", note.flax))
+            },
+        )
+        for note in notes
+    ]
+
+
+def line_of(
+    backends: Mapping[str, Mapping[str, Definition]], side: str, source_line: SourceLine, who: str
+) -> Line:
+    """The line that `who` names.
+
+    Raises:
+        SourceError: if its definition or the line is gone, or if the line is not the only one.
+    """
+    definition, snippet, after = source_line
+    if definition not in backends[side]:
+        raise SourceError(f"{side} has no {definition}, which {who} names: change it")
+    return find(backends[side][definition], definition, snippet, after)
 
 
 def check_faults(notes: Sequence[Note], names: Collection[str], rows: Sequence[FaultRow]) -> None:

@@ -1,4 +1,4 @@
-"""`read.html`: the two backends next to each other, section by section, with notes."""
+"""`read.html`: the two backends next to each other, section by section, with notes: a reference."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from lockstep.common.config import BACKENDS, FRAMEWORKS
-from lockstep.common.learn import alignment, notes, outline
+from lockstep.common.learn import alignment, contents, notes, outline, pins
 from lockstep.common.learn.alignment import Row, Token
 from lockstep.common.learn.annotations import NOTES
 from lockstep.common.learn.faults_report import FaultRow, FaultsReport, FindingJson
-from lockstep.common.learn.sources import Definition, Line, header, read_backends
+from lockstep.common.learn.sources import (
+    Definition,
+    Line,
+    SourceError,
+    header,
+    read_backends,
+)
 from lockstep.common.report.template import write_page
 
 # The sign between two lines, and the same in words.
@@ -23,7 +29,7 @@ SIGNS = {
     "similar": ("≈", "the same in other words"),
     "torch": ("←", "in PyTorch only"),
     "flax": ("→", "in Flax only"),
-    "unmatched": ("←→", "two lines that do not correspond"),
+    "unmatched": ("←→", "two lines without a partner"),
 }
 
 Backends = Mapping[str, Mapping[str, Definition]]  # by side, then by `file:name`
@@ -67,6 +73,11 @@ class ShownFault:
     notes: list[int]
     findings: list[Finding]
 
+    @property
+    def first(self) -> Finding:
+        """Where the first precision that sees it does."""
+        return next(finding for finding in self.findings if finding.step)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -92,7 +103,9 @@ class CodeRow:
 class ShownPair:
     """Two definitions next to each other, or one that has no partner."""
 
+    key: str  # for links
     title: str
+    file: str  # of the backend
     why: Markup
     where: dict[str, str]  # by side
     rows: list[CodeRow]
@@ -115,8 +128,8 @@ class ShownSection:
     key: str
     title: str
     text: Markup
-    shared: list[SharedCode]
     pairs: list[ShownPair]
+    folded: list[ShownPair]
 
 
 # --- The page
@@ -128,6 +141,7 @@ def write_read_page(
     faults_report: FaultsReport,
     names: Collection[str],
     page_notes: Sequence[notes.Note] = NOTES,
+    page_pins: Sequence[pins.Pin] = pins.PINS,
 ) -> Path:
     """Write the page to `path`; equal sources and reports give equal bytes.
 
@@ -137,8 +151,8 @@ def write_read_page(
         names: of all faults of the catalogue.
 
     Raises:
-        SourceError: if the sources, the notes and the report do not fit together; the message is
-            one line.
+        SourceError: if the sources, the notes, the pins and the report do not fit together; the
+            message is one line.
         RecordError: if the page cannot be written.
     """
     backends = read_backends(sources)
@@ -148,13 +162,20 @@ def write_read_page(
     if (sources / "tests").is_dir():
         notes.check_tests(page_notes, sources)
     shown = _numbered(page_notes, backends)
-    shared = outline.read_shared(sources)
-    page = [_section(section, backends, shared, shown) for section in outline.SECTIONS]
+    pinned = pins.locate(backends, page_pins)
+    parts = {
+        title: [_section(section, backends, pinned, shown) for section in sections]
+        for title, sections in contents.ordered().items()
+    }
     named = {fault for note in page_notes for fault in note.faults}
     return write_page(
         path,
         "read.html.jinja",
-        sections=page,
+        parts=parts,
+        shared=[
+            _shared_code(name.partition(":")[2], definition)
+            for name, definition in outline.read_shared(sources).items()
+        ],
         notes=len(shown),
         faults=[_fault(row, shown) for row in rows if row["name"] in named],
         data=" and ".join(data["name"] for data in faults_report["data"]),
@@ -170,7 +191,9 @@ def write_read_page(
 
 def _numbered(page_notes: Sequence[notes.Note], backends: Backends) -> list[ShownNote]:
     """The notes with their numbers, in the order of the page."""
-    names = [name for name, _, _ in outline.sides(outline.SECTIONS)]
+    sections = [section for part in contents.ordered().values() for section in part]
+    pairs = [pair for section in sections for half in contents.halves(section) for pair in half]
+    names = [name for pair in pairs for name in (pair.torch, pair.flax) if name]
     order = {name: place for place, name in enumerate(names)}
     found = notes.locate(page_notes, backends)
     found.sort(
@@ -242,15 +265,18 @@ def _over(finding: FindingJson) -> str:
 def _section(
     section: outline.Section,
     backends: Backends,
-    shared: Mapping[str, Definition],
+    pinned: Mapping[tuple[str, str], pins.Pinned],
     shown: Sequence[ShownNote],
 ) -> ShownSection:
+    opened, folded = (
+        [_pair(pair, backends, pinned, shown) for pair in half] for half in contents.halves(section)
+    )
     return ShownSection(
         key=section.key,
         title=section.title,
         text=prose(section.text),
-        shared=[_shared_code(name.partition(":")[2], shared[name]) for name in section.shared],
-        pairs=[_pair(pair, backends, shown) for pair in section.pairs],
+        pairs=opened,
+        folded=folded,
     )
 
 
@@ -260,32 +286,49 @@ def _shared_code(title: str, definition: Definition) -> SharedCode:
     return SharedCode(title, f"{definition.file}, {definition.span}", lines)
 
 
-def _pair(pair: outline.Pair, backends: Backends, shown: Sequence[ShownNote]) -> ShownPair:
+def _pair(
+    pair: outline.Pair,
+    backends: Backends,
+    pinned: Mapping[tuple[str, str], pins.Pinned],
+    shown: Sequence[ShownNote],
+) -> ShownPair:
     """A pair of definitions, with the notes on its PyTorch lines."""
     names = {"torch": pair.torch, "flax": pair.flax}
     found = {side: backends[side][name] for side, name in names.items() if name}
-    together = {
-        (note.at["torch"][1], note.at["flax"][1])
-        for note in shown
-        if all(note.at[side][0] == names[side] for side in BACKENDS)
-    }
-    headers = [line.number for definition in found.values() if (line := header(definition))]
-    if len(headers) == 2:
-        together.add((headers[0], headers[1]))
     numbers: dict[tuple[str, int], list[int]] = {}  # of the notes at each line
     for note in shown:
         for side in found:
             if note.at[side][0] == names[side]:
                 numbers.setdefault((side, note.at[side][1]), []).append(note.number)
-    lines = {side: definition.lines for side, definition in found.items()}
-    aligned = alignment.align(lines.get("torch", ()), lines.get("flax", ()), together)
+    name = pair.torch or pair.flax or ""
+    pins_here = pinned.get((pair.torch or "", pair.flax or ""), pins.Pinned())
     return ShownPair(
+        key="def-" + re.sub(r"\W+", "-", name),
         title=pair.title,
+        file=name.partition(":")[0],
         why=prose(pair.why),
         where={side: f"{definition.file}, {definition.span}" for side, definition in found.items()},
-        rows=_rows(aligned, found, numbers),
+        rows=_rows(aligned(pair.title, found, pins_here), found, numbers),
         notes=[note for note in shown if note.at["torch"][0] == pair.torch],
     )
+
+
+def aligned(title: str, found: Mapping[str, Definition], pinned: pins.Pinned) -> list[Row]:
+    """The lines of one or two definitions; their headers and the pinned lines are partners.
+
+    Raises:
+        SourceError: if pins cross.
+    """
+    lines = {side: definition.lines for side, definition in found.items()}
+    headers = [line.number for definition in found.values() if (line := header(definition))]
+    together = pinned.together | ({(headers[0], headers[1])} if len(headers) == 2 else set())
+    rows = alignment.align(lines.get("torch", ()), lines.get("flax", ()), together, pinned.alone)
+    paired = {(row.torch.number, row.flax.number) for row in rows if row.torch and row.flax}
+    if crossing := sorted(together - paired):
+        raise SourceError(
+            f"the pin of lines {crossing[0]} in {title} crosses another one: change pins.py"
+        )
+    return rows
 
 
 def _rows(
@@ -303,7 +346,7 @@ def _rows(
     made = []
     for row in rows:
         marked: tuple[Collection[int], Collection[int]] = ((), ())
-        if row.kind == "similar" and row.torch and row.flax:
+        if row.kind == "similar" and row.torch and row.flax and is_similar(row.torch, row.flax):
             marked = alignment.differing(
                 tokens["torch"][row.torch.number], tokens["flax"][row.flax.number]
             )
@@ -311,6 +354,11 @@ def _rows(
         torch, flax = cell("torch", row.torch, marked[0]), cell("flax", row.flax, marked[1])
         made.append(CodeRow(row.kind, style, torch, flax))
     return made
+
+
+def is_similar(torch: Line, flax: Line) -> bool:
+    """False of a pinned pair in which so much differs that marks would say nothing."""
+    return alignment.similarity(torch.text, flax.text) >= alignment.SIMILAR
 
 
 def _cell(

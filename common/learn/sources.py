@@ -150,13 +150,17 @@ def header(definition: Definition) -> Line | None:
     )
 
 
-def find(definition: Definition, name: str, snippet: str) -> Line:
-    """The one line of `definition` that holds `snippet`.
+def find(definition: Definition, name: str, snippet: str, after: str = "") -> Line:
+    """The one line of `definition` that holds `snippet`; with `after`, the first one below the one
+    line that holds that text.
 
     Raises:
         SourceError: if none does, or more than one.
     """
     lines = [line for line in definition.lines if snippet in line.text]
+    if after:
+        above = find(definition, name, after).number
+        lines = [line for line in lines if line.number > above][:1]
     if len(lines) != 1:
         times = "nowhere" if not lines else f"{len(lines)} times"
         raise SourceError(

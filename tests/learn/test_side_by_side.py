@@ -20,15 +20,26 @@ import pytest
 
 from lockstep.backends import faults
 from lockstep.common.config import BACKENDS
-from lockstep.common.learn import SourceError, alignment, notes, outline, sources, write_read_page
+from lockstep.common.learn import (
+    SourceError,
+    alignment,
+    contents,
+    notes,
+    outline,
+    pins,
+    side_by_side,
+    sources,
+    write_read_page,
+)
 from lockstep.common.learn.alignment import align, similarity
 from lockstep.common.learn.annotations import NOTES
 from lockstep.common.learn.faults_report import FaultsReport
 from lockstep.common.learn.sources import Line
-from tests.pages.browser import chromium, examine
+from tests.pages.browser import HEIGHT, chromium, examine
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [fault.name for fault in faults.FAULTS]
+MAX_SCREENS = 24  # of 1440 x 900 pixels; measured 21, and 99 before anything was folded
 AA = 4.5  # the contrast that WCAG 2 asks of text
 GROUNDS = (("#ffffff", "#f4f5f7"), ("#14171a", "#1e2328"))  # --page and --panel, light and dark
 
@@ -120,6 +131,24 @@ def test_a_function_in_two_sections_is_named() -> None:
         SourceError, match=r"^losses\.py:upcast of torch is in more than one section"
     ):
         outline.check(sources.read_backends(ROOT), twice)
+
+
+def test_the_page_has_each_section_once_and_the_training_first() -> None:
+    parts = contents.ordered()
+    keys = [section.key for sections in parts.values() for section in sections]
+    assert keys[:2] == ["model", "step"] and keys[-2:] == ["data", "setup"]
+    names = {side: set(read) for side, read in sources.read_backends(ROOT).items()}
+    for name in contents.OPEN:
+        assert name in names["torch"] | names["flax"]
+    for wrong in ({"All": keys[1:]}, {"All": keys, "Again": keys[:1]}):
+        with pytest.raises(SourceError, match="see 'model'"):
+            contents.ordered(wrong)
+    without_step = [section for section in outline.SECTIONS if section.key != "step"]
+    kept = {"All": [key for key in keys if key != "step"]}
+    with pytest.raises(
+        SourceError, match=r"opens backend\.py:Backend\._step, which is in no section"
+    ):
+        contents.ordered(kept, without_step)
 
 
 def test_what_has_no_partner_says_why() -> None:
@@ -367,6 +396,107 @@ def test_lines_without_a_partner_share_a_row_and_are_called_unmatched() -> None:
     assert kinds(torch, flax, together={(2, 3)})[1:3] == [("flax", None, 2), ("similar", 2, 3)]
 
 
+def test_a_line_that_is_alone_has_no_partner_and_shares_no_row() -> None:
+    torch, flax = lines("a = 1", "x.zero()", "b = g(2)"), lines("a = 1", "b = f(2)", "b = g(2)")
+    assert kinds(torch, flax)[1] == ("unmatched", 2, 2)
+    assert kinds(torch, flax, alone={"torch": {2}, "flax": {3}}) == [
+        ("same", 1, 1),
+        ("torch", 2, None),
+        ("similar", 3, 2),
+        ("flax", None, 3),
+    ]
+
+
+# --- Pins
+
+
+def pinned_rows(backends: Any, name: str, these: Any = pins.PINS) -> list[alignment.Row]:
+    """The rows of a pair of definitions with one name."""
+    found = {side: backends[side][name] for side in BACKENDS}
+    pinned = pins.locate(backends, these).get((name, name), pins.Pinned())
+    return side_by_side.aligned(name, found, pinned)
+
+
+def partner(rows: list[alignment.Row], snippet: str) -> tuple[str, str | None]:
+    """The kind of the row of PyTorch's line with this text, and Flax's line in it."""
+    [row] = [row for row in rows if row.torch and snippet in row.torch.text]
+    return row.kind, row.flax and row.flax.text.strip()
+
+
+def test_every_pin_pairs_its_lines_on_the_page() -> None:
+    backends = sources.read_backends(ROOT)
+    found = pins.locate(backends)
+    assert sum(len(p.together) + sum(map(len, p.alone.values())) for p in found.values()) == len(
+        pins.PINS
+    )
+    for (torch, flax), pinned in found.items():
+        definitions = {"torch": backends["torch"][torch], "flax": backends["flax"][flax]}
+        rows = side_by_side.aligned(torch, definitions, pinned)
+        paired = {(r.torch.number, r.flax.number) for r in rows if r.torch and r.flax}
+        assert pinned.together <= paired
+        alone = [r for r in rows if r.kind == "torch" and r.torch and not r.flax]
+        assert pinned.alone["torch"] <= {r.torch.number for r in alone if r.torch}
+
+
+def test_to_clear_gradients_has_no_partner_in_jax() -> None:
+    step = "backend.py:Backend._step"
+    backends = sources.read_backends(ROOT)
+    rows = pinned_rows(backends, step)
+    assert partner(rows, "optimizer.zero_grad()") == ("torch", None)
+    kind, flax = partner(rows, "loss.backward()")
+    assert kind == "similar" and flax and "jax.value_and_grad(" in flax
+    # control: nothing but the pins says so
+    assert partner(pinned_rows(backends, step, ()), "loss.backward()")[0] != "similar"
+    assert partner(pinned_rows(backends, step, ()), "optimizer.zero_grad()")[0] == "unmatched"
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+def test_a_pin_whose_line_is_gone_is_named(side: str, house: Path) -> None:
+    old, new = {
+        "torch": ("loss.backward()", "(loss * 1).backward()"),
+        "flax": ("= jax.value_and_grad(loss_of", "= jax.grad(loss_of"),
+    }[side]
+    pins.locate(sources.read_backends(house))  # the control
+    replace(house / sources.FOLDERS[side] / "backend.py", old, new)
+    with pytest.raises(SourceError, match=r"stands nowhere in backend\.py:Backend\._step"):
+        pins.locate(sources.read_backends(house))
+
+
+@pytest.mark.parametrize(
+    ("pin", "said"),
+    [
+        (pins.both("backend.py:Backend._stop", "a", "b"), "torch has no backend.py:Backend._stop"),
+        (pins.torch_only("backend.py:Backend._step", "optimizer"), "stands 4 times in"),
+        (
+            pins.Pin(
+                notes.SourceLine("losses.py:cross_entropy", "F.cross_entropy"),
+                notes.SourceLine("losses.py:upcast", "return"),
+            ),
+            "losses.py:cross_entropy and losses.py:upcast, no pair of outline.py",
+        ),
+    ],
+    ids=["no such definition", "not the only line", "no pair"],
+)
+def test_a_pin_that_fits_nothing_is_refused(
+    pin: pins.Pin, said: str, report: FaultsReport, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=re.escape(said)):
+        write_read_page(tmp_path / "read.html", ROOT, report, NAMES, NOTES, [pin])
+    assert not (tmp_path / "read.html").exists()
+
+
+def test_pins_that_cross_are_refused() -> None:
+    step = "backend.py:Backend._step"
+    crossing = [
+        pins.both(step, "loss.backward()", "self.optimizer.update("),
+        pins.both(step, "optimizer.step()", "jax.value_and_grad("),
+    ]
+    backends = sources.read_backends(ROOT)
+    pinned_rows(backends, step, crossing[:1])  # the control
+    with pytest.raises(SourceError, match=r"_step crosses another one: change pins\.py"):
+        pinned_rows(backends, step, crossing)
+
+
 def test_every_line_stands_in_the_table_once_and_in_order() -> None:
     backends = sources.read_backends(ROOT)
     for name in backends["torch"].keys() & backends["flax"].keys():
@@ -455,8 +585,10 @@ class Outline(html.parser.HTMLParser):
         self.ids += [value for value in [given.get("id")] if value]
         link = given.get("href") or given.get("src") or ""
         self.links += [link.removeprefix("#")] * (tag == "a" and link.startswith("#"))
+        page_of_the_folder = tag == "a" and "/" not in link and ":" not in link
         self.fetched += [tag] * (
-            tag == "script" or (bool(link) and not link.startswith(("#", "data:")))
+            tag == "script"
+            or (bool(link) and not link.startswith(("#", "data:")) and not page_of_the_folder)
         )
 
 
@@ -477,13 +609,16 @@ def test_every_section_every_note_and_every_fault_is_on_the_page_with_its_number
     assert {section.key for section in outline.SECTIONS} <= set(ids)
     assert {f"note-{number}" for number in range(1, len(NOTES) + 1)} <= set(ids)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
+    cells = re.sub(r"<[^>]+>", "", page.replace("</td>", "|"))
     for name in {fault for note in NOTES for fault in note.faults}:
         assert f"fault-{name}" in ids
         [row] = [row for row in report["rows"] if row["name"] == name]
-        for dtype, finding in row["lenses"].items():
-            if finding["caught"]:
-                tensor = ", ".join(dict.fromkeys([finding["stage"], finding["tensor"]]))
-                gap = "undefined" if finding["gap"] is None else f"{finding['gap']:.2g}"
+        caught = {dtype: found for dtype, found in row["lenses"].items() if found["caught"]}
+        for dtype, finding in caught.items():
+            tensor = ", ".join(dict.fromkeys([finding["stage"], finding["tensor"]]))
+            gap = "undefined" if finding["gap"] is None else f"{finding['gap']:.2g}"
+            assert f"{dtype}|{finding['step']:,}|{tensor}|\n{gap}|" in cells
+            if dtype == next(iter(caught)):  # the note has the first, the table all
                 assert f"{dtype}: step {finding['step']}, {tensor}, gap {gap} (" in text
 
 
@@ -540,3 +675,17 @@ def test_the_page_can_be_read_by_everyone_on_every_screen(
     file = tmp_path / "read.html"
     file.write_text(page, encoding="utf-8")
     assert examine(browser, file) == []
+
+
+def test_the_page_is_short_until_its_folds_are_opened(
+    page: str, browser: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "read.html"
+    file.write_text(page, encoding="utf-8")
+    with browser.new_context(viewport={"width": 1440, "height": HEIGHT}) as context:
+        shown = context.new_page()
+        shown.goto(file.as_uri())
+        height = "() => document.documentElement.scrollHeight"
+        assert HEIGHT < shown.evaluate(height) <= MAX_SCREENS * HEIGHT
+        shown.evaluate("document.querySelectorAll('details').forEach(x => { x.open = true })")
+        assert shown.evaluate(height) > MAX_SCREENS * HEIGHT  # the control
