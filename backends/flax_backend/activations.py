@@ -16,12 +16,14 @@ from lockstep.common.model.layers import NORM, kind_of_class
 LAYERS = (
     nnx.Linear,
     nnx.Conv,
+    nnx.ConvTranspose,
     nnx.BatchNorm,
     nnx.InstanceNorm,
     nnx.LayerNorm,
     nnx.GroupNorm,
     nnx.RMSNorm,
     nnx.Embed,
+    nnx.MultiHeadAttention,
 )
 
 
@@ -75,7 +77,9 @@ def is_own_norm(layer: nnx.Module) -> bool:
 
 
 def has_parameters(layer: nnx.Module) -> bool:
-    return any(isinstance(value, nnx.Param) for value in vars(layer).values())
+    """Whether it has parameters of its own; an attention's are in layers within it."""
+    own = any(isinstance(value, nnx.Param) for value in vars(layer).values())
+    return own or isinstance(layer, nnx.MultiHeadAttention)
 
 
 def set_attribute(model: Any, path: tuple[Any, ...], value: Any) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.attention import dot_product_attention_weights
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
@@ -108,6 +110,23 @@ def promote_bias(
     if bias is not None:
         bias = bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
     return inputs, kernel, bias
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`nnx.dot_product_attention`, whose softmax is float32 whatever its inputs are; of float64 it
+    is float64 here. (n, length, heads, head dim), as there."""
+    if query.dtype != jnp.float64:
+        return nnx.dot_product_attention(query, key, value, bias, mask, **options)
+    weights = dot_product_attention_weights(query, key, bias, mask, **options)
+    value = jnp.repeat(value, query.shape[-2] // value.shape[-2], -2)  # heads that share a value
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
 
 
 class Mask(nnx.Variable):

@@ -17,6 +17,7 @@ from lockstep.backends.flax_backend.layers import (
     LayerNorm,
     Linear,
     Mask,
+    attention,
     convolution,
     promote_bias,
 )
@@ -36,7 +37,7 @@ from lockstep.common.model.layers import (
 )
 
 KINDS = (
-    (nnx.Conv, CONVOLUTION),
+    ((nnx.Conv, nnx.ConvTranspose), CONVOLUTION),
     ((nnx.Linear, nnx.LinearGeneral), DENSE),
     ((nnx.BatchNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm), NORM),
     (nnx.Embed, EMBEDDING),
@@ -84,7 +85,12 @@ def build_module(model: str, classes: int, device: str, seed: int) -> nnx.Module
             f"--model {model}: flax builds a {type(module).__name__}: "
             "let it build a flax.nnx.Module"
         )
-    for _, layer in nnx.iter_modules(module):
+    for path, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.ConvTranspose) and layer.transpose_kernel:
+            raise ConfigError(
+                f"--model {model}: flax's {'.'.join(map(str, path))} has transpose_kernel=True, a "
+                "layout that is not known: leave that out"
+            )
         if (
             isinstance(layer, nnx.Conv)
             and layer.conv_general_dilated is jax.lax.conv_general_dilated
@@ -94,13 +100,23 @@ def build_module(model: str, classes: int, device: str, seed: int) -> nnx.Module
             # Flax takes the parameters' dtype at the start for the one to compute in, and keeps
             # it; other layers compute in the dtype that their parameters have then.
             layer.dtype = None
+        if (
+            isinstance(layer, nnx.MultiHeadAttention)
+            and layer.attention_fn is nnx.dot_product_attention
+        ):
+            layer.attention_fn = attention  # float64 where the parameters are
     return module
 
 
 def exchanged(model: str, classes: int, device: str) -> list[str]:
-    """The layers of the user's module that `use_exact_sums` replaces, by Flax's names."""
+    """The layers of the user's module that compute otherwise here, by Flax's names: those that
+    `use_exact_sums` replaces, and attention."""
     layers = nnx.iter_modules(build_module(model, classes, device, seed=0))
-    return [".".join(map(str, path)) for path, layer in layers if exact_layer(layer) is not None]
+    return [
+        ".".join(map(str, path))
+        for path, layer in layers
+        if exact_layer(layer) is not None or getattr(layer, "attention_fn", None) is attention
+    ]
 
 
 def declared_names(model: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lockstep.backends.torch_backend.convert import ROLES, channels_axis, is_own_norm
 
+LAYERS = (*(kinds for kinds, _ in ROLES), nn.MultiheadAttention)
+
 
 @contextmanager
 def record_activations(model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -23,17 +25,22 @@ def record_activations(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if is_own_norm(layer) and not has_known_axes(layer, *inputs, output):
-                return
+            if not inputs or (is_own_norm(layer) and not has_known_axes(layer, *inputs, output)):
+                return  # no inputs: they were given by keyword, which the hook does not get
+            found = inputs[0], output
+            if isinstance(layer, nn.MultiheadAttention):  # its second output is the attention
+                found = [
+                    x if layer.batch_first else x.transpose(0, 1) for x in (found[0], output[0])
+                ]
             # Copies: the next layer may write into them, as `ReLU(inplace=True)` does.
-            seen[f"input of {name}"], seen[name] = inputs[0].clone(), output.clone()
+            seen[f"input of {name}"], seen[name] = (tensor.clone() for tensor in found)
 
         return hook
 
     known = [
         (name, layer)
         for name, layer in model.named_modules()
-        if name and (any(isinstance(layer, k) for k, _ in ROLES) or is_own_norm(layer))
+        if name and (any(isinstance(layer, k) for k in LAYERS) or is_own_norm(layer))
     ]
     layers = [(name, layer) for name, layer in known if list(layer.parameters(recurse=False))]
     handles = [layer.register_forward_hook(keep(name)) for name, layer in layers]

@@ -8,15 +8,18 @@ all three.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lockstep.backends.torch_backend import layers
+from lockstep.common.errors import ConfigError, shorten
+from lockstep.common.model import layouts
 from lockstep.common.model import names as pair_names
 from lockstep.common.model.layers import (
     ATTENTION,
@@ -52,11 +55,11 @@ KINDS = (
 def to_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> Arrays:
     """PyTorch tensors by PyTorch's names (`conv1.weight`) as canonical arrays by canonical names
     (`conv1.kernel`)."""
-    names, arrays = canonical_names(model), {}
-    for native, tensor in tensors.items():
+    names, moved, arrays = canonical_names(model), moved_layers(model), {}
+    own = {native: to_numpy(tensor) for native, tensor in tensors.items()}
+    for native, array in layouts.to_flax(own, moved).items():
         layer, _, role = native.rpartition(".")
-        array = to_numpy(tensor)
-        if flax_role(model, layer, role) == "kernel":
+        if native not in layouts.renamed(moved) and flax_role(model, layer, role) == "kernel":
             array = kernel_to_canonical(model, layer, array)
         arrays[names[native]] = np.ascontiguousarray(array)
     return arrays
@@ -64,37 +67,44 @@ def to_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> Arrays:
 
 def from_canonical(model: nn.Module, arrays: Arrays) -> dict[str, Tensor]:
     """The inverse of `to_canonical`."""
-    native_names, tensors = {name: native for native, name in canonical_names(model).items()}, {}
-    for name, array in arrays.items():
-        layer, _, role = native_names[name].rpartition(".")
-        if flax_role(model, layer, role) == "kernel":
+    native_names = {name: native for native, name in canonical_names(model).items()}
+    moved, tensors = moved_layers(model), {}
+    named = {native_names[name]: array for name, array in arrays.items()}
+    for native, array in layouts.from_flax(named, moved).items():
+        layer, _, role = native.rpartition(".")
+        if native not in layouts.sources(moved) and flax_role(model, layer, role) == "kernel":
             array = kernel_from_canonical(model, layer, array)
-        tensors[native_names[name]] = to_tensor(array)
+        tensors[native] = to_tensor(array)
     return tensors
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """The canonical names of all parameters, statistics and masks of dropout, by PyTorch's own.
+    """The canonical names of all parameters, statistics and masks of dropout, by PyTorch's own;
+    those of the layers of `layouts` by the names that they have in Flax, below PyTorch's for the
+    layer.
 
     Raises:
         ConfigError: if two tensors get one name, or the user's pair names one that does not exist.
     """
-    native = [
-        *(name for name, _ in model.named_parameters()),
-        *statistics(model),
-        *dropout_modules(model),
-    ]
-    roles = {name: flax_role(model, *name.rpartition(".")[::2]) for name in native}
+    moved = moved_layers(model)
+    parameters = [name for name, _ in model.named_parameters()]
+    native = [*layouts.in_order(parameters, moved), *statistics(model), *dropout_modules(model)]
+    roles = {name: name.rpartition(".")[2] for name in layouts.renamed(moved)}
+    roles = {n: roles.get(n) or flax_role(model, *n.rpartition(".")[::2]) for n in native}
     return pair_names.canonical_names(roles, getattr(model, "flax_names", {}), "PyTorch")
 
 
 def attach_names(
-    model: nn.Module, names: Mapping[str, str], flattened: Mapping[str, tuple[int, ...]]
+    model: nn.Module,
+    names: Mapping[str, str],
+    flattened: Mapping[str, tuple[int, ...]],
+    convert: Mapping[str, layouts.Convert] | None = None,
 ) -> None:
-    """Attach the names and the flattened shapes of the user's pair to the module."""
+    """Attach what the user's pair says of its tensors to the module."""
     vars(model)["flax_names"] = dict(names)
     if flattened:
         vars(model)["flattened"] = dict(flattened)
+    attach_converts(model, convert or {})
 
 
 def flax_role(model: nn.Module, layer: str, role: str) -> str:
@@ -106,8 +116,9 @@ def flax_role(model: nn.Module, layer: str, role: str) -> str:
 
 def layer_kinds(model: nn.Module) -> dict[str, str]:
     """What each layer is, by the class of its module and by canonical name."""
+    layers = dict(model.named_modules())  # without the parts of a packed layer
     return kinds_by_layer(
-        canonical_names(model), lambda layer: kind_of_class(model.get_submodule(layer), KINDS)
+        canonical_names(model), lambda layer: kind_of_class(layers.get(layer), KINDS)
     )
 
 
@@ -198,6 +209,87 @@ def kernel_from_canonical(model: nn.Module, layer: str, kernel: np.ndarray) -> n
         channels, *others = flattened(model)[layer]
         kernel = np.moveaxis(kernel.reshape(*others, channels, -1), -2, 0).reshape(kernel.shape)
     return kernel.transpose(1, 0)
+
+
+def attention(layer: nn.MultiheadAttention, tensors: Arrays) -> Arrays:
+    """As in `nnx.MultiHeadAttention`: one kernel each for query, key and value, (embed, heads, head
+    dim), and one for the output, (heads, head dim, embed)."""
+    heads, width, found = layer.num_heads, layer.embed_dim, {}
+    kernels = np.split(tensors["in_proj_weight"], 3)
+    for part, kernel in zip(("query", "key", "value"), kernels, strict=True):
+        found[f"{part}.kernel"] = kernel.T.reshape(width, heads, -1)
+    found["out.kernel"] = tensors["out_proj.weight"].T.reshape(heads, -1, width)
+    if "in_proj_bias" in tensors:
+        biases = np.split(tensors["in_proj_bias"], 3)
+        for part, bias in zip(("query", "key", "value"), biases, strict=True):
+            found[f"{part}.bias"] = bias.reshape(heads, -1)
+        found["out.bias"] = tensors["out_proj.bias"]
+    return found
+
+
+def transposed_convolution(layer: _ConvTransposeNd, tensors: Arrays) -> Arrays:
+    """As in `nnx.ConvTranspose`, which slides its kernel over the pixels; PyTorch adds the kernel
+    up at each, and so has it flipped: IOHW to HWIO."""
+    axes = tuple(range(2, tensors["weight"].ndim))
+    kernel = np.flip(tensors["weight"], axes).transpose(*axes, 0, 1)
+    return {"kernel": kernel} | {name: tensors[name] for name in tensors if name != "weight"}
+
+
+CONVERTS = ((nn.MultiheadAttention, attention), (_ConvTransposeNd, transposed_convolution))
+
+
+def attach_converts(model: nn.Module, declared: Mapping[str, layouts.Convert]) -> None:
+    """Attach a pair's `convert` to its module.
+
+    Raises:
+        ConfigError: if it names a layer that the module does not have.
+    """
+    found: dict[str, layouts.Convert] = {}
+    for key, function in declared.items():
+        wanted = key.split(".")
+        names = [name for name, _ in model.named_modules() if layouts.fits(wanted, name.split("."))]
+        if not names:
+            raise ConfigError(
+                f"the pair's convert names {key}, which PyTorch's module does not have: "
+                f"its layers are {shorten(name for name, _ in model.named_modules() if name)}"
+            )
+        found |= dict.fromkeys(names, function)
+    if found:
+        vars(model)["converted"] = found
+
+
+def converts(model: nn.Module) -> dict[str, layouts.Convert]:
+    """By PyTorch's name for a layer, the function from its tensors to Flax's: the pair's own, or
+    that of its kind."""
+    found: dict[str, layouts.Convert] = dict(getattr(model, "converted", {}))
+    for name, layer in model.named_modules():
+        known = next((function for kind, function in CONVERTS if isinstance(layer, kind)), None)
+        if known is not None and not is_converted(model, name):
+            found[name] = partial(known, layer)
+    return found
+
+
+def is_converted(model: nn.Module, name: str) -> bool:
+    """Whether the pair's `convert` has this layer, or one around it."""
+    return any(layouts.is_within(name, layer) for layer in getattr(model, "converted", {}))
+
+
+def moved_layers(model: nn.Module) -> dict[str, layouts.Moved]:
+    """By PyTorch's name for a layer, where its parameters lie in Flax.
+
+    Raises:
+        ConfigError: if a pair's `convert` fails, or does more than move numbers.
+    """
+    functions = converts(model)
+    if not functions:
+        return {}  # most networks
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    return {
+        layer: layouts.find_moved(
+            layer, function, {n: s for n, s in shapes.items() if layouts.is_within(n, layer)}
+        )
+        for layer, function in functions.items()
+    }
 
 
 def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]) -> Arrays:

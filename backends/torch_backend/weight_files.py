@@ -135,7 +135,7 @@ def without_buffers(entries: Mapping[str, Entry], model: str) -> dict[str, Entry
 def buffers_of(empty: nn.Module) -> dict[str, Tensor]:
     """The other entries of a state dict: a user's constants, and a batch norm's count of batches,
     which is 0 here, since nothing in these networks reads it."""
-    known = convert.canonical_names(empty)
+    known = {name for name, _ in empty.named_parameters()} | convert.statistics(empty).keys()
     buffers = {name: tensor for name, tensor in empty.state_dict().items() if name not in known}
     return {
         name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in buffers.items()

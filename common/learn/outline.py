@@ -227,6 +227,7 @@ SECTIONS = (
             Pair(None, "layers.py:Conv", "As above."),
             Pair(None, "layers.py:Conv.__call__", "As above."),
             Pair(None, "layers.py:promote_bias", "As above."),
+            Pair(None, "layers.py:attention", "In PyTorch, the softmax is of its inputs' dtype."),
             Pair(None, "user_module.py:cast_constants", "In PyTorch, `Module.to`."),
         ),
         shared=("data/dropout.py:masks",),
@@ -380,7 +381,7 @@ SECTIONS = (
                 Pair(None, f"activations.py:RecordedLayer{method}", "PyTorch has hooks.")
                 for method in ("", ".__init__", ".__call__", ".__getattr__")
             ),
-            Pair(None, "activations.py:" + SETTINGS, "PyTorch uses those in `convert.ROLES`."),
+            *same_names("activations.py", SETTINGS),
             Pair(
                 None,
                 "activations.py:has_parameters",
@@ -436,6 +437,32 @@ SECTIONS = (
                 "Flax's kernels already have the canonical layout.",
             ),
             Pair("convert.py:kernel_from_canonical", None, "As above."),
+            Pair(
+                "convert.py:attention",
+                None,
+                "As above: a packed matrix is three kernels in Flax.",
+            ),
+            Pair("convert.py:transposed_convolution", None, "As above."),
+            Pair(
+                "convert.py:attach_converts",
+                None,
+                "As above, for layers of a user's pair.",
+            ),
+            Pair(
+                "convert.py:converts",
+                None,
+                "As above, for layers of a user's pair.",
+            ),
+            Pair(
+                "convert.py:is_converted",
+                None,
+                "As above, for layers of a user's pair.",
+            ),
+            Pair(
+                "convert.py:moved_layers",
+                None,
+                "As above, for layers of a user's pair.",
+            ),
             Pair("convert.py:activation_to_canonical", None, "As above, for its activations."),
             Pair("convert.py:has_channels_first", None, "As above."),
             Pair("convert.py:channels_axis", None, "As above, for a user's own norms."),

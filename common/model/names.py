@@ -88,8 +88,14 @@ def _filled(value: str, stars: list[str]) -> str:
 
 def layer_names(names: Mapping[str, str]) -> dict[str, str]:
     """By a module's own names for its layers, the canonical ones; `names` are those of its
-    tensors."""
-    return {own.rpartition(".")[0]: name.rpartition(".")[0] for own, name in names.items()}
+    tensors. What a layer with tensors has the same name in on both sides is in it as well: the
+    attention around a query."""
+    layers = {own.rpartition(".")[0]: name.rpartition(".")[0] for own, name in names.items()}
+    for own, name in list(layers.items()):
+        (outer, _, part), (around, _, other) = own.rpartition("."), name.rpartition(".")
+        if part == other and outer:
+            layers.setdefault(outer, around)
+    return layers
 
 
 def activation_key(layers: Mapping[str, str], name: str) -> str:

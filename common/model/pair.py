@@ -43,6 +43,10 @@ class Pair:
     # Dense layers that follow a flatten, by PyTorch's name: what it unrolls, (channels, height,
     # width). PyTorch unrolls channels first and Flax last.
     flattened: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # Layers whose tensors lie otherwise in Flax, by PyTorch's name: a function from PyTorch's
+    # tensors, NumPy arrays by name below that of the layer, to Flax's. It moves numbers and changes
+    # none.
+    convert: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
 
 def load(model: str) -> Pair:
@@ -78,6 +82,11 @@ def _load_users(model: str) -> Pair:
     if not _is_dictionary(found.flattened, _is_shape):
         raise ConfigError(
             f"--model {model}: flattened must be a dictionary: a layer, and (channels, height, width)"
+        )
+    if not _is_dictionary(found.convert, callable):
+        raise ConfigError(
+            f"--model {model}: convert must be a dictionary: a layer, and a function from its "
+            "PyTorch tensors to Flax's"
         )
     return found
 

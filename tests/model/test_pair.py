@@ -505,8 +505,17 @@ REFUSED = {
         "flattened must be a dictionary: a layer, and",
     ),
     "a layer of unknown layout": (
-        "Pair(lambda classes: torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 2)), Flax)",
-        "torch's 0 is a ConvTranspose2d, whose layout is not known",
+        "Pair(lambda classes: torch.nn.Sequential(torch.nn.LSTM(3, 3)), Flax)",
+        "torch's 0 is a LSTM, whose layout is not known: add to the pair convert={'0': ...}",
+    ),
+    "a transposed kernel that is transposed": (
+        "Pair(Torch, lambda classes, rngs: nnx.Sequential(nnx.ConvTranspose(3, 3, (2, 2), "
+        "transpose_kernel=True, rngs=rngs)))",
+        "flax's layers.0 has transpose_kernel=True, a layout that is not known",
+    ),
+    "a convert that is no dictionary of functions": (
+        "pair(convert={'fc': 3})",
+        "convert must be a dictionary: a layer, and a function",
     ),
     "no builder": ("Pair(3, Flax)", "torch must be a class or a function that builds a module"),
 }
@@ -518,6 +527,7 @@ LONG = {
     "an extra layer in Flax",
     "fewer logits in Flax",
     "draws in Flax",
+    "a transposed kernel that is transposed",
 }
 
 

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from torch import nn
 
 from lockstep import backends, same_run
 from lockstep.backends.faults import inject, named
+from lockstep.backends.torch_backend import convert
 from lockstep.backends.torch_backend.user_module import own_start
 from lockstep.cli import main
 from lockstep.common.config import BACKENDS, Config
@@ -24,7 +26,7 @@ from lockstep.common.evidence import faults, judge, pair_check, train_ensemble
 from lockstep.common.evidence.initialisation import compare_starts
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.pair import source_digest
-from lockstep.common.protocol import Backend, Snapshot
+from lockstep.common.protocol import Arrays, Backend, Snapshot
 
 
 def case(name: str) -> str:
@@ -169,6 +171,26 @@ def test_one_matrix_as_embedding_and_as_head(
     if not tied:
         first = report["first_difference"]
         assert (first["stage"], first["tensor"]) == ("backward", "table.embedding")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_libraries_own_attention(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong:  # the control: the biases of query and key change places, of which no shape tells
+
+        def swapped(layer: nn.MultiheadAttention, tensors: Arrays) -> Arrays:
+            found = convert.attention(layer, tensors)
+            return found | {"key.bias": found["query.bias"], "query.bias": found["key.bias"]}
+
+        monkeypatch.setattr(convert, "CONVERTS", ((nn.MultiheadAttention, swapped),))
+    status, report = run_pair("attention.py", tmp_path)
+    assert status == (1 if wrong else 0)
+    assert report["exchanged"]["flax"] == ["attention", "head", "patches"] or wrong
+    if wrong:
+        first = report["first_difference"]
+        assert (first["stage"], first["tensor"]) == ("forward", "attention")
 
 
 @pytest.mark.slow
