@@ -102,6 +102,11 @@ class Backend(Protocol[State, Data, Tensor]):
         the class of its module. Layers of no such kind are left out."""
         ...
 
+    def module_classes(self) -> tuple[type, ...]:
+        """The classes of the network and of the modules in it, the outermost first: their sources
+        are quoted where two runs diverge."""
+        ...
+
     def dropout_layers(self) -> dict[str, Dropout]:
         """The dropout of each layer, by the canonical name of its mask."""
         ...

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lockstep.common.runs.trainer import Trainer
     from lockstep.common.verdict.comparison import Comparison
 
+VERDICTS = ("disagree", "diverged", "undecided", "agree", "single")  # the first counts
 RUNS = Path("results/runs")  # where reports go unless the user names a folder
 
 
@@ -238,9 +239,9 @@ def judge_finished(
     training: ParallelTraining, ensembles: dict[str, Ensembles], comparisons: list[Comparison]
 ) -> dict[str, Ensembles]:
     """After an interruption: what was finished, by precision; its comparisons are added to those
-    that are there."""
+    that are there. Where only more twins could tell, nothing is decided."""
     from lockstep.common.runs.ensemble import Ensemble
-    from lockstep.common.verdict.judge import judge
+    from lockstep.common.verdict.judge import judge, without_twins
 
     finished = {}
     for dtype, ensemble in ensembles.items():
@@ -250,7 +251,7 @@ def judge_finished(
             finished[dtype] = in_order(ensemble)
     for ensemble in list(finished.values())[len(comparisons) :]:
         labels = training.trainer.dataset.test_labels
-        comparisons.append(judge(ensemble, lambda name, twins: [], labels))
+        comparisons.append(without_twins(judge(ensemble, lambda name, twins: [], labels)))
     return finished
 
 
@@ -343,7 +344,7 @@ def make_report(
     }
     report = {
         "schema": 1,
-        "verdict": next(v for v in ("disagree", "diverged", "agree", "single") if v in verdicts),
+        "verdict": next(verdict for verdict in VERDICTS if verdict in verdicts),
         "cut_short": interrupted_at,
         "command": program.typed(arguments),
         "recipe": recipe,
@@ -368,8 +369,7 @@ def write_reports(
     from lockstep.common import report as reports
 
     dataset, folder = trainer.dataset, trainer.folder
-    one_batch = dataclasses.replace(trainer.config, batch_size=32, steps=1)
-    sample = next(data.batch_indices(one_batch, len(dataset.train_images)))
+    sample = data.first_seen(trainer.config, len(dataset.train_images))
     reports.write_json(report, folder)
     write_here = functools.partial(
         reports.write_pictures, folder, report, runs, dataset, twins, sample

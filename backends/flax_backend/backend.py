@@ -81,6 +81,9 @@ class FlaxBackend:
     def layer_kinds(self) -> dict[str, str]:
         return self.network.kinds
 
+    def module_classes(self) -> tuple[type, ...]:
+        return self.network.classes
+
     def dropout_layers(self) -> dict[str, Dropout]:
         return self.network.dropout_layers
 

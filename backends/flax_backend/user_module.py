@@ -56,6 +56,7 @@ class Network(NamedTuple):
     parameters: dict[str, jax.ShapeDtypeStruct]  # by canonical name
     statistics: dict[str, jax.ShapeDtypeStruct]  # by canonical name
     kinds: dict[str, str]  # of the layers, by canonical name
+    classes: tuple[type, ...]  # of the module and the modules in it
     masks: dict[str, jax.Array]  # by canonical name; with these, dropout keeps everything
     dropout_layers: dict[str, protocol.Dropout]  # by the canonical names of their masks
     constants: nnx.State  # what else the module holds
@@ -169,6 +170,7 @@ def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
         shapes(parameters),
         shapes(statistics),
         layer_kinds(module, names),
+        module_classes(module),
         masks,
         dropout_layers,
         constants,
@@ -216,6 +218,12 @@ def exact_layer(layer: nnx.Module) -> nnx.Module | None:
     if kind is not LayerNorm:
         exact.promote_dtype = promote_bias
     return exact
+
+
+def module_classes(module: nnx.Module) -> tuple[type, ...]:
+    """The module's own class first."""
+    inner = (type(each) for _, each in nnx.iter_modules(module))
+    return tuple(dict.fromkeys([type(module), *inner]))
 
 
 def layer_kinds(module: nnx.Module, names: dict[str, str]) -> dict[str, str]:

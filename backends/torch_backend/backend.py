@@ -82,6 +82,9 @@ class TorchBackend:
     def layer_kinds(self) -> dict[str, str]:
         return convert.layer_kinds(self._template)
 
+    def module_classes(self) -> tuple[type, ...]:
+        return tuple(dict.fromkeys(type(module) for module in self._template.modules()))
+
     def dropout_layers(self) -> dict[str, Dropout]:
         return self._dropout_layers
 

@@ -1,7 +1,13 @@
 """Images and labels: where they come from, in which order they are trained on, and how they are
 augmented."""
 
-from lockstep.common.data.batches import batch_digests, batch_indices, order_digest, permutation
+from lockstep.common.data.batches import (
+    batch_digests,
+    batch_indices,
+    first_seen,
+    order_digest,
+    permutation,
+)
 from lockstep.common.data.dataset import Dataset, normalise
 from lockstep.common.data.sources import check, load
 
@@ -10,6 +16,7 @@ __all__ = [
     "batch_digests",
     "batch_indices",
     "check",
+    "first_seen",
     "load",
     "normalise",
     "order_digest",

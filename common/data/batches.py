@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import struct
@@ -37,6 +38,12 @@ def batch_indices(config: Config, images: int) -> Iterator[np.ndarray]:
         for batch in range(min(left, per_epoch)):
             yield order[batch * size : (batch + 1) * size]
         left -= per_epoch
+
+
+def first_seen(config: Config, images: int, count: int = 32) -> np.ndarray:
+    """int64 (count,), or fewer: the indices of the first images that a run trains on."""
+    one_batch = dataclasses.replace(config, batch_size=count, steps=1)
+    return next(batch_indices(one_batch, images))
 
 
 def order_digest(config: Config, images: int) -> str:

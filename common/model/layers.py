@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from lockstep.common.model.names import layer_names
@@ -25,6 +25,7 @@ class ModuleNames(NamedTuple):
 
     native: Mapping[str, str]  # its own names of its tensors, by canonical name
     kinds: Mapping[str, str]  # of its layers, by canonical name
+    classes: Sequence[type] = ()  # of the module and the modules in it, the outermost first
 
 
 class NamedModule(Protocol):
@@ -32,10 +33,11 @@ class NamedModule(Protocol):
 
     def native_names(self) -> dict[str, str]: ...
     def layer_kinds(self) -> dict[str, str]: ...
+    def module_classes(self) -> tuple[type, ...]: ...
 
 
 def module_names(backend: NamedModule) -> ModuleNames:
-    return ModuleNames(backend.native_names(), backend.layer_kinds())
+    return ModuleNames(backend.native_names(), backend.layer_kinds(), backend.module_classes())
 
 
 def kind_of_class(layer: object, known: Iterable[tuple[type | tuple[type, ...], str]]) -> str:
@@ -92,6 +94,13 @@ def kind_of(tensor: str, modules: Iterable[ModuleNames]) -> str:
 def own_names(tensor: str, modules: Mapping[str, ModuleNames]) -> dict[str, str]:
     """By side, the module's own name of a tensor or layer; empty where both use one name, or a side
     does not know it."""
+    found = native_names(tensor, modules)
+    known = len(found) == len(modules) and len(set(found.values())) > 1
+    return found if known else {}
+
+
+def native_names(tensor: str, modules: Mapping[str, ModuleNames]) -> dict[str, str]:
+    """By side that knows it, the module's own name of a tensor or layer."""
     wanted, found = plain_name(tensor), {}
     for side, module in modules.items():
         layers = {name.rpartition(".")[0]: own for name, own in module.native.items()}
@@ -99,5 +108,4 @@ def own_names(tensor: str, modules: Mapping[str, ModuleNames]) -> dict[str, str]
             found[side] = module.native[wanted]
         elif wanted and wanted in layers:
             found[side] = layers[wanted].rpartition(".")[0]
-    known = len(found) == len(modules) and len(set(found.values())) > 1
-    return found if known else {}
+    return found

@@ -82,6 +82,13 @@ class EntryJson(TypedDict):
     flax: float | None
 
 
+class SourceJson(TypedDict):
+    """Lines of a network's source, with their numbers."""
+
+    file: str
+    lines: list[tuple[int, str]]
+
+
 class LocationJson(DivergenceJson):
     """Where two runs diverge, and what usually causes that."""
 
@@ -93,6 +100,8 @@ class LocationJson(DivergenceJson):
     tensors: NotRequired[int]
     common: NotRequired[str]  # ... and what these have in common
     own_names: NotRequired[dict[str, str]]  # of the tensor in each module, where they differ
+    fixes: NotRequired[list[str]]  # code that sets right what usually causes it
+    sources: NotRequired[dict[str, SourceJson]]  # by backend, the lines about that layer
 
 
 class TwinJson(TypedDict):

@@ -41,7 +41,7 @@ def sentence(report: ReportJson) -> str:
 def interrupted_text(comparisons: Sequence[ComparisonJson]) -> str:
     """The result of the precisions that were finished before an interruption."""
     verdicts = {comparison["verdict"] for comparison in comparisons}
-    found = next((v for v in ("disagree", "diverged", "agree") if v in verdicts), None)
+    found = next((v for v in ("disagree", "diverged", "undecided", "agree") if v in verdicts), None)
     return outcome(comparisons, found) if found else "Nothing was compared."
 
 
@@ -56,6 +56,12 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
         return f"The two runs agree: {'; '.join(agreement_text(each) for each in comparisons)}."
     disagreeing = [each for each in comparisons if each["verdict"] == "disagree"]
     agreeing = [agreement_text(each) + "." for each in comparisons if each["verdict"] == "agree"]
+    if undecided := [
+        undecided_text(each) for each in comparisons if each["verdict"] == "undecided"
+    ]:
+        agreeing = [*undecided, *agreeing]
+    if verdict == "undecided":
+        return " ".join(agreeing)
     if not disagreeing:
         steps = ", ".join(
             f"{each['dtype']}: step {step:,}"
@@ -70,11 +76,24 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
     return " ".join(["The two runs disagree.", *map(divergence_text, disagreeing), *agreeing])
 
 
+def undecided_text(comparison: ComparisonJson) -> str:
+    """Why nothing is decided in one precision."""
+    first = comparison["first_divergence"]
+    since = "" if first is None else f" from step {first['step']:,} on"
+    return (
+        f"{comparison['dtype']}: not decided. The runs differ{since}, and the twins that would tell "
+        "rounding from a mistake were not trained."
+    )
+
+
 def in_short(comparison: ComparisonJson) -> str:
     """One precision in one line: its verdict, the accuracy, and how many predictions are equal."""
-    verdict = {"agree": "agree", "disagree": "DISAGREE", "diverged": "diverge together"}.get(
-        comparison["verdict"], "one run"
-    )
+    verdict = {
+        "agree": "agree",
+        "disagree": "DISAGREE",
+        "diverged": "diverge together",
+        "undecided": "not decided",
+    }.get(comparison["verdict"], "one run")
     accuracy = ", ".join(
         f"{name} {percent(comparison['accuracy'][name])}" for name in trained(comparison)
     )
@@ -128,6 +147,7 @@ def heading(comparison: ComparisonJson, disagree: str) -> str:
         "agree": "the runs agree",
         "disagree": f"the runs {disagree}",
         "diverged": "the runs diverge together",
+        "undecided": "not decided",
     }.get(comparison["verdict"], "one run")
     return f"{comparison['dtype']}, {plural(comparison['steps'], 'step')}: {verdict}"
 

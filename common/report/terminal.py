@@ -206,6 +206,8 @@ class Terminal:
                 self._paragraph(f"{text}.")
         for cause in found["causes"]:
             self._paragraph(f"A likely cause: {cause}.")
+        for code in found.get("fixes", ()):
+            self._paragraph(f"Try: {code}")
 
     def _worst_entries(self, found: LocationJson) -> None:
         """The largest differences in the tensor that differs first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lockstep.common.model.layers import (
@@ -31,6 +31,7 @@ class Cause:
     text: str
     kind: str = ""  # of the layer; "" fits any
     general: bool = False  # only said where nothing else fits
+    fix: str = ""  # code to try, where a line of it says what to change
 
 
 CAUSES = (
@@ -39,12 +40,14 @@ CAUSES = (
         "images",
         "another order",
         "the channels are in another order (BGR), or the port shuffles for itself",
+        fix="images = images[..., ::-1]  # BGR to RGB",
     ),
     Cause(
         "data",
         "images",
         "times",
         "images are scaled otherwise: normalisation constants, or 255 left in",
+        fix="images = (images / 255 - mean) / std  # the same mean and std on both sides",
     ),
     Cause(
         "data",
@@ -85,6 +88,7 @@ CAUSES = (
         "",
         "another order",
         "a kernel is transposed: OIHW against HWIO, (out, in) against (in, out)",
+        fix="kernel = weight.transpose(2, 3, 1, 0)  # OIHW to HWIO; a dense one: weight.T",
     ),
     Cause(
         "weights",
@@ -98,6 +102,7 @@ CAUSES = (
         "input of",
         "another order",
         "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`",
+        fix="x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # in Flax: PyTorch's order",
     ),
     Cause(
         "forward",
@@ -121,6 +126,7 @@ CAUSES = (
         "",
         "epsilon, the variance's formula, axes, train mode on one side",
         kind=NORM,
+        fix="epsilon=1e-5  # in nnx.LayerNorm, where the default is 1e-6",
     ),
     Cause(
         "forward",
@@ -128,6 +134,7 @@ CAUSES = (
         "",
         "padding (Flax pads SAME by default), strides, dilation, kernel axes, precision (TF32)",
         kind=CONVOLUTION,
+        fix='padding=1  # in nnx.Conv, the number that nn.Conv2d has; without one Flax pads "SAME"',
     ),
     Cause(
         "forward",
@@ -156,7 +163,13 @@ CAUSES = (
         "",
         "softmax applied twice, label smoothing, a sum for a mean, a mean over padded examples",
     ),
-    Cause("backward", "", "times", "a loss summed over the batch, or scaled; gradients clipped"),
+    Cause(
+        "backward",
+        "",
+        "times",
+        "a loss summed over the batch, or scaled; gradients clipped",
+        fix="loss = losses.mean()  # not .sum()",
+    ),
     Cause(
         "backward",
         "",
@@ -176,6 +189,7 @@ CAUSES = (
         "momentum of",
         "times",
         "dampening on the first step, lr in the momentum buffer, other clipping",
+        fix="dampening=0  # in torch.optim.SGD: optax.sgd has no dampening",
     ),
     Cause(
         "update",
@@ -183,6 +197,7 @@ CAUSES = (
         "",
         "momentum, dampening, weight decay (before momentum in PyTorch), precision",
         general=True,
+        fix="optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(lr, momentum))",
     ),
     Cause(
         "update",
@@ -195,6 +210,7 @@ CAUSES = (
         r"\.(mean|var)$",
         "",
         "momentum (PyTorch's 0.1 is Flax's 0.9), or statistics that are not updated",
+        fix="momentum=0.9  # in nnx.BatchNorm, where nn.BatchNorm2d has 0.1",
     ),
     Cause(
         "update",
@@ -208,6 +224,7 @@ CAUSES = (
         "test loss",
         "",
         "batch means averaged over unequal batches, other normalisation, older weights",
+        fix="test_loss = (losses * sizes).sum() / sizes.sum()  # of batches of unequal sizes",
     ),
     Cause("evaluate", "", "another numbering", "the classes are numbered otherwise"),
     Cause(
@@ -216,6 +233,7 @@ CAUSES = (
         "",
         "a last batch left out, older weights, other normalisation, train mode left on",
         general=True,
+        fix="model.eval()  # before evaluation, on both sides",
     ),
 )
 FLOAT32 = (
@@ -261,6 +279,12 @@ def find_causes(
     ]
     said = [cause for cause in fitting if not cause.general] or fitting[:1]
     return tuple(cause.text for cause in itertools.islice(said, 2))
+
+
+def fixes(causes: Iterable[str]) -> tuple[str, ...]:
+    """The code to try for each of these causes that has some."""
+    known = {cause.text: cause.fix for cause in CAUSES if cause.fix}
+    return tuple(known[text] for text in causes if text in known)
 
 
 def kind_by_name(tensor: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
+from lockstep.common.model.sources import Excerpt
 from lockstep.common.runs.record import Segment
 from lockstep.common.verdict.check import BATCH, MEAN, Check, finite
 from lockstep.common.verdict.distances import scalar_gap
@@ -15,7 +16,9 @@ from lockstep.common.verdict.statistics import ClassDifference
 
 # "diverged": both runs reach a loss or a gradient norm that is not finite, at the same step, or,
 # below float64, a loss that rounding decides; they agree up to it.
-Verdict = Literal["agree", "disagree", "diverged", "single"]
+# "undecided": the runs differ, and the twins that tell rounding from a fault were not trained, since
+# the command was stopped.
+Verdict = Literal["agree", "disagree", "diverged", "undecided", "single"]
 
 
 class Rule(TypedDict, total=False):
@@ -116,6 +119,9 @@ class Location:
     failures: Failures | None = None  # at that step and stage, this tensor's included
     # By backend, what its module calls the tensor, where the two differ.
     own_names: Mapping[str, str] = field(default_factory=dict)
+    fixes: tuple[str, ...] = ()  # code that sets right what usually causes it
+    # By backend, the lines of its network's source that are about that layer.
+    sources: Mapping[str, Excerpt] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         names = self.divergence.names
@@ -129,11 +135,17 @@ class Location:
                 for entry in self.worst_entries
             ],
             "causes": list(self.causes),
+            "fixes": list(self.fixes),
         }
         if self.failures is not None:
             found |= dataclasses.asdict(self.failures)
         if self.own_names:
             found["own_names"] = dict(self.own_names)
+        if self.sources:
+            found["sources"] = {
+                name: {"file": each.file, "lines": [list(line) for line in each.lines]}
+                for name, each in self.sources.items()
+            }
         return found
 
 
@@ -212,6 +224,8 @@ class Comparison:
                 f"the {self.dtype} runs diverge: {found.divergence.message} "
                 f"({found.method}){causes}"
             )
+        if self.verdict == "undecided":
+            return f"not decided without twins: {self.dtype}, {self.steps} steps"
         if self.first_divergence is not None:
             return f"the {self.dtype} runs diverge: {self.first_divergence.message}"
         if self.verdict == "diverged":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,6 +61,13 @@ def judge(
             ensembles[name], added = ensemble.add_twins(twins), added or bool(twins)
         if not added:
             return comparison
+
+
+def without_twins(comparison: Comparison) -> Comparison:
+    """A comparison that may have no more twins: undecided if its verdict should wait for some."""
+    waits = twins_wanted(comparison) or differs_in_first_steps(comparison)
+    undecided = comparison.verdict == "disagree" and waits
+    return replace(comparison, verdict="undecided") if undecided else comparison
 
 
 def twins_wanted(comparison: Comparison) -> int:

@@ -21,14 +21,15 @@ from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.layers import ModuleNames, kind_of, own_names
+from lockstep.common.model.layers import ModuleNames, kind_of, native_names, own_names
 from lockstep.common.model.perturb import perturb_one_ulp
+from lockstep.common.model.sources import excerpts
 from lockstep.common.protocol import Arrays, Backend, Snapshot
 from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.system import environment
-from lockstep.common.verdict.causes import find_causes, float32_cause
+from lockstep.common.verdict.causes import find_causes, fixes, float32_cause
 from lockstep.common.verdict.check import BATCH, Check
 from lockstep.common.verdict.comparison import (
     Divergence,
@@ -86,7 +87,8 @@ def locate(
         one, other = runs.values()
         pattern = describe_batches(one, other, first.step)
         causes = find_causes(first.stage, first.tensor, pattern)
-        return Location(first, "every step's batch was recorded", pattern, (), causes)
+        method = "every step's batch was recorded"
+        return Location(first, method, pattern, (), causes, fixes=fixes(causes))
     modules = None if names_of is None else {name: names_of(name) for name in names}
     recorded = tensors_at(runs, first.step, first.stage, first.tensor)
     if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
@@ -326,8 +328,14 @@ def describe(
     causes = find_causes(first.stage, first.tensor, seen, kind)
     if first.tensor != "lr" and (cause := float32_cause(_relative_gap(tensors))):
         causes = (cause, *causes[:1])
-    own = {} if modules is None else own_names(first.tensor, modules)
-    return Location(first, method, pattern, worst_entries, causes, together, own)
+    own, sources = {}, {}
+    if modules is not None:
+        own = own_names(first.tensor, modules)
+        classes = {name: module.classes for name, module in modules.items()}
+        sources = excerpts(classes, native_names(first.tensor, modules))
+    return Location(
+        first, method, pattern, worst_entries, causes, together, own, fixes(causes), sources
+    )
 
 
 def largest_differences(a: np.ndarray, b: np.ndarray) -> tuple[Entry, ...]:

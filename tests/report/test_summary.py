@@ -135,6 +135,20 @@ def test_runs_that_end_together_are_neither_the_same_nor_different() -> None:
     assert "float64: diverge together over 40 steps" in printed(report, verbose=False)
 
 
+def test_what_only_twins_can_tell_is_called_open() -> None:
+    report = make("disagree", "agree")
+    report["cut_short"] = "torch float32 was interrupted at step 3 of 40"
+    for each in (report, report["lenses"][0]):
+        each["verdict"] = "undecided"
+    assert sentence(report) == (
+        "The run was cut short: torch float32 was interrupted at step 3 of 40. float64: not "
+        "decided. The runs differ from step 17 on, and the twins that would tell rounding from a "
+        "mistake were not trained. float32 within what rounding explains."
+    )
+    assert "float64: not decided over 40 steps" in printed(report, verbose=False)
+    assert "float64, 40 steps: not decided" in printed(report)
+
+
 def test_a_check_of_a_median_says_so() -> None:
     report = make("agree")
     assert "(median)" not in printed(report)

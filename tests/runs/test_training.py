@@ -56,6 +56,9 @@ class Notebook:
     def layer_kinds(self) -> dict[str, str]:
         return {}
 
+    def module_classes(self) -> tuple[type, ...]:
+        return ()
+
     def dropout_layers(self) -> dict[str, Dropout]:
         return {}
 

@@ -25,7 +25,7 @@ from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import Comparison, common_nonfinite_step, divergence
 from lockstep.common.verdict.evaluation import class_accuracy
 from lockstep.common.verdict.first_steps import check_first_steps
-from lockstep.common.verdict.judge import INITIAL_TWINS, MAX_TWINS, twins_wanted
+from lockstep.common.verdict.judge import INITIAL_TWINS, MAX_TWINS, twins_wanted, without_twins
 from lockstep.common.verdict.judge import judge as judge_ensembles
 from lockstep.common.verdict.statistics import (
     COUNT_FLOOR,
@@ -451,6 +451,17 @@ def test_more_twins_are_asked_for_what_parts_late_and_in_float64_never_in_the_fi
         assert twins_wanted(judged("float64", flax=late, twins=twins)) == wanted
     drifting = {"torch": [in_series("loss", 15)(make("torch", "float64", 1))]}
     assert judge("float64", flax=late, twins=drifting)["verdict"] == "agree"
+
+
+def test_without_twins_a_verdict_that_should_wait_for_them_is_open() -> None:
+    late, early = (
+        judged("float64", flax=in_series("loss", step)(make("flax", "float64"))) for step in (17, 1)
+    )
+    assert without_twins(late).verdict == "undecided" and not without_twins(late)
+    assert repr(without_twins(late)).startswith("not decided without twins")
+    # Neither a difference in the first steps nor an agreement waits for any.
+    for decided in (dataclasses.replace(early, first_divergence=None), judged("float64")):
+        assert without_twins(decided) is decided
 
 
 @pytest.mark.parametrize("dtype", PRODUCTION)

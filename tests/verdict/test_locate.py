@@ -15,11 +15,20 @@ import numpy as np
 import optax
 import pytest
 
+from lockstep.backends import load
 from lockstep.common.config import BACKENDS, DTYPES, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.model.layers import ATTENTION, CONVOLUTION, DENSE, NORM, ModuleNames, kind_of
+from lockstep.common.model.layers import (
+    ATTENTION,
+    CONVOLUTION,
+    DENSE,
+    NORM,
+    ModuleNames,
+    kind_of,
+    module_names,
+)
 from lockstep.common.protocol import STAGES, Snapshot
 from lockstep.common.runs import chunks, training
 from lockstep.common.runs.ensemble import Ensemble
@@ -254,6 +263,22 @@ def test_float32_inside_is_said_of_gaps_of_its_size_in_float64_and_of_no_others(
     )
     assert kept.pattern == "torch's dtype is float64, flax's float32"
     assert kept.causes[0].startswith("float32 inside")
+
+
+def test_the_code_to_try_is_that_of_the_causes_and_the_sources_are_of_both_networks() -> None:
+    names = {name: module_names(load(name)(Config(), 10)) for name in NAMES}
+    first = diverging(0, "forward", "conv2")
+    pair = numbers(3), numbers(3, seed=1)
+    found: Any = locate.describe(first, pair, "", None, names).to_json()
+    assert [text.partition(" ")[0] for text in found["fixes"]] == ["padding=1"]
+    for name, source in found["sources"].items():
+        assert source["file"] == f"backends/{name}_backend/models/net.py"
+        assert all("conv2" in line for _, line in source["lines"])
+    assert list(found["sources"]) == list(NAMES)
+    loss: Any = locate.describe(
+        diverging(0, "loss", "loss"), (None, None), "", None, names
+    ).to_json()
+    assert loss["fixes"] == [] and "sources" not in loss  # the control
 
 
 def test_the_names_that_both_modules_give_a_tensor_are_told_where_they_differ() -> None:
