@@ -21,6 +21,7 @@ COMMANDS = {
     "record": "run a training script of your own and keep what it computed",
     "diff": "compare the recordings of two training scripts",
     "locate": "find the first tensor in which two runs differ",
+    "report": "make the page of a finished run again, from its records",
     "export": "write a trained model for use elsewhere",
     "pair": "check that your own two networks compute the same, without training",
     "grid": "compare every combination of the optimizer's options",
