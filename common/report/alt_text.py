@@ -17,7 +17,7 @@ from lockstep.common.report.chart_data import (
 )
 from lockstep.common.report.json import ComparedJson, ComparisonJson
 from lockstep.common.report.summary import notes
-from lockstep.common.report.text import four_digits, number, percent, plural, share
+from lockstep.common.report.text import four_digits, listed, number, percent, plural, share
 from lockstep.common.runs.record import Record
 
 STEADY = 0.005  # a series that changes by less, relatively, "stays" at its value
@@ -39,17 +39,19 @@ def usage_text(comparison: ComparedJson, score: float | None) -> str:
     rows = comparison["ladder"] + comparison["stretches"]
     powerless = sum(row["agrees"] and not row.get("power", True) for row in rows)
     outside = sum(not row["agrees"] for row in rows)
-    checks = plural(len(rows), "comparison")
+    counts = [f"{len(rows) - powerless - outside:,} agree"]
     if outside:
-        worst = "not finite" if score is None else f"at {number(score)} times its bound"
-        text = f"{outside:,} of {checks} exceed their bounds; the worst is {worst}"
-    else:
-        text = f"{checks}, each within its bound"
-        if score is not None:
-            text += f"; the closest one uses {share(score)} of its bound"
+        counts.append(f"{outside:,} exceed their bounds")
     if powerless:
-        text += f"; {powerless:,} have no power: no run could fail them, so they are no evidence"
-    return text
+        counts.append(f"{powerless:,} are no evidence, since no run could fail them")
+    text = plural(len(rows), "comparison")
+    text += f": {listed(counts)}" if len(counts) > 1 else ", all within their bounds"
+    if outside and score is None:
+        unknown = any(row["gap"] is None for row in rows)
+        return f"{text}; {'a gap is not finite' if unknown else 'some that must be equal differ'}"
+    if outside:
+        return f"{text}; the largest gap is {number(score)} times its bound"
+    return text if score is None else f"{text}; the closest uses {share(score)} of its bound"
 
 
 def _twins(comparison: ComparisonJson) -> str:

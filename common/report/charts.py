@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 MAX_LABEL = 40  # letters in a legend
 MAX_WRITTEN = 12  # classes of a confusion matrix whose numbers are written into it
 DECADES = 1e3  # a series that spans more has a logarithmic axis
+LineStyle = str | tuple[float, tuple[float, ...]]
+GAP_LINES: tuple[LineStyle, ...] = ("-", (0, (4, 2)), (0, (1, 1)))  # of up to three precisions
+BOUND_LABEL = "bound (on the closest pair)"
 SHADE = 0.6  # opacity of a full cell: its number can be read on light and on dark pages
 
 
@@ -102,56 +105,47 @@ def draw_lines(
     style_axes(axes)
 
 
+class Gap(NamedTuple):
+    """The gap between two series of one precision, by step."""
+
+    name: str
+    gap: np.ndarray  # float64 (steps,); NaN where it is not finite
+    spread: np.ndarray | None  # the largest one so far between twins of one side
+    bounds: Sequence[LossBound]
+
+
 def draw_gap(
     axes: Axes, comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]
 ) -> None:
     """The gap between the two training losses, the band of the twins, the bound, and the step at
     which the runs diverge."""
     gap, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
-    draw_gap_of(axes, gap, spread, loss_bounds(comparison), comparison["first_divergence"])
+    found = Gap(comparison["dtype"], gap, spread, loss_bounds(comparison))
+    draw_gaps(axes, [found], comparison["first_divergence"])
     axes.set_ylabel("|torch - flax|, nats")
 
 
-def draw_gap_of(
-    axes: Axes,
-    gap: np.ndarray,
-    spread: np.ndarray | None,
-    bounds: Sequence[LossBound],
-    first: PlaceJson | None,
-) -> None:
-    """The gap between two series, by step.
+def draw_gaps(axes: Axes, gaps: Sequence[Gap], first: PlaceJson | None) -> None:
+    """The gaps of one or more precisions, on one logarithmic axis.
 
     Args:
-        gap: float64 (steps,); NaN where it is not finite.
-        spread: the largest one so far between twins of one side; None without twins.
-        bounds: on the gap.
         first: where the two diverge, if they do.
     """
-    seen = np.concatenate([gap, [] if spread is None else spread, [row.bound for row in bounds]])
+    values = [
+        np.concatenate([each.gap, [] if each.spread is None else each.spread, _heights(each)])
+        for each in gaps
+    ]
+    seen = np.concatenate(values)
     seen = seen[np.isfinite(seen) & (seen > 0)]
     # Where a logarithmic axis puts zero: a decade below all else.
     floor = 10.0 ** (math.floor(math.log10(seen.min())) - 1) if len(seen) else 1e-17
     top = 10 * max(float(seen.max(initial=0.0)), 10 * floor)
-
-    if spread is not None:
-        kept, spread = subsample(len(spread), logarithmic=True), np.fmax(spread, floor)
-        name = "between twins, largest so far"
-        axes.fill_between(kept, floor, spread[kept], color=BAND, linewidth=0, label=name)
-    known = np.flatnonzero(np.isfinite(gap))
-    dots = known[subsample(len(known), logarithmic=True, limit=MAX_POINTS // 2)]
-    axes.plot(dots, np.fmax(gap[dots], floor), ".", markersize=2.5, color=GREY, label="gap")
-    points = known[subsample(len(known), logarithmic=True)]
-    largest = np.fmax.accumulate(np.fmax(gap, floor))
-    axes.plot(points, largest[points], color=INK, linewidth=1.5, label="largest gap so far")
-    for place, row in enumerate(bounds):
-        ends, bound = [row.start, max(row.stop - 1, row.start + 0.5)], max(row.bound, floor)
-        name = None if place else "bound (on the closest pair)"
-        axes.plot(ends, [bound, bound], color=BOUND, linewidth=2, linestyle=(0, (4, 1)), label=name)
-
+    for place, each in enumerate(gaps):
+        _draw_gap(axes, each, floor, GAP_LINES[place % len(GAP_LINES)], alone=len(gaps) == 1)
     _decades(axes)
     axes.set_ylim(floor / 2, top)
-    _step_axis(axes, len(gap))
-    if bool((gap == 0).any()):
+    _step_axis(axes, max(len(each.gap) for each in gaps))
+    if any(bool((each.gap == 0).any()) for each in gaps):
         axes.axhline(floor, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
             "equal",
@@ -166,6 +160,40 @@ def draw_gap_of(
     _divergence(axes, first)
     axes.set_xlabel("step")
     style_axes(axes)
+
+
+def _heights(of: Gap) -> list[float]:
+    return [row.bound for row in of.bounds]
+
+
+def _draw_gap(axes: Axes, of: Gap, floor: float, line: LineStyle, alone: bool) -> None:
+    """One precision: the twins' band, the gap, and its bound.
+
+    Args:
+        floor: where zero is drawn.
+        alone: whether no other precision is drawn: then single steps are shown, too.
+    """
+    gap, spread, name = of.gap, of.spread, "" if alone else f"{of.name}: "
+    if spread is not None:
+        kept, spread = subsample(len(spread), logarithmic=True), np.fmax(spread, floor)
+        band = "between twins, largest so far"
+        axes.fill_between(kept, floor, spread[kept], color=BAND, linewidth=0, label=band)
+    known = np.flatnonzero(np.isfinite(gap))
+    if alone:
+        dots = known[subsample(len(known), logarithmic=True, limit=MAX_POINTS // 2)]
+        axes.plot(dots, np.fmax(gap[dots], floor), ".", markersize=2.5, color=GREY, label="gap")
+    points = known[subsample(len(known), logarithmic=True)]
+    largest = np.fmax.accumulate(np.fmax(gap, floor))
+    label_of = f"{name}largest gap so far"
+    axes.plot(points, largest[points], color=INK, linewidth=1.5, linestyle=line, label=label_of)
+    for place, row in enumerate(of.bounds):
+        ends, bound = [row.start, max(row.stop - 1, row.start + 0.5)], max(row.bound, floor)
+        label_of = (
+            None if place or axes.get_legend_handles_labels()[1].count(BOUND_LABEL) else BOUND_LABEL
+        )
+        axes.plot(
+            ends, [bound, bound], color=BOUND, linewidth=2, linestyle=(0, (4, 1)), label=label_of
+        )
 
 
 def _step_axis(axes: Axes, steps: int) -> None:
@@ -253,7 +281,7 @@ def draw_classes(axes: Axes, comparison: ComparisonJson, names: list[str]) -> No
 
 def class_height(comparison: ComparisonJson) -> float:
     """The height of one class in `draw_classes`, in inches."""
-    return 0.17 * len(comparison["accuracy"]) + 0.13
+    return 0.13 * len(comparison["accuracy"]) + 0.1
 
 
 def draw_differences(axes: Axes, comparison: ComparisonJson, names: list[str]) -> None:

@@ -189,7 +189,7 @@ def _loss_charts(
             f"Gap of {loss}{band} and its bound.",
             _gap_text(loss, dtype, gap, spread),
             3.4,
-            lambda axes: charts.draw_gap_of(axes, gap, spread, bounds, place),
+            lambda axes: charts.draw_gaps(axes, [charts.Gap(dtype, gap, spread, bounds)], place),
             tables.gap_table(f"Gap of {loss}, {dtype}", gap, spread, bounds),
             legend=2,
         ),

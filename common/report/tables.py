@@ -32,12 +32,14 @@ from lockstep.common.report.summary import (
     entry_cells,
     merge_equal,
     tensor_text,
+    trained,
     worst_per_stage,
 )
-from lockstep.common.report.text import four_digits, number, ok, percent, steps_text
+from lockstep.common.report.text import four_digits, loss, number, ok, percent, steps_text
 from lockstep.common.runs.record import Record
 
 ROWS = 60  # of a table of steps
+N_FAILURES = 8  # rows
 
 
 class Table(NamedTuple):
@@ -134,6 +136,41 @@ def checks(comparison: ComparedJson) -> Table:
     ]
     caption = f"Every comparison of a single step, {comparison['dtype']}"
     return Table(caption, [*_check_columns(spread), "ok"], rows)
+
+
+def first_failures(comparison: ComparedJson) -> Table | None:
+    """The first comparisons of single steps that fail, in the order of computation; None if none
+    does."""
+    failed = [row for row in comparison["ladder"] if not row["agrees"]]
+    if not failed:
+        return None
+    spread = _has_spread(comparison["ladder"])
+    rows = [_check_cells(row, spread) for row in failed[:N_FAILURES]]
+    of = f", {N_FAILURES} of {len(failed):,}" if len(failed) > N_FAILURES else ""
+    caption = f"What fails first, in the order of computation, {comparison['dtype']}{of}"
+    return Table(caption, _check_columns(spread), rows)
+
+
+def results(comparisons: Sequence[ComparisonJson]) -> Table:
+    """How well each run learned, in each precision, and how many predictions are equal."""
+    rows = []
+    for each in comparisons:
+        equal = each["predictions_equal"]
+        shared = "-" if equal is None else f"{equal:,} of {each['predictions_total']:,}"
+        for place, name in enumerate(trained(each)):
+            rows.append(
+                [
+                    f"{each['dtype']}, {name}",
+                    percent(each["accuracy"][name]),
+                    loss(each["test_loss"][name]),
+                    loss(each["final_loss"][name]),
+                    shared if place == 0 else "",
+                ]
+            )
+    columns = ["run", "accuracy>", "test loss>", "last loss>", "predictions equal>"]
+    return Table(
+        "The runs on the test images, and their last training loss, in nats", columns, rows
+    )
 
 
 def windows(comparison: ComparedJson) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def escape(text: object, encoding: str = "utf-8") -> str:
@@ -84,3 +85,9 @@ def ok(agrees: bool, has_power: bool = True) -> str:
         has_power: whether some run would fail it; if none could, it is no evidence.
     """
     return "NO" if not agrees else "ok" if has_power else "no power"
+
+
+def listed(words: Sequence[str]) -> str:
+    """As `a`, `a and b`, or `a, b and c`."""
+    *most, last = words or [""]
+    return f"{', '.join(most)} and {last}" if most else last
