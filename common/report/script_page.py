@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.common.config import BACKENDS
-from lockstep.common.report import charts, tables
+from lockstep.common.report import charts, first_screen, tables
 from lockstep.common.report.alt_text import usage_text
 from lockstep.common.report.chart_data import (
     loss_bounds,
@@ -57,7 +57,7 @@ def write_script_page(folder: Path, report: ScriptReportJson, checked: Checked) 
     command = report["command"]
     values = {
         "names": names,
-        "verdict": report["verdict"],
+        "verdict": first_screen.VERDICTS[report["verdict"]],
         "sentence": verdict_line(report),
         "start": start_sentence(report) or "",
         "remarks": [f"{text}." for text in remarks(report)],
@@ -83,6 +83,7 @@ def _section(
         "dtype": found["dtype"],
         "heading": in_short(found).partition(";")[0].rstrip(".").replace("DISAGREE", "disagree"),
         "place": _place(place, names) if place else None,
+        "stages": first_screen.stages(found, place),
         "confidence": _confidence(found),
         "charts": [
             chart
