@@ -199,7 +199,7 @@ def draw_gaps(precision: PrecisionJson) -> Markup:
         (runs["float64"]["gap"], "float64, PyTorch and Flax", COLOURS["torch"], "-"),
     ]
     with drawing():
-        figure = new_figure(7.5, 3.9)
+        figure = new_figure(5.6, 3.7)  # small, so that a phone shows its letters large enough
         axes = figure.subplots()
         for values, name, colour, dashes in lines:
             steps = np.arange(1, len(values) + 1)

@@ -25,7 +25,7 @@ from lockstep.common.learn.sgd import BIAS, CASES, arithmetic, expected, softmax
 from lockstep.common.learn.text import gap_text, pair_text
 from lockstep.common.protocol import Snapshot
 from tests.learn.test_side_by_side import Outline
-from tests.pages.browser import chromium, examine
+from tests.pages.browser import HEIGHT, WIDTHS, chromium, examine
 
 ROOT = Path(__file__).resolve().parents[2]
 # In float64. Measured: 1.4e-17 to 2e-11 between the frameworks, 1.4e-17 to the arithmetic by hand;
@@ -267,6 +267,21 @@ def test_the_page_has_an_outline_and_asks_for_nothing(page: Path) -> None:
 @pytest.mark.slow
 def test_the_page_can_be_read_by_everyone_on_every_screen(page: Path, browser: Any) -> None:
     assert examine(browser, page) == []
+
+
+def test_on_a_phone_no_table_of_the_committed_page_is_cut_off(browser: Any, tmp_path: Path) -> None:
+    page = ROOT / "results" / "read" / "walk.html"
+    assert "<h1>What one step of SGD does</h1>" in page.read_text("utf-8")
+    wide = tmp_path / "wide.html"  # the control: without its style for phones
+    wide.write_text(page.read_text("utf-8").replace("(max-width: 46rem)", "(max-width: 1px)"))
+    cut = """() => [...document.querySelectorAll(".wide")]
+        .filter(element => element.scrollWidth > element.clientWidth).length"""
+    with browser.new_context(viewport={"width": WIDTHS[0], "height": HEIGHT}) as context:
+        shown = context.new_page()
+        shown.goto(page.as_uri())
+        assert shown.evaluate(cut) == 0
+        shown.goto(wide.as_uri())
+        assert shown.evaluate(cut) > 5
 
 
 def test_digits_are_marked_from_where_two_numbers_differ() -> None:
