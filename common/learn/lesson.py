@@ -12,9 +12,21 @@ from markupsafe import Markup
 from lockstep.common.config import BACKENDS, FRAMEWORKS
 from lockstep.common.learn import alignment
 from lockstep.common.learn.faults_report import FaultRow, FaultsReport
-from lockstep.common.learn.lesson_text import AFTERWARDS, SECTIONS, LessonNote, LessonSection
+from lockstep.common.learn.lesson_text import (
+    DIFFERENCES,
+    SECTIONS,
+    Difference,
+    LessonNote,
+    LessonSection,
+)
 from lockstep.common.learn.side_by_side import Cell, prose
-from lockstep.common.learn.sources import Definition, SourceError, find, read_file
+from lockstep.common.learn.sources import (
+    Definition,
+    SourceError,
+    find,
+    read_backends,
+    read_file,
+)
 from lockstep.common.report.template import write_page
 
 FILES = {name: f"backends/lesson/{name}_train.py" for name in BACKENDS}
@@ -33,6 +45,7 @@ class ShownNote:
     missed: Markup
     fault: str | None
     found: str  # what Lockstep said of the fault
+    question: Markup  # that it answers; empty of most
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,14 @@ class ShownSection:
     text: Markup
     code: dict[str, list[list[Cell]]]  # by side: a list of lines for each definition
     notes: list[ShownNote]
+
+
+@dataclass(frozen=True)
+class ShownDifference:
+    title: Markup
+    text: Markup
+    where: str
+    code: list[list[Cell]]
 
 
 def write_lesson_page(
@@ -62,6 +83,7 @@ def write_lesson_page(
         RecordError: if the page cannot be written.
     """
     programs = {side: read_file(sources, file) for side, file in FILES.items()}
+    backend = read_backends(sources)["flax"]
     rows = {row["name"]: row for row in faults_report["rows"]}
     shown, number = [], 1
     for section in sections:
@@ -71,7 +93,8 @@ def write_lesson_page(
         path,
         "lesson.html.jinja",
         sections=shown,
-        afterwards=[(prose(title), prose(text)) for title, text in AFTERWARDS],
+        questions=[note for section in shown for note in section.notes if note.question],
+        differences=[_difference(one, backend) for one in DIFFERENCES],
         files=FILES,
         names=FRAMEWORKS,
         data=" and ".join(data["name"] for data in faults_report["data"]),
@@ -129,10 +152,20 @@ def _lines(
     ]
 
 
+def _difference(one: Difference, backend: Mapping[str, Definition]) -> ShownDifference:
+    if missing := [name for name in one.code if name not in backend]:
+        raise SourceError(f"the Flax backend has no {missing[0]}: change lesson_text.py")
+    shown = [backend[name] for name in one.code]
+    where = ", ".join(f"{found.file}, {found.span}" for found in shown)
+    code = [_lines(found, "flax", {}) for found in shown]
+    return ShownDifference(prose(one.title), prose(one.text), where, code)
+
+
 def _note(number: int, note: LessonNote, rows: Mapping[str, FaultRow]) -> ShownNote:
     text, missed = prose(note.text), prose(note.missed)
     found = "" if note.fault is None else _found(note.fault, note.title, rows)
-    return ShownNote(number, prose(note.title), text, missed, note.fault, found)
+    question = prose(note.question)
+    return ShownNote(number, prose(note.title), text, missed, note.fault, found, question)
 
 
 def _found(fault: str, title: str, rows: Mapping[str, FaultRow]) -> str:

@@ -16,6 +16,16 @@ class LessonNote:
     text: str
     missed: str  # the mistake of those who miss it
     fault: str | None = None  # of the catalogue, which shows it
+    question: str = ""  # that it answers, of someone who knows PyTorch alone
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What Lockstep's own backends do otherwise, and the Flax backend's code for it."""
+
+    title: str
+    text: str
+    code: tuple[str, ...]  # definitions, as `backend.py:Backend._step`
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ SECTIONS = (
                 "have another order. Permute them once, when the weights move over.",
                 "The first dense layer multiplies each number by another one's weight.",
                 "flatten-rows",
+                "Why is the flatten permuted?",
             ),
         ),
     ),
@@ -90,16 +101,18 @@ SECTIONS = (
         {"torch": ("train_step",), "flax": ("train_step",)},
         (
             LessonNote(
-                "What `jit` runs, and how often",
+                "What `jit` runs twice",
                 None,
                 "@nnx.jit",
                 "The first call runs the Python code with placeholders in place of arrays. This is "
                 "tracing. Then the operations on the arrays are compiled, and later calls run only "
                 "the compiled program. "
-                "Another shape or type is traced again, such as a smaller last batch. "
+                "For another shape or type, such as a smaller last batch, the Python code runs "
+                "again, and is compiled again. "
                 "So a `print` runs once per shape, and `if` cannot ask for an array's value.",
                 "A value that Python reads while tracing, such as a learning rate in a global "
                 "variable, stays as it was.",
+                question="What does `jit` run twice?",
             ),
             LessonNote(
                 "A module is a tree of arrays",
@@ -122,6 +135,7 @@ SECTIONS = (
                 "gradients. They are stored nowhere, so there is nothing to clear.",
                 "In PyTorch, gradients add up from step to step.",
                 "gradients-not-zeroed",
+                "Where did `zero_grad` go?",
             ),
             LessonNote(
                 "The mean is yours to take",
@@ -143,6 +157,7 @@ SECTIONS = (
                 "the model.",
                 "If the new state is dropped, each step is a first one.",
                 "optimizer-state-lost",
+                "Where does the optimizer keep its state?",
             ),
         ),
     ),
@@ -171,6 +186,7 @@ SECTIONS = (
                 "NumPy, so PyTorch permutes them.",
                 "A comparison in float64 compares float32, without a word.",
                 "x64-left-off",
+                "Why is everything float32?",
             ),
             LessonNote(
                 "Calls return before the device is done",
@@ -209,32 +225,39 @@ SECTIONS = (
                 "A key that is used twice gives the same numbers twice. One that is split at the "
                 "wrong place gives a step the dropout mask of another.",
                 "dropout-of-the-next-step",
+                "Where is the seed?",
             ),
         ),
     ),
 )
 
-# What differs in the backends, with which the page ends.
-AFTERWARDS = (
-    (
+# With these the page ends.
+DIFFERENCES = (
+    Difference(
         "Dictionaries in place of modules",
-        "`backend.py` takes the modules apart once, with `nnx.split`, and trains a flat dictionary: "
-        "`conv1.kernel`, `conv1.bias`, ... Both backends use the same names and the same layout, so "
-        "that tensors can be compared one by one, and a state of one is a state of the other.",
+        "The Flax backend takes the module apart once, with `nnx.split`, and trains a flat "
+        "dictionary: `conv1.kernel`, `conv1.bias`, ... `_model` puts it together again for the "
+        "forward pass. Both backends use the same names and the same layout, so tensors can be "
+        "compared one by one, and either backend can continue from a state of the other.",
+        ("backend.py:Backend._model",),
     ),
-    (
-        "`jax.jit` and functions without side effects",
-        "The step takes a state and returns the next one. The old one is given up (donated), so "
-        "that its memory can be used again. With `torch.compile`, PyTorch writes in place.",
+    Difference(
+        "A step without side effects",
+        "The step takes a state and returns the next one, so it needs `jax.value_and_grad` and "
+        "`jax.jit` alone. The old state is given up (donated), and its memory is used again.",
+        ("backend.py:Backend._step",),
     ),
-    (
-        "Many steps in one call",
-        "With four images, Python between two steps takes longer than a step. So both backends "
-        "compile a loop of many steps: `jax.lax.scan`, and a loop under `torch.compile`.",
+    Difference(
+        "Many steps in one compiled loop",
+        "With four images in a batch, Python takes longer between two steps than the step takes. So "
+        "both backends compile a loop of many steps: `jax.lax.scan` here, and a loop under "
+        "`torch.compile` in PyTorch.",
+        ("compiled.py:ManySteps._scan",),
     ),
-    (
+    Difference(
         "Sums in the same precision",
-        "In bfloat16, some layers of the two libraries add in another precision. `layers.py` has "
-        "those that Lockstep's own networks use instead.",
+        "In bfloat16, some layers of the two libraries add in different precisions. `layers.py` has "
+        "layers that add in float32, and Lockstep's own networks use those.",
+        ("layers.py:in_float32",),
     ),
 )

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from lockstep.backends.flax_backend import convert as flax_convert
 from lockstep.backends.lesson import flax_train, torch_train
 from lockstep.backends.torch_backend import convert as torch_convert
 from lockstep.common import data
+from lockstep.common.config import BACKENDS, Config
 from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.protocol import Backend, Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSON = ROOT / "backends" / "lesson"
@@ -47,18 +50,31 @@ def test_a_program_of_the_lesson_runs_alone(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_programs_have_the_same_losses_from_the_same_weights(
-    monkeypatch: pytest.MonkeyPatch,
+def test_both_programs_have_the_losses_of_the_backends_from_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[..., Backend]
 ) -> None:
     jax.config.update("jax_enable_x64", True)
     dataset = data.load("digits")
+    config = Config(
+        steps=STEPS,
+        batch_size=torch_train.BATCH_SIZE,
+        lr=torch_train.LEARNING_RATE,
+        momentum=torch_train.MOMENTUM,
+        seed=torch_train.SEED,
+    ).resolve(len(dataset.train_labels))
+    backends = {name: build(name, config, "float64") for name in BACKENDS}
+    weights = initial_weights(backends["torch"].shapes(), 0, "float64")
+    indices = np.stack(list(data.batch_indices(config, len(dataset.train_labels))))
+    images = data.normalise(dataset.train_images[indices], np.dtype("float64"))
+
+    def losses_of(name: str) -> np.ndarray:
+        """The backend's."""
+        state = backends[name].init(Snapshot.start(weights))
+        _, metrics = backends[name].train_steps(state, images, dataset.train_labels[indices])
+        return np.asarray(metrics.loss)
+
     ours, theirs = torch_train.Net(10).double(), flax_train.Net(10, nnx.Rngs(0))
     torch_convert.attach_names(ours, {}, {"fc1": (16, 5, 5)})
-    shapes = {
-        name: leaf.shape
-        for name, leaf in flax_convert.flatten(nnx.state(theirs, nnx.Param)).items()
-    }
-    weights = initial_weights(shapes, 0, "float64")
 
     def torch_losses() -> np.ndarray:
         ours.load_state_dict(torch_convert.from_canonical(ours, weights))
@@ -68,12 +84,15 @@ def test_both_programs_have_the_same_losses_from_the_same_weights(
         nnx.update(theirs, flax_convert.nest(flax_convert.from_canonical(weights)))
         return np.array(flax_train.train(theirs, dataset, STEPS, "float64"))
 
-    assert torch_losses().shape == (STEPS,)
-    assert np.abs(torch_losses() - flax_losses()).max() <= BOUND
-    monkeypatch.setattr(flax_train, "MOMENTUM", 0.89)  # control
-    assert np.abs(torch_losses() - flax_losses()).max() > 1e-4
-    monkeypatch.setattr(torch_train, "MOMENTUM", 0.89)
-    assert np.abs(torch_losses() - flax_losses()).max() <= BOUND
+    lessons = {"torch": torch_losses, "flax": flax_losses}
+    expected = losses_of("torch")
+    assert expected.shape == (STEPS,)
+    assert np.abs(losses_of("flax") - expected).max() <= BOUND
+    for losses in lessons.values():
+        assert np.abs(losses() - expected).max() <= BOUND
+    for program, name in ((torch_train, "torch"), (flax_train, "flax")):  # the control
+        monkeypatch.setattr(program, "MOMENTUM", 0.89)
+        assert np.abs(lessons[name]() - expected).max() > 1e-4
 
 
 def definitions(name: str) -> list[str]:

@@ -62,7 +62,8 @@ def test_each_note_is_referred_to_from_its_lines_and_numbered_once(page: Path) -
     assert re.findall(r'<li id="note-(\d+)">', text) == [str(n + 1) for n in range(len(notes))]
     for number, note in enumerate(notes, 1):
         lines = sum(snippet is not None for snippet in (note.torch, note.flax))
-        assert text.count(f'href="#note-{number}"') == lines > 0, note.title
+        asked = note.question != ""
+        assert text.count(f'href="#note-{number}"') == lines + asked > asked, note.title
 
 
 def test_the_page_says_where_each_fault_was_found(page: Path, report: FaultsReport) -> None:
@@ -87,13 +88,45 @@ def test_a_note_whose_line_is_gone_or_not_the_only_one_is_refused(
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_definition_that_is_gone_is_named(report: FaultsReport, tmp_path: Path) -> None:
-    (tmp_path / "backends").mkdir()
-    shutil.copytree(ROOT / "backends" / "lesson", tmp_path / "backends" / "lesson")
-    program = tmp_path / FILES["flax"]
-    program.write_text(program.read_text().replace("def train_step(", "def one_step("))
-    with pytest.raises(SourceError, match=r"flax_train.py has no train_step"):
+@pytest.mark.parametrize(
+    ("file", "old", "said"),
+    [
+        (FILES["flax"], "def train_step(", "flax_train.py has no train_step"),
+        (
+            "backends/flax_backend/backend.py",
+            "def _step(",
+            "the Flax backend has no backend.py:Backend._step",
+        ),
+    ],
+    ids=["of a program", "of the backend"],
+)
+def test_a_definition_that_is_gone_is_named(
+    file: str, old: str, said: str, report: FaultsReport, tmp_path: Path
+) -> None:
+    skipped = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "backends", tmp_path / "backends", ignore=skipped)
+    program = tmp_path / file
+    program.write_text(program.read_text().replace(old, "def another("))
+    with pytest.raises(SourceError, match=re.escape(said)):
         write_lesson_page(tmp_path / "page.html", tmp_path, report)
+
+
+def test_the_questions_of_someone_who_knows_pytorch_lead_to_the_notes_that_answer(
+    page: Path,
+) -> None:
+    text = page.read_text("utf-8")
+    [asked] = re.findall(r'<nav aria-label="Questions">.*?</nav>', text, re.DOTALL)
+    for question, answer in (
+        ("Where did zero_grad go?", "nothing to clear"),
+        ("Where does the optimizer keep its state?", "opt_state"),
+        ("What does jit run twice?", "the Python code runs again"),
+        ("Why is the flatten permuted?", "rows of the next kernel have another order"),
+    ):
+        links = dict(re.findall(r'<a href="#(note-\d+)">(.*?)</a>', asked))
+        [key] = [key for key, said in links.items() if words_of(said) == question]
+        [note] = re.findall(rf'<li id="{key}">(.*?)</li>', text, re.DOTALL)
+        assert answer in " ".join(words_of(note).split())
+    assert 'href="#apart"' in asked and "A step without side effects" in text
 
 
 @pytest.mark.parametrize("how", ["unknown", "not found"])
