@@ -120,6 +120,9 @@ SECTIONS = (
                 "use_exact_sums",
                 "exact_layer",
             ),
+            Pair(
+                None, "user_module.py:module_classes", "PyTorch's backend keeps the module itself."
+            ),
             Pair(None, "user_module.py:declared_names", "In PyTorch, `attach_names`."),
             Pair(
                 None,
@@ -406,6 +409,7 @@ SECTIONS = (
                 "Backend.shapes",
                 "Backend.native_names",
                 "Backend.layer_kinds",
+                "Backend.module_classes",
                 "Backend.init",
                 "Backend.export",
             ),
