@@ -31,7 +31,7 @@ def confidence_summary(comparison: ComparisonJson) -> list[str]:
     text = usage_text(comparison, comparison.get("score"))
     rule = comparison["bound"].get("rule", "")
     how = [f"{text}.", *notes(comparison), _twins(comparison)]
-    return [*how, f"Bounds: {rule.rstrip('.')}."]
+    return [*how, f"How large a gap may be: {rule.rstrip('.')}."]
 
 
 def usage_text(comparison: ComparedJson, score: float | None) -> str:

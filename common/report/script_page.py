@@ -104,7 +104,7 @@ def _confidence(found: ScriptComparisonJson) -> list[str]:
         text += f" {twins[0]} and {twins[1]} twins show how far rounding alone takes each script."
     if any(short):
         text += f" Of {short[0]} and {short[1]} more, the first steps were run."
-    return [text, f"Bounds: {found['bound'].get('rule', '').rstrip('.')}."]
+    return [text, f"How large a gap may be: {found['bound'].get('rule', '').rstrip('.')}."]
 
 
 def _place(place: ScriptPlaceJson, names: Sequence[str]) -> dict[str, object]:

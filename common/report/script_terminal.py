@@ -107,7 +107,7 @@ def _details(terminal: Terminal, found: ScriptComparisonJson) -> None:
     if windows.rows:
         terminal.table(windows.columns, windows.rows)
     terminal.line("")
-    terminal.paragraph(f"Bounds: {found['bound'].get('rule', '').rstrip('.')}.")
+    terminal.paragraph(f"How large a gap may be: {found['bound'].get('rule', '').rstrip('.')}.")
 
 
 def _remarks(terminal: Terminal, report: ScriptReportJson) -> None:

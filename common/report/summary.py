@@ -16,7 +16,7 @@ from lockstep.common.report.json import (
     ReportJson,
     WindowJson,
 )
-from lockstep.common.report.text import number, percent, plural
+from lockstep.common.report.text import listed, number, percent, plural
 from lockstep.common.verdict.comparison import common_nonfinite_step, format_distinct
 from lockstep.common.verdict.statistics import ClassDifference
 
@@ -29,13 +29,17 @@ DIFFERING = ("differ, %>", "twins, %>", "bound, %>")
 # --- Sentences
 
 
-def sentence(report: ReportJson) -> str:
+def sentence(report: ReportJson, placed: bool = False) -> str:
     """The result in plain words. For an interrupted run: where it stopped, and what its finished
-    precisions show."""
+    precisions show.
+
+    Args:
+        placed: whether the place where runs diverge is said elsewhere, if it was searched.
+    """
     comparisons = report["lenses"]
     if reason := report.get("cut_short"):
         return f"The run was cut short: {reason.rstrip('.')}. {interrupted_text(comparisons)}"
-    return outcome(comparisons, report["verdict"])
+    return outcome(comparisons, report["verdict"], placed)
 
 
 def interrupted_text(comparisons: Sequence[ComparisonJson]) -> str:
@@ -45,8 +49,8 @@ def interrupted_text(comparisons: Sequence[ComparisonJson]) -> str:
     return outcome(comparisons, found) if found else "Nothing was compared."
 
 
-def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
-    """The result of a run, of all its precisions."""
+def outcome(comparisons: Sequence[ComparisonJson], verdict: str, placed: bool = False) -> str:
+    """The result of a run, of all its precisions; `placed` as of `sentence`."""
     if verdict == "single":
         names = [name for name in BACKENDS if any(name in each["accuracy"] for each in comparisons)]
         ends = nonfinite_steps(comparisons)
@@ -73,6 +77,9 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str) -> str:
             f"decides it ({steps}). Up to there they agree: choose a smaller --lr."
         )
         return " ".join([end, *agreeing])
+    if placed and any(each.get("located") for each in disagreeing):
+        dtypes = listed([each["dtype"] for each in disagreeing])
+        return " ".join([f"The two runs disagree in {dtypes}.", *agreeing])
     return " ".join(["The two runs disagree.", *map(divergence_text, disagreeing), *agreeing])
 
 

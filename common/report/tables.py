@@ -256,7 +256,7 @@ def speed(comparison: ComparisonJson) -> Table:
         for name in comparison["accuracy"]
     ]
     return Table(
-        f"Speed, {comparison['dtype']}",
+        f"Speed of this run, with whatever else the machine did, {comparison['dtype']}",
         ["backend", "steps per second, after compilation>", "seconds in all>"],
         rows,
     )

@@ -167,7 +167,7 @@ class Terminal:
                 self._paragraph(note)
         if self.verbose and report["lenses"]:
             self._print("")
-        self._sentence(report)
+        self._sentence(report, placed=True)
         for comparison in report["lenses"]:
             if location := comparison.get("located"):
                 self._place(location)
@@ -185,7 +185,7 @@ class Terminal:
         compared = comparison["ladder"] or comparison["stretches"]
         if compared and (rule := comparison["bound"].get("rule")):
             self._print("")
-            self._paragraph(f"Bounds: {rule.rstrip('.')}.")
+            self._paragraph(f"How large a gap may be: {rule.rstrip('.')}.")
         if location := comparison.get("located"):
             self._worst_entries(location)
         self._accuracy(comparison, classes)
@@ -219,11 +219,16 @@ class Terminal:
             self._row(table, *entry_cells(entry))
         self._show(table)
 
-    def _sentence(self, report: ReportJson) -> None:
+    def _sentence(self, report: ReportJson, placed: bool = False) -> None:
+        """The verdict.
+
+        Args:
+            placed: whether lines with the place of a divergence follow.
+        """
         verdicts = {comparison["verdict"] for comparison in report["lenses"]}
         fine = verdicts == {"agree"} and not report.get("cut_short")
         self._paragraph(
-            sentence(report),
+            sentence(report, placed),
             "bold red" if "disagree" in verdicts else "bold green" if fine else "bold",
         )
 

@@ -210,25 +210,26 @@ def _rule(dtype: str, twins: int) -> Rule:
     factor = SEPARATION[dtype]
     if dtype == "float64":
         rule = (
-            f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; every step's data, the "
-            "initial weights and the predictions are equal; the test loss may also differ by as "
-            "much as the training losses did"
+            f"a gap may be {PROOF_BOUND:g} of the largest entry, and {PROOF_BOUND:g} for losses below "
+            "1. The data of every step, the initial weights and the predictions must be equal. The "
+            "test loss may also differ by as much as the training losses do"
         )
         if twins:
             rule += (
-                f"; after the first steps {factor:g} times the drift of {twins} twins is added, "
-                "that of the backend that drifts less"
+                f". After the first steps a gap may in addition be {factor:g} times the spread of "
+                f"{twins} twins, those of the framework whose twins are closer together"
             )
         return {"rule": rule, "relative": PROOF_BOUND, "twins": twins}
     floor = FLOOR_ULP[dtype]
     rule = (
-        f"every step's data are equal; the closest runs of the two backends may be {factor:g} times "
-        "as far apart as the most distant runs of the one that drifts less are by the end of the "
-        f"next step range ({twins} twins, with weights and images 1 ulp away), and "
-        f"{factor * floor:g} ulp of {compute_dtype(dtype).name}; counts of test images may differ "
-        f"by {SEPARATION_IMAGES:g} times as much and {SEPARATION_IMAGES * COUNT_FLOOR:g} images; "
-        f"{100 * factor * FLIP_SHARE:g} % of a first gradient, but not of half of its entries, and "
-        "of the way that the weights have gone may be ReLUs that rounding flipped"
+        f"the closest runs of the two frameworks may be {factor:g} times as far apart as the most "
+        f"distant runs of one, plus {factor * floor:g} ulp of {compute_dtype(dtype).name}. That "
+        "one is the framework whose runs are closer together, and its runs count up to the end of "
+        f"the next step range. There are {twins} twins, whose weights and images are moved by an "
+        f"ulp. Counts of test images may differ by {SEPARATION_IMAGES:g} times as much, plus "
+        f"{SEPARATION_IMAGES * COUNT_FLOOR:g}. First gradients and the total change of the weights "
+        f"get {100 * factor * FLIP_SHARE:g} % extra, because rounding can flip a ReLU; half of the "
+        "entries of a first gradient do not. The data of every step must be equal"
     )
     return {
         "rule": rule,

@@ -18,24 +18,26 @@ def rule_of(dtype: str, twins: int) -> Rule:
     factor = SEPARATION[dtype]
     if dtype == "float64":
         rule = (
-            f"{PROOF_BOUND:g} of the largest magnitude, and of 1 for losses; every step's batch and "
-            "the initial weights are equal, and so are whole numbers given to run.finish"
+            f"a gap may be {PROOF_BOUND:g} of the largest entry, and {PROOF_BOUND:g} for losses below "
+            "1. The batch of every step, the initial weights, and whole numbers given to run.finish "
+            "must be equal"
         )
         if twins:
             rule += (
-                f"; after the first steps {factor:g} times the spread of {twins} twins is added, "
-                "that of the script whose twins spread less"
+                f". After the first steps a gap may in addition be {factor:g} times the spread of "
+                f"{twins} twins, those of the script whose twins are closer together"
             )
         return {"rule": rule, "relative": PROOF_BOUND, "twins": twins}
     rule = (
-        "every step's batch and the initial weights are equal; the closest runs of the two scripts "
-        f"may be {factor:g} times as far apart as the most distant runs of the one that spreads "
-        f"less are by the end of the next range of steps ({twins} twins, with weights and batches "
-        f"moved by an ulp), and {factor * FLOOR_ULP[dtype]:g} ulp of {dtype}; of whole numbers "
-        f"given to run.finish, {SEPARATION_IMAGES:g} times as many may differ, and "
-        f"{SEPARATION_IMAGES * COUNT_FLOOR:g}; {100 * factor * FLIP_SHARE:g} % of a first "
-        "gradient, but not of half of its entries, and of the way that the weights have gone may "
-        "be ReLUs that rounding flipped"
+        f"the closest runs of the two scripts may be {factor:g} times as far apart as the most "
+        f"distant runs of one, plus {factor * FLOOR_ULP[dtype]:g} ulp of {dtype}. That one is the "
+        "script whose runs are closer together, and its runs count up to the end of the next range "
+        f"of steps. There are {twins} twins, whose weights and batches are moved by an ulp. Whole "
+        f"numbers given to run.finish may differ by {SEPARATION_IMAGES:g} times as much, plus "
+        f"{SEPARATION_IMAGES * COUNT_FLOOR:g}. First gradients and the total change of the weights "
+        f"get {100 * factor * FLIP_SHARE:g} % extra, because rounding can flip a ReLU; half of the "
+        "entries of a first gradient do not. The batch of every step and the initial weights must "
+        "be equal"
     )
     return {
         "rule": rule,

@@ -109,7 +109,12 @@ def test_verbose_prints_every_table_in_80_columns() -> None:
     lines = printed(report(), verbose=True)
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    for words in ("worst tensor", "twins' spread", "params.Dense_0.kernel", "Bounds: "):
+    for words in (
+        "worst tensor",
+        "twins' spread",
+        "params.Dense_0.kernel",
+        "How large a gap may be: ",
+    ):
         assert words in text
 
 

@@ -233,7 +233,11 @@ def test_the_last_lines_are_verdict_place_cause_and_report(
         out = io.StringIO()
         Terminal(stdout=out, stderr=Tty(), verbose=verbose).verdict(report, "runs/x/report.html")
         words = " ".join(out.getvalue().split())
-        marks = ["The two runs disagree.", "Where they differ first: ", "A likely cause: "]
+        marks = [
+            "The two runs disagree in float64.",
+            "Where they differ first: ",
+            "A likely cause: ",
+        ]
         places = [words.index(mark) for mark in [*marks, "Report: runs/x/report.html"]]
         assert places == sorted(places) and words.endswith("Report: runs/x/report.html")
         assert all(words.count(mark) == 1 for mark in marks[:2])
