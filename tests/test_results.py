@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.common.report.index import write_index_page
+from tests.learn.test_side_by_side import words_of
+
+MAX_BYTES = 1_500_000
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("[bcrt]*/README.md"))]
@@ -50,6 +54,27 @@ def test_the_checks_of_the_index_see_a_run_that_is_missing(name: str) -> None:
     page = (RESULTS / "index.html").read_text(encoding="utf-8").replace(f'"{name}/', '"gone/')
     assert name in unlisted(page)
     assert missing_links(page, RESULTS)
+
+
+def test_the_committed_index_says_what_the_reports_say_now(tmp_path: Path) -> None:
+    page = (RESULTS / "index.html").read_text(encoding="utf-8")
+    made = tmp_path / "results"
+    for path in {*committed("report.json"), *committed("*.png"), *committed("read/*")}:
+        copy = made / path.relative_to(RESULTS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(path)
+    again = write_index_page(made).read_text(encoding="utf-8")
+    assert words_of(page) == words_of(again), (
+        "make it again: python compare.py learn --out results/read"
+    )
+    assert page.count('role="img"') == again.count('role="img"') >= 20
+    (made / "quick" / "report.json").unlink()  # the control
+    assert words_of(write_index_page(made).read_text(encoding="utf-8")) != words_of(page)
+
+
+@pytest.mark.parametrize("path", committed("*.html"), ids=lambda path: path.parent.name)
+def test_no_page_is_larger_than_it_should_be(path: Path) -> None:
+    assert 1000 < path.stat().st_size <= MAX_BYTES
 
 
 def test_every_picture_is_shown_in_a_readme() -> None:

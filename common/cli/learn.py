@@ -1,5 +1,5 @@
-"""`learn`: three pages to learn from: a lesson, the two backends side by side, and one step in
-numbers."""
+"""`learn`: pages to learn from: a lesson, the two backends side by side, and one step in numbers.
+In `results/read`, their place in the checkout, the index of all results as well."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         write_read_page,
         write_walk_page,
     )
+    from lockstep.common.report.index import write_index_page
 
     catalogue = invocation.backends.module("faults")
     study = EvidenceCommand(options, invocation, folder="learn")
@@ -46,4 +47,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     walked = walk_through(study.build, dataset, ROOT, study.terminal.line)
     write_walk_page(study.folder / "walk.html", walked)
     study.terminal.line(f"Pages: {study.folder}")
+    if study.folder.resolve() == (ROOT / "results" / "read").resolve():
+        index = write_index_page(ROOT / "results")
+        study.terminal.line(f"Index: {index}")
     return 0

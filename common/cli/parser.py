@@ -30,7 +30,7 @@ COMMANDS = {
     "alarms": "compare correct runs and count false alarms",
     "sensitivity": "find the smallest error of the learning rate that is seen",
     "bench": "measure speed next to the tutorial's own loop",
-    "learn": "write three pages to learn from: a lesson, both sources, one step in numbers",
+    "learn": "write pages to learn from: a lesson, both sources, one step in numbers",
 }
 RENAMED = {"read": "learn"}
 WITH_SCRIPTS = ("check", "record")  # what follows -- are the arguments of the scripts

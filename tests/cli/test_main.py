@@ -614,6 +614,26 @@ def test_pages_to_learn_from_are_made_where_they_were_asked_for(
     assert (dataset.name, sources) == ("digits", REPOSITORY)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["their own place", "elsewhere"])
+def test_in_their_own_place_the_pages_come_with_the_index_of_all_results(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for page in ("lesson", "read", "walk"):
+        monkeypatch.setattr(f"lockstep.common.learn.write_{page}_page", lambda *given: None)
+    monkeypatch.setattr("lockstep.common.learn.walk_through", lambda *given: None)
+    monkeypatch.setattr(learn, "ROOT", tmp_path)
+    (tmp_path / "compare.py").touch()
+    for name in ("faults", "quick"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        report = REPOSITORY / "results" / name / "report.json"
+        (tmp_path / "results" / name / "report.json").symlink_to(report)
+    out = tmp_path / "results" / "read" if own else tmp_path / "read"
+    assert lockstep("learn", "--out", out, "--quiet") == 0
+    index = tmp_path / "results" / "index.html"
+    assert index.exists() == own
+    assert not own or "quick/report.html" in index.read_text()
+
+
 @pytest.mark.parametrize(
     "content", [None, "{", "[]", "{}"], ids=["missing", "damaged", "a list", "empty"]
 )
