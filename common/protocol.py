@@ -41,8 +41,11 @@ class Metrics(NamedTuple):
 class Evaluation(NamedTuple):
     """The predictions of a network for n images, and their loss."""
 
-    predictions: np.ndarray  # int64 (n,): the class with the largest logit
-    loss: float  # mean cross entropy over the images, nats; never with label smoothing
+    # int64 (n,): the class with the largest logit. Of a user's network that gives no logits of
+    # classes, its outputs: floating-point (n, numbers).
+    predictions: np.ndarray
+    # Mean cross entropy over the images, nats, or a user's own loss; never with label smoothing.
+    loss: float
 
 
 class Dropout(NamedTuple):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, Config
+from lockstep.common.errors import ConfigError
 from lockstep.common.request import Request, Result
 from lockstep.common.system import environment, program
 from lockstep.common.system.interrupt import SignalHandler
@@ -79,6 +80,7 @@ def prepare_and_train(
 ) -> Result:
     """Read the data, check the networks, and train."""
     from lockstep.common import data
+    from lockstep.common.model.pair import own_loss
     from lockstep.common.runs import estimate, prepare
     from lockstep.common.runs import request as requests
     from lockstep.common.runs.find import find_runs
@@ -96,6 +98,11 @@ def prepare_and_train(
     device = prepare.choose_device(
         backends, config, dataset, names, terminal.line, request.device, worker
     )
+    if own_loss(request.config.model, names[0]) is not None:
+        raise ConfigError(
+            f"--model {request.config.model}: its loss is not that of one class per image, and only "
+            "those networks are trained: check it with pair, or train it by a script of your own"
+        )
     weights = None
     if request.weights is not None:
         weights, config = prepare.load_initial_weights(

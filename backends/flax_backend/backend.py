@@ -28,10 +28,16 @@ from lockstep.backends.flax_backend.optimizer import (
     restore_schedule,
 )
 from lockstep.backends.flax_backend.state import Parameters, State
-from lockstep.backends.flax_backend.user_module import build, cast_constants, validate_module
+from lockstep.backends.flax_backend.user_module import (
+    build,
+    cast_constants,
+    own_loss,
+    validate_module,
+)
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
+from lockstep.common.model.trees import flat
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 
 
@@ -60,10 +66,11 @@ class FlaxBackend:
         self._compute_dtype = compute_dtype(dtype)
         network = build(config.model, classes, self.device)
         self.network = cast_constants(network, self._compute_dtype)
+        self._own_loss = own_loss(config)
         batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
         if config.model not in MODELS:
-            validate_module(config.model, self.network, classes)
+            validate_module(config.model, self.network, classes, self._own_loss)
         self.optimizer = make_optimizer(config, self.dtype)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self._many_steps = ManySteps(self._step, self._compiled_step, self.device)
@@ -119,7 +126,7 @@ class FlaxBackend:
 
         def loss_of(parameters: Parameters) -> tuple[jax.Array, Parameters]:
             logits, new_model_state = self._forward(parameters, model_state | masks, images)
-            return cross_entropy(logits, labels, self.config.label_smoothing), new_model_state
+            return self._loss(logits, labels, self.config.label_smoothing), new_model_state
 
         (loss, model_state), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         metrics = Metrics(loss, global_norm(gradients), learning_rate(self.config, optimizer_state))
@@ -128,6 +135,12 @@ class FlaxBackend:
         )
         parameters = optax.apply_updates(parameters, updates)
         return State(parameters, model_state, optimizer_state, step + 1), metrics
+
+    def _loss(self, logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+        """Cross entropy, or the loss of a user's pair."""
+        if self._own_loss is None:
+            return cross_entropy(logits, labels, smoothing)
+        return self._own_loss(logits, labels)
 
     def _forward(
         self, parameters: Parameters, model_state: Parameters, images: jax.Array
@@ -184,8 +197,8 @@ class FlaxBackend:
             batch = slice(start, start + tuning.EVALUATION_BATCH)
             batch_images = self._inputs.images(images[batch])
             batch_labels = self._inputs.labels(labels[batch])
-            predicted, loss = self._compiled_evaluate(state, batch_images, batch_labels)
-            predictions.append(np.asarray(predicted, np.int64))
+            logits, loss = self._compiled_evaluate(state, batch_images, batch_labels)
+            predictions.append(self._predictions(logits))
             total += float(loss) * len(batch_labels)  # a smaller last batch weighs less
         return Evaluation(np.concatenate(predictions), total / len(images))
 
@@ -193,18 +206,28 @@ class FlaxBackend:
         self, state: State, images: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         logits = self._model(state.parameters, state.model_state, training=False)(images)
-        return logits.argmax(axis=-1), cross_entropy(logits, labels)
+        loss = self._loss(logits, labels)
+        return logits.argmax(axis=-1) if self._own_loss is None else logits, loss
+
+    def _predictions(self, found: jax.Array) -> np.ndarray:
+        if self._own_loss is None:
+            return np.asarray(found, np.int64)
+        return flat(convert.outputs_to_canonical(found))
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         batch = self._inputs.images(images), self._inputs.labels(labels)
         found = self._compiled_probe(state, *batch, self._masks(state, labels.shape))
         (loss, (activations, logits)), gradients = found
         gradients = convert.to_canonical(gradients)
+        outputs = convert.outputs_to_canonical(logits)
+        if self._own_loss is None:
+            outputs = {"logits": outputs["output"]}
+        images, labels = map(convert.to_numpy, batch)
         return {
-            "data/images": convert.to_numpy(batch[0]),
-            "data/labels": convert.to_numpy(batch[1]).astype(np.int64),
+            "data/images": images,
+            "data/labels": labels if labels.dtype.kind == "f" else labels.astype(np.int64),
             **convert.activations_to_canonical(self.network.names, activations),
-            "forward/logits": convert.to_numpy(logits),
+            **{f"forward/{name}": array for name, array in outputs.items()},
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in gradients.items()},
         }
@@ -216,7 +239,7 @@ class FlaxBackend:
             model = self._model(parameters, state.model_state | masks)
             with record_activations(model) as activations:
                 logits = model(images)
-            return cross_entropy(logits, labels, self.config.label_smoothing), (activations, logits)
+            return self._loss(logits, labels, self.config.label_smoothing), (activations, logits)
 
         return jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lockstep.common.model import names as pair_names
+from lockstep.common.model import trees
 from lockstep.common.protocol import Arrays
 
 
@@ -66,6 +67,11 @@ def activations_to_canonical(
     layout. `names` are those of the tensors."""
     layers = pair_names.layer_names(names)
     return {pair_names.activation_key(layers, name): to_numpy(a) for name, a in activations.items()}
+
+
+def outputs_to_canonical(outputs: object) -> Arrays:
+    """The outputs of a network, with a name for each."""
+    return {name: to_numpy(leaf) for name, leaf in trees.leaves(outputs)}
 
 
 def flatten(state: nnx.State, names: Mapping[str, str] | None = None) -> dict[str, jax.Array]:

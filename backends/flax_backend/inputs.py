@@ -18,7 +18,7 @@ class Data(NamedTuple):
     """A data set on the device."""
 
     images: jax.Array  # uint8 (n, height, width, channels)
-    labels: jax.Array  # int32 (n,)
+    labels: jax.Array  # int32 (n,); of a user's pair, any targets
 
 
 class Inputs:
@@ -34,9 +34,13 @@ class Inputs:
         self._compiled_batches = jax.jit(self._batches)
 
     def images(self, images: Array) -> jax.Array:
+        if images.dtype.kind in "iu":  # tokens, of a user's pair
+            return jax.device_put(images)
         return jnp.asarray(images, self.dtype)
 
     def labels(self, labels: Array) -> jax.Array:
+        if labels.dtype.kind == "f":  # of a user's pair
+            return jnp.asarray(labels, self.dtype if self.dtype == np.float64 else np.float32)
         return jnp.asarray(labels, jnp.int32)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
@@ -49,4 +53,7 @@ class Inputs:
         return np.asarray(self.images(images)), np.asarray(self.labels(labels))
 
     def _batches(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self._pixel_table[uploaded.images[indices]], uploaded.labels[indices]
+        images = uploaded.images[indices]
+        if images.dtype == jnp.uint8:
+            return self._pixel_table[images], uploaded.labels[indices]
+        return self.images(images), uploaded.labels[indices]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from lockstep.backends.flax_backend.state import Parameters
+
+Loss = Callable[..., jax.Array]  # of outputs and targets
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -23,6 +27,43 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
         )
         losses = optax.softmax_cross_entropy(logits, targets)
     return losses.mean()
+
+
+def of_pair(loss: str | Loss) -> Loss:
+    """The loss of a user's pair: its own function, or the one of this name."""
+    return LOSSES[loss] if isinstance(loss, str) else loss
+
+
+def cross_entropy_of_each(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross entropy over the last axis: the mean over all labels."""
+    return cross_entropy(logits, labels)
+
+
+def mean_squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.squared_error(upcast(outputs), like(targets, outputs)).mean()
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of targets from 0 to 1, each with a logit of its own."""
+    return optax.sigmoid_binary_cross_entropy(upcast(logits), like(targets, logits)).mean()
+
+
+def huber(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Half the squared error up to 1, linear beyond (Huber 1964, doi:10.1214/aoms/1177703732)."""
+    return optax.huber_loss(upcast(outputs), like(targets, outputs)).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    "cross entropy": cross_entropy_of_each,
+    "mean squared error": mean_squared_error,
+    "binary cross entropy": binary_cross_entropy,
+    "huber": huber,
+}
+
+
+def like(targets: jax.Array, outputs: jax.Array) -> jax.Array:
+    """In the outputs' shape and dtype, float32 at least; without broadcasting: (n,) fits (n, 1)."""
+    return targets.astype(upcast(outputs).dtype).reshape(outputs.shape)
 
 
 def global_norm(gradients: Parameters) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from lockstep.backends.flax_backend import convert
+from lockstep.backends.flax_backend.inputs import Inputs
 from lockstep.backends.flax_backend.layers import (
     Conv,
     Dropout,
@@ -21,10 +22,12 @@ from lockstep.backends.flax_backend.layers import (
     convolution,
     promote_bias,
 )
+from lockstep.backends.flax_backend.losses import Loss, of_pair
 from lockstep.common import protocol
-from lockstep.common.config import MODELS
+from lockstep.common.config import MODELS, Config
+from lockstep.common.data import normalise
 from lockstep.common.errors import ConfigError, shorten
-from lockstep.common.model import pair
+from lockstep.common.model import pair, trees
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.layers import (
     ATTENTION,
@@ -245,15 +248,37 @@ def definition_order(module: nnx.Module, name: str) -> list[int]:
     return places
 
 
-def validate_module(model: str, network: Network, classes: int) -> None:
+def own_loss(config: Config) -> Loss | None:
+    """The loss of a user's pair; None if that is the cross entropy of one class per image.
+
+    Raises:
+        ConfigError: if labels are to be smoothed that are none.
+    """
+    loss = pair.own_loss(config.model, "flax")
+    if loss is not None and config.label_smoothing:
+        raise ConfigError(pair.NO_SMOOTHING)
+    return None if loss is None else of_pair(loss)
+
+
+def trial(model: str) -> tuple[jax.Array, jax.Array]:
+    """Two inputs and their targets, for a user's network."""
+    example = pair.load_example(model)
+    if example is None:
+        images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
+        return images, jnp.zeros(2, jnp.int32)
+    inputs, (images, labels) = Inputs(np.dtype(np.float32)), (array[:2] for array in example)
+    return inputs.images(normalise(images, np.float32)), inputs.labels(labels)
+
+
+def validate_module(model: str, network: Network, classes: int, loss: Loss | None) -> None:
     """Raise ConfigError unless a user's network can be compared: two trials, in training mode."""
-    images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
+    images, labels = trial(model)
     shapes = {name: leaf.shape for name, leaf in (network.parameters | network.statistics).items()}
     tensors = {
         name: jnp.asarray(array) for name, array in initial_weights(shapes, 0, "float32").items()
     }
     outputs = []
-    with pair.user_code_errors(model, "flax", f"take images {IMAGES}"):
+    with pair.user_code_errors(model, "flax", f"take images {images.shape}"):
         for _ in range(2):
             module = nnx.merge(
                 network.training,
@@ -262,14 +287,10 @@ def validate_module(model: str, network: Network, classes: int) -> None:
             )
             before = nnx.clone(module)
             outputs.append(module(images))
-    logits = outputs[0]
-    shape = tuple(logits.shape) if isinstance(logits, jax.Array) else type(logits).__name__
-    if shape != (2, classes):
-        raise ConfigError(
-            f"--model {model}: flax gives {shape} for 2 images: let it give logits, {(2, classes)}"
-        )
+    check_outputs(model, outputs[0], labels, classes, loss)
+    leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
     drawn = changed_variables(before, module, nnx.RngState)
-    if drawn or not jnp.array_equal(outputs[0], outputs[1]):
+    if drawn or not all(map(jnp.array_equal, *leaves)):
         where = f" ({shorten(drawn)})" if drawn else ""
         raise ConfigError(
             f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
@@ -278,6 +299,23 @@ def validate_module(model: str, network: Network, classes: int) -> None:
         raise ConfigError(
             f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"
         )
+
+
+def check_outputs(
+    model: str, outputs: object, labels: jax.Array, classes: int, loss: Loss | None
+) -> None:
+    """Raise ConfigError unless a network's outputs for two inputs have a loss."""
+    if loss is None:
+        shape = tuple(outputs.shape) if isinstance(outputs, jax.Array) else type(outputs).__name__
+        if shape != (2, classes):
+            raise ConfigError(
+                f"--model {model}: flax gives {shape} for 2 images: let it give logits, "
+                f"{(2, classes)}, or name a loss in the pair"
+            )
+        return
+    with pair.user_code_errors(model, "flax", "compute the loss"):
+        if loss(outputs, labels).shape != ():
+            raise ValueError("it is no single number")
 
 
 def changed_variables(

@@ -27,10 +27,17 @@ from lockstep.backends.torch_backend.optimizer import (
     restore_schedule,
 )
 from lockstep.backends.torch_backend.state import State
-from lockstep.backends.torch_backend.user_module import build, empty_copy, validate_module
+from lockstep.backends.torch_backend.user_module import (
+    build,
+    empty_copy,
+    own_loss,
+    validate_module,
+)
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
+from lockstep.common.model.pair import example_axes
+from lockstep.common.model.trees import flat
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 
 
@@ -61,14 +68,16 @@ class TorchBackend:
         channels_last = tuning.channels_last(config.model, self.device)
         self._template = build(config.model, classes, self.device).to(self.dtype)
         self._dropout_layers = convert.dropout_layers(self._template)
+        self._own_loss = own_loss(config)
         batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._template)}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
+        axes = example_axes(config.model)
+        self._inputs = Inputs(compute_dtype(dtype), self.device, channels_last, axes)
         if config.model not in MODELS:
-            validate_module(config.model, self._template, classes)
+            validate_module(config.model, self._template, classes, self._inputs, self._own_loss)
         self._many_steps = ManySteps(
-            config, self._template, self._step, self._cast, self.device, self.compiled
+            config, self._template, self._step, self._loss, self._cast, self.device, self.compiled
         )
-        self._inputs = Inputs(compute_dtype(dtype), self.device, channels_last)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         model = self._template
@@ -119,7 +128,7 @@ class TorchBackend:
         model, optimizer, scheduler, step = state
         convert.set_masks(model, masks)
         optimizer.zero_grad()
-        loss = cross_entropy(self._forward(model, images), labels, self.config.label_smoothing)
+        loss = self._loss(self._forward(model, images), labels, self.config.label_smoothing)
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         metrics = Metrics(loss.detach(), global_norm(gradients), scheduler.lr)
@@ -128,6 +137,12 @@ class TorchBackend:
         optimizer.step()
         scheduler.step(loss)
         return State(model, optimizer, scheduler, step + 1), metrics
+
+    def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Cross entropy, or the loss of a user's pair."""
+        if self._own_loss is None:
+            return cross_entropy(logits, labels, smoothing)
+        return self._own_loss(logits, labels)
 
     def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits; in mixed precision, with parameters rounded for this pass only."""
@@ -179,11 +194,16 @@ class TorchBackend:
             batch = slice(start, start + tuning.EVALUATION_BATCH)
             batch_labels = self._inputs.labels(labels[batch])
             logits = self._forward(state.model, self._inputs.images(images[batch]))
-            loss = cross_entropy(logits, batch_labels)
-            predictions.append(logits.argmax(dim=-1).cpu().numpy())
+            loss = self._loss(logits, batch_labels)
+            predictions.append(self._predictions(logits))
             total += loss.double().item() * len(batch_labels)  # a smaller last batch weighs less
         state.model.train()
         return Evaluation(np.concatenate(predictions), total / len(images))
+
+    def _predictions(self, logits: Tensor) -> np.ndarray:
+        if self._own_loss is None:
+            return logits.argmax(dim=-1).cpu().numpy()
+        return flat(convert.outputs_to_canonical(logits))
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
@@ -192,17 +212,21 @@ class TorchBackend:
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with record_activations(model) as activations:
             logits = self._forward(model, batch)
-        loss = cross_entropy(logits, batch_labels, self.config.label_smoothing)
+        loss = self._loss(logits, batch_labels, self.config.label_smoothing)
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         gradients = convert.to_canonical(model, gradients)
         for name, buffer in model.named_buffers():  # the forward pass has updated the statistics
             buffer.copy_(before[name])
+        outputs = convert.outputs_to_canonical(logits)
+        if self._own_loss is None:
+            outputs = {"logits": outputs["output"]}
+        images, labels = self._inputs.download(batch, batch_labels)
         return {
-            "data/images": convert.to_numpy(batch.permute(0, 2, 3, 1)),
-            "data/labels": convert.to_numpy(batch_labels),
+            "data/images": images.copy(),
+            "data/labels": labels.copy(),
             **convert.activations_to_canonical(model, activations),
-            "forward/logits": convert.to_numpy(logits),
+            **{f"forward/{name}": array for name, array in outputs.items()},
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in gradients.items()},
         }

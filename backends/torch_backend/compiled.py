@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.sgd import sgd
 from torch.utils._pytree import tree_map
 
-from lockstep.backends.torch_backend.losses import cross_entropy, global_norm
+from lockstep.backends.torch_backend.losses import Loss, global_norm
 from lockstep.backends.torch_backend.optimizer import export_momentum, restore_momentum
 from lockstep.backends.torch_backend.state import State
 from lockstep.backends.torch_backend.tuning import compiler_options
@@ -44,12 +44,13 @@ class ManySteps:
         config: Config,
         template: nn.Module,
         step: Step,
+        loss: Loss,
         cast: Cast,
         device: str,
         compiled: bool,
     ) -> None:
         self.config, self.template, self.step, self.cast = config, template, step, cast
-        self.device, self.compiled = device, compiled
+        self.loss, self.device, self.compiled = loss, device, compiled
 
     def __call__(
         self, state: State, images: Tensor, labels: Tensor, masks: Masks
@@ -122,7 +123,7 @@ class ManySteps:
             logits = functional_call(
                 self.template, (tensors | self.cast(tensors), masks), (images,)
             )
-            return cross_entropy(logits, labels, self.config.label_smoothing), new_buffers
+            return self.loss(logits, labels, self.config.label_smoothing), new_buffers
 
         gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
         norm = global_norm(list(gradients.values()))

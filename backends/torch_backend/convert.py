@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lockstep.backends.torch_backend import layers
 from lockstep.common.errors import ConfigError, shorten
-from lockstep.common.model import layouts
+from lockstep.common.model import layouts, trees
 from lockstep.common.model import names as pair_names
 from lockstep.common.model.layers import (
     ATTENTION,
@@ -299,6 +299,14 @@ def activations_to_canonical(model: nn.Module, activations: Mapping[str, Tensor]
     return {
         pair_names.activation_key(layers, n): activation_to_canonical(model, n, a)
         for n, a in activations.items()
+    }
+
+
+def outputs_to_canonical(outputs: object) -> Arrays:
+    """The outputs of a network, with a name for each; those of pixels with the channels last."""
+    return {
+        name: np.ascontiguousarray(to_numpy(leaf.movedim(1, -1) if leaf.ndim > 3 else leaf))
+        for name, leaf in trees.leaves(outputs)
     }
 
 

@@ -19,7 +19,7 @@ class Data(NamedTuple):
     """A data set on the device."""
 
     images: Tensor  # uint8 (n, channels, height, width), or with the channels last
-    labels: Tensor  # int64 (n,)
+    labels: Tensor  # int64 (n,); of a user's pair, any targets
 
 
 class Inputs:
@@ -29,10 +29,14 @@ class Inputs:
         dtype: of normalised images.
         device: "cpu" or "cuda".
         channels_last: leave the images in NumPy's order in memory.
+        axes: of one input, and of one target, if the last one is that of the channels; else 1.
     """
 
-    def __init__(self, dtype: np.dtype, device: str, channels_last: bool) -> None:
+    def __init__(
+        self, dtype: np.dtype, device: str, channels_last: bool, axes: tuple[int, int] = (3, 1)
+    ) -> None:
         self.dtype, self.device, self.channels_last = dtype, device, channels_last
+        self.axes, self.target_axes = axes
         table = normalise(np.arange(256, dtype=np.uint8), dtype)
         self._pixel_table = as_tensor(table).to(device)
 
@@ -41,17 +45,22 @@ class Inputs:
         unchanged."""
         if isinstance(images, Tensor):
             return images
-        images = as_tensor(images).to(self.device).movedim(-1, -3)
+        images = as_tensor(images).to(self.device).movedim(-1, -self.axes)
         return images if self.channels_last else images.contiguous()
 
     def labels(self, labels: Array) -> Tensor:
         if isinstance(labels, Tensor):
             return labels
+        if labels.dtype.kind == "f":  # of a user's pair
+            wide = self.dtype if self.dtype == np.float64 else np.float32
+            targets = torch.from_numpy(labels.astype(wide)).to(self.device)
+            return targets.movedim(-1, -self.target_axes)
         return torch.from_numpy(labels).to(self.device, torch.int64)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
         pixels = torch.from_numpy(images).to(self.device)
-        pixels = pixels if self.channels_last else pixels.movedim(-1, -3).contiguous()
+        if not self.channels_last:
+            pixels = pixels.movedim(-1, -self.axes).contiguous()
         return Data(pixels, self.labels(labels))
 
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -62,11 +71,19 @@ class Inputs:
             images = images.movedim(-1, -3) if self.channels_last else images
             return images, uploaded.labels[chosen]
         pixels = uploaded.images[chosen]
+        if pixels.dtype != torch.uint8:
+            dtype = getattr(torch, self.dtype.name)
+            return pixels.to(dtype) if pixels.is_floating_point() else pixels, uploaded.labels[
+                chosen
+            ]
         images = self._pixel_table.index_select(0, pixels.flatten().int()).view(pixels.shape)
         return images, uploaded.labels[chosen]
 
     def download(self, images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
-        return as_array(self.images(images).movedim(-3, -1)), as_array(self.labels(labels))
+        images, labels = self.images(images), self.labels(labels)
+        return as_array(images.movedim(-self.axes, -1)), as_array(
+            labels.movedim(-self.target_axes, -1)
+        )
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lockstep.backends.torch_backend import convert
+from lockstep.backends.torch_backend.inputs import Inputs
 from lockstep.backends.torch_backend.layers import BatchNorm2d, LayerNorm
-from lockstep.common.config import MODELS
+from lockstep.backends.torch_backend.losses import Loss, of_pair
+from lockstep.common.config import MODELS, Config
+from lockstep.common.data import normalise
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair as pairs
+from lockstep.common.model import trees
 from lockstep.common.protocol import Arrays
 
 IMAGES = (2, 3, 32, 32)  # the batch for a trial of a user's network
@@ -106,7 +110,31 @@ def exact_layer(layer: nn.Module) -> nn.Module | None:
     return exact
 
 
-def validate_module(model: str, module: nn.Module, classes: int) -> None:
+def own_loss(config: Config) -> Loss | None:
+    """The loss of a user's pair; None if that is the cross entropy of one class per image.
+
+    Raises:
+        ConfigError: if labels are to be smoothed that are none.
+    """
+    loss = pairs.own_loss(config.model, "torch")
+    if loss is not None and config.label_smoothing:
+        raise ConfigError(pairs.NO_SMOOTHING)
+    return None if loss is None else of_pair(loss)
+
+
+def trial(model: str, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two inputs and their targets, for a user's network."""
+    example = pairs.load_example(model)
+    if example is None:
+        images = torch.linspace(-1, 1, math.prod(IMAGES), dtype=dtype).reshape(IMAGES)
+        return images, torch.zeros(2, dtype=torch.int64)
+    images, labels = (array[:2] for array in example)
+    return inputs.images(normalise(images, inputs.dtype)), inputs.labels(labels)
+
+
+def validate_module(
+    model: str, module: nn.Module, classes: int, inputs: Inputs, loss: Loss | None
+) -> None:
     """Raise ConfigError unless a user's network can be compared: two trials, on copies in training
     mode."""
     convert.canonical_names(module)
@@ -125,25 +153,21 @@ def validate_module(model: str, module: nn.Module, classes: int) -> None:
                 "which does not fit"
             )
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=dtype).reshape(IMAGES)
+    images, labels = trial(model, inputs, dtype)
     outputs, copies = [], []
     with (
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
-        pairs.user_code_errors(model, "torch", f"take images {IMAGES}"),
+        pairs.user_code_errors(model, "torch", f"take images {tuple(images.shape)}"),
     ):
         for _ in range(2):
             copies.append(copy.deepcopy(module).train())
             before = torch.get_rng_state()
             outputs.append(copies[-1](images))
             drawn = not torch.equal(before, torch.get_rng_state())
-    logits = outputs[0]
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (2, classes):
-        raise ConfigError(
-            f"--model {model}: torch gives {shape} for 2 images: let it give logits, {(2, classes)}"
-        )
-    if drawn or not torch.equal(outputs[0], outputs[1]):
+    check_outputs(model, outputs[0], labels, classes, loss)
+    leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
+    if drawn or not all(map(torch.equal, *leaves)):
         names = [
             name
             for name, layer in module.named_modules()
@@ -160,3 +184,20 @@ def validate_module(model: str, module: nn.Module, classes: int) -> None:
             raise ConfigError(
                 f"--model {model}: torch's forward pass changes {name}: {pairs.STATE_HINT}"
             )
+
+
+def check_outputs(
+    model: str, outputs: object, labels: Tensor, classes: int, loss: Loss | None
+) -> None:
+    """Raise ConfigError unless a network's outputs for two inputs have a loss."""
+    if loss is None:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if shape != (2, classes):
+            raise ConfigError(
+                f"--model {model}: torch gives {shape} for 2 images: let it give logits, "
+                f"{(2, classes)}, or name a loss in the pair"
+            )
+        return
+    with torch.no_grad(), pairs.user_code_errors(model, "torch", "compute the loss"):
+        if tuple(loss(outputs, labels).shape) != ():
+            raise ValueError("it is no single number")

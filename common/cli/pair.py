@@ -38,10 +38,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     model = options.pair or options.model
     if model is None:
         raise ConfigError(f"pair needs a pair of networks: {program.name()} pair {pairs.SYNTAX}")
-    size = 8 if options.batch_size is None else options.batch_size
-    config = Config(
-        model=model, pair=pairs.source_digest(model), batch_size=size, seed=options.seed or 0
-    )
+    digest, example = pairs.source_digest(model), pairs.load_example(model)  # before any data
 
     from lockstep.common import data
     from lockstep.common.evidence import initialisation, pair_check
@@ -49,8 +46,15 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.runs.prepare import choose_device
 
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
-    dataset = data.load(options.data, options.data_dir, terminal.line, progress=not options.quiet)
-    config = config.resolve(len(dataset.train_images))
+    if example is not None:
+        dataset = data.of_example(model, *example)
+    else:
+        progress = not options.quiet
+        dataset = data.load(options.data, options.data_dir, terminal.line, progress=progress)
+    count = len(dataset.train_images)
+    size = min(8, count) if options.batch_size is None else options.batch_size
+    config = Config(model=model, pair=digest, batch_size=size, seed=options.seed or 0)
+    config = config.resolve(count)
     backends = invocation.backends
     device = choose_device(backends, config, dataset, BACKENDS, terminal.line, options.device)
     torch, flax = (

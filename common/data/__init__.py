@@ -8,7 +8,7 @@ from lockstep.common.data.batches import (
     order_digest,
     permutation,
 )
-from lockstep.common.data.dataset import Dataset, normalise
+from lockstep.common.data.dataset import Dataset, normalise, of_example
 from lockstep.common.data.sources import check, load
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "first_seen",
     "load",
     "normalise",
+    "of_example",
     "order_digest",
     "permutation",
 ]

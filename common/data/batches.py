@@ -71,18 +71,27 @@ def batch_digests(
     several percent of a step of four images, and this one takes half a percent.
 
     Args:
-        images: (steps, batch, height, width, channels), of any floating-point dtype.
-        labels: (steps, batch) integers.
+        images: (steps, batch, height, width, channels), of any floating-point dtype; other inputs,
+            (steps, batch, ...), are taken whole.
+        labels: (steps, batch) integers, or other targets.
         masks: bool (steps, batch, ...), by layer.
 
     Returns:
         int64 (steps,).
     """
-    chosen = np.ascontiguousarray(images[:, :, ::EVERY, ::EVERY])
-    bits = chosen.view(f"u{chosen.itemsize}").reshape(len(chosen), -1).astype(np.uint64)
+    chosen = images[:, :, ::EVERY, ::EVERY] if images.ndim == 5 else images
+    bits = _bits(chosen)
+    if labels.ndim > 2 or labels.dtype.kind == "f":
+        labels = _bits(labels)
     dropped = [_packed(mask) for _, mask in sorted((masks or {}).items())]
     entries = np.concatenate([bits, labels, *dropped], axis=1, dtype=np.uint64, casting="unsafe")
     return (entries * _digest_weights(entries.shape[1])).sum(axis=1, dtype=np.uint64).view(np.int64)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """(steps, ...) as uint64 (steps, numbers): the bits of each number."""
+    array = np.ascontiguousarray(array)
+    return array.view(f"u{array.itemsize}").reshape(len(array), -1).astype(np.uint64)
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:

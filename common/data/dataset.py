@@ -17,12 +17,12 @@ _TABLE = (np.arange(256, dtype=np.float64) / 255 - 0.5) / 0.5
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Two splits of labelled pictures. Labels lie between 0 and len(classes) - 1, and no split is
-    empty."""
+    """Two splits of labelled pictures, or of what a pair's example holds. Labels lie between 0 and
+    len(classes) - 1, and no split is empty."""
 
     name: str  # "cifar10", "digits", or the path's last component
-    train_images: np.ndarray  # uint8 (n, 32, 32, 3)
-    train_labels: np.ndarray  # int64 (n,)
+    train_images: np.ndarray  # uint8 (n, 32, 32, 3); of an example, any (n, ...)
+    train_labels: np.ndarray  # int64 (n,); of an example, any (n, ...)
     test_images: np.ndarray  # uint8 (m, 32, 32, 3)
     test_labels: np.ndarray  # int64 (m,)
     classes: tuple[str, ...]  # by label, verbatim
@@ -49,6 +49,16 @@ class Dataset:
         return digest.hexdigest()
 
 
+def of_example(name: str, inputs: np.ndarray, targets: np.ndarray) -> Dataset:
+    """A data set of what a pair's example holds, which also is its test data; integers are
+    classes."""
+    if targets.dtype.kind == "f":
+        return Dataset(name, inputs, targets, inputs, targets, ())
+    classes = tuple(map(str, range(int(targets.max()) + 1)))
+    targets = targets.astype(np.int64)
+    return Dataset(name, inputs, targets, inputs, targets, classes)
+
+
 def normalise(images: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Map 0..255 to -1..1 by (x / 255 - 0.5) / 0.5, the tutorial's `ToTensor` and `Normalize(0.5,
     0.5)`.
@@ -57,13 +67,15 @@ def normalise(images: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     gets the same bits.
 
     Args:
-        images: uint8, of any shape.
+        images: uint8, of any shape; other numbers are not scaled: floating-point ones are rounded
+            to `dtype`, and integers returned.
         dtype: a floating-point NumPy dtype, `ml_dtypes.bfloat16` included.
 
     Returns:
         An array of that dtype and the images' shape.
     """
-    assert images.dtype == np.uint8, images.dtype
+    if images.dtype != np.uint8:  # of a pair's own example
+        return images.astype(dtype) if images.dtype.kind == "f" else images
     table, normalised = _TABLE.astype(dtype), np.empty(images.shape, dtype)
     pixels, values = images.reshape(-1), normalised.reshape(-1)
     # `table[images]` makes every index eight bytes wide first. Those of a block stay in the

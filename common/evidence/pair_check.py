@@ -23,6 +23,7 @@ from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
 from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import Location, divergence
+from lockstep.common.verdict.distances import magnitude, max_tensor_difference
 from lockstep.common.verdict.failures import failures
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.judge import INITIAL_TWINS
@@ -97,11 +98,17 @@ def measure(
     if any(check.step == 0 and check.stage in CANCELS and not check.agrees for check in checks):
         twins = [[one_step(side, twin) for twin in range(1, INITIAL_TWINS + 1)] for side in sides]
         checks = check_first_steps(a.with_short_twins(twins[0]), b.with_short_twins(twins[1]))
-    losses = [side.evaluate(side.init(start), images, labels).loss for side in sides]
+    evaluations = [side.evaluate(side.init(start), images, labels) for side in sides]
+    losses = [evaluation.loss for evaluation in evaluations]
     modules = {side.name: module_names(side) for side in sides}
     native = {name: module.native for name, module in modules.items()}
     gap, limit = abs(losses[0] - losses[1]), PROOF_BOUND * max(1.0, abs(losses[0]))
     checks.append(Check(0, "evaluate", "test loss", gap, limit, values=(losses[0], losses[1])))
+    outputs = [evaluation.predictions for evaluation in evaluations]
+    if outputs[0].dtype.kind == "f":
+        gap, values = max_tensor_difference(*outputs)
+        limit = PROOF_BOUND * max(map(magnitude, outputs))
+        checks.append(Check(0, "evaluate", "outputs", gap, limit, values=values))
     failed = [check for check in checks if not check.agrees]
     gradients = {check.tensor: check.gap for check in checks if check.stage == "backward"}
     return PairCheck(

@@ -17,7 +17,7 @@ NOTES = (
     # --- Data
     Note(
         title="Channels first, channels last",
-        torch=SourceLine("inputs.py:Inputs.images", "movedim(-1, -3)"),
+        torch=SourceLine("inputs.py:Inputs.images", "movedim(-1, -self.axes)"),
         flax=SourceLine("inputs.py:Inputs.images", "jnp.asarray(images, self.dtype)"),
         what=(
             "PyTorch's convolutions take (n, channels, height, width), Flax's (n, height, width, "

@@ -15,7 +15,7 @@ _STEP = "backend.py:Backend._step"
 _MAKE = "optimizer.py:make_optimizer"
 EXCERPTS: dict[str, dict[str, list[SourceLine]]] = {
     "images": {
-        "torch": [SourceLine("inputs.py:Inputs.images", "movedim(-1, -3)")],
+        "torch": [SourceLine("inputs.py:Inputs.images", "movedim(-1, -self.axes)")],
         "flax": [SourceLine("inputs.py:Inputs.images", "jnp.asarray(images")],
     },
     "labels": {

@@ -116,7 +116,10 @@ SECTIONS = (
                 "build_module",
                 "own_start",
                 "exchanged",
+                "own_loss",
+                "trial",
                 "validate_module",
+                "check_outputs",
                 "use_exact_sums",
                 "exact_layer",
             ),
@@ -239,7 +242,12 @@ SECTIONS = (
         "loss",
         "Loss and gradient norm",
         "Both are one library call, but the two calls return different things.",
-        same_names("losses.py", "cross_entropy", "global_norm", "upcast"),
+        (
+            *same_names("losses.py", SETTINGS, "cross_entropy", "global_norm", "upcast"),
+            *same_names("losses.py", "of_pair", "cross_entropy_of_each", "mean_squared_error"),
+            *same_names("losses.py", "binary_cross_entropy", "huber", "like"),
+            *same_names("backend.py", "Backend._loss"),
+        ),
     ),
     Section(
         "optimizer",
@@ -353,7 +361,7 @@ SECTIONS = (
         "Evaluation",
         "Predictions and the mean loss over all test images, in batches that fit into memory.",
         (
-            *same_names("backend.py", "Backend.evaluate"),
+            *same_names("backend.py", "Backend.evaluate", "Backend._predictions"),
             Pair(
                 None,
                 "backend.py:Backend._evaluate",
@@ -419,6 +427,7 @@ SECTIONS = (
                 "from_canonical",
                 "canonical_names",
                 "activations_to_canonical",
+                "outputs_to_canonical",
             ),
             Pair("convert.py:" + SETTINGS, None, "The canonical roles and layouts are Flax's."),
             Pair("convert.py:flax_role", None, "As above."),

@@ -82,7 +82,7 @@ PINS = (
     both(_START, "restore_schedule(", "restore_schedule("),
     both("convert.py:to_numpy", "return tensor.numpy().copy()", "return np.array(array)"),
     # Data and set-up
-    both("inputs.py:Inputs.images", "movedim(-1, -3)", "jnp.asarray(images, self.dtype)"),
+    both("inputs.py:Inputs.images", "movedim(-1, -self.axes)", "jnp.asarray(images, self.dtype)"),
     both("inputs.py:Inputs.labels", "torch.int64", "jnp.int32"),
     both("inputs.py:Inputs.__init__", "self._pixel_table = ", "self._pixel_table = "),
     both(_INIT, "self._template = build(", "network = build("),

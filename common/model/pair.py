@@ -12,14 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, did_you_mean
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Example = tuple[np.ndarray, np.ndarray]  # inputs and targets, (n, ...)
+
 SYNTAX = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
 INPUT_PREFIX = "input of "  # a layer, in the names of activations
 RNG_HINT = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.backends.flax_backend.layers, which leave out the same units"
+NO_SMOOTHING = "--label-smoothing is of the cross entropy of one class per image: leave it out"
 STATE_HINT = "keep nothing from step to step but a batch norm's statistics"
 Network = (
     Callable[..., Any] | str
@@ -27,9 +33,14 @@ Network = (
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+CROSS_ENTROPY = "cross entropy"
+LOSSES = CROSS_ENTROPY, "mean squared error", "binary cross entropy", "huber"
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A network in both frameworks, for images of 32 x 32 pixels and 3 channels.
+    """A network in both frameworks; without an `example`, for images of 32 x 32 pixels and 3
+    channels, and their classes.
 
     A name of a network, "package.module:NAME", is looked up when its framework is wanted, and not
     before.
@@ -47,6 +58,12 @@ class Pair:
     # tensors, NumPy arrays by name below that of the layer, to Flax's. It moves numbers and changes
     # none.
     convert: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    # One of LOSSES, the mean over all that is given; or a function of outputs and targets for each
+    # framework, PyTorch's first.
+    loss: str | tuple[Callable[..., Any], Callable[..., Any]] = CROSS_ENTROPY
+    # Inputs and targets, NumPy arrays (n, ...) in Flax's layout; a function without arguments that
+    # returns them; or the path of an .npz archive with x and y, from the folder of the pair's file.
+    example: tuple[Any, Any] | Callable[[], tuple[Any, Any]] | str | None = None
 
 
 def load(model: str) -> Pair:
@@ -88,7 +105,80 @@ def _load_users(model: str) -> Pair:
             f"--model {model}: convert must be a dictionary: a layer, and a function from its "
             "PyTorch tensors to Flax's"
         )
+    own = (
+        isinstance(found.loss, Sequence) and len(found.loss) == 2 and all(map(callable, found.loss))
+    )
+    if found.loss not in LOSSES and not own:
+        raise ConfigError(
+            f"--model {model}: loss must be one of {', '.join(LOSSES)}, or two functions of outputs "
+            "and targets, PyTorch's and Flax's"
+        )
     return found
+
+
+@functools.cache
+def load_example(model: str) -> Example | None:
+    """The inputs and targets that a pair brings; None for those of a data set.
+
+    Raises:
+        ConfigError: if they are none.
+    """
+    if model in MODELS:
+        return None
+    found = load(model).example
+    if found is None:
+        return None
+    import numpy as np  # not for --help
+
+    place = model.rpartition(":")[0]
+    try:
+        if isinstance(found, str):
+            folder = Path(place).parent if is_path(place) else Path()
+            with np.load(folder / found, allow_pickle=False) as archive:
+                found = archive["x"], archive["y"]
+        elif callable(found):
+            found = found()
+        inputs, targets = map(np.asarray, found)
+    except Exception as error:  # user code may raise anything
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(
+            f"--model {model}: there is no example ({type(error).__name__}: {reason}): give inputs "
+            "and targets, a function that returns them, or an .npz archive with x and y"
+        ) from error
+    for name, array in (("inputs", inputs), ("targets", targets)):
+        if array.dtype.kind not in "iuf" or array.ndim < 1 or len(array) < 2:
+            raise ConfigError(
+                f"--model {model}: the example's {name} are {array.dtype} {array.shape}: give numbers "
+                "of two samples or more"
+            )
+    if len(inputs) != len(targets):
+        raise ConfigError(
+            f"--model {model}: the example has {len(inputs)} inputs and {len(targets)} targets: give "
+            "as many of both"
+        )
+    return inputs, targets
+
+
+def example_axes(model: str) -> tuple[int, int]:
+    """How many axes one input and one target have, if they have pixels: three or more, of which the
+    last is that of the channels; else 1."""
+    found = load_example(model)
+    if found is None:
+        return 3, 1
+    one, other = (array.ndim - 1 if array.ndim > 3 else 1 for array in found)
+    return one, other
+
+
+def own_loss(model: str, side: str) -> str | Callable[..., Any] | None:
+    """The loss of a user's pair for one side, "torch" or "flax": a name or a function; None where
+    it is the cross entropy of one class per input."""
+    if model in MODELS:
+        return None
+    loss, example = load(model).loss, load_example(model)
+    if not isinstance(loss, str):
+        return loss[("torch", "flax").index(side)]
+    usual = loss == CROSS_ENTROPY and (example is None or example[1].ndim == 1)
+    return None if usual else loss
 
 
 def _is_dictionary(found: object, holds: Callable[[object], bool]) -> bool:

@@ -28,6 +28,8 @@ def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
 
 def perturb_one_ulp(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay."""
+    if array.dtype.kind in "iu":  # tokens, of a pair's own
+        return array
     bits = array.view(f"i{array.itemsize}")  # the next integer is the next float of the same sign
     with np.errstate(invalid="ignore"):  # NaN
         direction = generator.integers(-1, 2, array.shape, np.int8) * (array != 0)

@@ -14,6 +14,7 @@ import pytest
 
 from lockstep import cli as compare
 from lockstep.common.config import Config
+from lockstep.common.data import sources
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.evidence.pair_check import flatten_shape
 from lockstep.common.model import checks, names, pair
@@ -398,6 +399,49 @@ def test_what_was_unrolled_is_read_off_two_inputs_and_off_others_nothing() -> No
     )
 
 
+# --- Any inputs, outputs and losses
+
+EXAMPLES = Path(__file__).with_name("examples.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "agrees"),
+    [
+        pytest.param(name, agrees, marks=() if name == "TWO" else pytest.mark.slow)
+        for name, agrees in {
+            "TEXT": True,
+            "PICTURES": True,
+            "LIKELY": True,
+            "TWO": True,
+            "SUMMED": False,
+        }.items()
+    ],
+)
+def test_a_pair_brings_its_inputs_and_its_loss_and_needs_no_data(
+    name: str, agrees: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_load", None)
+    out = ["--out", str(tmp_path), "--quiet"]
+    assert compare.main(["pair", f"{EXAMPLES}:{name}", *out]) == (0 if agrees else 1)
+    report = json.loads((tmp_path / "report.json").read_text())
+    if agrees:
+        assert report["first_difference"] is None  # gaps measured: 8.9e-16 at most
+    else:
+        assert report["first_difference"]["stage"] == "loss"
+
+
+def test_an_example_is_read_from_an_archive_next_to_the_pair(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.py"
+    path.write_text(EXAMPLES.read_text())
+    with pytest.raises(ConfigError, match=r"there is no example \(FileNotFoundError"):
+        pair.load_example(f"{path}:ROBUST")
+    x = np.zeros((3, 28, 28, 1), np.float32)
+    np.savez(tmp_path / "pictures.npz", x=x, y=x)
+    found = pair.load_example(f"{path}:ROBUST")
+    assert found is not None and found[0].shape == found[1].shape == (3, 28, 28, 1)
+    assert pair.example_axes(f"{path}:ROBUST") == (3, 3)
+
+
 # --- Any two backends
 
 
@@ -516,6 +560,26 @@ REFUSED = {
     "a convert that is no dictionary of functions": (
         "pair(convert={'fc': 3})",
         "convert must be a dictionary: a layer, and a function",
+    ),
+    "a loss that is not known": (
+        "pair(loss='mse')",
+        "loss must be one of cross entropy, mean squared error, binary cross entropy, huber, or two",
+    ),
+    "a loss that fails": (
+        "pair(loss=(lambda outputs, targets: outputs + 'x', lambda outputs, targets: outputs))",
+        "torch cannot compute the loss (TypeError",
+    ),
+    "a loss for each image": (
+        "pair(loss=(lambda outputs, targets: outputs, lambda outputs, targets: outputs))",
+        "torch cannot compute the loss (ValueError: it is no single number",
+    ),
+    "an example of texts": (
+        "pair(example=(['a', 'b'], [0, 1]))",
+        "the example's inputs are <U1 (2,): give numbers of two samples or more",
+    ),
+    "an example of other lengths": (
+        "pair(example=([[0.0], [1.0], [2.0]], [0, 1]))",
+        "the example has 3 inputs and 2 targets: give as many of both",
     ),
     "no builder": ("Pair(3, Flax)", "torch must be a class or a function that builds a module"),
 }

@@ -17,6 +17,7 @@ from torch import nn
 
 from lockstep import backends, same_run
 from lockstep.backends.faults import inject, named
+from lockstep.backends.flax_backend import losses
 from lockstep.backends.torch_backend import convert
 from lockstep.backends.torch_backend.user_module import own_start
 from lockstep.cli import main
@@ -191,6 +192,21 @@ def test_the_libraries_own_attention(
     if wrong:
         first = report["first_difference"]
         assert (first["stage"], first["tensor"]) == ("forward", "attention")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True])
+def test_one_number_per_image(wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong:  # the control: numbers (n, 1) less targets (n,) are (n, n)
+
+        def spread(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+            return ((outputs - targets) ** 2).mean()
+
+        monkeypatch.setitem(losses.LOSSES, "mean squared error", spread)
+    status, report = run_pair("regression.py", tmp_path)
+    assert status == (1 if wrong else 0)
+    if wrong:
+        assert report["first_difference"]["stage"] == "loss"
 
 
 @pytest.mark.slow

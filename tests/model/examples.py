@@ -1,0 +1,126 @@
+"""Pairs that bring their own example and loss: tokens, sequences, images of other sizes, pictures as
+outputs, and two outputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from torch import nn
+from torch.nn import functional as F
+
+from lockstep import Pair
+
+
+class TorchText(nn.Module):
+    """Tokens to the next one."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.table, self.places = nn.Embedding(classes, 8), nn.Embedding(6, 8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, classes)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens):
+        length = tokens.shape[1]
+        x = self.table(tokens) + self.places(torch.arange(length))
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1)
+        x = x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return self.head(self.norm(x))
+
+
+class FlaxText(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.table, self.places = nnx.Embed(classes, 8, rngs=rngs), nnx.Embed(6, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.head = nnx.Linear(8, classes, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.table(tokens) + self.places(jnp.arange(tokens.shape[1]))
+        x = x + self.attention(x, mask=nnx.make_causal_mask(tokens))
+        return self.head(self.norm(x))
+
+
+TOKENS = np.random.default_rng(0).integers(0, 11, (8, 7))
+TEXT = Pair(TorchText, FlaxText, example=(TOKENS[:, :-1], TOKENS[:, 1:]))
+
+
+class TorchPictures(nn.Module):
+    """Pictures of 28 x 28 x 1 to themselves."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.down = nn.Conv2d(1, 4, 4, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 1, 4, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(torch.tanh(self.down(x)))
+
+
+class FlaxPictures(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.down = nnx.Conv(1, 4, (4, 4), strides=2, padding=1, rngs=rngs)
+        self.up = nnx.ConvTranspose(4, 1, (4, 4), strides=2, padding=[(2, 2)] * 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.up(jnp.tanh(self.down(x)))
+
+
+def pictures():
+    drawn = np.random.default_rng(1).random((6, 28, 28, 1), np.float32)
+    return drawn, drawn
+
+
+PICTURES = Pair(TorchPictures, FlaxPictures, loss="mean squared error", example=pictures)
+LIKELY = Pair(TorchPictures, FlaxPictures, loss="binary cross entropy", example=pictures)
+ROBUST = Pair(TorchPictures, FlaxPictures, loss="huber", example="pictures.npz")
+SUMMED = Pair(  # the mistake of a sum for a mean
+    TorchPictures,
+    FlaxPictures,
+    loss=(F.mse_loss, lambda outputs, targets: ((outputs - targets) ** 2).sum(-1).mean() * 2),
+    example=pictures,
+)
+
+
+class TorchTwo(nn.Module):
+    """A sequence to a class and a number."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.line, self.score = nn.Linear(3, 5), nn.Linear(5, 4)
+        self.size = nn.Linear(5, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.line(x)).mean(1)
+        return {"score": self.score(x), "size": self.size(x)}
+
+
+class FlaxTwo(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.line, self.score = nnx.Linear(3, 5, rngs=rngs), nnx.Linear(5, 4, rngs=rngs)
+        self.size = nnx.Linear(5, 1, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.line(x)).mean(1)
+        return {"score": self.score(x), "size": self.size(x)}
+
+
+def torch_loss(outputs, targets):
+    entropy = F.cross_entropy(outputs["score"], targets[:, 0].long())
+    return entropy + F.mse_loss(outputs["size"][:, 0], targets[:, 1])
+
+
+def flax_loss(outputs, targets):
+    scores = jax.nn.log_softmax(outputs["score"])
+    chosen = jnp.take_along_axis(scores, targets[:, :1].astype(jnp.int32), 1)
+    return -chosen.mean() + ((outputs["size"][:, 0] - targets[:, 1]) ** 2).mean()
+
+
+def sequences():
+    drawn = np.random.default_rng(2)
+    targets = np.stack([np.arange(8) % 4, drawn.random(8)], 1)
+    return drawn.standard_normal((8, 6, 3)), targets
+
+
+TWO = Pair(TorchTwo, FlaxTwo, loss=(torch_loss, flax_loss), example=sequences)
