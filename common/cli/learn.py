@@ -29,6 +29,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.learn import (
         read_report,
         walk_through,
+        write_lesson_notebook,
         write_lesson_page,
         write_read_page,
         write_walk_page,
@@ -41,6 +42,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     report = read_report(ROOT / "results" / "faults" / "report.json")
     dataset = study.load("digits" if options.data == "auto" else options.data)
     write_lesson_page(study.folder / "lesson.html", ROOT, report)
+    write_lesson_notebook(study.folder / "lesson.ipynb", ROOT, report)
     write_read_page(
         study.folder / "read.html", ROOT, report, [fault.name for fault in catalogue.FAULTS]
     )

@@ -163,12 +163,12 @@ def _difference(one: Difference, backend: Mapping[str, Definition]) -> ShownDiff
 
 def _note(number: int, note: LessonNote, rows: Mapping[str, FaultRow]) -> ShownNote:
     text, missed = prose(note.text), prose(note.missed)
-    found = "" if note.fault is None else _found(note.fault, note.title, rows)
+    found = "" if note.fault is None else found_text(note.fault, note.title, rows)
     question = prose(note.question)
     return ShownNote(number, prose(note.title), text, missed, note.fault, found, question)
 
 
-def _found(fault: str, title: str, rows: Mapping[str, FaultRow]) -> str:
+def found_text(fault: str, title: str, rows: Mapping[str, FaultRow]) -> str:
     """What the float64 check says of a fault."""
     finding = rows[fault]["lenses"].get(DTYPE) if fault in rows else None
     if finding is None or not finding["caught"]:

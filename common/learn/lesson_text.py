@@ -43,7 +43,7 @@ SECTIONS = (
     LessonSection(
         "network",
         "1. The network",
-        "A `nnx.Module` reads like an `nn.Module`: layers are attributes, and a method computes. "
+        "An `nnx.Module` reads like an `nn.Module`: layers are attributes, and a method computes. "
         "Three things differ: random numbers, defaults, and the order of axes.",
         {
             "torch": ("Net", "Net.__init__", "Net.forward"),

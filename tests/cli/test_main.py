@@ -609,6 +609,7 @@ def test_pages_to_learn_from_are_made_where_they_were_asked_for(
     assert lockstep("learn", "--out", tmp_path, "--quiet") == 0
     assert "The two backends side by side" in (tmp_path / "read.html").read_text()
     assert "From PyTorch to JAX" in (tmp_path / "lesson.html").read_text()
+    assert "From PyTorch to JAX" in (tmp_path / "lesson.ipynb").read_text()
     assert (tmp_path / "walk.html").read_text() == "walked"
     [(_, dataset, sources, _)] = walked
     assert (dataset.name, sources) == ("digits", REPOSITORY)
@@ -618,8 +619,8 @@ def test_pages_to_learn_from_are_made_where_they_were_asked_for(
 def test_in_their_own_place_the_pages_come_with_the_index_of_all_results(
     own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for page in ("lesson", "read", "walk"):
-        monkeypatch.setattr(f"lockstep.common.learn.write_{page}_page", lambda *given: None)
+    for made in ("lesson_page", "lesson_notebook", "read_page", "walk_page"):
+        monkeypatch.setattr(f"lockstep.common.learn.write_{made}", lambda *given: None)
     monkeypatch.setattr("lockstep.common.learn.walk_through", lambda *given: None)
     monkeypatch.setattr(learn, "ROOT", tmp_path)
     (tmp_path / "compare.py").touch()
