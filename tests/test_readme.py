@@ -4,10 +4,13 @@ marked passages."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
+import sys
 import textwrap
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +542,53 @@ def test_the_example_in_the_readme_passes_and_shows_the_first_divergence_of_a_br
     assert repr(compared[0]).startswith(
         "the float64 runs diverge: update: step 1: momentum of conv1.bias: torch="
     )
+
+
+class FakeWandb(types.ModuleType):
+    """What `wandb` is asked for, and what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.logged: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def init(self, project: str) -> Iterator[FakeWandb]:
+        yield self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+
+def run_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeWandb:
+    """Run the example in `folder`, which holds results/."""
+    [document] = [path for path in DOCUMENTS if "<!-- wandb -->" in path.read_text()]
+    code = passage(document.read_text(), "wandb")[1]
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.chdir(folder)
+    lines = code.removeprefix("```python\n").removesuffix("```\n")
+    assert len([line for line in lines.splitlines() if line]) <= 12
+    exec(compile(lines, document.name, "exec"), {})
+    return fake
+
+
+def test_the_example_for_weights_and_biases_reads_the_reports_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake, report = run_wandb(monkeypatch, REPOSITORY), report_of("quick")
+    assert fake.summary == {"verdict": report["verdict"]}
+    rows = [row for row in report["lenses"][0]["stretches"] if row["quantity"] == "loss"]
+    logged = [row for row in fake.logged if "float64/gap of loss" in row]
+    assert logged == [{"float64/gap of loss": r["gap"], "step": r["stop"]} for r in rows]
+    folder = tmp_path / "results" / "quick"
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(report).replace("stretches", "windows"))
+    with pytest.raises(KeyError, match="stretches"):  # the control
+        run_wandb(monkeypatch, tmp_path)
 
 
 def test_two_backends_of_one_name_are_refused() -> None:
