@@ -70,8 +70,8 @@ SECTIONS = (
         "data",
         "Data",
         "Neither framework loads, normalises or shuffles anything. Both receive the same bytes, "
-        "made once in NumPy by the functions below; each only moves them to its device, in its "
-        "own layout.",
+        "made once in NumPy by the functions at the end of this page; each only moves them to its "
+        "device, in its own layout.",
         (
             *same_names("inputs.py", SETTINGS, "Data", "Inputs", "Inputs.__init__"),
             *same_names(
@@ -459,26 +459,34 @@ SECTIONS = (
             Pair(
                 "convert.py:attach_converts",
                 None,
-                "As above, for layers of a user's pair.",
+                "Tensors of a user's Flax module already have the canonical layout.",
             ),
             Pair(
                 "convert.py:converts",
                 None,
-                "As above, for layers of a user's pair.",
+                "Tensors of a user's Flax module already have the canonical layout.",
             ),
             Pair(
                 "convert.py:is_converted",
                 None,
-                "As above, for layers of a user's pair.",
+                "Tensors of a user's Flax module already have the canonical layout.",
             ),
             Pair(
                 "convert.py:moved_layers",
                 None,
-                "As above, for layers of a user's pair.",
+                "Tensors of a user's Flax module already have the canonical layout.",
             ),
-            Pair("convert.py:activation_to_canonical", None, "As above, for its activations."),
+            Pair(
+                "convert.py:activation_to_canonical",
+                None,
+                "Flax's activations already have the canonical layout.",
+            ),
             Pair("convert.py:has_channels_first", None, "As above."),
-            Pair("convert.py:channels_axis", None, "As above, for a user's own norms."),
+            Pair(
+                "convert.py:channels_axis",
+                None,
+                "In Flax, the channels of a user's own norms are last.",
+            ),
             Pair("convert.py:layer_kinds", "user_module.py:layer_kinds"),
             Pair("convert.py:is_own_norm", "activations.py:is_own_norm"),
             Pair(
@@ -507,7 +515,7 @@ SECTIONS = (
     Section(
         "files",
         "Files: weights in and out",
-        "PyTorch uses a state dict, Flax an Orbax checkpoint. The functions below check the "
+        "PyTorch uses a state dict, Flax an Orbax checkpoint. Functions that both share check the "
         "header of a file before its numbers are read, and the numbers before they are used. Both "
         "formats become the same canonical arrays.",
         (

@@ -268,8 +268,10 @@ def _section(
     pinned: Mapping[tuple[str, str], pins.Pinned],
     shown: Sequence[ShownNote],
 ) -> ShownSection:
+    reasons = _reasons(section.pairs)
     opened, folded = (
-        [_pair(pair, backends, pinned, shown) for pair in half] for half in contents.halves(section)
+        [_pair(pair, reasons[pair], backends, pinned, shown) for pair in half]
+        for half in contents.halves(section)
     )
     return ShownSection(
         key=section.key,
@@ -286,8 +288,18 @@ def _shared_code(title: str, definition: Definition) -> SharedCode:
     return SharedCode(title, f"{definition.file}, {definition.span}", lines)
 
 
+def _reasons(pairs: Sequence[outline.Pair]) -> dict[outline.Pair, str]:
+    """Why each has no partner, in full: on the page a pair may stand far from the one above it."""
+    reasons, last = {}, ""
+    for pair in pairs:
+        reasons[pair] = pair.why.replace("As above", last.rstrip("."), 1)
+        last = reasons[pair] if not pair.why.startswith("As above") else last
+    return reasons
+
+
 def _pair(
     pair: outline.Pair,
+    why: str,
     backends: Backends,
     pinned: Mapping[tuple[str, str], pins.Pinned],
     shown: Sequence[ShownNote],
@@ -306,7 +318,7 @@ def _pair(
         key="def-" + re.sub(r"\W+", "-", name),
         title=pair.title,
         file=name.partition(":")[0],
-        why=prose(pair.why),
+        why=prose(why),
         where={side: f"{definition.file}, {definition.span}" for side, definition in found.items()},
         rows=_rows(aligned(pair.title, found, pins_here), found, numbers),
         notes=[note for note in shown if note.at["torch"][0] == pair.torch],

@@ -554,6 +554,14 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def test_no_reason_on_the_page_refers_to_what_stands_elsewhere(page: str) -> None:
+    assert "As above" not in page
+    assert any(
+        pair.why.startswith("As above") for section in outline.SECTIONS for pair in section.pairs
+    )
+    assert page.count("Flax only. In PyTorch, <code>nn.Linear</code>: its kernels sum in") == 1
+
+
 @pytest.mark.parametrize("name", alignment.HIGHLIGHT)
 def test_highlighted_code_can_be_read_in_light_and_dark(name: str) -> None:
     for colour, grounds in zip(alignment.HIGHLIGHT[name], GROUNDS, strict=True):
