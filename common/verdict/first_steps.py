@@ -77,9 +77,14 @@ def check_first_steps(
             gap, spread = between_and_within(
                 ours, theirs, lambda x, y: max_tensor_difference(x, y)[0]
             )
-        scale = max(map(magnitude, tensors))
-        if scale < near_zero * (largest := _stage_magnitude(first, step, stage, tensor)):
-            scale = largest
+        least, scale = sorted(map(magnitude, tensors))
+        rest = near_zero * (largest := _stage_magnitude(first, step, stage, tensor))
+        if scale < rest:
+            # Both are what is left of a sum that is zero, with either sign; one that is exactly zero
+            # may be that of a frozen layer.
+            scale, rest = largest, 2 * rest if least else 0.0
+        else:
+            rest = 0.0
         stored = stage == "update" and not split_slot(tensor)[0] and not tensor.endswith(STATISTICS)
         limit = bound(
             first.dtype,
@@ -89,14 +94,15 @@ def check_first_steps(
             stored,
             REPLAY_BOUND if replayed else PROOF_BOUND,
         )
+        limit = max(limit, rest)
         found = Check(int(step), stage, tensor, gap, limit, spread, values)
         if stage == "backward" and first.dtype != "float64":
-            found = max(_bulk(sides, key, found, scale), found, key=lambda c: c.bound_usage)
+            found = max(_bulk(sides, key, found, scale, rest), found, key=lambda c: c.bound_usage)
         checks.append(found)
     return sorted(checks, key=lambda r: (r.step, STAGES.index(r.stage)))
 
 
-def _bulk(sides: list[list[Record]], key: str, found: Check, scale: float) -> Check:
+def _bulk(sides: list[list[Record]], key: str, found: Check, scale: float, least: float) -> Check:
     """The median of a gradient's differences in place of the largest, and no allowance for flipped
     ReLUs.
 
@@ -109,7 +115,7 @@ def _bulk(sides: list[list[Record]], key: str, found: Check, scale: float) -> Ch
 
     ours, theirs = ([record.first_steps.get(key) for record in side] for side in sides)
     gap, spread = between_and_within(ours, theirs, median_gap)
-    limit = bound(sides[0][0].dtype, spread, scale)
+    limit = max(bound(sides[0][0].dtype, spread, scale), least)
     return replace(found, gap=gap, bound=limit, spread=spread, measure="median")
 
 
