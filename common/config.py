@@ -28,7 +28,9 @@ FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 AUGMENTATIONS = ("crop-flip",)
 # Omitted from a configuration's JSON if they have their default: older runs, which did not have
 # them, keep their fingerprints.
-OMIT_IF_DEFAULT = ("weights", "pair", "clip_norm", "label_smoothing", "augment")
+# Whose initial weights: those of a module of the user's, or drawn with NumPy from the seed.
+INITS = (*BACKENDS, "numpy")
+OMIT_IF_DEFAULT = ("weights", "pair", "init", "clip_norm", "label_smoothing", "augment")
 
 # Which options each schedule takes. All counts are in optimizer steps, except those of `patience`
 # and `cooldown`, which are in windows.
@@ -221,6 +223,9 @@ class Config:
     weights: str | None = None
     # SHA-256 of the file that the user's `model` is in; None: one of Lockstep's own.
     pair: str | None = None
+    # Whose initial weights both start from, one of INITS; None: those of the PyTorch module of a
+    # user's pair, and Lockstep's own draw for Lockstep's own networks.
+    init: str | None = None
 
     def __post_init__(self) -> None:
         known = self.pair is not None or self.model in MODELS
@@ -228,6 +233,19 @@ class Config:
             known,
             f"unknown model {self.model!r}: {did_you_mean(self.model, MODELS)}, "
             "or a pair of your own",
+        )
+        _check(
+            self.init in (None, *INITS),
+            f"unknown --init {self.init!r}: {did_you_mean(str(self.init), INITS)}",
+        )
+        _check(
+            self.init not in BACKENDS or self.pair is not None,
+            f"--init {self.init} is for a pair of your own: Lockstep draws the initial weights of its "
+            "networks itself",
+        )
+        _check(
+            self.init is None or self.weights is None,
+            "--init and --weights both say what the run starts from: give one of them",
         )
         _check(1 <= self.epochs <= MAX_COUNT, f"--epochs must be 1 or more, at most {MAX_COUNT}")
         _check(
@@ -300,6 +318,11 @@ class Config:
                 "more"
             )
         return replace(self, epochs=epochs, steps=steps, schedule=schedule)
+
+    @property
+    def starts_from(self) -> str:
+        """Whose initial weights both start from, unless `weights` are given: one of INITS."""
+        return self.init or ("numpy" if self.pair is None else "torch")
 
     @property
     def total_steps(self) -> int:

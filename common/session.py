@@ -103,8 +103,9 @@ def prepare_and_train(
             f"--model {request.config.model}: its loss is not that of one class per image, and only "
             "those networks are trained: check it with pair, or train it by a script of your own"
         )
-    weights = None
-    if request.weights is not None:
+    if request.weights is None:
+        weights = prepare.own_start(config, dataset, device, backends)
+    else:
         weights, config = prepare.load_initial_weights(
             request.weights, config, dataset, names[0], device, backends
         )

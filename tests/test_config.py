@@ -171,6 +171,7 @@ OTHER: dict[str, Any] = {
     "seed": 1,
     "weights": "0f" * 32,
     "pair": "1e" * 32,
+    "init": "numpy",
 }
 
 

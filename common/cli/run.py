@@ -12,7 +12,7 @@ from lockstep.common import session
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.output import print_json
 from lockstep.common.cli.parser import Invocation, Parser
-from lockstep.common.config import AUGMENTATIONS, BACKENDS, SCHEDULES, Config, Schedule
+from lockstep.common.config import AUGMENTATIONS, BACKENDS, INITS, SCHEDULES, Config, Schedule
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import pair as pairs
 from lockstep.common.recipes import RECIPES
@@ -115,6 +115,13 @@ def add_training_options(parser: Parser) -> None:
         "training images: padded by 4 black pixels, cropped and flipped at random",
     )
     options_of.add_seed(group)
+    options_of.add_choice(
+        group,
+        "--init",
+        INITS,
+        "whose initial weights both start from (default: your PyTorch module's; numpy: drawn by "
+        "Lockstep, as for its own networks)",
+    )
     group.add_argument(
         "--weights",
         type=Path,

@@ -86,8 +86,11 @@ def announcement(request: Request) -> str:
     verb = "Resuming" if request.resumed is not None else "Training"
     if request.keep_records:
         verb = "Comparing"
-    own = config.model in MODELS or request.weights is not None
-    start = "" if own else ", from weights that Lockstep draws, not your modules' own"
+    start = ""
+    if config.model not in MODELS and request.weights is None:
+        start = ", from weights that Lockstep draws"
+        if config.starts_from in FRAMEWORKS:
+            start = f", from the initial weights of your {FRAMEWORKS[config.starts_from]} module"
     return (
         f"{verb} {config.model} in {names} on {data.get(request.data, request.data)}{start}: "
         f"{length} of batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"

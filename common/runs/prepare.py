@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lockstep.common.backends import BackendPackage
-from lockstep.common.config import Config
+from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import DataError
 from lockstep.common.model import checks, initial_weights
@@ -76,6 +76,17 @@ def load_initial_weights(
     backend = backends.load(name)(config, len(dataset.classes), "float32", device, "off")
     found = backends.module("weight_files").read_weights(path, backend.shapes(), config.model)
     return found, dataclasses.replace(config, weights=initial_weights.digest(found))
+
+
+def own_start(
+    config: Config, dataset: Dataset, device: str, backends: BackendPackage
+) -> Arrays | None:
+    """The initial weights that a module of the user's draws from the run's seed, canonical; None
+    where Lockstep draws them."""
+    if config.starts_from not in BACKENDS:
+        return None
+    module = backends.module(f"{config.starts_from}_backend.user_module")
+    return module.own_start(config.model, len(dataset.classes), device, config.seed)
 
 
 def check_same_data(request: Request, dataset: Dataset) -> None:
