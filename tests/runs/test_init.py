@@ -51,6 +51,7 @@ def start(pair: str, folder: Path, *options: str) -> record.Record:
     return record.read(folder / "torch-float64.safetensors")
 
 
+@pytest.mark.slow
 def test_a_pair_starts_from_its_pytorch_module_unless_told_otherwise(
     pair: str, tmp_path: Path
 ) -> None:
