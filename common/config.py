@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from lockstep.common import optimizers
 from lockstep.common.errors import ConfigError, did_you_mean, nearest
 
 BACKENDS = ("torch", "flax")
@@ -26,11 +27,15 @@ MODELS = {
 }
 FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 AUGMENTATIONS = ("crop-flip",)
-# Omitted from a configuration's JSON if they have their default: older runs, which did not have
-# them, keep their fingerprints.
 # Whose initial weights: those of a module of the user's, or drawn with NumPy from the seed.
 INITS = (*BACKENDS, "numpy")
-OMIT_IF_DEFAULT = ("weights", "pair", "init", "clip_norm", "label_smoothing", "augment")
+# Omitted from a configuration's JSON if they have their default: older runs, which did not have
+# them, keep their fingerprints.
+OMIT_IF_DEFAULT = (
+    "weights", "pair", "init", "clip_norm", "label_smoothing", "augment", "optimizer", "betas",
+    "eps", "alpha", "centered", "amsgrad", "lr_decay", "initial_accumulator_value",
+    "decay_biases_and_norms",
+)  # fmt: skip
 
 # Which options each schedule takes. All counts are in optimizer steps, except those of `patience`
 # and `cooldown`, which are in windows.
@@ -206,12 +211,25 @@ class Config:
     steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
     batch_size: int = 4  # images per step
     drop_last: bool = False  # leave out an epoch's last batch if it is smaller than the others
+    # One of `optimizers.OPTIMIZERS`. The options have the names that `torch.optim` gives them, and
+    # None stands for its default; only those that the optimizer takes may be given.
+    optimizer: str = "sgd"
     lr: float = 0.001  # learning rate, per step
     momentum: float = 0.0  # factor of the momentum buffer; 0: no buffer
     dampening: float = 0.0  # share of the gradient kept out of the buffer, from the second step on
-    weight_decay: float = 0.0  # L2 penalty, added to the gradient before momentum
+    # L2 penalty, added to the gradient before all else; adamw and lion shrink the weights themselves
+    # by lr times this. 0 for every optimizer, also where `torch.optim` has another default.
+    weight_decay: float = 0.0
+    decay_biases_and_norms: bool = True  # False: weight decay of all other tensors only
     nesterov: bool = False  # look one momentum step ahead
     maximize: bool = False  # climb instead of descending
+    betas: tuple[float, float] | None = None  # of the first and second moment; lion has its own two
+    eps: float | None = None  # added to the root of the second moment
+    alpha: float | None = None  # of rmsprop's second moment
+    centered: bool = False  # rmsprop: by the variance in place of the second moment
+    amsgrad: bool = False  # adam, adamw: by the largest second moment so far
+    lr_decay: float = 0.0  # adagrad: lr is divided by 1 + lr_decay times the steps done
+    initial_accumulator_value: float = 0.0  # adagrad: where the sum of squares starts
     # Largest norm of all gradients together, which are scaled down to it; None: no limit.
     clip_norm: float | None = None
     # Share of each label that the training loss spreads evenly over all classes.
@@ -282,10 +300,8 @@ class Config:
                 f"schedule: min_lr {self.schedule.min_lr:g} is above --lr {self.lr:g}: choose a "
                 "smaller one"
             )
-        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise ConfigError(
-                "--nesterov needs --momentum above 0 and --dampening 0, as torch.optim.SGD does"
-            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        optimizers.check(self, defaults, MAX_NUMBER)
 
     def batches_per_epoch(self, images: int) -> int:
         """How many batches an epoch over `images` training images has."""
@@ -317,7 +333,8 @@ class Config:
                 f"schedule: cosine's period {period} is shorter than {run}: give {decay_steps} or "
                 "more"
             )
-        return replace(self, epochs=epochs, steps=steps, schedule=schedule)
+        missing = optimizers.missing_options(self)
+        return replace(self, epochs=epochs, steps=steps, schedule=schedule, **missing)
 
     @property
     def starts_from(self) -> str:
@@ -376,11 +393,13 @@ def _from_json(cls: type[T], fields: object) -> T:
     for name, kind in types.items():
         default = getattr(cls, name) if name in OMIT_IF_DEFAULT else None
         options, value = get_args(kind) or (kind,), fields.get(name, default)
-        is_tuple = get_origin(options[0]) is tuple
         if kind is Schedule:
             value = _from_json(Schedule, value)
-        elif is_tuple and isinstance(value, list) and all(type(item) is int for item in value):
-            value = tuple(value)
+        elif get_origin(options[0]) is tuple and isinstance(value, list):
+            item_types = get_args(options[0])  # of `milestones`: int and an ellipsis
+            long_enough = item_types[-1] is ... or len(value) == len(item_types)
+            if long_enough and all(type(item) in (item_types[0], int) for item in value):
+                value = tuple(value)
         allowed = [get_origin(option) or option for option in options]
         if type(value) not in (*allowed, int if float in allowed else None):
             raise ConfigError(f"{cls.__name__}.{name} is no {getattr(kind, '__name__', kind)}")

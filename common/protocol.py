@@ -24,7 +24,7 @@ STAGES = ("data", "weights", "forward", "loss", "backward", "update", "evaluate"
 def split_slot(tensor: str) -> tuple[str, str]:
     """The slot and the parameter of "<slot> of <parameter>", as an optimizer's state is called; no
     slot for all else."""
-    slot, of, parameter = tensor.partition(" of ")
+    slot, of, parameter = tensor.rpartition(" of ")  # the slot may be a "sum of squares"
     return (slot, parameter) if of else ("", tensor)
 
 
@@ -63,7 +63,9 @@ class Snapshot(NamedTuple):
 
     parameters: Arrays
     model_state: Arrays  # what the forward pass updates: batch statistics
-    momentum: Arrays  # by parameter; empty before the first step and without momentum
+    # What the optimizer keeps of each parameter: by a slot of `lockstep.common.optimizers.SLOTS`, then
+    # by parameter. Empty before the first step. The optimizer's own count of steps is `step`.
+    slots: dict[str, Arrays]
     # `lr` of the next step and, for plateau, its counters; empty before the first step.
     schedule: dict[str, float]
     step: int  # optimizer steps done
@@ -73,10 +75,19 @@ class Snapshot(NamedTuple):
         """All that the network itself holds."""
         return self.parameters | self.model_state
 
+    @property
+    def optimizer_tensors(self) -> Arrays:
+        """The optimizer's, by "<slot> of <parameter>"."""
+        return {
+            f"{slot} of {name}": array
+            for slot, arrays in self.slots.items()
+            for name, array in arrays.items()
+        }
+
     @classmethod
     def start(cls, weights: Arrays) -> Snapshot:
         """The state before the first step; `weights` may hold the model state, too."""
-        return cls(parameters=weights, model_state={}, momentum={}, schedule={}, step=0)
+        return cls(parameters=weights, model_state={}, slots={}, schedule={}, step=0)
 
 
 class Backend(Protocol[State, Data, Tensor]):
@@ -125,7 +136,7 @@ class Backend(Protocol[State, Data, Tensor]):
     def train_step(
         self, state: State, images: np.ndarray, labels: np.ndarray
     ) -> tuple[State, Metrics]:
-        """One step of SGD on one batch: the unit to read."""
+        """One step of the optimizer on one batch: the unit to read."""
         ...
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:

@@ -13,6 +13,7 @@ import pytest
 
 from lockstep.common.config import DTYPES, OMIT_IF_DEFAULT, SCHEDULES, Config, Schedule
 from lockstep.common.errors import ConfigError
+from lockstep.common.optimizers import DEFAULTS, OPTIMIZERS, flag, option_names
 from lockstep.common.recipes import RECIPES
 
 IMAGES = 1437  # of the digits: no batch size but 1, 3, 479 and 1437 divides it
@@ -63,6 +64,15 @@ def refusal(**options: Any) -> str:
         ({"augment": "mixup"}, "--augment 'mixup': choose crop-flip"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**32}, "--seed"),
+        ({"optimizer": "adamm"}, "unknown optimizer 'adamm': did you mean adam?"),
+        ({"optimizer": "adam", "betas": (0.9, 1.0)}, "--betas must be 0 or more, below 1"),
+        ({"optimizer": "adam", "betas": (0.9,)}, "--betas are two numbers"),
+        ({"optimizer": "adam", "betas": (math.nan, 0.9)}, "--betas"),
+        ({"optimizer": "adam", "eps": -1e-8}, "--eps"),
+        ({"optimizer": "adam", "eps": math.nan}, "--eps"),
+        ({"optimizer": "rmsprop", "alpha": 1.0}, "--alpha must be 0 or more, below 1"),
+        ({"optimizer": "adagrad", "lr_decay": math.inf}, "--lr-decay"),
+        ({"optimizer": "adagrad", "initial_accumulator_value": -0.1}, "--initial-accumulator-v"),
         ({"nesterov": True}, "--nesterov needs --momentum"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "--nesterov needs --momentum"),
         (
@@ -167,6 +177,15 @@ OTHER: dict[str, Any] = {
     "clip_norm": 1.0,
     "label_smoothing": 0.1,
     "augment": "crop-flip",
+    "optimizer": "rmsprop",
+    "betas": (0.8, 0.9),
+    "eps": 1e-7,
+    "alpha": 0.9,
+    "centered": True,
+    "amsgrad": True,
+    "lr_decay": 0.1,
+    "initial_accumulator_value": 0.1,
+    "decay_biases_and_norms": False,
     "schedule": Schedule("constant"),
     "seed": 1,
     "weights": "0f" * 32,
@@ -175,10 +194,50 @@ OTHER: dict[str, Any] = {
 }
 
 
+# An optimizer that takes the option, for those that SGD does not take.
+TAKERS = {
+    "betas": "adam",
+    "eps": "adam",
+    "amsgrad": "adamw",
+    "alpha": "rmsprop",
+    "centered": "rmsprop",
+    "lr_decay": "adagrad",
+    "initial_accumulator_value": "adagrad",
+}
+
+
+def taking(field: str, base: Config) -> Config:
+    """`base`, with an optimizer that takes the option."""
+    if field not in TAKERS:
+        return base
+    return dataclasses.replace(base, optimizer=TAKERS[field], momentum=0.0)
+
+
 @pytest.mark.parametrize("field", OTHER)
 def test_a_field_that_changes_the_numbers_changes_the_fingerprint(field: str) -> None:
-    changed = dataclasses.replace(BASE, **{field: OTHER[field]})
-    assert changed.resolve(IMAGES).fingerprint("d") != BASE.resolve(IMAGES).fingerprint("d")
+    base = taking(field, BASE)
+    changed = dataclasses.replace(base, **{field: OTHER[field]})
+    assert changed.resolve(IMAGES).fingerprint("d") != base.resolve(IMAGES).fingerprint("d")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_takes_its_own_options_and_no_others(optimizer: str) -> None:
+    for option in option_names():
+        given = {"optimizer": optimizer, option: OTHER[option]}
+        if option in OPTIMIZERS[optimizer]:
+            if option == "nesterov":
+                given["momentum"] = 0.9
+            Config(**given)
+        else:
+            assert f"{optimizer} takes no {flag(option)}: its options are --" in refusal(**given)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_an_optimizers_options_leave_open_is_the_default_of_torch(optimizer: str) -> None:
+    resolved = Config(optimizer=optimizer).resolve(IMAGES)
+    left_open = {"betas", "eps", "alpha"} & {*OPTIMIZERS[optimizer]}
+    assert {name: getattr(resolved, name) for name in left_open} == DEFAULTS[optimizer]
+    assert resolved.resolve(IMAGES) == resolved
 
 
 def test_every_field_is_covered_but_the_one_network_and_the_epochs_that_follow_from_the_steps() -> (
@@ -246,14 +305,16 @@ def test_runs_from_before_an_option_was_there_keep_their_fingerprint() -> None:
     )  # as of the version with `weights` for its last field
     assert not config.to_json().keys() & {*OMIT_IF_DEFAULT}
     for name in OMIT_IF_DEFAULT:
-        changed = dataclasses.replace(config, **{name: OTHER[name]})
-        assert changed.to_json()[name] == OTHER[name]
-        assert changed.fingerprint("d") != config.fingerprint("d")
+        base = taking(name, config)
+        changed = dataclasses.replace(base, **{name: OTHER[name]})
+        assert changed.to_json()[name] == json.loads(json.dumps(OTHER[name]))
+        assert changed.fingerprint("d") != base.fingerprint("d")
 
 
 @pytest.mark.parametrize("name", [*OMIT_IF_DEFAULT, None])
 def test_a_configuration_goes_through_json_and_back(name: str | None) -> None:
-    config = dataclasses.replace(BASE, **({name: OTHER[name]} if name else {})).resolve(IMAGES)
+    base = taking(name or "", BASE)
+    config = dataclasses.replace(base, **({name: OTHER[name]} if name else {})).resolve(IMAGES)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
     if name is None:  # what is not left out must be there
         fields = config.to_json()

@@ -47,7 +47,7 @@ def updates_lost_at_random(patch: SetAttr, config: Config, dataset: Dataset) -> 
     def lose(before: Snapshot, after: Snapshot) -> Snapshot:
         if before.step <= 10 or generator.random() > 0.2:
             return after
-        return after._replace(parameters=before.parameters, momentum=before.momentum)
+        return after._replace(parameters=before.parameters, slots=before.slots)
 
     after_each_step(patch, lose)
 
@@ -59,7 +59,7 @@ def update_lost_once(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     def lose(before: Snapshot, after: Snapshot) -> Snapshot:
         if before.step != LATE:
             return after
-        return after._replace(parameters=before.parameters, momentum=before.momentum)
+        return after._replace(parameters=before.parameters, slots=before.slots)
 
     after_each_step(patch, lose)
 
@@ -85,7 +85,10 @@ def momentum_lost_once(patch: SetAttr, config: Config, dataset: Dataset) -> None
         if before.step != LATE:
             return after
         return after._replace(
-            momentum={name: np.zeros_like(array) for name, array in after.momentum.items()}
+            slots={
+                slot: {name: np.zeros_like(array) for name, array in arrays.items()}
+                for slot, arrays in after.slots.items()
+            }
         )
 
     after_each_step(patch, lose)

@@ -176,7 +176,7 @@ def only_matrices_decayed(patch: SetAttr, config: Config, dataset: Dataset) -> N
     def matrices(parameters: Tensors) -> dict[str, bool]:
         return jax.tree.map(lambda p: p.ndim > 1, parameters)
 
-    patch(optax, "add_decayed_weights", lambda weight_decay: decayed(weight_decay, mask=matrices))
+    patch(optax, "add_decayed_weights", lambda weight_decay, mask: decayed(weight_decay, matrices))
 
 
 # --- Convolutions and shortcuts

@@ -175,7 +175,7 @@ def biases_not_decayed(patch: SetAttr, config: Config, dataset: Dataset) -> None
         optax.add_decayed_weights,
         lambda params: {name: name.endswith("kernel") for name in params},
     )
-    patch(optax, "add_decayed_weights", lambda weight_decay: decayed(weight_decay, mask=kernels))
+    patch(optax, "add_decayed_weights", lambda weight_decay, mask: decayed(weight_decay, kernels))
 
 
 @fault("update", "momentum of *", "pytorch#13801: PyTorch's own C++ SGD did so", weight_decay=0.01)
@@ -209,7 +209,7 @@ def maximize_after_weight_decay(patch: SetAttr, config: Config, dataset: Dataset
     from lockstep.backends.faults.frameworks import optax
 
     decayed = optax.add_decayed_weights
-    patch(optax, "add_decayed_weights", lambda weight_decay: decayed(-weight_decay))
+    patch(optax, "add_decayed_weights", lambda weight_decay, mask: decayed(-weight_decay, mask))
 
 
 @fault(

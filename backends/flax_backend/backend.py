@@ -20,12 +20,12 @@ from lockstep.backends.flax_backend.device import choose_device, configure_deter
 from lockstep.backends.flax_backend.inputs import Array, Data, Inputs
 from lockstep.backends.flax_backend.losses import cross_entropy, global_norm
 from lockstep.backends.flax_backend.optimizer import (
-    export_momentum,
     export_schedule,
+    export_slots,
     learning_rate,
     make_optimizer,
-    restore_momentum,
     restore_schedule,
+    restore_slots,
 )
 from lockstep.backends.flax_backend.state import Parameters, State
 from lockstep.backends.flax_backend.user_module import (
@@ -100,8 +100,10 @@ class FlaxBackend:
         model_state = {name: tensors[name] for name in self.network.statistics}
         optimizer_state = self.optimizer.init(parameters)
         if snapshot.step > 0:
-            momentum = convert.from_canonical(snapshot.momentum)
-            optimizer_state = restore_momentum(optimizer_state, momentum)
+            slots = {
+                slot: convert.from_canonical(arrays) for slot, arrays in snapshot.slots.items()
+            }
+            optimizer_state = restore_slots(self.config, optimizer_state, slots)
             schedule, step = snapshot.schedule, snapshot.step
             optimizer_state = restore_schedule(self.config, optimizer_state, schedule, step)
         step = jnp.asarray(snapshot.step, jnp.int32)
@@ -109,10 +111,11 @@ class FlaxBackend:
 
     def export(self, state: State) -> Snapshot:
         parameters, model_state, optimizer_state, step = state
+        slots = export_slots(self.config, optimizer_state, int(step))
         return Snapshot(
             parameters=convert.to_canonical(parameters),
             model_state=convert.to_canonical(model_state),
-            momentum=convert.to_canonical(export_momentum(self.config, optimizer_state, int(step))),
+            slots={slot: convert.to_canonical(arrays) for slot, arrays in slots.items()},
             schedule=export_schedule(self.config, optimizer_state) if step > 0 else {},
             step=int(step),
         )

@@ -1,5 +1,6 @@
 """`optax.sgd`, completed to what `torch.optim.SGD` does, and optax's schedules, set up from a
-`Config`. Reads next to backends/torch_backend/optimizer.py."""
+`Config`. Reads next to backends/torch_backend/optimizer.py. The other optimizers are in adaptive.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lockstep.backends.flax_backend import adaptive
 from lockstep.backends.flax_backend.state import OptimizerState
 from lockstep.common.config import Config
+
+Slots = dict[str, dict[str, jax.Array]]  # of an optimizer, then by name of the parameters
 
 
 def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformationExtraArgs:
@@ -28,20 +32,25 @@ def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformat
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_;
     `optax.sgd` has the last three lines, without dampening.
     """
-    none = optax.identity()
-    weight_decay, plateau = config.weight_decay, config.schedule.kind == "plateau"
+    none, schedule = optax.identity(), make_schedule(config)
+    mask, plateau = adaptive.decayed(config), config.schedule.kind == "plateau"
+    # AdamW and Lion decay the parameters themselves.
+    weight_decay = 0.0 if config.optimizer in ("adamw", "lion") else config.weight_decay
     # Without a momentum buffer, PyTorch ignores dampening.
     dampens = config.momentum != 0 and config.dampening != 0
-    sgd = optax.sgd(
-        make_schedule(config), config.momentum or None, config.nesterov, accumulator_dtype=dtype
-    )
+    if config.optimizer == "sgd":
+        optimizer = optax.sgd(
+            schedule, config.momentum or None, config.nesterov, accumulator_dtype=dtype
+        )
+    else:
+        optimizer = adaptive.keep_precision(adaptive.make_optimizer(config, schedule, dtype))
     return optax.named_chain(
         ("clip", none if config.clip_norm is None else clip_gradients(config.clip_norm)),
         ("precision", upcast_gradients()),
         ("maximize", optax.scale(-1.0) if config.maximize else none),
-        ("weight_decay", optax.add_decayed_weights(weight_decay) if weight_decay else none),
+        ("weight_decay", optax.add_decayed_weights(weight_decay, mask) if weight_decay else none),
         ("dampening", dampen(config.dampening) if dampens else none),
-        ("sgd", sgd),
+        (config.optimizer, optimizer),
         ("plateau", reduce_on_plateau(config) if plateau else none),
     )
 
@@ -73,7 +82,7 @@ def make_schedule(config: Config) -> optax.Schedule:
                 lr, schedule.period, alpha=schedule.min_lr / lr if lr else 0.0
             )
             rate = optax.join_schedules([rising, falling], boundaries=[schedule.warmup])
-        case _:  # constant; plateau, whose factor is applied after `optax.sgd`
+        case _:  # constant; plateau, whose factor is applied after the optimizer
             rate = optax.constant_schedule(lr)
     # optax counts in int32, and JAX divides int32 by int32 in float32, whatever the dtype of the
     # parameters: lr would be off by 1e-8. PyTorch computes lr as a Python float, so convert the
@@ -181,7 +190,7 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
 
 def learning_rate(config: Config, optimizer_state: OptimizerState) -> Any:
     """The learning rate of the next step, float64 ()."""
-    lr = make_schedule(config)(optimizer_state["sgd"][1].count)
+    lr = make_schedule(config)(optimizer_state[config.optimizer][-1].count)
     return lr * optimizer_state["plateau"].scale if config.schedule.kind == "plateau" else lr
 
 
@@ -206,10 +215,12 @@ def restore_schedule(
     config: Config, optimizer_state: OptimizerState, schedule: dict[str, float], step: int
 ) -> OptimizerState:
     """The inverse of `export_schedule`, after `step` steps: a new optimizer state."""
-    trace, by_schedule = optimizer_state["sgd"]
-    restored = dict(
-        optimizer_state, sgd=(trace, by_schedule._replace(count=jnp.asarray(step, jnp.int32)))
+    # Adam counts its own steps, too: a second array, since each is donated.
+    parts = tuple(
+        part._replace(count=jnp.asarray(step, jnp.int32)) if "count" in part._fields else part
+        for part in optimizer_state[config.optimizer]
     )
+    restored = dict(optimizer_state, **{config.optimizer: parts})
     if config.momentum != 0 and config.dampening != 0:
         restored["dampening"] = DampeningState(jnp.asarray(step, jnp.int32))
     if config.schedule.kind == "plateau":
@@ -224,20 +235,24 @@ def restore_schedule(
     return type(optimizer_state)(restored)
 
 
-def export_momentum(
-    config: Config, optimizer_state: OptimizerState, step: int
-) -> dict[str, jax.Array]:
-    """The momentum buffers by name; empty before the first step and without momentum."""
-    return dict(optimizer_state["sgd"][0].trace) if config.momentum != 0 and step > 0 else {}
+def export_slots(config: Config, optimizer_state: OptimizerState, step: int) -> Slots:
+    """What the optimizer keeps, by name; empty before the first step."""
+    kept = {
+        slot: dict(getattr(part, own))
+        for part in optimizer_state[config.optimizer]
+        for slot, own in adaptive.OWN_SLOTS.items()
+        if own in part._fields
+    }
+    return kept if step > 0 else {}
 
 
-def restore_momentum(
-    optimizer_state: OptimizerState, momentum: dict[str, jax.Array]
-) -> OptimizerState:
-    """The inverse of `export_momentum`: a new optimizer state."""
-    if not momentum:
-        return optimizer_state
-    trace, by_schedule = optimizer_state["sgd"]
-    return type(optimizer_state)(
-        dict(optimizer_state, sgd=(trace._replace(trace=momentum), by_schedule))
+def restore_slots(config: Config, optimizer_state: OptimizerState, slots: Slots) -> OptimizerState:
+    """The inverse of `export_slots`: a new optimizer state."""
+    own_names = adaptive.OWN_SLOTS
+    parts = tuple(
+        part._replace(
+            **{own_names[slot]: slots[slot] for slot in slots if own_names[slot] in part._fields}
+        )
+        for part in optimizer_state[config.optimizer]
     )
+    return type(optimizer_state)(dict(optimizer_state, **{config.optimizer: parts}))

@@ -20,11 +20,11 @@ from lockstep.backends.torch_backend.inputs import Array, Data, Inputs
 from lockstep.backends.torch_backend.losses import cross_entropy, global_norm
 from lockstep.backends.torch_backend.optimizer import (
     Scheduler,
-    export_momentum,
     export_schedule,
+    export_slots,
     make_optimizer,
-    restore_momentum,
     restore_schedule,
+    restore_slots,
 )
 from lockstep.backends.torch_backend.state import State
 from lockstep.backends.torch_backend.user_module import (
@@ -106,16 +106,21 @@ class TorchBackend:
         optimizer = make_optimizer(self.config, model)
         scheduler = Scheduler(self.config, optimizer)
         if snapshot.step > 0:
-            restore_momentum(model, optimizer, convert.from_canonical(model, snapshot.momentum))
+            slots = {
+                slot: convert.from_canonical(model, arrays)
+                for slot, arrays in snapshot.slots.items()
+            }
+            restore_slots(self.config, model, optimizer, slots, snapshot.step)
             restore_schedule(scheduler, snapshot.schedule, snapshot.step)
         return State(model, optimizer, scheduler, snapshot.step)
 
     def export(self, state: State) -> Snapshot:
         model, optimizer, scheduler, step = state
+        slots = export_slots(self.config, model, optimizer, step)
         return Snapshot(
             parameters=convert.to_canonical(model, dict(model.named_parameters())),
             model_state=convert.to_canonical(model, convert.statistics(model)),
-            momentum=convert.to_canonical(model, export_momentum(model, optimizer)),
+            slots={slot: convert.to_canonical(model, tensors) for slot, tensors in slots.items()},
             schedule=export_schedule(scheduler) if step > 0 else {},
             step=step,
         )

@@ -2,7 +2,8 @@
 next to backends/flax_backend/compiled.py.
 
 `torch.compile` cannot trace `loss.backward` and `SGD.step` as a whole, so this step takes its
-gradients with `torch.func` and calls `sgd`, the function behind `SGD.step`.
+gradients with `torch.func` and calls `sgd`, the function behind `SGD.step`, or that of another
+optimizer.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.sgd import sgd
 from torch.utils._pytree import tree_map
 
+from lockstep.backends.torch_backend.adaptive import functional_update
 from lockstep.backends.torch_backend.losses import Loss, global_norm
-from lockstep.backends.torch_backend.optimizer import export_momentum, restore_momentum
+from lockstep.backends.torch_backend.optimizer import (
+    Slots,
+    export_slots,
+    parameter_groups,
+    restore_slots,
+)
 from lockstep.backends.torch_backend.state import State
 from lockstep.backends.torch_backend.tuning import compiler_options
 from lockstep.common.config import Config
@@ -29,9 +36,10 @@ from lockstep.common.protocol import Metrics
 Masks = dict[str, Tensor]  # of dropout, by PyTorch's names
 Step = Callable[[State, Tensor, Tensor, Masks], tuple[State, Metrics]]
 Cast = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # to the precision to compute in
-# parameters, buffers and momentum, by PyTorch's names
-Carry = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
-Batch = tuple[Tensor, Tensor, dict[str, Tensor], Tensor]  # images, labels, dropout masks, lr
+# parameters and buffers, by PyTorch's names, and what the optimizer keeps
+Carry = tuple[dict[str, Tensor], dict[str, Tensor], Slots]
+# images, labels, dropout masks, lr, steps done
+Batch = tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]
 Scan = Callable[[Carry, Batch], tuple[Carry, tuple[Tensor, Tensor]]]
 
 
@@ -51,6 +59,7 @@ class ManySteps:
     ) -> None:
         self.config, self.template, self.step, self.cast = config, template, step, cast
         self.loss, self.device, self.compiled = loss, device, compiled
+        self.groups = parameter_groups(config, template)
 
     def __call__(
         self, state: State, images: Tensor, labels: Tensor, masks: Masks
@@ -61,7 +70,7 @@ class ManySteps:
             return self._one_by_one(state, images, labels, masks)
         if state.step > 0:
             return self._as_one_program(state, images, labels, masks)
-        # The first step creates the momentum buffers, so it is taken alone.
+        # The first step creates what the optimizer keeps, so it is taken alone.
         batches = images, labels, masks
         state, first = self(state, *tree_map(lambda tensor: tensor[:1], batches))
         state, others = self(state, *tree_map(lambda tensor: tensor[1:], batches))
@@ -84,16 +93,17 @@ class ManySteps:
     ) -> tuple[State, Metrics]:
         model, optimizer, scheduler, step = state
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        momentum = export_momentum(model, optimizer)
+        slots = export_slots(self.config, model, optimizer, step)
         buffers = {name: buffer for name, buffer in model.named_buffers() if name not in masks}
         lr = scheduler.advance(len(labels))
         with torch.no_grad():  # `grad_and_value` takes the gradients
             rates = torch.from_numpy(lr).to(self.device)
-            carry = parameters, buffers, momentum
-            carry, series = self._compiled_scan(carry, (images, labels, masks, rates))
-        parameters, buffers, momentum = carry
+            steps = torch.arange(step, step + len(labels), dtype=torch.float64, device=self.device)
+            carry = parameters, buffers, slots
+            carry, series = self._compiled_scan(carry, (images, labels, masks, rates, steps))
+        parameters, buffers, slots = carry
         model.load_state_dict(model.state_dict() | parameters | buffers)
-        restore_momentum(model, optimizer, momentum)
+        restore_slots(self.config, model, optimizer, slots, step + len(labels))
         loss, gradient_norm = map(to_array, series)
         metrics = Metrics(loss, gradient_norm, lr)
         return State(model, optimizer, scheduler, step + len(labels)), metrics
@@ -113,8 +123,8 @@ class ManySteps:
         return scan(self._functional_step, carry, batches)
 
     def _functional_step(self, carry: Carry, batch: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
-        parameters, buffers, momentum = carry
-        images, labels, masks, lr = batch
+        parameters, buffers, slots = carry
+        images, labels, masks, lr, step = batch
 
         def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             # The forward pass writes into the buffers.
@@ -130,22 +140,42 @@ class ManySteps:
         if self.config.clip_norm is not None:  # as `clip_grads_with_norm_` does
             factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {name: gradient * factor for name, gradient in gradients.items()}
-        # `sgd` writes into its arguments.
+        # The optimizer's function writes into its arguments.
         parameters = {name: parameter.clone() for name, parameter in parameters.items()}
-        momentum = {name: buffer.clone() for name, buffer in momentum.items()}
+        slots = tree_map(torch.clone, slots)
+        for names, weight_decay in self.groups:
+            self._update(names, weight_decay, parameters, gradients, slots, lr, step)
+        return (parameters, buffers, slots), (loss, norm)
+
+    def _update(
+        self,
+        names: list[str],
+        weight_decay: float,
+        parameters: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        slots: Slots,
+        lr: Tensor,
+        step: Tensor,
+    ) -> None:
+        """Update in place the parameters that share a weight decay, and what is kept of them."""
+        chosen = [parameters[name] for name in names], [gradients[name] for name in names]
+        kept = {slot: [tensors[name] for name in names] for slot, tensors in slots.items()}
+        if self.config.optimizer != "sgd":
+            update = functional_update(self.config, lr, weight_decay)
+            update(*chosen, kept, [step.clone() for _ in names])  # which it counts on
+            return
+        momentum: list[Tensor | None] = [*kept.get("momentum", [None] * len(names))]
         sgd(
-            list(parameters.values()),
-            list(gradients.values()),
-            list(momentum.values()) or [None] * len(gradients),
+            *chosen,
+            momentum,
             foreach=False,  # inside `scan`, torch 2.15 fails on True
             lr=lr,
             momentum=self.config.momentum,
             dampening=self.config.dampening,
-            weight_decay=self.config.weight_decay,
+            weight_decay=weight_decay,
             nesterov=self.config.nesterov,
             maximize=self.config.maximize,
         )
-        return (parameters, buffers, momentum), (loss, norm)
 
 
 def to_array(series: Tensor) -> np.ndarray:

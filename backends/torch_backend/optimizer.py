@@ -1,18 +1,23 @@
 """`torch.optim.SGD` and the schedulers of `torch.optim.lr_scheduler`, set up from a `Config`. Reads
-next to backends/flax_backend/optimizer.py."""
+next to backends/flax_backend/optimizer.py. The other optimizers are in adaptive.py."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.optim import SGD, lr_scheduler
+from torch.optim import SGD, Optimizer, lr_scheduler
 
+from lockstep.backends.torch_backend import adaptive, convert
 from lockstep.common.config import Config
+from lockstep.common.optimizers import is_bias_or_norm
+
+Slots = dict[str, dict[str, Tensor]]  # of an optimizer, then by PyTorch's names of the parameters
 
 
-def make_optimizer(config: Config, model: nn.Module) -> SGD:
+def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """Stochastic gradient descent. For gradient g, parameters p, buffer b, learning rate lr, in
     this order:
 
@@ -26,8 +31,15 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
 
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_.
     """
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [named[name] for name in names], "weight_decay": weight_decay}
+        for names, weight_decay in parameter_groups(config, model)
+    ]
+    if config.optimizer != "sgd":
+        return adaptive.make_optimizer(config, groups)
     return SGD(
-        model.parameters(),
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         dampening=config.dampening,
@@ -37,7 +49,19 @@ def make_optimizer(config: Config, model: nn.Module) -> SGD:
     )
 
 
-def make_schedule(config: Config, optimizer: SGD) -> Any:
+def parameter_groups(config: Config, model: nn.Module) -> list[tuple[list[str], float]]:
+    """PyTorch's names of the parameters that share a weight decay, and the weight decay."""
+    canonical = convert.canonical_names(model)
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        can_be_spared = is_bias_or_norm(canonical[name], parameter.ndim)
+        spares = not config.decay_biases_and_norms and can_be_spared
+        (spared if spares else decayed).append(name)
+    groups = [(decayed, config.weight_decay), (spared, 0.0)]
+    return [group for group in groups if group[0]]
+
+
+def make_schedule(config: Config, optimizer: Optimizer) -> Any:
     """The scheduler that sets `lr` in the optimizer; stepped once per optimizer step, plateau once
     per window."""
     schedule = cast(Any, config.schedule)  # resolved, so that no option is None
@@ -74,7 +98,7 @@ class Scheduler:
     """Steps the schedule once per optimizer step; plateau once per window, with the window's mean
     training loss."""
 
-    def __init__(self, config: Config, optimizer: SGD) -> None:
+    def __init__(self, config: Config, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.start = config.lr
         self.schedule = make_schedule(config, optimizer)
@@ -127,9 +151,12 @@ def export_schedule(scheduler: Scheduler) -> dict[str, float]:
 
 def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int) -> None:
     """The inverse of `export_schedule`, after `step` steps."""
-    scheduler.optimizer.param_groups[0]["lr"] = schedule["lr"]
+    groups = scheduler.optimizer.param_groups
+    for group in groups:
+        group["lr"] = schedule["lr"]
     if scheduler.window is None:
-        done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [schedule["lr"]]}
+        last_lr = [schedule["lr"]] * len(groups)
+        done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": last_lr}
         state = scheduler.schedule.state_dict() | done  # LambdaLR insists on all its keys
         if scheduler.warmup is not None:  # each of the two schedulers counts steps of its own
             counts = (step, step - scheduler.warmup)
@@ -146,17 +173,30 @@ def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int
     scheduler.schedule.load_state_dict(counters)
 
 
-def export_momentum(model: nn.Module, optimizer: SGD) -> dict[str, Tensor]:
-    """The momentum buffers by PyTorch's names; empty before the first step and without momentum."""
-    buffers = {
-        name: optimizer.state[p].get("momentum_buffer") for name, p in model.named_parameters()
+def export_slots(config: Config, model: nn.Module, optimizer: Optimizer, step: int) -> Slots:
+    """What the optimizer keeps, by PyTorch's names; empty before the first step."""
+    own_names = adaptive.OWN_SLOTS[config.optimizer]
+    kept = {
+        slot: {name: optimizer.state[p].get(own) for name, p in model.named_parameters()}
+        for slot, own in own_names.items()
     }
-    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    # Without momentum, SGD has a buffer of None. Adagrad has its sum before the first step.
+    found = {
+        slot: {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        for slot, tensors in kept.items()
+    }
+    return {slot: tensors for slot, tensors in found.items() if tensors and step > 0}
 
 
-def restore_momentum(model: nn.Module, optimizer: SGD, momentum: dict[str, Tensor]) -> None:
-    """The inverse of `export_momentum`."""
+def restore_slots(
+    config: Config, model: nn.Module, optimizer: Optimizer, slots: Slots, step: int
+) -> None:
+    """The inverse of `export_slots`, after `step` steps."""
+    own_names = adaptive.OWN_SLOTS[config.optimizer]
     for name, parameter in model.named_parameters():
-        if name in momentum:
-            buffer = momentum[name].to(parameter.device)
-            optimizer.state[parameter]["momentum_buffer"] = buffer
+        state = optimizer.state[parameter]
+        for slot, tensors in slots.items():
+            if name in tensors:
+                state[own_names[slot]] = tensors[name].to(parameter.device)
+        if config.optimizer not in ("sgd", "lion"):
+            state["step"] = torch.tensor(float(step))  # each parameter counts its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import nn
-from torch.optim import SGD
+from torch.optim import Optimizer
 
 from lockstep.backends.torch_backend.optimizer import Scheduler
 
@@ -14,6 +14,6 @@ class State(NamedTuple):
     """The state of training; PyTorch changes it in place."""
 
     model: nn.Module
-    optimizer: SGD
+    optimizer: Optimizer
     scheduler: Scheduler
     step: int

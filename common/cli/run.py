@@ -15,6 +15,7 @@ from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.config import AUGMENTATIONS, BACKENDS, INITS, SCHEDULES, Config, Schedule
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import pair as pairs
+from lockstep.common.optimizers import OPTIMIZERS, flag, option_names
 from lockstep.common.recipes import RECIPES
 from lockstep.common.request import Request
 
@@ -84,14 +85,7 @@ def add_training_options(parser: Parser) -> None:
     options_of.add_steps(group, "stop after N optimizer steps")
     options_of.add_batch_size(group)
     options_of.add_switch(group, "--drop-last", "leave out an epoch's last batch if it is smaller")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate")
-    group.add_argument("--momentum", type=float, metavar="X", help="factor of the momentum buffer")
-    group.add_argument(
-        "--dampening", type=float, metavar="X", help="share of the gradient kept out of the buffer"
-    )
-    group.add_argument("--weight-decay", type=float, metavar="X", help="L2 penalty")
-    options_of.add_switch(group, "--nesterov", "Nesterov momentum")
-    options_of.add_switch(group, "--maximize", "climb instead of descending")
+    add_optimizer_options(group)
     group.add_argument(
         "--clip-norm", type=float, metavar="X", help="largest norm of all gradients together"
     )
@@ -131,6 +125,38 @@ def add_training_options(parser: Parser) -> None:
     )
 
 
+def add_optimizer_options(group: argparse._ActionsContainer) -> None:
+    """Those of `torch.optim`, by its names."""
+    options_of.add_choice(
+        group,
+        "--optimizer",
+        OPTIMIZERS,
+        "; ".join(f"{name} ({', '.join(map(flag, taken))})" for name, taken in OPTIMIZERS.items())
+        + "; one other than the recipe's takes none of its options",
+    )
+    for option, text in {
+        "--lr": "learning rate",
+        "--momentum": "factor of the momentum buffer",
+        "--dampening": "share of the gradient kept out of the buffer",
+        "--weight-decay": "L2 penalty; of adamw and lion, decay of the weights themselves",
+        "--eps": "epsilon, added to the root of the second moment",
+        "--alpha": "factor of rmsprop's second moment",
+        "--lr-decay": "of adagrad, for each step done",
+        "--initial-accumulator-value": "of adagrad: where the sum of squares starts",
+    }.items():
+        group.add_argument(option, type=float, metavar="X", help=text)
+    group.add_argument(
+        "--betas", type=float, nargs=2, metavar="X", help="factors of the first and second moment"
+    )
+    options_of.add_switch(group, "--nesterov", "Nesterov momentum")
+    options_of.add_switch(group, "--centered", "rmsprop by the variance of the gradient")
+    options_of.add_switch(group, "--amsgrad", "adam by the largest second moment so far")
+    options_of.add_switch(group, "--maximize", "climb instead of descending")
+    options_of.add_switch(
+        group, "--decay-biases-and-norms", "weight decay of biases and norms, too (the default)"
+    )
+
+
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.resume is not None:
         request = resume_request(options, options.resume, invocation.arguments)
@@ -167,6 +193,13 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         for field in dataclasses.fields(Config)
         if getattr(options, field.name, None) is not None and field.name != "weights"
     }  # the weights are not read yet
+    if options.betas is not None:
+        given["betas"] = tuple(options.betas)
+    if given.get("optimizer", recipe.config.optimizer) != recipe.config.optimizer:
+        # A recipe's options are of its own optimizer.
+        own = ("lr", "weight_decay", *option_names())
+        defaults = {name: getattr(Config, name) for name in own}
+        given = defaults | given
     if options.model is not None:
         given["pair"] = pairs.source_digest(options.model)
     if options.schedule is not None:

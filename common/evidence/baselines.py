@@ -127,11 +127,7 @@ def _step(record: Record, *beginnings: str) -> Arrays:
     layers and momentum."""
     wanted = tuple(f"0/{beginning}" for beginning in beginnings)
     chosen = {key: array for key, array in record.first_steps.items() if key.startswith(wanted)}
-    return {
-        key: array
-        for key, array in chosen.items()
-        if "/momentum of " not in key and "/input of " not in key
-    }
+    return {key: array for key, array in chosen.items() if " of " not in key}
 
 
 def _epoch_losses(record: Record) -> np.ndarray:

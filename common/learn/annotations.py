@@ -123,7 +123,7 @@ NOTES = (
     ),
     Note(
         title="Which arrays are trained",
-        torch=SourceLine(_MAKE, "model.parameters(),"),
+        torch=SourceLine(_MAKE, "dict(model.named_parameters())"),
         flax=SourceLine(
             "user_module.py:split_module", "module, nnx.Param, nnx.BatchStat, Mask, ..."
         ),
@@ -426,7 +426,7 @@ NOTES = (
     Note(
         title="Weight decay comes before momentum",
         torch=SourceLine(_MAKE, "weight_decay=config.weight_decay,"),
-        flax=SourceLine(_MAKE, "optax.add_decayed_weights(weight_decay)"),
+        flax=SourceLine(_MAKE, "optax.add_decayed_weights(weight_decay, mask)"),
         what=(
             "PyTorch's SGD adds the weights, biases included, times weight decay to the gradient; "
             "the sum enters the momentum buffer. `optax.sgd` has no weight decay, so a "
@@ -786,8 +786,8 @@ NOTES = (
     ),
     Note(
         title="A buffer that does not exist yet",
-        torch=SourceLine("optimizer.py:export_momentum", "if buffer is not None"),
-        flax=SourceLine("optimizer.py:export_momentum", "if config.momentum != 0 and step > 0"),
+        torch=SourceLine("optimizer.py:export_slots", "if tensor is not None"),
+        flax=SourceLine("optimizer.py:export_slots", "if step > 0 else {}"),
         what=(
             "Before the first step PyTorch has no momentum buffers, and optax has zeros. The "
             "canonical state has none."

@@ -9,7 +9,16 @@ from lockstep.common.learn.sources import SourceError
 
 # The parts of the page, and their sections by key.
 PARTS: Mapping[str, Sequence[str]] = {
-    "The training": ("model", "step", "loss", "optimizer", "schedule", "fused", "evaluation"),
+    "The training": (
+        "model",
+        "step",
+        "loss",
+        "optimizer",
+        "schedule",
+        "fused",
+        "evaluation",
+        "adaptive",
+    ),
     "Networks and tensors": ("networks", "conversion", "probe", "files"),
     "Data and set-up": ("data", "setup"),
 }

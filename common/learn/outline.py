@@ -276,6 +276,40 @@ SECTIONS = (
             Pair(
                 None, "optimizer.py:dampen", "In PyTorch, an option of SGD; optax has no dampening."
             ),
+            Pair("optimizer.py:parameter_groups", "adaptive.py:decayed"),
+        ),
+    ),
+    Section(
+        "adaptive",
+        "Other optimizers",
+        "The conventions differ in small print: where epsilon stands, what bias correction divides, "
+        "whether the learning rate enters a buffer. Each difference is settled on the Flax side.",
+        (
+            *same_names("adaptive.py", SETTINGS, "make_optimizer"),
+            Pair(
+                None,
+                "adaptive.py:scale_by_rss",
+                "Adagrad: optax has epsilon inside the root, PyTorch outside.",
+            ),
+            Pair(
+                None,
+                "adaptive.py:scale_by_amsgrad",
+                "optax corrects the second moments before it takes the largest, PyTorch after.",
+            ),
+            Pair(
+                None,
+                "adaptive.py:keep_precision",
+                "PyTorch's state has the precision of the parameters.",
+            ),
+            Pair("adaptive.py:Lion", None, "optax has one."),
+            Pair("adaptive.py:Lion.__init__", None, "As above."),
+            Pair("adaptive.py:Lion.step", None, "As above."),
+            Pair("adaptive.py:lion", None, "As above."),
+            Pair(
+                "adaptive.py:functional_update",
+                None,
+                "An optax optimizer is functions already.",
+            ),
         ),
     ),
     Section(
@@ -342,6 +376,7 @@ SECTIONS = (
                 None,
                 "Flax's `_step` already maps arrays to arrays.",
             ),
+            Pair("compiled.py:ManySteps._update", None, "As above."),
             Pair(
                 None,
                 "compiled.py:ManySteps.scan_is_faster",
@@ -504,10 +539,11 @@ SECTIONS = (
             Pair("convert.py:to_tensor", "convert.py:to_array"),
             *same_names(
                 "optimizer.py",
+                SETTINGS,
                 "export_schedule",
                 "restore_schedule",
-                "export_momentum",
-                "restore_momentum",
+                "export_slots",
+                "restore_slots",
             ),
         ),
         shared=("model/initial_weights.py:initial_weights",),

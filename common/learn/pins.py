@@ -56,7 +56,7 @@ PINS = (
     both("layers.py:max_pooling", "return (Pool2x2", "return max_pool"),
     both("models/vit.py:ViT.__init__", "self.patches = ", "self.patches = "),
     # Optimizer and schedule
-    both("optimizer.py:make_optimizer", "return SGD(", "sgd = optax.sgd("),
+    both("optimizer.py:make_optimizer", "return SGD(", "optimizer = optax.sgd("),
     both(_SCHEDULE, "lr_scheduler.StepLR(", "period = schedule.period"),
     Pin(
         SourceLine(_SCHEDULE, "lr_scheduler.ExponentialLR("),
@@ -68,8 +68,8 @@ PINS = (
     both(_SCHEDULE, "falling = ", "falling = "),
     both(_SCHEDULE, "lr_scheduler.SequentialLR(", "optax.join_schedules("),
     both("optimizer.py:export_schedule", '"cooldown": ', '"cooldown": '),
-    both("optimizer.py:export_momentum", "if buffer is not None", 'optimizer_state["sgd"]'),
-    torch_only("optimizer.py:restore_momentum", "if name in momentum"),
+    both("optimizer.py:export_slots", "return {slot", "return kept if"),
+    torch_only("optimizer.py:restore_slots", "if name in tensors"),
     # Many steps, evaluation, probe
     torch_only("compiled.py:ManySteps.__call__", "return self._one_by_one("),
     torch_only("compiled.py:ManySteps.__call__", "state, others = "),
@@ -78,7 +78,7 @@ PINS = (
     torch_only("backend.py:Backend.probe", "convert.set_masks("),
     # Conversion
     both(_START, "optimizer = make_optimizer(", "self.optimizer.init("),
-    both(_START, "restore_momentum(", "restore_momentum("),
+    both(_START, "restore_slots(", "restore_slots("),
     both(_START, "restore_schedule(", "restore_schedule("),
     both("convert.py:to_numpy", "return tensor.numpy().copy()", "return np.array(array)"),
     # Data and set-up

@@ -126,7 +126,7 @@ def one_step(experiment: Experiment) -> StepJson:
         ("logits", lambda m: m.probe["forward/logits"], [(0, k) for k in range(ENTRIES)]),
         ("loss", lambda m: m.probe["loss/loss"], [()]),
         ("gradient", lambda m: m.probe[f"backward/{BIAS}"], [(k,) for k in range(ENTRIES)]),
-        ("momentum", lambda m: m.after.momentum[BIAS], [(k,) for k in range(ENTRIES)]),
+        ("momentum", lambda m: m.after.slots["momentum"][BIAS], [(k,) for k in range(ENTRIES)]),
         ("parameter", lambda m: m.after.parameters[BIAS], [(k,) for k in range(ENTRIES)]),
     ]
     stages = {

@@ -34,6 +34,7 @@ FILES = (
     "layers.py",
     "kernels.py",
     "optimizer.py",
+    "adaptive.py",
     "user_module.py",
     "convert.py",
     "activations.py",

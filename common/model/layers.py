@@ -15,7 +15,6 @@ CONVOLUTION, DENSE, NORM, EMBEDDING, ATTENTION = (
     "embedding",
     "attention",
 )
-MOMENTUM_PREFIX = "momentum of "  # a parameter, in the names of what an update leaves
 # Of a user's own layers the class's name tells the kind.
 OWN_CLASSES = {"norm": NORM, "attention": ATTENTION, "attn": ATTENTION}
 
@@ -69,8 +68,8 @@ def kinds_by_layer(names: Mapping[str, str], kind: Callable[[str], str]) -> dict
 
 
 def plain_name(tensor: str) -> str:
-    """The layer or parameter in the name of an activation or of a momentum buffer."""
-    return tensor.removeprefix(INPUT_PREFIX).removeprefix(MOMENTUM_PREFIX)
+    """The layer or parameter in "input of <layer>" and in "<slot> of <parameter>"."""
+    return tensor.rpartition(" of ")[2]
 
 
 def kind_of(tensor: str, modules: Iterable[ModuleNames]) -> str:

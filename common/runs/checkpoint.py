@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS, DTYPES
+from lockstep.common import optimizers
+from lockstep.common.config import BACKENDS, DTYPES, Config
 from lockstep.common.dtypes import numpy_dtype
-from lockstep.common.errors import RecordError
+from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.model.perturb import REPLICATE, image_perturbation_rng
 from lockstep.common.protocol import STAGES, Arrays, Snapshot
 from lockstep.common.runs.record import (
@@ -77,7 +78,7 @@ class Checkpoint:
 
 _SERIES = ("loss", "gradient_norm", "lr", "batch_digests")
 _GROUPS = ("weights", "first_steps", "parameter_history")
-_STATE = ("parameters", "model_state", "momentum")
+_STATE = ("parameters", "model_state")
 METADATA = tuple(
     f.name for f in fields(Checkpoint) if f.name not in (*_SERIES, *_GROUPS, "snapshot")
 )
@@ -93,7 +94,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
     snapshot = checkpoint.snapshot
     arrays = {name: getattr(checkpoint, name) for name in _SERIES}
     groups = {group: getattr(checkpoint, group) for group in _GROUPS}
-    groups |= {group: getattr(snapshot, group) for group in _STATE}
+    groups |= {group: getattr(snapshot, group) for group in _STATE} | snapshot.slots
     groups["schedule"] = {name: np.float64(value) for name, value in snapshot.schedule.items()}
     for group, members in groups.items():
         arrays |= ungrouped(group, members)
@@ -115,13 +116,17 @@ def read(path: Path) -> Checkpoint:
     metadata, arrays = read_tensors(path, SCHEMA, "checkpoint", HINT)
     try:
         series = {name: arrays.pop(name) for name in _SERIES}
-        groups: JsonObject = dict(grouped(arrays, (*_GROUPS, *_STATE, "schedule")))
+        names = (*_GROUPS, *_STATE, *optimizers.SLOTS, "schedule")
+        groups: JsonObject = dict(grouped(arrays, names))
         schedule = {name: float(array) for name, array in groups.pop("schedule").items()}
         state = {name: groups.pop(name) for name in _STATE}
-        snapshot = Snapshot(**state, schedule=schedule, step=metadata.pop("step"))
+        slots = {name: groups.pop(name) for name in optimizers.SLOTS}
+        slots = {name: arrays for name, arrays in slots.items() if arrays}
+        snapshot = Snapshot(**state, slots=slots, schedule=schedule, step=metadata.pop("step"))
         checkpoint = Checkpoint(**fields_of(metadata), **series, **groups, snapshot=snapshot)
         problem = first_problem(_checks(checkpoint))
     except (
+        ConfigError,
         ArithmeticError,
         AttributeError,
         LookupError,
@@ -227,8 +232,8 @@ class CheckpointManager:
 
 
 def is_finite(snapshot: Snapshot) -> bool:
-    """Whether every parameter, momentum buffer and statistic is finite."""
-    return all(map(all_finite, (snapshot.parameters, snapshot.model_state, snapshot.momentum)))
+    """Whether every parameter, statistic and tensor of the optimizer is finite."""
+    return all_finite(snapshot.tensors) and all_finite(snapshot.optimizer_tensors)
 
 
 def check(
@@ -293,8 +298,11 @@ def _metadata_checks(c: Checkpoint) -> list[Check]:
 def _tensor_checks(c: Checkpoint) -> list[Check]:
     s, weights = c.snapshot, c.weights.values()
 
-    def expected_momentum() -> Arrays:
-        return s.parameters if s.step > 0 and c.config["momentum"] != 0 else {}
+    def slots_are_right() -> bool:
+        expected = optimizers.slots(Config.from_json(c.config)) if s.step > 0 else ()
+        return s.slots.keys() == {*expected} and all(
+            same_tensors(arrays, s.parameters) for arrays in s.slots.values()
+        )
 
     def schedule_is_finite() -> bool:
         # Before the first observation, the best loss is infinite.
@@ -306,8 +314,8 @@ def _tensor_checks(c: Checkpoint) -> list[Check]:
         ("model state, not finite", lambda: not all_finite(s.model_state)),
         ("parameters", lambda: not s.parameters or not same_tensors(s.tensors, c.weights)),
         ("parameters, not finite", lambda: not all_finite(s.parameters)),
-        ("momentum", lambda: not same_tensors(s.momentum, expected_momentum())),
-        ("momentum, not finite", lambda: not all_finite(s.momentum)),
+        ("optimizer", lambda: not slots_are_right()),
+        ("optimizer, not finite", lambda: not all_finite(s.optimizer_tensors)),
         ("schedule", lambda: s.schedule.keys() != _schedule(c)),
         ("schedule, not finite", lambda: not schedule_is_finite()),
         ("schedule, best", lambda: bool(np.isnan(s.schedule.get("best", 0.0)))),

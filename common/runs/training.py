@@ -423,6 +423,4 @@ def truncate_batch(arrays: Arrays) -> Arrays:
 def update_tensors(snapshot: Snapshot) -> Arrays:
     """The tensors of the update stage."""
     tensors = {f"update/{name}": array for name, array in snapshot.tensors.items()}
-    return tensors | {
-        f"update/momentum of {name}": array for name, array in snapshot.momentum.items()
-    }
+    return tensors | {f"update/{name}": array for name, array in snapshot.optimizer_tensors.items()}

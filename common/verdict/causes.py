@@ -12,11 +12,9 @@ from lockstep.common.model.layers import (
     CONVOLUTION,
     DENSE,
     EMBEDDING,
-    MOMENTUM_PREFIX,
     NORM,
     plain_name,
 )
-from lockstep.common.model.pair import INPUT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -291,7 +289,7 @@ def kind_by_name(tensor: str) -> str:
     """The kind of layer that its name suggests; "" if it suggests none, and for what lies between
     two layers."""
     outer, _, name = plain_name(tensor).lower().rpartition(".")
-    if tensor.startswith((INPUT_PREFIX, MOMENTUM_PREFIX)):
+    if tensor != plain_name(tensor):
         return ATTENTION if re.search(ATTENTION_NAME, outer.rpartition(".")[2]) else ""
     return next((kind for kind, pattern in NAMED if re.search(pattern, name)), "")
 

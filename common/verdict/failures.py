@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lockstep.common.errors import shorten
-from lockstep.common.model.layers import MOMENTUM_PREFIX, plain_name
+from lockstep.common.model.layers import plain_name
+from lockstep.common.protocol import split_slot
 from lockstep.common.verdict.check import Check
 
 STAGES = ("weights", "forward", "backward", "update")  # with a tensor or more of each layer
@@ -67,18 +68,25 @@ def common(failed: Sequence[str], passed: Sequence[str], stage: str, layers: Seq
 
 
 def _names(tensors: Iterable[str]) -> list[str]:
-    """Each parameter once, whether it or its momentum buffer is meant."""
+    """Each parameter once, whether it or what an optimizer keeps of it is meant."""
     return list(dict.fromkeys(map(plain_name, tensors)))
 
 
 def _slots(failed: Sequence[str], passed: Sequence[str]) -> str:
-    """Of an update: whether only momentum buffers, or only what they update, fail."""
-    buffers = {tensor for tensor in (*failed, *passed) if tensor.startswith(MOMENTUM_PREFIX)}
-    if not buffers:
+    """Of an update: whether only what the optimizer keeps, or none of it, fails."""
+    kept = list(dict.fromkeys(split_slot(tensor)[0] for tensor in (*passed, *failed)))
+    failing = list(dict.fromkeys(split_slot(tensor)[0] for tensor in failed))
+    if kept == [""]:
         return ""
-    if not buffers & {*failed}:
-        return "no momentum buffer"
-    return "momentum buffers alone" if {*failed} <= buffers else ""
+    if failing == [""]:
+        return f"no {' or '.join(_buffer(slot) for slot in kept if slot)}"
+    if "" in failing:
+        return ""
+    return f"{' and '.join(f'{_buffer(slot)}s' for slot in failing)} alone"
+
+
+def _buffer(slot: str) -> str:
+    return f"{slot} buffer" if slot == "momentum" else slot
 
 
 def _roles(bad: Sequence[str], good: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from lockstep.common.dtypes import compute_dtype
+from lockstep.common.optimizers import SLOTS
 from lockstep.common.protocol import STAGES, split_slot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
@@ -145,16 +146,20 @@ def flip_allowance(first: Record, second: Record, step: int, stage: str, tensor:
     )
     if slot:
         factor = 1.0
-    elif len(first.lr):
+    elif len(first.lr) and _is_sgd(first):
         factor = magnitude(first.lr[: step + 1])
     else:
         factor = _update_per_gradient(first, step, parameter)
     return factor * seen if math.isfinite(seen) else 0.0
 
 
+def _is_sgd(record: Record) -> bool:
+    return record.config.get("optimizer", "sgd") == "sgd"
+
+
 def _update_per_gradient(record: Record, step: int, parameter: str) -> float:
     """By how much the updates changed a parameter, by what its gradients were: the learning rate
-    of SGD, and what stands in its place where the optimizer is not known."""
+    of SGD, and what stands in its place for other optimizers."""
     before, after = (
         record.weights.get(parameter),
         record.first_steps.get(f"{step}/update/{parameter}"),
@@ -167,8 +172,9 @@ def _update_per_gradient(record: Record, step: int, parameter: str) -> float:
 
 def _loss_per_step(record: Record, steps: int) -> float:
     """How much one of the first `steps` updates may move the loss, to first order: lr g^2, kept on
-    by momentum; where these are not known, what the first update moved times its gradient."""
-    if not len(record.gradient_norm):
+    by momentum; where it is not SGD, or these are not known, what the first update moved times its
+    gradient."""
+    if not len(record.gradient_norm) or not _is_sgd(record):
         return _first_order_change(record) if steps else 0.0
     kept = 1 / (1 - min(record.config["momentum"], 0.99))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -194,13 +200,14 @@ def causal_order(record: Record) -> Order:
 
     def position(key: str) -> tuple[int, int, int, str]:
         step, stage, tensor = key.split("/", 2)
-        layer = tensor.removeprefix("momentum of ").rpartition(".")[0]
+        slot, parameter = split_slot(tensor)
+        layer = parameter.rpartition(".")[0]
         place = {"forward": layers.get(tensor, 0), "backward": -layers.get(layer, 0)}.get(stage, 0)
         return (
             int(step),
             STAGES.index(stage),
             place,
-            f"{not tensor.startswith('momentum')} {tensor}",
-        )  # buffers first
+            f"{SLOTS.index(slot) if stage == 'update' and slot in SLOTS else len(SLOTS)} {tensor}",
+        )  # what the optimizer keeps first
 
     return position

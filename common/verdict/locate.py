@@ -3,7 +3,7 @@ usually causes it.
 
 A divergence in the first steps, or in evaluation alone, is read from the records. For a later one
 the run is replayed: the reference is trained up to shortly before that step, and from there on,
-before each step, both backends are brought to its state (weights, momentum, model state, schedule)
+before each step, both backends are brought to its state (weights, optimizer, model state, schedule)
 and take that step on the same batch, tensor by tensor. A difference that is older than the step is
 not carried along, so what shows is what that step does wrong.
 """
@@ -217,17 +217,18 @@ def one_step(
     labels: np.ndarray,
     twin: int | None = None,
 ) -> Record:
-    """A record of one step from `snapshot`; a twin's parameters, momentum and images are moved by
-    at most one ulp."""
+    """A record of one step from `snapshot`; a twin's parameters, optimizer and images are moved
+    by at most one ulp."""
     if twin is not None:
         generator = np.random.default_rng([config.seed, REPLAY_STREAM, snapshot.step, twin])
         parameters = {
             name: perturb_one_ulp(array, generator) for name, array in snapshot.parameters.items()
         }
-        momentum = {
-            name: perturb_one_ulp(array, generator) for name, array in snapshot.momentum.items()
+        slots = {
+            slot: {name: perturb_one_ulp(array, generator) for name, array in arrays.items()}
+            for slot, arrays in snapshot.slots.items()
         }
-        snapshot = snapshot._replace(parameters=parameters, momentum=momentum)
+        snapshot = snapshot._replace(parameters=parameters, slots=slots)
         images = perturb_one_ulp(images, generator)
     state = backend.init(snapshot)
     weights = backend.export(state).tensors

@@ -83,7 +83,7 @@ def same(first: Arrays, second: Arrays) -> bool:
 
 
 def same_snapshot(first: Snapshot, second: Snapshot) -> bool:
-    arrays = ("parameters", "model_state", "momentum")
+    arrays = ("parameters", "model_state", "optimizer_tensors")
     rest = (first.schedule, first.step) == (second.schedule, second.step)
     return rest and all(same(getattr(first, field), getattr(second, field)) for field in arrays)
 
@@ -92,9 +92,9 @@ def copied(snapshot: Snapshot) -> Snapshot:
     def copy(arrays: Arrays) -> Arrays:
         return {name: array.copy() for name, array in arrays.items()}
 
-    parameters, momentum = copy(snapshot.parameters), copy(snapshot.momentum)
+    slots = {slot: copy(arrays) for slot, arrays in snapshot.slots.items()}
     return snapshot._replace(
-        parameters=parameters, momentum=momentum, schedule=dict(snapshot.schedule)
+        parameters=copy(snapshot.parameters), slots=slots, schedule=dict(snapshot.schedule)
     )
 
 
@@ -174,7 +174,7 @@ def test_what_is_put_in_comes_out_bit_for_bit(name: str, dtype: str, backend: Ca
     assert same_snapshot(side.export(side.init(initial)), initial)
     images, labels = batches(dtype)
     trained = side.export(side.train_steps(side.init(initial), images, labels)[0])
-    assert trained.step == STEPS and trained.momentum.keys() == trained.parameters.keys()
+    assert trained.step == STEPS and trained.slots["momentum"].keys() == trained.parameters.keys()
     assert same_snapshot(side.export(side.init(trained)), trained)
     assert not same_snapshot(trained, initial)  # control
 
@@ -191,7 +191,7 @@ def test_neither_the_states_nor_the_snapshots_share_memory(name: str, backend: C
     )  # training a state does not change the snapshot it came from
     assert same_snapshot(side.export(second), kept)  # nor another state of it
     exported = side.export(second)
-    for arrays in (trained.parameters, trained.momentum):
+    for arrays in (trained.parameters, trained.slots["momentum"]):
         for array in arrays.values():
             array[...] = 0
     assert same_snapshot(
@@ -205,7 +205,7 @@ def test_neither_the_states_nor_the_snapshots_share_memory(name: str, backend: C
 def test_without_momentum_nothing_but_the_parameters_is_kept(name: str, backend: Callable) -> None:
     side = backend(name, PLAIN)
     snapshot = side.export(train(side, side.init(start(side)), *batches(steps=1))[0])
-    assert snapshot.momentum == {} and snapshot.model_state == {}
+    assert snapshot.slots == {} and snapshot.model_state == {}
     assert snapshot.schedule == {"lr": 0.05}
 
 
@@ -232,7 +232,7 @@ def test_many_steps_in_one_call_are_as_many_single_steps(
     assert all(series.shape == (STEPS,) and series.dtype == np.float64 for series in metrics)
     bound = MANY_STEPS_BOUND[name][dtype]
     assert gap(one_by_one.parameters, at_once.parameters) <= bound
-    assert gap(one_by_one.momentum, at_once.momentum) <= 10 * bound
+    assert gap(one_by_one.slots["momentum"], at_once.slots["momentum"]) <= 10 * bound
     assert np.abs(history - np.array(metrics)).max() <= 10 * bound
     assert one_by_one.schedule == at_once.schedule and one_by_one.step == at_once.step == STEPS
     other, _ = side.train_steps(
@@ -316,7 +316,7 @@ def test_bfloat16_states_stay_bfloat16(name: str, backend: Callable) -> None:
     side = backend(name, RICH, "bfloat16")
     for method in (side.train_steps, lambda *given: train(side, *given)):
         snapshot = side.export(method(side.init(start(side, "bfloat16")), *batches("bfloat16"))[0])
-        for array in (*snapshot.parameters.values(), *snapshot.momentum.values()):
+        for array in (snapshot.parameters | snapshot.optimizer_tensors).values():
             assert array.dtype == ml_dtypes.bfloat16
 
 
@@ -330,7 +330,7 @@ def test_mixed_precision_keeps_what_is_too_small_for_bfloat16(name: str, backend
             snapshot = side.export(method(side.init(start(side, dtype)), *batches(dtype))[0])
             moved[dtype] = np.mean(snapshot.parameters["conv1.kernel"] != before)
             assert {
-                array.dtype for array in (snapshot.parameters | snapshot.momentum).values()
+                array.dtype for array in (snapshot.parameters | snapshot.optimizer_tensors).values()
             } == {before.dtype}
     assert moved["mixed_bfloat16"] == 1
     assert moved["bfloat16"] < 0.1  # control
@@ -429,9 +429,9 @@ def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: C
         )
         assert gap(one_by_one.parameters, at_once.parameters) <= bound
         assert (
-            gap(one_by_one.momentum, at_once.momentum) <= 4 * bound
+            gap(one_by_one.slots["momentum"], at_once.slots["momentum"]) <= 4 * bound
             if config.momentum
-            else not at_once.momentum
+            else not at_once.slots
         )
         assert np.abs(history - np.array(metrics)).max() <= 4 * bound
         assert (one_by_one.schedule, one_by_one.step) == (at_once.schedule, at_once.step)

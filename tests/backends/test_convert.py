@@ -111,8 +111,9 @@ class TorchSide:
             tensors = {name: parameter.grad for name, parameter in model.named_parameters()}
         else:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            torch_optimizer.restore_momentum(model, optimizer, tensors)
-            tensors = torch_optimizer.export_momentum(model, optimizer)
+            config, slots = Config(momentum=0.9), {"momentum": tensors}
+            torch_optimizer.restore_slots(config, model, optimizer, slots, 1)
+            tensors = torch_optimizer.export_slots(config, model, optimizer, 1)["momentum"]
         model.zero_grad()
         return torch_convert.to_canonical(model, tensors)  # pyright: ignore[reportArgumentType]
 
@@ -140,9 +141,8 @@ class FlaxSide:
         if role == "momentum":
             config = Config(momentum=0.9)
             state = flax_optimizer.make_optimizer(config, numpy_dtype(dtype)).init(own)
-            own = flax_optimizer.export_momentum(
-                config, flax_optimizer.restore_momentum(state, own), 1
-            )
+            state = flax_optimizer.restore_slots(config, state, {"momentum": own})
+            own = flax_optimizer.export_slots(config, state, 1)["momentum"]
         else:  # parameters and gradients are the same dictionaries, flat or nested
             own = flax_convert.flatten(nnx.State(flax_convert.nest(own)))
         return flax_convert.to_canonical(own)

@@ -506,7 +506,7 @@ JOURNEY_BOUND, JOURNEY_FAULT = 1e-12, 1e-9
 def largest_gap(first: Snapshot, second: Snapshot) -> float:
     assert first.step == second.step
     gaps = []
-    for field in ("parameters", "momentum", "schedule"):
+    for field in ("parameters", "optimizer_tensors", "schedule"):
         one, other = getattr(first, field), getattr(second, field)
         assert one.keys() == other.keys()
         gaps += [np.abs(np.subtract(one[name], other[name])).max() for name in one]
@@ -558,8 +558,9 @@ def test_a_restored_state_is_one_of_its_optimizer(momentum: float, dampening: fl
     counts = {int(leaf) for leaf in jax.tree.leaves(restored) if leaf.dtype == jnp.int32}
     assert counts == {7}
     # a buffer is part of a snapshot from the first step on, if there is one
-    exported = [set(flax_side.export_momentum(config, restored, step)) for step in (0, 1)]
-    assert exported == [set(), set(SIZES) if momentum else set()]
+    exported = [flax_side.export_slots(config, restored, step) for step in (0, 1)]
+    names = [{slot: set(tensors) for slot, tensors in slots.items()} for slots in exported]
+    assert names == [{}, {"momentum": set(SIZES)} if momentum else {}]
 
 
 @pytest.mark.parametrize(("lr", "scale"), [(0.5, 0.2), (2.0, 0.05)])
@@ -605,7 +606,7 @@ def test_a_snapshot_goes_on_in_the_other_backend(journey: str, build: Callable) 
         # controls: a snapshot that lost something
         forgotten = [halfway[name]._replace(parameters=start.parameters)]
         if config.momentum:
-            forgotten.append(halfway[name]._replace(momentum={}))
+            forgotten.append(halfway[name]._replace(slots={}))
         if config.schedule.kind == "plateau":
             forgotten.append(halfway[name]._replace(schedule=halfway[name].schedule | {"count": 0}))
             forgotten.append(

@@ -10,7 +10,7 @@ import pytest
 
 import lockstep
 from lockstep import cli
-from lockstep.common.cli import parser
+from lockstep.common.cli import parser, run
 from lockstep.common.errors import ConfigError, did_you_mean, nearest
 from lockstep.common.system import program
 
@@ -167,3 +167,18 @@ def test_the_program_is_known_by_its_path(
 def test_a_config_error_is_raised_for_callers_of_the_parser() -> None:
     with pytest.raises(ConfigError, match="did you mean --model"):
         parser.parse(["--modle", "vit"])
+
+
+def test_another_optimizer_takes_nothing_of_the_recipes_own() -> None:
+    """Its momentum would be refused, its learning rate is SGD's."""
+    own = run.new_request(parser.parse([])).config
+    assert (own.optimizer, own.momentum, own.lr) == ("sgd", 0.9, 0.01)  # the control
+    given = ["--optimizer", "adam", "--betas", "0.8", "0.9", "--no-decay-biases-and-norms"]
+    config = run.new_request(parser.parse(given)).config
+    assert (config.optimizer, config.momentum, config.lr) == ("adam", 0.0, 0.001)
+    assert (config.betas, config.decay_biases_and_norms) == ((0.8, 0.9), False)
+    assert config.steps == own.steps
+    kept = run.new_request(parser.parse(["--optimizer", "sgd"])).config
+    assert kept == own
+    with pytest.raises(ConfigError, match="adam takes no --momentum"):
+        run.new_request(parser.parse([*given, "--momentum", "0.9"]))

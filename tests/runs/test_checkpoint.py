@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lockstep import backends
-from lockstep.common.config import DTYPES, MAX_COUNT, Config
+from lockstep.common.config import DTYPES, MAX_COUNT, Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import RecordError
@@ -61,12 +61,12 @@ def make(
         "mean": 2.5,
     }
     snapshot = Snapshot(
-        parameters=tensors(), model_state={}, momentum=tensors() if step else {},
+        parameters=tensors(), model_state={}, slots={"momentum": tensors()} if step else {},
         schedule=plateau if step else {}, step=step,
     )  # fmt: skip
     series = [generator.normal(size=step) for _ in range(3)]
     fields: dict[str, Any] = {
-        "backend": "torch", "dtype": dtype, "twin": twin, "config": {"momentum": 0.9, "schedule": {"kind": "plateau"}},
+        "backend": "torch", "dtype": dtype, "twin": twin, "config": Config(momentum=0.9, schedule=Schedule("plateau")).to_json(),
         "data": {"name": "猫", "digest": "d1"}, "source": "s1",
         "segments": [{"backend": "torch", "stop": step}] if step else [], "layers": ["fc1", "logits"],
         "perturbation_rng_state": None if twin is None else dict(image_perturbation_rng(0, twin).bit_generator.state), "seconds": 1.5,
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_read_back_bit_by_bit(
 
 def test_the_comparison_of_checkpoints_that_this_file_uses_sees_one_bit() -> None:
     arrays: list[Callable[[Checkpoint], np.ndarray]] = [
-        lambda c: c.loss, lambda c: c.weights["fc1.bias"], lambda c: c.snapshot.momentum["fc1.kernel"],
+        lambda c: c.loss, lambda c: c.weights["fc1.bias"], lambda c: c.snapshot.slots["momentum"]["fc1.kernel"],
         lambda c: c.parameter_history["3/fc1.bias"], lambda c: c.first_steps["0/loss/loss"],
     ]  # fmt: skip
     for of in arrays:
@@ -203,12 +203,13 @@ WRONG: list[tuple[str, Callable[..., Any]]] = [  # what is said, and what was do
     ("parameters", array("parameters/fc2.bias", HALF)),
     ("parameters, not finite", array("parameters/fc1.bias", NAN)),
     ("model state, not finite", array("model_state/norm.mean", NAN)),
-    ("momentum", without("momentum/fc1.bias")),
-    ("momentum", fact(config={"momentum": 0, "schedule": {"kind": "plateau"}})),
-    ("momentum, not finite", array("momentum/fc1.bias", NAN)),
+    ("optimizer", without("momentum/fc1.bias")),
+    ("optimizer", array("first moment/fc1.bias", HALF)),
+    ("optimizer", fact(config=Config(schedule=Schedule("plateau")).to_json())),
+    ("optimizer, not finite", array("momentum/fc1.bias", NAN)),
     ("schedule", without("schedule/bad")),
     ("schedule", array("schedule/novelty", 1.0)),
-    ("schedule", fact(config={"momentum": 0.9, "schedule": {"kind": "step"}})),
+    ("schedule", fact(config=Config(momentum=0.9, schedule=Schedule("step")).to_json())),
     ("TypeError", array("schedule/lr", [0.1, 0.2])),
     ("schedule, not finite", array("schedule/lr", math.nan)),
     ("schedule, not finite", array("schedule/mean", math.inf)),
@@ -245,7 +246,7 @@ def test_every_check_has_such_a_file() -> None:
 
 def test_a_checkpoint_before_the_first_step_holds_no_state_of_the_optimizer(tmp_path: Path) -> None:
     for said, change in (
-        ("momentum", array("momentum/fc1.bias", HALF)),
+        ("optimizer", array("momentum/fc1.bias", HALF)),
         ("schedule", array("schedule/lr", 0.1)),
     ):
         path = checkpoint.write(make(0), tmp_path)
@@ -255,9 +256,9 @@ def test_a_checkpoint_before_the_first_step_holds_no_state_of_the_optimizer(tmp_
 
 
 def test_a_run_without_momentum_and_with_a_plain_schedule_has_neither(tmp_path: Path) -> None:
-    plain = make(config={"momentum": 0.0, "schedule": {"kind": "step"}})
+    plain = make(config=Config(schedule=Schedule("step")).to_json())
     plain = dataclasses.replace(
-        plain, snapshot=plain.snapshot._replace(momentum={}, schedule={"lr": 0.1})
+        plain, snapshot=plain.snapshot._replace(slots={}, schedule={"lr": 0.1})
     )
     assert bits(checkpoint.read(checkpoint.write(plain, tmp_path))) == bits(plain)
 
@@ -461,12 +462,13 @@ def test_only_its_own_run_resumes_from_a_checkpoint() -> None:
         )
 
 
-@pytest.mark.parametrize("group", ["parameters", "momentum", "model_state"])
+@pytest.mark.parametrize("group", ["parameters", "slots", "model_state"])
 def test_a_state_is_finite_or_not(group: str) -> None:
     snapshot = make().snapshot
     assert checkpoint.is_finite(snapshot)
     for value in (math.nan, math.inf):
-        worse = {"fc1.bias": np.array([1, value], ml_dtypes.bfloat16)}
+        worse: Any = {"fc1.bias": np.array([1, value], ml_dtypes.bfloat16)}
+        worse = {"momentum": worse} if group == "slots" else worse
         assert not checkpoint.is_finite(snapshot._replace(**{group: worse}))
 
 
@@ -620,8 +622,11 @@ def test_k_steps_and_then_the_rest_are_all_steps(
 
 
 def no_momentum(found: Checkpoint) -> Checkpoint:
-    momentum = {name: np.zeros_like(array) for name, array in found.snapshot.momentum.items()}
-    return dataclasses.replace(found, snapshot=found.snapshot._replace(momentum=momentum))
+    slots = {
+        slot: {name: np.zeros_like(array) for name, array in arrays.items()}
+        for slot, arrays in found.snapshot.slots.items()
+    }
+    return dataclasses.replace(found, snapshot=found.snapshot._replace(slots=slots))
 
 
 def other_rounding(found: Checkpoint) -> Checkpoint:

@@ -63,19 +63,18 @@ class Notebook:
         return {}
 
     def init(self, snapshot: Snapshot) -> State:
-        assert (snapshot.step, snapshot.momentum, snapshot.schedule) == (0, {}, {})
+        assert (snapshot.step, snapshot.slots, snapshot.schedule) == (0, {}, {})
         return State(dict(snapshot.parameters), 0)
 
     def export(self, state: State) -> Snapshot:
         self.calls.append(("export", state.step))
-        momentum = {
-            name: np.full(shape, float(state.step)) for name, shape in SHAPES.items() if state.step
-        }
+        momentum = {name: np.full(shape, float(state.step)) for name, shape in SHAPES.items()}
+        slots = {"momentum": momentum} if state.step else {}
         parameters = {
             name: array + np.asarray(state.step, array.dtype)
             for name, array in state.parameters.items()
         }
-        return Snapshot(parameters, {}, momentum, {}, state.step)
+        return Snapshot(parameters, {}, slots, {}, state.step)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert images.dtype == np.uint8

@@ -576,7 +576,7 @@ def failing(one: Record, other: Record) -> list[tuple[str, str]]:
 def test_both_backends_take_the_same_step_from_the_same_state_in_the_middle_of_a_run(
     middle: Step,
 ) -> None:
-    assert middle.snapshot.step == MIDDLE and middle.snapshot.momentum
+    assert middle.snapshot.step == MIDDLE and middle.snapshot.slots["momentum"]
     one, other = (middle.taken(name) for name in BACKENDS)
     assert failing(one, other) == []
     assert one.first_steps.keys() == other.first_steps.keys() and one.layers == other.layers
@@ -589,7 +589,9 @@ def test_both_backends_take_the_same_step_from_the_same_state_in_the_middle_of_a
     }
     assert one.lr == other.lr != middle.config.lr  # the schedule has gone on, too
     shifted = middle.snapshot._replace(
-        momentum={n: (1 + 1e-9) * a for n, a in middle.snapshot.momentum.items()}
+        slots={
+            "momentum": {n: (1 + 1e-9) * a for n, a in middle.snapshot.slots["momentum"].items()}
+        }
     )
     parted = failing(one, middle.taken("flax", shifted))  # the control
     assert parted and {stage for stage, _ in parted} == {"update"}
@@ -614,7 +616,7 @@ def test_the_step_that_is_taken_is_the_one_that_the_run_takes(middle: Step) -> N
     for name, array in after.parameters.items():
         assert np.array_equal(found.first_steps[f"0/update/{name}"], array)
         assert np.array_equal(
-            found.first_steps[f"0/update/momentum of {name}"], after.momentum[name]
+            found.first_steps[f"0/update/momentum of {name}"], after.slots["momentum"][name]
         )
         assert np.array_equal(found.weights[name], middle.snapshot.parameters[name])
     assert found.loss == [float(metrics.loss)]
