@@ -157,7 +157,7 @@ def peers() -> str:
     note = (
         f"In bfloat16 {line['alarms']} of {line['pairs']} pairs raise a false alarm of Lockstep ({low:.1f} to "
         f"{high:.1f} %), and in mixed precision {mixed['alarms']} of {mixed['pairs']}. Pairs whose two runs "
-        f"diverge together are not counted: {diverged}. Intervals: 95 %, Clopper and Pearson."
+        f"blow up together are not counted: {diverged}. Intervals: 95 %, Clopper and Pearson."
     )
     return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
 

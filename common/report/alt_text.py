@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from lockstep.common.config import BACKENDS
+from lockstep.common.errors import shorten
 from lockstep.common.report.chart_data import (
     Runs,
     by_accuracy,
@@ -43,15 +44,24 @@ def usage_text(comparison: ComparedJson, score: float | None) -> str:
     if outside:
         counts.append(f"{outside:,} exceed their bounds")
     if powerless:
-        counts.append(f"{powerless:,} are no evidence, since no run could fail them")
+        counts.append(f"{powerless:,} are too loose to count")
     text = plural(len(rows), "comparison")
     text += f": {listed(counts)}" if len(counts) > 1 else ", all within their bounds"
     if outside and score is None:
-        unknown = any(row["gap"] is None for row in rows)
-        return f"{text}; {'a gap is not finite' if unknown else 'some that must be equal differ'}"
+        return f"{text}; {_without_score(comparison)}"
     if outside:
         return f"{text}; the largest gap is {number(score)} times its bound"
-    return text if score is None else f"{text}; the closest uses {share(score)} of its bound"
+    return text if score is None else f"{text}; the largest gap is {share(score)} of its bound"
+
+
+def _without_score(comparison: ComparedJson) -> str:
+    """What fails by no multiple of its bound: a gap that is not finite, or a bound of zero."""
+    rows = [(row["tensor"], row) for row in comparison["ladder"]]
+    rows += [(row["quantity"], row) for row in comparison["stretches"]]
+    if any(row["gap"] is None for _, row in rows):
+        return "a gap is not finite"
+    exact = [name for name, row in rows if not row["agrees"] and row["bound"] == 0]
+    return f"{shorten(list(dict.fromkeys(exact)))} must be equal"
 
 
 def _twins(comparison: ComparisonJson) -> str:

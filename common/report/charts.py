@@ -47,8 +47,7 @@ MAX_LABEL = 40  # letters in a legend
 MAX_WRITTEN = 12  # classes of a confusion matrix whose numbers are written into it
 DECADES = 1e3  # a series that spans more has a logarithmic axis
 LineStyle = str | tuple[float, tuple[float, ...]]
-GAP_LINES: tuple[LineStyle, ...] = ("-", (0, (4, 2)), (0, (1, 1)))  # of up to three precisions
-BOUND_LABEL = "bound (on the closest pair)"
+GAP_LINES: tuple[LineStyle, ...] = ("-", (0, (1.5, 1)), (0, (1, 2)))  # of up to three precisions
 SHADE = 0.6  # opacity of a full cell: its number can be read on light and on dark pages
 
 
@@ -182,18 +181,41 @@ def _draw_gap(axes: Axes, of: Gap, floor: float, line: LineStyle, alone: bool) -
     if alone:
         dots = known[subsample(len(known), logarithmic=True, limit=MAX_POINTS // 2)]
         axes.plot(dots, np.fmax(gap[dots], floor), ".", markersize=2.5, color=GREY, label="gap")
-    points = known[subsample(len(known), logarithmic=True)]
-    largest = np.fmax.accumulate(np.fmax(gap, floor))
-    label_of = f"{name}largest gap so far"
-    axes.plot(points, largest[points], color=INK, linewidth=1.5, linestyle=line, label=label_of)
+    steps, largest = _largest(of)
+    axes.plot(
+        steps,
+        np.fmax(largest, floor),
+        color=INK,
+        linewidth=1.5,
+        linestyle=line,
+        label=f"{name}largest gap",
+    )
     for place, row in enumerate(of.bounds):
-        ends, bound = [row.start, max(row.stop - 1, row.start + 0.5)], max(row.bound, floor)
-        label_of = (
-            None if place or axes.get_legend_handles_labels()[1].count(BOUND_LABEL) else BOUND_LABEL
-        )
+        bound = max(row.bound, floor)
         axes.plot(
-            ends, [bound, bound], color=BOUND, linewidth=2, linestyle=(0, (4, 1)), label=label_of
+            _ends(row),
+            [bound, bound],
+            color=BOUND,
+            linewidth=2,
+            linestyle=line if line != "-" else (0, (4, 1)),
+            label=None if place else f"{name}allowed",
         )
+
+
+def _ends(row: LossBound) -> list[float]:
+    """From where to where a step range is drawn: one of a single step is a short line, too."""
+    return [row.start, max(row.stop - 1, row.start + 0.5)]
+
+
+def _largest(of: Gap) -> tuple[np.ndarray, np.ndarray]:
+    """The largest gap in each step range that has a bound; without bounds, the largest so far."""
+    if not of.bounds:
+        known = np.flatnonzero(np.isfinite(of.gap))
+        points = known[subsample(len(known), logarithmic=True)]
+        return points, np.fmax.accumulate(np.fmax(of.gap, 0.0))[points]
+    steps = np.array([_ends(row) for row in of.bounds]).ravel()
+    largest = [np.fmax.reduce(of.gap[row.start : row.stop], initial=np.nan) for row in of.bounds]
+    return steps, np.repeat(largest, 2)
 
 
 def _step_axis(axes: Axes, steps: int) -> None:
@@ -235,7 +257,7 @@ def _divergence(axes: Axes, first: PlaceJson | None) -> None:
     axes.axvline(step, color=WRONG, linewidth=1.4, linestyle="-.")
     where = axes.transAxes.inverted().transform(axes.transData.transform((step, 1.0)))[0]
     axes.annotate(
-        label(f"they diverge at step {step:,}: {', '.join(dict.fromkeys([stage, tensor]))}", 60),
+        label(f"first difference: step {step:,}, {', '.join(dict.fromkeys([stage, tensor]))}", 60),
         (step, 1),
         xytext=(0, 3),
         xycoords=("data", "axes fraction"),

@@ -29,6 +29,7 @@ from lockstep.common.report.summary import (
 from lockstep.common.report.text import listed, number, plural
 from lockstep.common.verdict.comparison import format_distinct
 
+LARGE_GAP = 1e-6  # nats: a loss must be large for such a gap to agree in float64
 Tone = Literal["good", "bad", "warn", "plain"]
 # The pass of a step that a stage is, in a sentence.
 STAGE_NAMES = {
@@ -54,7 +55,7 @@ class Verdict(NamedTuple):
 VERDICTS = {
     "agree": Verdict("The two runs agree", "\N{CHECK MARK}", "good"),
     "disagree": Verdict("The two runs disagree", "\N{BALLOT X}", "bad"),
-    "diverged": Verdict("Both runs diverge", "\N{INFINITY}", "warn"),
+    "diverged": Verdict("Both runs blow up", "\N{INFINITY}", "warn"),
     "undecided": Verdict("Not decided", "?", "warn"),
     "single": Verdict("One run alone", "\N{WHITE CIRCLE}", "plain"),
     "cut short": Verdict("The run was cut short", "\N{DOUBLE VERTICAL LINE}", "plain"),
@@ -79,6 +80,7 @@ class Card(NamedTuple):
     versions: str
     lines: Sequence[tuple[str, str]]  # a precision, and how it came out there
     place: Place | None
+    option: str | None  # of the command line, to try
 
 
 class Stage(NamedTuple):
@@ -102,8 +104,21 @@ def card(report: ReportJson) -> Card:
         lines.insert(0, ("stopped", f"{reason.rstrip('.')}."))
     found = disagreeing(report["lenses"])
     return Card(
-        verdict, ran(report), versions(report), lines, None if found is None else place(found)
+        verdict,
+        ran(report),
+        versions(report),
+        lines,
+        None if found is None else place(found),
+        _smaller_rate(report),
     )
+
+
+def _smaller_rate(report: ReportJson) -> str | None:
+    """The option to try where both runs blow up."""
+    rate = report["config"].get("lr")
+    if report["verdict"] != "diverged" or not isinstance(rate, (int, float)):
+        return None
+    return f"--lr {rate / 10:g}  # a tenth of this run's {rate:g}"
 
 
 def disagreeing(comparisons: Sequence[ComparisonJson]) -> ComparisonJson | None:
@@ -129,10 +144,10 @@ def ran(report: ReportJson) -> str:
     """The network, the data, how long the run is, and in which precisions."""
     config, comparisons = report["config"], report["lenses"]
     steps = max((each["steps"] for each in comparisons), default=0)
-    text = f"{title(report)}: {plural(steps, 'step')}"
+    text = f"Network {title(report)}: {plural(steps, 'step')}"
     if size := config.get("batch_size"):
         text += f" of batch {size:,}"
-    return f"{text}, {listed([each['dtype'] for each in comparisons])}"
+    return f"{text}, in {listed([each['dtype'] for each in comparisons])}"
 
 
 def versions(report: ReportJson) -> str:
@@ -171,13 +186,18 @@ def _outcome(comparison: ComparisonJson, placed: bool) -> list[str]:
         first = undecided_text(comparison).partition(": ")[2].capitalize()
     elif comparison["verdict"] == "diverged":
         first = (
-            f"Both diverge at step {comparison.get('diverged_at') or 0:,}: the loss is not finite, "
-            "or so large that rounding decides it. Up to there they agree. Choose a smaller --lr."
+            f"Both blow up at step {comparison.get('diverged_at') or 0:,}: from there on the loss is "
+            "not finite, or so large that rounding decides it. Before it they agree."
         )
     else:
         first = _agreement(comparison)
-    text = f"{usage_text(comparison, comparison.get('score'))}."
-    return [first, text] if first else [text]
+    texts = [first, f"{usage_text(comparison, comparison.get('score'))}."]
+    if (equal := comparison["predictions_equal"]) is not None:
+        total = comparison["predictions_total"]
+        texts.append(
+            f"{'All' if equal == total else f'{equal:,} of'} {total:,} predictions are equal."
+        )
+    return [text for text in texts if text]
 
 
 def _agreement(comparison: ComparisonJson) -> str:
@@ -193,6 +213,10 @@ def _agreement(comparison: ComparisonJson) -> str:
             f"of twins by up to {number(max(known))}."
         )
     text = agreement_text(comparison).removeprefix(f"{comparison['dtype']} ")
+    relative = comparison["bound"].get("relative")
+    if gap is not None and relative is not None and gap > LARGE_GAP:  # of losses that are larger
+        steps = plural(comparison["steps"], "step")
+        text = f"within {relative:g} of their size over {steps}"
     return f"The losses agree {text}."
 
 
@@ -284,4 +308,4 @@ def _stage(
     if not any(power for _, _, power in rows):
         return Stage(name, "no power", "?", "plain")
     equal = all(gap == 0 for gap, _, _ in rows)
-    return Stage(name, "equal" if equal else "agrees", "\N{CHECK MARK}", "good")
+    return Stage(name, "identical" if equal else "within bound", "\N{CHECK MARK}", "good")

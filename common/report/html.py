@@ -176,10 +176,16 @@ def _main_chart(precisions: Sequence[Precision]) -> tuple[Chart | None, list[Tab
     ]
     diverging = [each for each in compared if each.first_divergence is not None]
     first = diverging[0].first_divergence if diverging else None
-    band = "; grey: the largest gap between twins so far" if any(_with_twins(compared)) else ""
+    band = (
+        ". Grey: the largest gap so far between twins, runs of one framework whose weights and "
+        "images differ in the last bit"
+        if any(any(each.twins.values()) for each in compared)
+        else ""
+    )
     chart = panel(
         "gap",
-        f"The gap, |torch - flax|, between the two training losses, in nats{band}.",
+        f"The gap between the two training losses, |torch - flax|, in nats: the largest of each "
+        f"range of steps. Green: what is allowed between the closest runs of the two{band}.",
         " ".join(alt_text.gap(each.comparison, each.runs, each.twins) for each in compared),
         3.2,
         lambda axes: charts.draw_gaps(axes, gaps, first),
@@ -187,10 +193,6 @@ def _main_chart(precisions: Sequence[Precision]) -> tuple[Chart | None, list[Tab
         legend=2,
     )
     return chart, [tables.gap(each.comparison, each.runs, each.twins) for each in compared]
-
-
-def _with_twins(precisions: Sequence[Precision]) -> list[bool]:
-    return [any(each.twins.values()) for each in precisions]
 
 
 def _difference(comparisons: Sequence[ComparisonJson]) -> dict[str, object] | None:

@@ -59,7 +59,7 @@ def verdict_line(report: ScriptReportJson) -> str:
 
 def in_short(found: ScriptComparisonJson) -> str:
     """One precision in one line."""
-    verdict = {"agree": "agree", "disagree": "DISAGREE", "diverged": "diverge together"}
+    verdict = {"agree": "agree", "disagree": "DISAGREE", "diverged": "blow up together"}
     text = f"{found['dtype']}, {plural(found['steps'], 'step')}: {verdict[found['verdict']]}"
     if found["max_abs_loss_gap"] is not None:
         text += f"; losses within {number(found['max_abs_loss_gap'])}"

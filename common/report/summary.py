@@ -73,7 +73,7 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str, placed: bool = 
             if (step := each.get("diverged_at")) is not None
         )
         end = (
-            "Both runs diverge at the same step: the loss is not finite, or so large that rounding "
+            "Both runs blow up at the same step: the loss is not finite, or so large that rounding "
             f"decides it ({steps}). Up to there they agree: choose a smaller --lr."
         )
         return " ".join([end, *agreeing])
@@ -98,7 +98,7 @@ def in_short(comparison: ComparisonJson) -> str:
     verdict = {
         "agree": "agree",
         "disagree": "DISAGREE",
-        "diverged": "diverge together",
+        "diverged": "blow up together",
         "undecided": "not decided",
     }.get(comparison["verdict"], "one run")
     accuracy = ", ".join(
@@ -153,7 +153,7 @@ def heading(comparison: ComparisonJson, disagree: str) -> str:
     verdict = {
         "agree": "the runs agree",
         "disagree": f"the runs {disagree}",
-        "diverged": "the runs diverge together",
+        "diverged": "the runs blow up together",
         "undecided": "not decided",
     }.get(comparison["verdict"], "one run")
     return f"{comparison['dtype']}, {plural(comparison['steps'], 'step')}: {verdict}"

@@ -152,24 +152,23 @@ def first_failures(comparison: ComparedJson) -> Table | None:
 
 
 def results(comparisons: Sequence[ComparisonJson]) -> Table:
-    """How well each run learned, in each precision, and how many predictions are equal."""
+    """How well each run learned, in each precision."""
     rows = []
     for each in comparisons:
-        equal = each["predictions_equal"]
-        shared = "-" if equal is None else f"{equal:,} of {each['predictions_total']:,}"
-        for place, name in enumerate(trained(each)):
+        for name in trained(each):
             rows.append(
                 [
                     f"{each['dtype']}, {name}",
                     percent(each["accuracy"][name]),
                     loss(each["test_loss"][name]),
                     loss(each["final_loss"][name]),
-                    shared if place == 0 else "",
                 ]
             )
-    columns = ["run", "accuracy>", "test loss>", "last loss>", "predictions equal>"]
+    columns = ["run", "accuracy>", "test loss>", "last loss>"]
     return Table(
-        "The runs on the test images, and their last training loss, in nats", columns, rows
+        "On the test images; last loss: of the last batch. Losses: cross entropy, in nats",
+        columns,
+        rows,
     )
 
 

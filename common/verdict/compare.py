@@ -124,7 +124,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
 
 
 def diverged_at(a: Ensemble, b: Ensemble) -> int | None:
-    """The step at which both runs are not finite; None if they do not diverge together.
+    """The step at which both runs are not finite; None if they do not blow up together.
 
     Close to the largest number of a precision, rounding alone decides which step overflows, and
     whether one does. So below float64 the steps may differ if a run of one side shares its step with

@@ -230,7 +230,7 @@ class Comparison:
             return f"the {self.dtype} runs diverge: {self.first_divergence.message}"
         if self.verdict == "diverged":
             return (
-                f"both {self.dtype} runs diverge at step {self.diverged_at}, where the loss is not "
+                f"both {self.dtype} runs blow up at step {self.diverged_at}, where the loss is not "
                 "finite, or so large that rounding decides it; up to there they agree"
             )
         return f"one run: {self.dtype}, {self.steps} steps"

@@ -157,7 +157,7 @@ class ScriptComparison:
             causes = "".join(f"; likely {cause}" for cause in self.place.causes[:1])
             return f"the {self.dtype} runs diverge: {self.place.message}{causes}"
         if self.verdict == "diverged":
-            return f"both {self.dtype} runs diverge at step {self.diverged_at}; before, they agree"
+            return f"both {self.dtype} runs blow up at step {self.diverged_at}; before, they agree"
         return f"the runs agree: {self.dtype}, {self.steps} steps"
 
     @property

@@ -335,8 +335,8 @@ def test_the_strip_has_the_state_of_each_stage(
     agreeing: str, disagreeing: str, tmp_path: Path
 ) -> None:
     assert strip(agreeing, "float64") == [
-        *["equal", "equal", "not compared", "agrees"],
-        *["agrees", "equal", "equal"],
+        *["identical", "identical", "not compared", "within bound"],
+        *["within bound", "identical", "identical"],
     ]
     states = strip(disagreeing, "float64")
     assert "differs first" in states and states != strip(agreeing, "float64")
@@ -361,7 +361,7 @@ def test_a_run_that_was_cut_short_says_so_first_and_is_called_neither_good_nor_b
 def test_how_sure_the_verdict_is_depends_on_what_was_compared(
     agreeing: str, disagreeing: str
 ) -> None:
-    assert "all within their bounds; the closest uses" in agreeing
+    assert "all within their bounds; the largest gap is" in agreeing
     assert "exceed their bounds; the largest gap is" in disagreeing
     assert "exceed their" not in agreeing
     assert (
@@ -416,7 +416,8 @@ def test_where_they_diverge_is_shown_with_what_usually_causes_that(
 
 
 def test_the_images_on_which_the_predictions_differ_are_counted_and_shown(agreeing: str) -> None:
-    assert "float64: the predictions for all 30 test images are equal." in agreeing
+    assert "All 30 predictions are equal." in agreeing
+    assert "28 of 30 predictions are equal." in agreeing
     place = agreeing.index("float32: the predictions differ on 2 of 30 test images")
     shown = list(
         Page(agreeing[place:].partition("<ul")[2].partition("</ul>")[0].partition(">")[2]).of("img")

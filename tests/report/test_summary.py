@@ -127,12 +127,12 @@ def test_runs_that_end_together_are_neither_the_same_nor_different() -> None:
     report["verdict"] = report["lenses"][0]["verdict"] = "diverged"
     report["lenses"][0]["diverged_at"] = 1_234
     assert sentence(report) == (
-        "Both runs diverge at the same step: the loss is not finite, or so large that rounding "
+        "Both runs blow up at the same step: the loss is not finite, or so large that rounding "
         "decides it (float64: step 1,234). Up to there they agree: choose a smaller --lr. "
         "float32 within what rounding explains."
     )
-    assert "float64, 40 steps: the runs diverge together" in printed(report)
-    assert "float64: diverge together over 40 steps" in printed(report, verbose=False)
+    assert "float64, 40 steps: the runs blow up together" in printed(report)
+    assert "float64: blow up together over 40 steps" in printed(report, verbose=False)
 
 
 def test_what_only_twins_can_tell_is_called_open() -> None:

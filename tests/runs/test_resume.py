@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_ends_both_runs_at_the_same_step(
     assert lockstep(*RUN[:-1], *options) == 1
     said = capsys.readouterr()
     assert (
-        "Both runs diverge at the same step: the loss is not finite, or so large that rounding decides"
+        "Both runs blow up at the same step: the loss is not finite, or so large that rounding decides"
         in " ".join(said.out.split())
     )
     records = [record.read(tmp_path / f"{name}-float64.safetensors") for name in BACKENDS]

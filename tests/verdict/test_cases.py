@@ -243,4 +243,4 @@ def test_runs_that_reach_nan_together_have_a_verdict_of_their_own(
     assert report["verdict"] == "diverged"
     assert report["lenses"][0]["diverged_at"] == 17
     said = " ".join(capsys.readouterr().out.split())
-    assert "Both runs diverge at the same step" in said and "disagree" not in said.lower()
+    assert "Both runs blow up at the same step" in said and "disagree" not in said.lower()
