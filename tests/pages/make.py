@@ -63,19 +63,25 @@ def make_run(name: str, options: list[str], runs: Path) -> None:
         for committed in sorted((RESULTS / name).iterdir()):
             if (Path(made) / committed.name).exists():
                 shutil.copyfile(Path(made) / committed.name, committed)
+                if committed.suffix == ".png":
+                    reduce_colours(committed)
+
+
+def reduce_colours(picture: Path) -> None:
+    """Write a PNG again with few colours, which is a third of its size."""
+    from PIL import Image
+
+    Image.open(picture).convert("RGB").quantize(COLOURS).save(picture, optimize=True)
 
 
 def take_pictures() -> None:
-    """The first screen of each page that README.md shows, as a PNG of few colours."""
-    from PIL import Image
-
+    """The first screen of each page that README.md shows."""
     with chromium() as browser:
         for page, picture in PICTURES.items():
             tab = browser.new_page(viewport=PICTURE_SIZE, color_scheme="light")
             tab.goto((RESULTS / page).as_uri())
             tab.screenshot(path=str(RESULTS / picture))
-            image = Image.open(RESULTS / picture).convert("RGB")
-            image.quantize(COLOURS).save(RESULTS / picture, optimize=True)
+            reduce_colours(RESULTS / picture)
 
 
 def main() -> None:
