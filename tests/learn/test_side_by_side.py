@@ -668,12 +668,21 @@ def words_of(page: str) -> str:
     return html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", "", page, flags=re.DOTALL))
 
 
-def test_the_committed_page_says_what_the_sources_and_the_evidence_say_now(page: str) -> None:
+def without_colours(page: str) -> str:
+    """A page without the spans of its words of code, which another release of Pygments may colour
+    otherwise."""
+    return re.sub(r"</?span[^>]*>", "", page)
+
+
+def test_the_committed_page_is_made_from_the_sources_and_the_evidence_as_they_are(
+    page: str,
+) -> None:
     committed = (ROOT / "results" / "read" / "read.html").read_text("utf-8")
-    assert words_of(committed) == words_of(page), (
+    assert without_colours(committed) == without_colours(page), (
         "make it again: python compare.py learn --out results/read"
     )
-    assert words_of(page.replace("dampening", "damping")) != words_of(page)
+    for old, new in (("dampening", "damping"), (".note {", ".notes {"), ("<h3", "<h4")):
+        assert without_colours(page.replace(old, new)) != without_colours(page)  # the control
 
 
 @pytest.mark.slow
