@@ -189,14 +189,11 @@ def _picture(compared: ComparedJson, quantity: str) -> Picture:
     rows = [row for row in compared["stretches"] if row["quantity"] == quantity]
     largest = [row["gap"] for row in rows if row["gap"] is not None]
     bounds = [row["bound"] for row in rows if row["bound"] is not None]
-    if not largest:
-        text = f"{compared['dtype']}: no finite loss"
-    elif not bounds:
-        text = f"{compared['dtype']}: gap at most {number(max(largest))}"
-    else:
-        text = (
-            f"{compared['dtype']}: gap at most {number(max(largest))}, bound {number(max(bounds))}"
-        )
+    text = f"{compared['dtype']}: no finite loss"
+    if largest:
+        text = f"{compared['dtype']}: gap {number(max(largest))}"
+    if largest and bounds:
+        text += f", bound {number(max(bounds))}"
     parts = [f'<path class="grid" d="{"".join(f"M0 {_y(v)}H{WIDTH}" for v in LINES)}"/>']
     for key in COLUMNS:
         if path := _steps(rows, key):
@@ -210,6 +207,7 @@ def _alternative(text: str, rows: Sequence[WindowJson]) -> str:
     """The picture in words."""
     if not rows:
         return text
+    text = text.replace("gap", "the losses' gap is at most", 1).replace("bound", "its bound", 1)
     ends = [number(row["gap"]) for row in (rows[0], rows[-1])]
     spread = [row["drift"] for row in rows if row["drift"] is not None]
     twins = f"; between twins at most {number(max(spread))}" if spread else ""

@@ -47,7 +47,9 @@ def test_a_run_has_its_verdict_and_a_picture_of_each_precision(folder: Path) -> 
     page = written(folder)
     assert page.count("</span> The two runs agree</p>") == 2
     assert 'href="quick/report.html"' in page and 'href="alarms-mlp/report.json"' in page
-    assert "float64: gap at most 8.9e-16, bound 2.4e-12" in page
+    assert "<figcaption>float64: gap 8.9e-16, bound 2.4e-12</figcaption>" in page
+    said = "float64: the losses&#39; gap is at most 8.9e-16, its bound 2.4e-12. The gap begins at"
+    assert f'aria-label="{said} 4.4e-16' in page
     assert page.count('role="img"') == 4  # two precisions each
 
 
