@@ -21,6 +21,7 @@ from lockstep.common.report.template import write_page
 from lockstep.common.report.text import listed, number, percent, plural
 
 LEFT_OUT = "runs"  # the folder of what is not committed
+FIRST = "net"  # the tutorial's network
 # Below the folder, where it is there: its title, and what it is about.
 PAGES = {
     "read/lesson.html": (
@@ -75,6 +76,7 @@ class Run:
     """A run that was compared."""
 
     name: str
+    model: str  # empty of scripts
     verdict: Verdict
     ran: str
     accuracy: str
@@ -119,8 +121,7 @@ def write_index_page(folder: Path) -> Path:
         "index.html.jinja",
         pages=pages,
         groups=[
-            # the tutorial's network first
-            ("Runs in PyTorch and in JAX", sorted(runs, key=lambda run: run.ran[:4] != "net ")),
+            ("Runs in PyTorch and in JAX", sorted(runs, key=lambda run: run.model != FIRST)),
             ("Two versions of one script", scripts),
         ],
         evidence=evidence,
@@ -147,6 +148,7 @@ def _reports(folder: Path) -> Iterator[tuple[Path, Mapping[str, object]]]:
 def _run(name: str, report: ReportJson) -> Run:
     return Run(
         name=name,
+        model=str(report["config"].get("model", FIRST)),
         verdict=VERDICTS["cut short" if report.get("cut_short") else report["verdict"]],
         ran=ran(report),
         accuracy="; ".join(
@@ -165,6 +167,7 @@ def _scripts(name: str, report: ScriptReportJson) -> Run:
     steps = max((each["steps"] for each in precisions), default=0)
     return Run(
         name=name,
+        model="",
         verdict=VERDICTS[report["verdict"]],
         ran=f"{listed(files)}, {listed(compared)}: {plural(steps, 'step')}",
         accuracy="",

@@ -115,6 +115,16 @@ def test_names_are_escaped_and_what_lies_below_runs_is_left_out(folder: Path) ->
     assert "private" not in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
 
 
+def test_the_tutorials_network_comes_first(folder: Path) -> None:
+    shutil.copytree(folder / "quick", folder / "another")
+    change(folder / "another" / "report.json", lambda report: report["config"].update(model="mlp"))
+    page = written(folder)
+    assert page.index("quick/report.html") < page.index("another/report.html")
+    change(folder / "quick" / "report.json", lambda report: report["config"].update(model="vit"))
+    page = written(folder)  # the control
+    assert page.index("quick/report.html") > page.index("another/report.html")
+
+
 @pytest.mark.slow
 def test_an_index_of_every_kind_can_be_read_by_everyone(folder: Path) -> None:
     for number, verdict in enumerate(VERDICTS):
