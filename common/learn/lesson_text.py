@@ -85,7 +85,8 @@ SECTIONS = (
                 "x.reshape(len(x), -1)",
                 "Both flatten an image in the order of its axes: by channel, height and width in "
                 "PyTorch, by height, width and channel in Flax. So the rows of the next kernel "
-                "have another order. Permute them once, when the weights move over.",
+                "have another order. Permute them once, when the weights move over: the kernel of "
+                "fc1 is `weight.reshape(120, 16, 5, 5).transpose(2, 3, 1, 0).reshape(400, 120)`.",
                 "The first dense layer multiplies each number by another one's weight.",
                 "flatten-rows",
                 "Why is the flatten permuted?",
@@ -101,7 +102,7 @@ SECTIONS = (
         {"torch": ("train_step",), "flax": ("train_step",)},
         (
             LessonNote(
-                "What `jit` runs twice",
+                "When `jit` runs your Python again",
                 None,
                 "@nnx.jit",
                 "The first call runs the Python code with placeholders in place of arrays. This is "
@@ -112,7 +113,7 @@ SECTIONS = (
                 "So a `print` runs once per shape, and `if` cannot ask for an array's value.",
                 "A value that Python reads while tracing, such as a learning rate in a global "
                 "variable, stays as it was.",
-                question="What does `jit` run twice?",
+                question="When does `jit` run my Python again?",
             ),
             LessonNote(
                 "A module is a tree of arrays",

@@ -119,7 +119,7 @@ def test_the_questions_of_someone_who_knows_pytorch_lead_to_the_notes_that_answe
     for question, answer in (
         ("Where did zero_grad go?", "nothing to clear"),
         ("Where does the optimizer keep its state?", "opt_state"),
-        ("What does jit run twice?", "the Python code runs again"),
+        ("When does jit run my Python again?", "the Python code runs again"),
         ("Why is the flatten permuted?", "rows of the next kernel have another order"),
     ):
         links = dict(re.findall(r'<a href="#(note-\d+)">(.*?)</a>', asked))
