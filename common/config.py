@@ -34,7 +34,7 @@ INITS = (*BACKENDS, "numpy")
 OMIT_IF_DEFAULT = (
     "weights", "pair", "init", "clip_norm", "label_smoothing", "augment", "optimizer", "betas",
     "eps", "alpha", "centered", "amsgrad", "lr_decay", "initial_accumulator_value",
-    "decay_biases_and_norms",
+    "decay_biases_and_norms", "exact_sums",
 )  # fmt: skip
 
 # Which options each schedule takes. All counts are in optimizer steps, except those of `patience`
@@ -244,6 +244,8 @@ class Config:
     # Whose initial weights both start from, one of INITS; None: those of the PyTorch module of a
     # user's pair, and Lockstep's own draw for Lockstep's own networks.
     init: str | None = None
+    # Layers of the user's `model` whose sums are coarse are exchanged for Lockstep's own.
+    exact_sums: bool = False
 
     def __post_init__(self) -> None:
         known = self.pair is not None or self.model in MODELS

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lockstep.common.backends import BackendPackage
-from lockstep.common.config import BACKENDS, Config
+from lockstep.common.config import BACKENDS, FRAMEWORKS, MODELS, Config
 from lockstep.common.errors import ConfigError
 from lockstep.common.request import Request, Result
 from lockstep.common.system import environment, program
@@ -177,6 +177,7 @@ def train_and_compare(
     if interrupted_at is None:
         confirm_float64(trainer, ensembles, comparisons)
         locate_disagreement(trainer, ensembles, comparisons)
+        explain_arithmetic(trainer, ensembles, comparisons)
     runs = {
         dtype: {name: ensemble.run for name, ensemble in by_backend.items()}
         for dtype, by_backend in ensembles.items()
@@ -325,6 +326,35 @@ def locate_disagreement(
             names_of=lambda name: module_names(trainer.backend(name, dtype)),
         )
     comparisons[place] = dataclasses.replace(comparison, location=location)
+
+
+def explain_arithmetic(
+    trainer: Trainer, ensembles: dict[str, Ensembles], comparisons: list[Comparison]
+) -> None:
+    """Where a user's networks disagree in a lower precision alone, say whose arithmetic is off."""
+    from lockstep.common.runs.trainer import backend_errors
+    from lockstep.common.verdict import arithmetic
+
+    for place, comparison in enumerate(comparisons):
+        if comparison.verdict != "disagree" or trainer.config.model in MODELS:
+            continue
+        if comparison.dtype == "float64" or comparison.location is None:
+            return  # the program differs
+        runs = {name: ensemble.run for name, ensemble in ensembles[comparison.dtype].items()}
+        with backend_errors(" and ".join(runs)):
+            found = arithmetic.explain(
+                runs,
+                trainer.config,
+                trainer.dataset,
+                lambda name: trainer.backend(name, "float64"),
+            )
+        if found is not None:
+            text = arithmetic.in_words(found, comparison.dtype, FRAMEWORKS)
+            location = dataclasses.replace(comparison.location, causes=(text,), fixes=())
+            comparisons[place] = dataclasses.replace(
+                comparison, location=location, arithmetic=found
+            )
+        return
 
 
 def make_report(

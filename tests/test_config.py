@@ -191,6 +191,7 @@ OTHER: dict[str, Any] = {
     "weights": "0f" * 32,
     "pair": "1e" * 32,
     "init": "numpy",
+    "exact_sums": True,
 }
 
 

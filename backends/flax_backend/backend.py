@@ -31,6 +31,7 @@ from lockstep.backends.flax_backend.state import Parameters, State
 from lockstep.backends.flax_backend.user_module import (
     build,
     cast_constants,
+    exchanges,
     own_loss,
     validate_module,
 )
@@ -64,7 +65,7 @@ class FlaxBackend:
         self.config = config
         self.dtype = numpy_dtype(dtype)
         self._compute_dtype = compute_dtype(dtype)
-        network = build(config.model, classes, self.device)
+        network = build(config.model, classes, self.device, exchanges(config, dtype))
         self.network = cast_constants(network, self._compute_dtype)
         self._own_loss = own_loss(config)
         batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}
@@ -252,4 +253,5 @@ class FlaxBackend:
             "device": self.device,
             "device_name": jax.devices(self.device)[0].device_kind,
             "compiled": True,
+            **convert.exchanged(self.network.exchanged),
         }

@@ -7,7 +7,7 @@ rename what a user's pair renames.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -72,6 +72,11 @@ def activations_to_canonical(
 def outputs_to_canonical(outputs: object) -> Arrays:
     """The outputs of a network, with a name for each."""
     return {name: to_numpy(leaf) for name, leaf in trees.leaves(outputs)}
+
+
+def exchanged(names: Sequence[str]) -> dict[str, object]:
+    """For the report: the layers of a user's module that were exchanged, if there are any."""
+    return {"exchanged": list(names)} if names else {}
 
 
 def flatten(state: nnx.State, names: Mapping[str, str] | None = None) -> dict[str, jax.Array]:

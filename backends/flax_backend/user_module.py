@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,10 +64,35 @@ class Network(NamedTuple):
     masks: dict[str, jax.Array]  # by canonical name; with these, dropout keeps everything
     dropout_layers: dict[str, protocol.Dropout]  # by the canonical names of their masks
     constants: nnx.State  # what else the module holds
+    exchanged: Sequence[str] = ()  # the user's layers that compute otherwise, by Flax's names
 
 
-def build(model: str, classes: int, device: str) -> Network:
+Kinds = Mapping[type[nnx.Module], type[nnx.Module]]  # of layers, by those that they replace
+LIBRARY_ATTENTION = nnx.dot_product_attention
+EXACT: Kinds = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}
+
+
+class Exchange(NamedTuple):
+    """Which layers of a user's module compute otherwise than they do themselves."""
+
+    kinds: Kinds
+    fast: bool  # see `exchanged`
+
+
+EXACT_SUMS = Exchange(EXACT, fast=True)
+
+
+def exchanges(config: Config, dtype: str) -> Exchange:
+    """None in the precisions of production, unless it is asked for. In float64 those whose softmax
+    is not float64, and convolutions, which are slow there."""
+    return EXACT_SUMS if config.exact_sums else Exchange({}, fast=dtype == "float64")
+
+
+def build(model: str, classes: int, device: str, exchange: Exchange = EXACT_SUMS) -> Network:
     """The network that `--model` names, without weights.
+
+    Args:
+        exchange: of `exchanges`, for a user's module.
 
     Raises:
         ConfigError: if the user's network cannot be built, or cannot be compared.
@@ -76,11 +102,12 @@ def build(model: str, classes: int, device: str) -> Network:
         # shapes only: no weight is drawn
         module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))
         return split_module(module, {})
-    module = build_module(model, classes, device, seed=0)
-    return split_module(module, declared_names(model))
+    module, declared = build_module(model, classes, seed=0), declared_names(model)
+    names = exchanged(module, device, *exchange)
+    return split_module(module, declared, exchange.kinds)._replace(exchanged=names)
 
 
-def build_module(model: str, classes: int, device: str, seed: int) -> nnx.Module:
+def build_module(model: str, classes: int, seed: int) -> nnx.Module:
     """The user's module, with the weights that it draws with this seed."""
     with pair.user_code_errors(model, "flax", "build"):
         module = pair.network(model, "flax")(classes, rngs=nnx.Rngs(seed))
@@ -95,32 +122,32 @@ def build_module(model: str, classes: int, device: str, seed: int) -> nnx.Module
                 f"--model {model}: flax's {'.'.join(map(str, path))} has transpose_kernel=True, a "
                 "layout that is not known: leave that out"
             )
-        if (
-            isinstance(layer, nnx.Conv)
-            and layer.conv_general_dilated is jax.lax.conv_general_dilated
-        ):
-            layer.conv_general_dilated = convolution(device)  # faster on the CPU
         if isinstance(layer, nnx.Embed) and layer.dtype == layer.embedding[...].dtype:
             # Flax takes the parameters' dtype at the start for the one to compute in, and keeps
             # it; other layers compute in the dtype that their parameters have then.
             layer.dtype = None
-        if (
-            isinstance(layer, nnx.MultiHeadAttention)
-            and layer.attention_fn is nnx.dot_product_attention
-        ):
-            layer.attention_fn = attention  # float64 where the parameters are
     return module
 
 
-def exchanged(model: str, classes: int, device: str) -> list[str]:
-    """The layers of the user's module that compute otherwise here, by Flax's names: those that
-    `use_exact_sums` replaces, and attention."""
-    layers = nnx.iter_modules(build_module(model, classes, device, seed=0))
-    return [
-        ".".join(map(str, path))
-        for path, layer in layers
-        if exact_layer(layer) is not None or getattr(layer, "attention_fn", None) is attention
-    ]
+def exchanged(module: nnx.Module, device: str, kinds: Kinds, fast: bool) -> list[str]:
+    """Exchange, in place, how the layers of a user's module compute, and return their names; those
+    of `kinds` are replaced in `split_module`.
+
+    Args:
+        fast: convolve by a matrix product where that is faster, and take the softmax of float64 in
+            float64.
+    """
+    found = []
+    for path, layer in nnx.iter_modules(module):
+        replaced = exact_layer(layer, kinds) is not None
+        convolve = getattr(layer, "conv_general_dilated", None)
+        if fast and isinstance(layer, nnx.Conv) and convolve is jax.lax.conv_general_dilated:
+            layer.conv_general_dilated, replaced = convolution(device), True
+        attend = getattr(layer, "attention_fn", None)
+        if fast and isinstance(layer, nnx.MultiHeadAttention) and attend is LIBRARY_ATTENTION:
+            layer.attention_fn, replaced = attention, True
+        found += [".".join(map(str, path))] if replaced else []
+    return found
 
 
 def declared_names(model: str) -> dict[str, str]:
@@ -129,15 +156,15 @@ def declared_names(model: str) -> dict[str, str]:
 
 def own_start(model: str, classes: int, device: str, seed: int) -> protocol.Arrays:
     """The initial tensors that the user's module draws with this seed, by canonical name."""
-    module = build_module(model, classes, device, seed)
+    module = build_module(model, classes, seed)
     _, parameters, statistics, _ = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
     names = split_module(module, declared_names(model)).names
     tensors = convert.flatten(parameters, names) | convert.flatten(statistics, names)
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
-def split_module(module: nnx.Module, declared: dict[str, str]) -> Network:
-    module = use_exact_sums(module)
+def split_module(module: nnx.Module, declared: dict[str, str], kinds: Kinds = EXACT) -> Network:
+    module = use_exact_sums(module, kinds)
     module.eval()
     evaluation = nnx.graphdef(module)
     module.train()
@@ -189,11 +216,11 @@ def cast_constants(network: Network, dtype: np.dtype) -> Network:
     return network._replace(constants=jax.tree.map(cast, network.constants))
 
 
-def use_exact_sums(module: nnx.Module) -> nnx.Module:
+def use_exact_sums(module: nnx.Module, kinds: Kinds = EXACT) -> nnx.Module:
     """Replace, in place, the library's layers whose gradients JAX sums in bfloat16 by those of
     `layers`, which sum in float32 and share the layers' variables. Returns the module, or its
     replacement."""
-    exact = {id(layer): exact_layer(layer) for _, layer in nnx.iter_modules(module)}
+    exact = {id(layer): exact_layer(layer, kinds) for _, layer in nnx.iter_modules(module)}
     exact = {key: layer for key, layer in exact.items() if layer is not None}
 
     def swap(child: object) -> object:
@@ -208,10 +235,10 @@ def use_exact_sums(module: nnx.Module) -> nnx.Module:
     return exact.get(id(module), module)
 
 
-def exact_layer(layer: nnx.Module) -> nnx.Module | None:
+def exact_layer(layer: nnx.Module, kinds: Kinds) -> nnx.Module | None:
     """The replacement for a layer, with all its attributes; None for other layers, and for one with
     a dtype to compute in."""
-    kind = {nnx.Linear: Linear, nnx.Conv: Conv, nnx.LayerNorm: LayerNorm}.get(type(layer))
+    kind = kinds.get(type(layer))
     dtypes = [getattr(layer, name, None) for name in ("dtype", "preferred_element_type")]
     promotes = getattr(layer, "promote_dtype", None) is promote_dtype
     if kind is None or dtypes != [None, None] or not promotes:
@@ -219,7 +246,7 @@ def exact_layer(layer: nnx.Module) -> nnx.Module | None:
     exact = object.__new__(kind)
     vars(exact).update(vars(layer))
     if kind is not LayerNorm:
-        exact.promote_dtype = promote_bias
+        vars(exact)["promote_dtype"] = promote_bias
     return exact
 
 

@@ -30,6 +30,7 @@ from lockstep.backends.torch_backend.state import State
 from lockstep.backends.torch_backend.user_module import (
     build,
     empty_copy,
+    exchanges,
     own_loss,
     validate_module,
 )
@@ -66,7 +67,8 @@ class TorchBackend:
         self._compute_dtype = getattr(torch, compute_dtype(dtype).name)
         self.compiled = tuning.compiles(config, compile)
         channels_last = tuning.channels_last(config.model, self.device)
-        self._template = build(config.model, classes, self.device).to(self.dtype)
+        kinds = exchanges(config, dtype)
+        self._template = build(config.model, classes, self.device, kinds).to(self.dtype)
         self._dropout_layers = convert.dropout_layers(self._template)
         self._own_loss = own_loss(config)
         batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._template)}
@@ -243,4 +245,5 @@ class TorchBackend:
             "device_name": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "compiled": self.compiled,
             "threads": torch.get_num_threads(),
+            **convert.exchanged(self._template),
         }

@@ -348,6 +348,12 @@ def channels_axis(layer: nn.Module, shape: tuple[int, ...]) -> int | None:
     return axes.pop() if len(axes) == 1 else None
 
 
+def exchanged(model: nn.Module) -> dict[str, object]:
+    """For the report: the layers of a user's module that were exchanged, if there are any."""
+    names = getattr(model, "exchanged", [])
+    return {"exchanged": names} if names else {}
+
+
 def flattened(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The dense layers after a flatten, with the (channels, height, width) that it flattens."""
     return getattr(model, "flattened", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,23 @@ UNSUPPORTED = nn.RNNBase, nn.RNNCellBase, nn.Bilinear
 IGNORED_BUFFERS = "num_batches_tracked"  # for `momentum=None`, which Flax does not have
 
 
-def build(model: str, classes: int, device: str) -> nn.Module:
+Kinds = Mapping[type[nn.Module], type[nn.Module]]  # of layers, by those that they replace
+EXACT: Kinds = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}
+IN_FLOAT64: Kinds = {nn.BatchNorm2d: BatchNorm2d}
+
+
+def exchanges(config: Config, dtype: str) -> Kinds:
+    """The layers of a user's module that are replaced: none in the precisions of production, unless
+    it is asked for. In float64 those whose sums are so serial that a deep network amplifies their
+    rounding beyond the bound of the check."""
+    return EXACT if config.exact_sums else IN_FLOAT64 if dtype == "float64" else {}
+
+
+def build(model: str, classes: int, device: str, kinds: Kinds = EXACT) -> nn.Module:
     """The network that `--model` names, on the CPU, with weights that are not used.
+
+    Args:
+        kinds: of `exchanges`, for a user's module.
 
     Raises:
         ConfigError: if the user's network cannot be built, or cannot be compared.
@@ -39,7 +55,9 @@ def build(model: str, classes: int, device: str) -> nn.Module:
             return network(classes, device)
     pair, module = pairs.load(model), build_module(model, classes)
     with pairs.user_code_errors(model, "torch", "copy its module"):
-        module = use_exact_sums(module)
+        replaced = exchanged(module, kinds)
+        module = use_exact_sums(module, kinds)
+    vars(module)["exchanged"] = replaced
     convert.attach_names(module, pair.names, pair.flattened, pair.convert)
     return module
 
@@ -57,10 +75,10 @@ def build_module(model: str, classes: int) -> nn.Module:
     return module
 
 
-def exchanged(model: str, classes: int, device: str) -> list[str]:
+def exchanged(module: nn.Module, kinds: Kinds) -> list[str]:
     """The layers of the user's module that `use_exact_sums` replaces, by PyTorch's names."""
-    layers = build_module(model, classes).named_modules()
-    return [name for name, layer in layers if exact_layer(layer) is not None]
+    layers = module.named_modules()
+    return [name for name, layer in layers if exact_layer(layer, kinds) is not None]
 
 
 def own_start(model: str, classes: int, device: str, seed: int) -> Arrays:
@@ -84,23 +102,23 @@ def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
     return copied
 
 
-def use_exact_sums(module: nn.Module) -> nn.Module:
+def use_exact_sums(module: nn.Module, kinds: Kinds = EXACT) -> nn.Module:
     """A copy of the module in which the norms of `layers`, whose sums are more exact, replace the
     library's; the module itself if it has none.
 
     A copy, so that plain lists and other attributes that refer to a norm get the replacement as
     well. Parameters, buffers and hooks are shared with `module`.
     """
-    exact = {id(layer): exact_layer(layer) for layer in module.modules()}
+    exact = {id(layer): exact_layer(layer, kinds) for layer in module.modules()}
     exact = {key: layer for key, layer in exact.items() if layer is not None}
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo={**tensors, **exact}) if exact else module
 
 
-def exact_layer(layer: nn.Module) -> nn.Module | None:
+def exact_layer(layer: nn.Module, kinds: Kinds) -> nn.Module | None:
     """The replacement for a norm, with all its attributes; None for other layers, and for a norm
     without one of its parameters or statistics."""
-    kind = {nn.BatchNorm2d: BatchNorm2d, nn.LayerNorm: LayerNorm}.get(type(layer))
+    kind = kinds.get(type(layer))
     # A layer norm has the first two only.
     parts = "weight", "bias", "running_mean", "running_var", "momentum"
     if kind is None or any(getattr(layer, part, 0) is None for part in parts):

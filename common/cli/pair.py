@@ -43,6 +43,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common import data
     from lockstep.common.evidence import initialisation, pair_check
     from lockstep.common.report import Terminal, write_json
+    from lockstep.common.report.summary import exchanged_text
     from lockstep.common.runs.prepare import choose_device
 
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
@@ -63,10 +64,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     )
     found, starts, exchanged = pair_check.measure(torch, flax, config, dataset), None, {}
     if model not in MODELS:
-        exchanged = {
-            name: user_module(backends, name).exchanged(model, len(dataset.classes), device)
-            for name in BACKENDS
-        }
+        for side in (torch, flax):
+            exchanged[side.name] = side.describe().get("exchanged", [])
         draws = own_draws(backends, model, len(dataset.classes), device)
         starts = initialisation.compare_starts(draws)
         if found.first_difference is None:
@@ -86,7 +85,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if report["first_difference"] is not None:
         terminal.located(report["first_difference"])
     if any(exchanged.values()):
-        terminal.print_always(pair_check.exchange(exchanged))
+        terminal.print_always(exchanged_text(exchanged))
     if starts is not None:
         terminal.print_always(initialisation.sentence(starts, len(found.tensors)))
         if starts:

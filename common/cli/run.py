@@ -95,6 +95,9 @@ def add_training_options(parser: Parser) -> None:
         metavar="X",
         help="share of each label that is spread over all classes",
     )
+    options_of.add_switch(
+        group, "--exact-sums", "exchange layers of a pair of yours for some that sum more exactly"
+    )
     group.add_argument(
         "--schedule",
         metavar="KIND[:OPTION=VALUE,...]",
@@ -202,6 +205,10 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         given = defaults | given
     if options.model is not None:
         given["pair"] = pairs.source_digest(options.model)
+    if options.exact_sums and given.get("pair") is None:
+        raise ConfigError(
+            "--exact-sums exchanges layers of a pair of your own: name one with --model"
+        )
     if options.schedule is not None:
         given["schedule"] = Schedule.parse(options.schedule)
     if options.epochs is not None and options.steps is not None:

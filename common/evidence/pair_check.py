@@ -5,35 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lockstep.common import data
-from lockstep.common.config import FRAMEWORKS, Config
+from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.model import pair
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.layers import ModuleNames, module_names
 from lockstep.common.protocol import STAGES, Arrays, Backend, Snapshot
-from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.verdict import locate
+from lockstep.common.verdict.arithmetic import compare_one_step
 from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import Location, divergence
 from lockstep.common.verdict.distances import magnitude, max_tensor_difference
 from lockstep.common.verdict.failures import failures
-from lockstep.common.verdict.first_steps import check_first_steps
-from lockstep.common.verdict.judge import INITIAL_TWINS
 from lockstep.common.verdict.statistics import PROOF_BOUND
 
 AT_ZERO = (
     "an activation whose derivative at 0 differs: that of `jnp.maximum(x, 0)` is one half, that of a "
     "`relu` is 0; biases that start at zero show it"
 )
-CANCELS = ("backward", "update")  # where rounding may exceed the bound, and twins are asked
 
 
 @dataclass(frozen=True)
@@ -89,15 +86,7 @@ def measure(
     drawn = initial_weights(shapes, config.seed, "float64") if own is None else own
     start = Snapshot.start({name: array.astype(np.float64) for name, array in drawn.items()})
 
-    def one_step(side: Backend, twin: int | None) -> Record:
-        return locate.one_step(side, config, dataset, "float64", start, images, labels, twin)
-
-    records = [one_step(side, None) for side in sides]
-    a, b = map(Ensemble, records)
-    checks = check_first_steps(a, b)
-    if any(check.step == 0 and check.stage in CANCELS and not check.agrees for check in checks):
-        twins = [[one_step(side, twin) for twin in range(1, INITIAL_TWINS + 1)] for side in sides]
-        checks = check_first_steps(a.with_short_twins(twins[0]), b.with_short_twins(twins[1]))
+    records, checks = compare_one_step(sides, config, dataset, start, images, labels)
     evaluations = [side.evaluate(side.init(start), images, labels) for side in sides]
     losses = [evaluation.loss for evaluation in evaluations]
     modules = {side.name: module_names(side) for side in sides}
@@ -212,15 +201,3 @@ def sentence(report: PairCheck) -> str:
         f"{report.gaps['forward']:.1e}, gradients within {report.gaps['backward']:.1e} (bound "
         f"{report.bound:g} of a tensor's largest entry)."
     )
-
-
-def exchange(layers: Mapping[str, Sequence[str]]) -> str:
-    """The layers of the user's that Lockstep replaces, in a sentence.
-
-    Args:
-        layers: by backend, their names.
-    """
-    named = "; ".join(
-        f"{', '.join(names)} in {FRAMEWORKS[side]}" for side, names in layers.items() if names
-    )
-    return f"Lockstep replaces these layers by its own, which sum more exactly: {named}."

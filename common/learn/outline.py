@@ -115,6 +115,7 @@ SECTIONS = (
                 "build",
                 "build_module",
                 "own_start",
+                "exchanges",
                 "exchanged",
                 "own_loss",
                 "trial",
@@ -133,6 +134,7 @@ SECTIONS = (
                 "A PyTorch module is one object that changes its mode in place.",
             ),
             Pair(None, "user_module.py:split_module", "As above."),
+            Pair(None, "user_module.py:Exchange", "PyTorch exchanges whole layers only."),
             Pair(
                 None,
                 "user_module.py:definition_order",
@@ -463,6 +465,7 @@ SECTIONS = (
                 "canonical_names",
                 "activations_to_canonical",
                 "outputs_to_canonical",
+                "exchanged",
             ),
             Pair("convert.py:" + SETTINGS, None, "The canonical roles and layouts are Flax's."),
             Pair("convert.py:flax_role", None, "As above."),

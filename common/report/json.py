@@ -148,6 +148,8 @@ class ComparisonJson(ComparedJson):
     first_divergence: DivergenceJson | None
     located: NotRequired[LocationJson]
     growth: NotRequired[GrowthJson]
+    exchanged: NotRequired[dict[str, list[str]]]  # layers of a pair, for Lockstep's own
+    arithmetic: NotRequired[dict[str, object]]  # see `Arithmetic`
     final_loss: dict[str, float | None]
     test_loss: dict[str, float | None]
     accuracy: dict[str, float | None]

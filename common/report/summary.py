@@ -4,9 +4,9 @@ stage."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from lockstep.common.config import BACKENDS
+from lockstep.common.config import BACKENDS, FRAMEWORKS
 from lockstep.common.protocol import STAGES
 from lockstep.common.report.json import (
     CheckJson,
@@ -112,6 +112,21 @@ def in_short(comparison: ComparisonJson) -> str:
     return f"{text}."
 
 
+def exchanged_text(layers: Mapping[str, Sequence[str]]) -> str:
+    """The layers of the user's that Lockstep exchanges, in a sentence.
+
+    Args:
+        layers: by backend, their names.
+    """
+    named = "; ".join(
+        f"{', '.join(names)} in {FRAMEWORKS[side]}" for side, names in layers.items() if names
+    )
+    return (
+        "In place of these layers of the pair, Lockstep computes with its own, which are more "
+        f"exact: {named}."
+    )
+
+
 def notes(comparison: ComparisonJson) -> list[str]:
     """Limits of the verdict: the step from which no check could fail, and which side is not
     reproducible."""
@@ -126,6 +141,8 @@ def notes(comparison: ComparisonJson) -> list[str]:
             f"{comparison['dtype']}: {name} is not reproducible: the same run again differs from "
             f"step {step:,} on."
         )
+    if exchanged := comparison.get("exchanged"):
+        found.append(f"{comparison['dtype']}: {exchanged_text(exchanged)}")
     if (growth := comparison.get("growth")) is not None:
         replayed = ", ".join(f"{step:,}" for step in growth["replayed"])
         found.append(

@@ -83,6 +83,11 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         runs={name: _summary(record, labels) for name, record in runs.items()},
         predictions_total=len(labels),
         rule={"rule": "nothing was compared"},
+        exchanged={
+            name: list(layers)
+            for name, record in runs.items()
+            if (layers := record.environment.get("exchanged"))
+        },
     )
     if len(runs) == 1:
         return single

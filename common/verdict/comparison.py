@@ -185,6 +185,22 @@ class TwinSummary:
     predictions_equal: int
 
 
+@dataclass(frozen=True)
+class TensorError:
+    """How far a gradient of the first step is from float64's, as a share of its largest entry."""
+
+    tensor: str
+    share: float
+    other: float  # of the other side
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Two programs that are one in float64, and compute differently in a lower precision."""
+
+    off: Mapping[str, tuple[TensorError, ...]]  # by backend, the largest error first
+
+
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """Two runs compared in one precision, or one run described. It is true if the runs agree, and
@@ -209,6 +225,9 @@ class Comparison:
     # By backend, the first step at which the same run again did not give the same bits.
     not_reproducible: Mapping[str, int] = field(default_factory=dict)
     diverged_at: int | None = None  # the step at which both runs diverge
+    # By backend, a user's layers that Lockstep exchanged for its own.
+    exchanged: Mapping[str, list[str]] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = None  # what float64 says of a lower precision that disagrees
     growth: Growth | None = None  # where float64 agrees because of twins alone
 
     def __bool__(self) -> bool:
@@ -294,6 +313,10 @@ class Comparison:
             found["class_differences"] = dict(self.class_differences or {})
         if self.location is not None:
             found["located"] = self.location.to_json()
+        if self.exchanged:
+            found["exchanged"] = dict(self.exchanged)
+        if self.arithmetic is not None:
+            found["arithmetic"] = dataclasses.asdict(self.arithmetic)
         if self.growth is not None:
             found["growth"] = dataclasses.asdict(self.growth)
         return found

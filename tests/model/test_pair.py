@@ -442,6 +442,10 @@ def test_an_example_is_read_from_an_archive_next_to_the_pair(tmp_path: Path) -> 
     assert pair.example_axes(f"{path}:ROBUST") == (3, 3)
 
 
+def test_exact_sums_are_those_of_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name one with --model" in said(capsys, "--exact-sums", "--data", "digits")
+
+
 # --- Any two backends
 
 
