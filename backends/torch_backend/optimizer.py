@@ -51,10 +51,10 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
 
 def parameter_groups(config: Config, model: nn.Module) -> list[tuple[list[str], float]]:
     """PyTorch's names of the parameters that share a weight decay, and the weight decay."""
-    canonical = convert.canonical_names(model)
+    canonical = convert.canonical_names(model)  # without a packed matrix, whose parts it names
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
-        can_be_spared = is_bias_or_norm(canonical[name], parameter.ndim)
+        can_be_spared = is_bias_or_norm(canonical.get(name, name), parameter.ndim)
         spares = not config.decay_biases_and_norms and can_be_spared
         (spared if spares else decayed).append(name)
     groups = [(decayed, config.weight_decay), (spared, 0.0)]
