@@ -25,6 +25,7 @@ _FILES = (
     "loss",
     "backward",
     "update",
+    "adaptive",
     "learning_rate",
     "lost_updates",
     "evaluate",

@@ -32,6 +32,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (  # of `Config`
     # with a larger lr, the loss grows until it overflows
     {"momentum": 0.9, "nesterov": True, "maximize": True, "lr": 1e-5},
     {"weight_decay": 5e-4, "maximize": True, "lr": 1e-4},
+    {"optimizer": "adamw", "weight_decay": 0.01},
 )
 
 

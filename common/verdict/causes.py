@@ -199,6 +199,39 @@ CAUSES = (
     ),
     Cause(
         "update",
+        "sum of squares of",
+        "",
+        "where Adagrad's sum of squares starts (0 in PyTorch, 0.1 in optax)",
+        fix="optax.adagrad(lr, initial_accumulator_value=0.0)",
+    ),
+    Cause(
+        "update",
+        "second moment of",
+        "times",
+        "beta2 (0.999), or RMSprop's factor (alpha is 0.99 in PyTorch, decay is 0.9 in optax)",
+    ),
+    Cause(
+        "update",
+        "first moment of",
+        "times",
+        "beta1 (0.9), or other clipping",
+    ),
+    Cause(
+        "update",
+        "moment of",
+        "",
+        "weight decay in the gradient (Adam) against decay apart from it (AdamW), clipping, the betas",
+        general=True,
+    ),
+    Cause(
+        "update",
+        "",
+        "no [^;]*(moment|sum of squares)",
+        "epsilon (its size, or inside the root), bias correction, decay apart from the gradient, the "
+        "learning rate",
+    ),
+    Cause(
+        "update",
         r"\.var$",
         "",
         "PyTorch keeps the unbiased variance, nnx.BatchNorm the biased: layers.BatchNorm",

@@ -22,6 +22,7 @@ from lockstep.common import data
 from lockstep.common.cli import learn, parser, run
 from lockstep.common.cli.parser import COMMANDS
 from lockstep.common.data import Dataset, cifar10
+from lockstep.common.optimizers import OPTIMIZERS
 from lockstep.common.runs import record, training
 from tests.marks import slow_except
 
@@ -744,11 +745,13 @@ def test_the_grid_command_compares_every_combination(
 ) -> None:
     from lockstep.common.evidence import optimizer_grid
 
-    few = [config for i, config in enumerate(optimizer_grid.combinations(40)) if i in (0, 58, 119)]
+    few = [
+        config for i, config in enumerate(optimizer_grid.combinations(40)) if i in (0, 58, 119, 200)
+    ]
     monkeypatch.setattr(optimizer_grid, "combinations", lambda steps: few)
     assert lockstep("grid", "--data", "digits", "--quiet", "--out", tmp_path) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert max(row["loss_gap"] for row in rows) <= 1e-14  # 9e-16 measured
     monkeypatch.setattr(
         optimizer_grid,
@@ -764,8 +767,9 @@ def test_the_grid_holds_every_legal_combination() -> None:
 
     configs = list(optimizer_grid.combinations())
     assert (
-        len(configs) == len(set(configs)) == 140
-    )  # 5 of momentum, dampening, nesterov; 2 x 2; 7 schedules
+        len(configs) == len(set(configs)) == 7 * (20 + 8 + 12 + 16 + 16 + 4)
+    )  # schedules; of SGD 5 of momentum, dampening, nesterov, and 2 x 2
+    assert {config.optimizer for config in configs} == {*OPTIMIZERS}
 
 
 # Python takes apart what is in a module when it ends.

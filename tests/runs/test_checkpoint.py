@@ -621,6 +621,18 @@ def test_k_steps_and_then_the_rest_are_all_steps(
     assert kills.pieces(backend, config, digits, dtype, tmp_path, twin, stops=stops) == {}
 
 
+@pytest.mark.slow
+def test_adamw_is_resumed_bit_by_bit(
+    tmp_path: Path, digits: Dataset, build: Callable, name: str
+) -> None:
+    config = Config(
+        optimizer="adamw", batch_size=4, steps=kills.PIECES, weight_decay=0.01,
+        decay_biases_and_norms=False, schedule=Schedule("cosine"),
+    ).resolve(len(digits.train_images))  # fmt: skip
+    backend = build(name, config, "float64")
+    assert kills.pieces(backend, config, digits, "float64", tmp_path, None, stops=EVERY[::4]) == {}
+
+
 def no_momentum(found: Checkpoint) -> Checkpoint:
     slots = {
         slot: {name: np.zeros_like(array) for name, array in arrays.items()}
