@@ -273,18 +273,8 @@ class Config:
             f"--steps must be 1 or more, at most {MAX_COUNT}: a run of no steps shows nothing",
         )
         _check(self.batch_size >= 1, "--batch-size must be 1 or more")
-        for field, least in (
-            ("lr", 0),
-            ("momentum", 0),
-            ("dampening", -MAX_NUMBER),
-            ("weight_decay", 0),
-        ):
-            within = least <= getattr(self, field) <= MAX_NUMBER
-            _check(
-                within,
-                f"--{field.replace('_', '-')} must be a number between {least:g} and "
-                f"{MAX_NUMBER:g}",
-            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        optimizers.check(self, defaults, MAX_NUMBER)
         _check(
             self.clip_norm is None or 0 < self.clip_norm <= MAX_NUMBER,
             f"--clip-norm must be a number above 0, at most {MAX_NUMBER:g}: without the option, "
@@ -302,8 +292,6 @@ class Config:
                 f"schedule: min_lr {self.schedule.min_lr:g} is above --lr {self.lr:g}: choose a "
                 "smaller one"
             )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        optimizers.check(self, defaults, MAX_NUMBER)
 
     def batches_per_epoch(self, images: int) -> int:
         """How many batches an epoch over `images` training images has."""

@@ -35,6 +35,9 @@ SLOTS = (
     "sum of squares",
     "momentum",
 )
+NUMBERS = (
+    "lr", "momentum", "dampening", "weight_decay", "eps", "lr_decay", "initial_accumulator_value",
+)  # fmt: skip
 NOT_DECAYED = ("bias", "scale")  # the last part of a tensor's canonical name
 
 
@@ -66,7 +69,8 @@ class Options(Protocol):
 
 
 def check(options: Options, defaults: Mapping[str, object], largest: float) -> None:
-    """Raise ConfigError for an optimizer that does not exist, or an option that it does not take.
+    """Raise ConfigError for an optimizer that does not exist, an option that it does not take, or a
+    value that an option cannot have.
 
     Args:
         defaults: of all options of all optimizers.
@@ -79,10 +83,10 @@ def check(options: Options, defaults: Mapping[str, object], largest: float) -> N
         if option not in OPTIMIZERS[name] and getattr(options, option) != defaults[option]:
             takes = ", ".join(map(flag, OPTIMIZERS[name]))
             raise ConfigError(f"{name} takes no {flag(option)}: its options are {takes}")
-    for option in ("eps", "lr_decay", "initial_accumulator_value"):
-        value = getattr(options, option)
-        if value is not None and not 0 <= value <= largest:
-            raise ConfigError(f"{flag(option)} must be a number between 0 and {largest:g}")
+    for option in NUMBERS:
+        value, least = getattr(options, option), -largest if option == "dampening" else 0
+        if value is not None and not least <= value <= largest:
+            raise ConfigError(f"{flag(option)} must be a number between {least:g} and {largest:g}")
     if options.betas is not None and len(options.betas) != 2:
         raise ConfigError("--betas are two numbers")
     for option, values in (("betas", options.betas or ()), ("alpha", (options.alpha or 0.0,))):

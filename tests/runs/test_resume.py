@@ -245,6 +245,20 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
     )
 
 
+@pytest.mark.slow
+def test_adamw_with_cosine_can_be_handed_over(
+    tmp_path: Path, digits: Dataset, build: Callable
+) -> None:
+    config = Config(
+        optimizer="adamw", weight_decay=0.01, steps=300, batch_size=4, schedule=Schedule("cosine")
+    ).resolve(len(digits.train_images))
+    few = dataclasses.replace(
+        digits, test_images=digits.test_images[:9], test_labels=digits.test_labels[:9]
+    )
+    row = hand_over(config, few, build, tmp_path, every=150)
+    assert row.places == [150] and row.agrees, row
+
+
 @pytest.mark.parametrize("kind", slow_except(SCHEDULES, "plateau"))
 def test_every_option_and_schedule_can_be_handed_over(
     tmp_path: Path, digits: Dataset, build: Callable, kind: str
