@@ -13,12 +13,14 @@ from lockstep.common.runs.estimate import announcement
 
 @pytest.mark.parametrize("weights", [None, Path("mine.pt")])
 @pytest.mark.parametrize("model", ["net", "port.py:PAIR"])
-def test_a_pair_that_does_not_start_from_its_own_weights_is_told_so(
-    model: str, weights: Path | None
+@pytest.mark.parametrize("init", [None, "numpy"])
+def test_a_pair_is_told_what_it_starts_from(
+    model: str, weights: Path | None, init: str | None
 ) -> None:
-    config = Config(model=model, pair="0" * 64 if ":" in model else None, steps=3)
+    config = Config(model=model, pair="0" * 64 if ":" in model else None, steps=3, init=init)
     said = announcement(Request(config, data="digits", weights=weights))
     assert said.startswith(f"Training {model} in PyTorch and Flax on the digits")
-    told = "from weights that Lockstep draws, not your modules' own" in said
-    assert told == (model != "net" and weights is None)
+    own = model != "net" and weights is None
+    assert ("from the initial weights of your PyTorch module" in said) == (own and init is None)
+    assert ("from weights that Lockstep draws" in said) == (own and init == "numpy")
     assert "3 steps of batch 4" in said

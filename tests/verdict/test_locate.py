@@ -155,7 +155,10 @@ SAMPLES = {  # by stage, the tensors that there are
     ],
     "loss": ["loss"],
     "backward": ["conv1.kernel", "gradient_norm"],
-    "update": ["lr", "momentum of fc1.bias", "fc1.bias", "bn1.mean", "bn1.var", "all parameters"],
+    "update": [
+        *["lr", "fc1.bias", "bn1.mean", "bn1.var", "all parameters", "momentum of fc1.bias"],
+        *["first moment of fc1.bias", "second moment of fc1.bias", "sum of squares of fc1.bias"],
+    ],
     "evaluate": ["test loss", "predictions", "accuracy of cat"],
 }
 SCALARS = ("loss", "lr", "gradient_norm", "test loss", "all parameters")
@@ -186,7 +189,7 @@ def test_every_stage_has_a_trap_and_every_trap_a_stage() -> None:
     assert {trap.stage for trap in CAUSES} == set(STAGES) == set(SAMPLES)
 
 
-COMMON = "all biases, no kernel", "every tensor"  # what failing tensors may have in common
+COMMON = "all biases, no kernel", "every tensor", "every parameter; no moment"  # what failing tensors may have in common
 
 
 def said_of(stage: str, tensor: str) -> Iterator[tuple[str, ...]]:
