@@ -189,7 +189,11 @@ def test_every_stage_has_a_trap_and_every_trap_a_stage() -> None:
     assert {trap.stage for trap in CAUSES} == set(STAGES) == set(SAMPLES)
 
 
-COMMON = "all biases, no kernel", "every tensor", "every parameter; no moment"  # what failing tensors may have in common
+COMMON = (
+    "all biases, no kernel",
+    "every tensor",
+    "every parameter; no moment",
+)  # what failing tensors may have in common
 
 
 def said_of(stage: str, tensor: str) -> Iterator[tuple[str, ...]]:
