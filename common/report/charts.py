@@ -48,6 +48,7 @@ MAX_WRITTEN = 12  # classes of a confusion matrix whose numbers are written into
 DECADES = 1e3  # a series that spans more has a logarithmic axis
 LineStyle = str | tuple[float, tuple[float, ...]]
 GAP_LINES: tuple[LineStyle, ...] = ("-", (0, (1.5, 1)), (0, (1, 2)))  # of up to three precisions
+BAND_LABEL = "between twins, largest so far"
 SHADE = 0.6  # opacity of a full cell: its number can be read on light and on dark pages
 
 
@@ -141,6 +142,9 @@ def draw_gaps(axes: Axes, gaps: Sequence[Gap], first: PlaceJson | None) -> None:
     top = 10 * max(float(seen.max(initial=0.0)), 10 * floor)
     for place, each in enumerate(gaps):
         _draw_gap(axes, each, floor, GAP_LINES[place % len(GAP_LINES)], alone=len(gaps) == 1)
+    bands = [band for band in axes.collections if band.get_label() == BAND_LABEL]
+    for band in bands[1:]:  # one entry of the legend is enough
+        band.set_label("_")
     _decades(axes)
     axes.set_ylim(floor / 2, top)
     _step_axis(axes, max(len(each.gap) for each in gaps))
@@ -175,8 +179,7 @@ def _draw_gap(axes: Axes, of: Gap, floor: float, line: LineStyle, alone: bool) -
     gap, spread, name = of.gap, of.spread, "" if alone else f"{of.name}: "
     if spread is not None:
         kept, spread = subsample(len(spread), logarithmic=True), np.fmax(spread, floor)
-        band = "between twins, largest so far"
-        axes.fill_between(kept, floor, spread[kept], color=BAND, linewidth=0, label=band)
+        axes.fill_between(kept, floor, spread[kept], color=BAND, linewidth=0, label=BAND_LABEL)
     known = np.flatnonzero(np.isfinite(gap))
     if alone:
         dots = known[subsample(len(known), logarithmic=True, limit=MAX_POINTS // 2)]

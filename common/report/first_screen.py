@@ -183,7 +183,8 @@ def _outcome(comparison: ComparisonJson, placed: bool) -> list[str]:
             if place["stage"] == "evaluate":
                 first = "They disagree in evaluation alone."
     elif comparison["verdict"] == "undecided":
-        first = undecided_text(comparison).partition(": ")[2].capitalize()
+        text = undecided_text(comparison).partition(": ")[2]
+        first = text[0].upper() + text[1:]
     elif comparison["verdict"] == "diverged":
         first = (
             f"Both blow up at step {comparison.get('diverged_at') or 0:,}: from there on the loss is "

@@ -222,7 +222,7 @@ def _training(precision: Precision, key: str = "loss") -> Chart:
     lines = f": thin line, each step; thick line, the mean of {window:,} steps"
     return panel(
         f"{key}-{dtype}",
-        f"{dtype}{lines if window > 1 else ''}.",
+        f"Training loss, {dtype}{lines if window > 1 else ''}.",
         alt_text.series_text(f"Training loss, {dtype}, in nats", runs, "loss", window),
         3.2,
         lambda axes: charts.draw_series(axes, runs, "loss", "cross entropy, nats", window),
