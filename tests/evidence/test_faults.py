@@ -179,6 +179,7 @@ def attributes() -> dict[tuple[str, str], Any]:
     modules = [
         "jax",
         "optax",
+        "optax.tree",
         "flax.nnx",
         "lockstep.common.data.augment",
         "lockstep.common.runs.training",

@@ -28,9 +28,11 @@ from tests.verdict.test_compare import CLASSES, LABELS, STEPS
 from tests.verdict.test_compare import make as record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Not each network's in each precision: these are one page with other numbers, and each takes half a
-# minute.
-ALIKE = ("-bfloat16", "-mixed")
+# Not each run's: these are one page with other numbers, and each takes up to half a minute.
+ALIKE = (
+    *("-bfloat16", "-mixed", "basic-float32", "basic-float64", "mlp", "vit"),
+    *("torch-2.11", "two-threads"),
+)
 # tests/learn/test_side_by_side.py examines this page, which takes a minute, and compares it with the
 # committed one.
 ELSEWHERE = "results/read/read.html"
