@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import shlex
 from collections.abc import Iterable, Sequence
@@ -16,14 +15,14 @@ from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report import alt_text, chart_data, charts, first_screen, tables
 from lockstep.common.report.chart_data import Records, Runs, Twins
-from lockstep.common.report.figures import COLOURS, drawing
+from lockstep.common.report.figures import drawing
 from lockstep.common.report.images import first_images, prediction
-from lockstep.common.report.json import ComparisonJson, PlaceJson, ReportJson
+from lockstep.common.report.json import ComparisonJson, ReportJson
 from lockstep.common.report.panels import Chart, escaped, panel
 from lockstep.common.report.summary import heading
 from lockstep.common.report.tables import Table
 from lockstep.common.report.template import write_page
-from lockstep.common.runs.record import Record
+from lockstep.common.report.topics import Precision, topics, training
 
 N_TRAINING_IMAGES = 16
 N_TEST_IMAGES = 8  # shown with their predictions
@@ -70,7 +69,7 @@ def write_report_page(
     ]
     with drawing():
         chart, tables_of_chart = _main_chart(precisions)
-        topics = _topics(precisions, dataset)
+        by_topic = topics(precisions, dataset)
     first = first_screen.card(report)
     values = {
         "title": f"{first_screen.title(report)}: {first.verdict.words.lower()}",
@@ -90,7 +89,7 @@ def write_report_page(
         "chart": chart,
         "results": tables.results(report["lenses"]),
         "difference": _difference(report["lenses"]),
-        "topics": topics,
+        "topics": by_topic,
         "ordered": sample is not None,
         "training": [
             _image_tile(
@@ -107,53 +106,12 @@ def write_report_page(
         "statistics": [_statistics(each, dataset) for each in precisions],
         "numbers": [
             *tables_of_chart,
-            *(chart.table for topic in topics for chart in topic.charts if chart.table),
+            *(chart.table for topic in by_topic for chart in topic.charts if chart.table),
         ],
         "facts": tables.facts(report),
     }
     page = {name: escaped(value) for name, value in values.items()}
     return write_page(Path(folder, "report.html"), "report.html.jinja", **page)
-
-
-class Precision(NamedTuple):
-    """What the page is made of, in one precision."""
-
-    comparison: ComparisonJson
-    runs: Runs
-    twins: dict[str, list[Record]]
-
-    @property
-    def dtype(self) -> str:
-        return self.comparison["dtype"]
-
-    @property
-    def both(self) -> bool:
-        return len(self.runs) == 2
-
-    @property
-    def first_divergence(self) -> PlaceJson | None:
-        if self.comparison["verdict"] == "undecided":
-            return None
-        return self.comparison.get("located") or self.comparison["first_divergence"]
-
-
-class Topic(NamedTuple):
-    """Charts of one kind, of all precisions next to each other."""
-
-    key: str
-    heading: str
-    notes: list[str]  # what is equal, in place of a chart
-    charts: list[Chart]
-
-
-def _topics(precisions: Sequence[Precision], dataset: Dataset) -> list[Topic]:
-    topics = [
-        Topic("losses", "Training loss", [], [_training(each) for each in precisions]),
-        _accuracy(precisions, dataset),
-        _confusion(precisions, dataset),
-        _rate_and_norm(precisions),
-    ]
-    return topics if precisions else []
 
 
 # --- The first screen, and where the runs diverge
@@ -164,7 +122,7 @@ def _main_chart(precisions: Sequence[Precision]) -> tuple[Chart | None, list[Tab
     tables with its numbers."""
     compared = [each for each in precisions if each.both]
     if not compared:
-        return (_training(precisions[0], "first-loss") if precisions else None), []
+        return (training(precisions[0], "first-loss") if precisions else None), []
     gaps = [
         charts.Gap(
             each.dtype,
@@ -211,189 +169,6 @@ def _difference(comparisons: Sequence[ComparisonJson]) -> dict[str, object] | No
             if each is not None
         ],
     }
-
-
-# --- The charts of each topic
-
-
-def _training(precision: Precision, key: str = "loss") -> Chart:
-    dtype, runs = precision.dtype, precision.runs
-    window = chart_data.smoothing(runs)
-    lines = f": thin line, each step; thick line, the mean of {window:,} steps"
-    return panel(
-        f"{key}-{dtype}",
-        f"Training loss, {dtype}{lines if window > 1 else ''}.",
-        alt_text.series_text(f"Training loss, {dtype}, in nats", runs, "loss", window),
-        3.2,
-        lambda axes: charts.draw_series(axes, runs, "loss", "cross entropy, nats", window),
-        tables.losses(dtype, runs, window),
-    )
-
-
-def _rate_and_norm(precisions: Sequence[Precision]) -> Topic:
-    """The learning rate is drawn if it changes, and once if it is the same everywhere."""
-    notes: list[str] = []
-    rates = [record.lr for each in precisions for record in each.runs.values()]
-    same = all(np.array_equal(rates[0], other) for other in rates[1:])
-    if same and np.ptp(rates[0]) == 0:
-        drawn = []
-        notes.append(f"The learning rate is {rates[0][0]:g} in every step of all runs.")
-    elif same:
-        drawn = [_rate(precisions[0], "The learning rate of each step, equal in all runs.")]
-    else:
-        drawn = [_rate(each, f"{each.dtype}: learning rate.") for each in precisions]
-    return Topic("norm", "Gradient norm", notes, [*map(_norm, precisions), *drawn])
-
-
-def _rate(precision: Precision, caption: str) -> Chart:
-    dtype, runs = precision.dtype, precision.runs
-    return panel(
-        f"lr-{dtype}",
-        caption,
-        alt_text.series_text(f"Learning rate, {dtype},", runs, "lr"),
-        2.8,
-        lambda axes: charts.draw_series(axes, runs, "lr", "learning rate"),
-        tables.series(f"Learning rate, {dtype}", runs, "lr"),
-    )
-
-
-def _norm(precision: Precision) -> Chart:
-    dtype, runs = precision.dtype, precision.runs
-    window = chart_data.smoothing(runs)
-    return panel(
-        f"norm-{dtype}",
-        f"{dtype}: the Euclidean norm of the whole gradient.",
-        alt_text.series_text(f"Gradient norm, {dtype},", runs, "gradient_norm", window),
-        2.8,
-        lambda axes: charts.draw_series(axes, runs, "gradient_norm", "gradient norm", window),
-        tables.series(f"Gradient norm, {dtype}", runs, "gradient_norm"),
-    )
-
-
-def _accuracy(precisions: Sequence[Precision], dataset: Dataset) -> Topic:
-    """Accuracies; and their differences where twins show how large these may be."""
-    topic = Topic("accuracy", "Accuracy per class", [], [])
-    for each in precisions:
-        names = chart_data.by_accuracy(each.comparison, dataset.classes)
-        differs = not _all_equal(each) and (any(each.twins.values()) or len(precisions) == 1)
-        topic.charts.extend(_class_charts(each.comparison, names, differs))
-        if _all_equal(each):
-            total = each.comparison["predictions_total"]
-            topic.notes.append(
-                f"{each.dtype}: all {total:,} predictions are equal, and so are all accuracies."
-            )
-    return topic
-
-
-def _all_equal(precision: Precision) -> bool:
-    """Whether both runs predict the same class for every test image."""
-    found = precision.comparison
-    return precision.both and found["predictions_equal"] == found["predictions_total"]
-
-
-def _class_charts(comparison: ComparisonJson, names: list[str], differs: bool) -> list[Chart]:
-    """Accuracies and their differences, with the same classes in the same rows; `tables.classes`
-    has the numbers."""
-    dtype, (shown, note) = comparison["dtype"], chart_data.extremes(names)
-    height, which = charts.class_height(comparison) * len(shown), f": {note}" if note else ""
-    drawn = [
-        panel(
-            f"classes-{dtype}",
-            f"{dtype}: accuracy per class, weakest first{which}.",
-            alt_text.classes(comparison, names),
-            height + 1.3,
-            lambda axes: charts.draw_classes(axes, comparison, shown),
-            None,
-            legend=2,
-        )
-    ]
-    if comparison.get("class_differences") and differs:
-        drawn.append(
-            panel(
-                f"differences-{dtype}",
-                f"{dtype}: difference of the two accuracies. Grey: how far twins of one framework "
-                "are apart in that class; ticks: the bound.",
-                alt_text.differences(comparison, names),
-                height + 1.3,
-                lambda axes: charts.draw_differences(axes, comparison, shown),
-                None,
-            )
-        )
-    return drawn
-
-
-def _confusion(precisions: Sequence[Precision], dataset: Dataset) -> Topic:
-    """One matrix, and where the other one of a precision differs, their difference."""
-    found = [
-        chart
-        for place, each in enumerate(precisions)
-        for chart in _confusion_charts(each, dataset, whole=place == 0)
-    ]
-    notes = [
-        f"{each.dtype}: both confusion matrices are equal."
-        for each in precisions
-        if _all_equal(each)
-    ]
-    return Topic("confusion", "Confusion matrices", notes, found)
-
-
-def _confusion_charts(precision: Precision, dataset: Dataset, whole: bool) -> list[Chart]:
-    """Of one precision.
-
-    Args:
-        whole: whether to draw the first run's matrix, too.
-    """
-    dtype, names = precision.dtype, dataset.classes
-    shown, note = chart_data.shown_classes(precision.comparison, names)
-    which = f" The chart shows {note}." if note else ""
-    counts = {
-        name: chart_data.confusion_counts(
-            precision.runs[name].predictions, dataset.test_labels, len(names)
-        )
-        for name in BACKENDS
-        if name in precision.runs
-    }
-    drawn = []
-    if whole:
-        name, run = next(iter(precision.runs.items()))
-        matrix = panel(
-            f"confusion-{name}-{dtype}",
-            f"{dtype}, {name}: predicted classes (columns) for the test images of each class "
-            f"(rows), in per cent.{which}",
-            alt_text.confusion(name, run, dataset.test_labels, names, dtype),
-            4.4,
-            functools.partial(
-                charts.draw_confusion,
-                counts=counts[name],
-                shown=shown,
-                classes=names,
-                colour=COLOURS[name],
-            ),
-            tables.matrix(
-                f"Test images by true class (rows) and by the class that {name} predicts "
-                f"(columns), {dtype}",
-                counts[name],
-                shown,
-                names,
-            ),
-        )
-        drawn.append(matrix)
-    if len(counts) == 2 and not _all_equal(precision):
-        more = counts["torch"] - counts["flax"]
-        drawn.append(
-            panel(
-                f"confusion-difference-{dtype}",
-                f"{dtype}: test images that torch (+) or flax (-) predicts more often as a class."
-                f"{which}",
-                alt_text.confusion_difference(more, names, dtype),
-                4.4,
-                functools.partial(
-                    charts.draw_confusion_difference, counts=more, shown=shown, classes=names
-                ),
-                tables.matrix(f"Test images, torch minus flax, {dtype}", more, shown, names),
-            )
-        )
-    return drawn
 
 
 # --- The statistics, and where the rest is
