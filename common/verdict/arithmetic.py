@@ -20,6 +20,7 @@ from lockstep.common.verdict.comparison import Arithmetic, TensorError
 from lockstep.common.verdict.distances import magnitude, max_tensor_difference
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.judge import INITIAL_TWINS
+from lockstep.common.verdict.statistics import NEAR_ZERO_ULP
 
 CANCELS = ("backward", "update")  # where rounding may exceed the bound, and twins are asked
 # A side is off in a tensor whose error is so many times the other's, and so many units in the last
@@ -90,12 +91,16 @@ def explain(
 
 
 def gradient_errors(run: Record, exact: Record) -> dict[str, float]:
-    """Of each gradient of the first step, the largest error, as a share of its largest entry."""
-    found = {}
-    for key, right in exact.first_steps.items():
-        if key.startswith("0/backward/") and key in run.first_steps and magnitude(right):
+    """Of each gradient of the first step, the largest error, as a share of its largest entry; but
+    for what rounding leaves of a sum that is zero, which has no size."""
+    prefix, found = "0/backward/", {}
+    gradients = {key: a for key, a in exact.first_steps.items() if key.startswith(prefix)}
+    near_zero = NEAR_ZERO_ULP * float(np.finfo(np.float64).eps)
+    least = near_zero * max(map(magnitude, gradients.values()), default=0.0)
+    for key, right in gradients.items():
+        if key in run.first_steps and magnitude(right) > least:
             error, _ = max_tensor_difference(run.first_steps[key].astype(np.float64), right)
-            found[key.removeprefix("0/backward/")] = error / magnitude(right)
+            found[key.removeprefix(prefix)] = error / magnitude(right)
     return found
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
+import pytest
+
 from lockstep.common.config import FRAMEWORKS
-from lockstep.common.verdict.arithmetic import in_words, larger_errors
+from lockstep.common.verdict.arithmetic import gradient_errors, in_words, larger_errors
 from lockstep.common.verdict.comparison import Arithmetic
+from tests.verdict.test_compare import make
 
 LEAST = 0.03
 
@@ -25,3 +31,12 @@ def test_the_sentence_names_the_side_the_tensor_and_by_how_much() -> None:
     assert neither.endswith(
         "neither side's first gradients are much further from it than the other's"
     )
+
+
+@pytest.mark.parametrize(("size", "counts"), [(1e-17, False), (1e-6, True)])
+def test_what_is_left_of_a_sum_that_is_zero_has_no_error(size: float, counts: bool) -> None:
+    right = {"0/backward/fc.kernel": np.ones(2), "0/backward/fc.bias": np.full(2, size)}
+    exact = dataclasses.replace(make("torch", "float64"), first_steps=right)
+    off = {name: array.astype(np.float32) + 1e-7 for name, array in right.items()}
+    found = gradient_errors(dataclasses.replace(make("torch", "float32"), first_steps=off), exact)
+    assert "fc.kernel" in found and ("fc.bias" in found) == counts
