@@ -37,6 +37,11 @@ def printable(text: object) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
+def reason(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, for an error of user code."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The word that was probably meant; None if none is similar."""
     import difflib  # only after an error

@@ -3,6 +3,7 @@ backends/torch_backend/adaptive.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lockstep.backends.flax_backend.state import OptimizerState
+from lockstep.backends.flax_backend.state import OptimizerState, Parameters
 from lockstep.common.config import Config
 from lockstep.common.optimizers import is_bias_or_norm
 
@@ -86,7 +87,7 @@ def make_optimizer(
             return optax.lion(schedule, *options.betas, mu_dtype=dtype, **decay)
 
 
-def decayed(config: Config) -> Any:
+def decayed(config: Config) -> Callable[[Parameters], dict[str, bool]] | None:
     """The mask of `optax.add_decayed_weights`: which parameters decay; None: all."""
     if config.decay_biases_and_norms:
         return None

@@ -247,7 +247,9 @@ def attach_converts(model: nn.Module, declared: Mapping[str, layouts.Convert]) -
     found: dict[str, layouts.Convert] = {}
     for key, function in declared.items():
         wanted = key.split(".")
-        names = [name for name, _ in model.named_modules() if layouts.fits(wanted, name.split("."))]
+        names = [
+            name for name, _ in model.named_modules() if pair_names.fits(wanted, name.split("."))
+        ]
         if not names:
             raise ConfigError(
                 f"the pair's convert names {key}, which PyTorch's module does not have: "

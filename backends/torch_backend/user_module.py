@@ -132,7 +132,7 @@ def own_loss(config: Config) -> Loss | None:
     """The loss of a user's pair; None if that is the cross entropy of one class per image.
 
     Raises:
-        ConfigError: if labels are to be smoothed that are none.
+        ConfigError: if label smoothing is asked for, and targets are not classes.
     """
     loss = pairs.own_loss(config.model, "torch")
     if loss is not None and config.label_smoothing:

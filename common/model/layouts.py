@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.common.errors import ConfigError, shorten
+from lockstep.common.errors import ConfigError, reason, shorten
 from lockstep.common.protocol import Arrays
 
 Convert = Callable[[Arrays], Arrays]  # from PyTorch's tensors of a layer to Flax's
@@ -27,13 +27,6 @@ class Moved(NamedTuple):
     # By Flax's names below PyTorch's name for the layer: positions in the sources, one after
     # another, in Flax's layout.
     positions: dict[str, np.ndarray]
-
-
-def fits(wanted: list[str], path: list[str]) -> bool:
-    """Whether a key names a path; `*` stands for positions in lists."""
-    return len(wanted) == len(path) and all(
-        w == p or (w == "*" and p.isdecimal()) for w, p in zip(wanted, path, strict=True)
-    )
 
 
 def is_within(name: str, layer: str) -> bool:
@@ -52,10 +45,9 @@ def find_moved(layer: str, function: Convert, shapes: Mapping[str, tuple[int, ..
         positions = {name: np.asarray(array) for name, array in function(tensors).items()}
         every = np.concatenate([array.ravel() for array in positions.values()])
     except Exception as error:  # user code may raise anything
-        reason = next(iter(str(error).splitlines()), "")
         raise ConfigError(
             f"{layer}'s tensors, {shorten(tensors)}, cannot be converted "
-            f"({type(error).__name__}: {reason}): let the pair's convert say how"
+            f"({reason(error)}): let the pair's convert say how"
         ) from error
     if not np.array_equal(np.sort(every), np.arange(start)):
         raise ConfigError(

@@ -10,7 +10,7 @@ importing the other: a path of attributes and list positions, and a role (`kerne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model.pair import INPUT_PREFIX, Shapes
@@ -64,6 +64,13 @@ def canonical_names(
     return names
 
 
+def fits(wanted: Sequence[str], path: Sequence[str]) -> bool:
+    """Whether a key names a path; `*` stands for positions in lists."""
+    return len(wanted) == len(path) and all(
+        w == p or (w == "*" and p.isdecimal()) for w, p in zip(wanted, path, strict=True)
+    )
+
+
 def _fitting(
     key: str, roles: Iterable[str], positions: Mapping[tuple[str, ...], str]
 ) -> Iterator[tuple[str, list[str]]]:
@@ -71,14 +78,9 @@ def _fitting(
     wanted = key.split(".")
     paths = dict.fromkeys(tuple(own.split(".")[: len(wanted)]) for own in roles)
     for path in paths:
-        pairs = list(zip(wanted, path, strict=False))
-        if len(path) == len(wanted) and all(
-            w == p or (w == "*" and p.isdecimal()) for w, p in pairs
-        ):
-            yield (
-                ".".join(path),
-                [positions[path[: i + 1]] for i, (w, _) in enumerate(pairs) if w == "*"],
-            )
+        if fits(wanted, path):
+            stars = [positions[path[: i + 1]] for i, part in enumerate(wanted) if part == "*"]
+            yield ".".join(path), stars
 
 
 def _filled(value: str, stars: list[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
-from lockstep.common.errors import ConfigError, did_you_mean
+from lockstep.common.errors import ConfigError, did_you_mean, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +121,7 @@ def load_example(model: str) -> Example | None:
     """The inputs and targets that a pair brings; None for those of a data set.
 
     Raises:
-        ConfigError: if they are none.
+        ConfigError: if what the pair gives is no example.
     """
     if model in MODELS:
         return None
@@ -140,9 +140,8 @@ def load_example(model: str) -> Example | None:
             found = found()
         inputs, targets = map(np.asarray, found)
     except Exception as error:  # user code may raise anything
-        reason = next(iter(str(error).splitlines()), "")
         raise ConfigError(
-            f"--model {model}: there is no example ({type(error).__name__}: {reason}): give inputs "
+            f"--model {model}: there is no example ({reason(error)}): give inputs "
             "and targets, a function that returns them, or an .npz archive with x and y"
         ) from error
     for name, array in (("inputs", inputs), ("targets", targets)):
@@ -257,10 +256,7 @@ def _imported(place: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (Exception, SystemExit) as error:  # user code may raise anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConfigError(
-            f"{place} cannot be imported ({type(error).__name__}: {reason}): fix it first"
-        ) from error
+        raise ConfigError(f"{place} cannot be imported ({reason(error)}): fix it first") from error
 
 
 @contextmanager
@@ -269,7 +265,4 @@ def user_code_errors(model: str, side: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # user code may raise anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConfigError(
-            f"--model {model}: {side} cannot {what} ({type(error).__name__}: {reason})"
-        ) from error
+        raise ConfigError(f"--model {model}: {side} cannot {what} ({reason(error)})") from error

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO, NoReturn, Self
 
-from lockstep.common.errors import LockstepError
+from lockstep.common.errors import LockstepError, reason
 
 Report = Callable[[object], None]  # sends progress to whoever waits for the answer
 Command = tuple[int, str, tuple[object, ...]]  # its number, the method, and the arguments
@@ -174,8 +174,7 @@ def worker_main() -> NoReturn:
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
         except Exception as error:  # the caller reports any error in one line
-            reason = next(iter(str(error).splitlines()), "")
-            answers.send("failed", f"{type(error).__name__}: {reason}")
+            answers.send("failed", reason(error))
 
 
 def _make(report: Report, arguments: tuple[object, ...]) -> object:
