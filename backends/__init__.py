@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lockstep.backends.flax_backend.backend import FlaxBackend
     from lockstep.backends.torch_backend.backend import TorchBackend
     from lockstep.common.config import Config
-    from lockstep.common.protocol import Backend
+    from lockstep.common.protocol import Backend, Rank
 
 
 def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
@@ -51,13 +51,15 @@ def build(
     name: str,
     dtype: str,
     concurrent_processes: int = 1,
+    rank: Rank | None = None,
 ) -> Backend:
     """Build a backend. At module level, so that it can be pickled.
 
     Args:
         concurrent_processes: that train at the same time; each uses its share of the cores.
+        rank: of this process, where several train one run together.
     """
-    return load(name)(config, classes, dtype, device, compile, concurrent_processes)
+    return load(name)(config, classes, dtype, device, compile, concurrent_processes, rank)
 
 
 def enable_jax_cache() -> None:

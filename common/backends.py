@@ -16,8 +16,9 @@ class BackendPackage(NamedTuple):
     All fields can be pickled, so that other processes can have them.
     """
 
-    # By name, a backend's class: (config, classes, dtype, device, compile, concurrent_processes).
+    # By name, a backend's class: (config, classes, dtype, device, compile, concurrent_processes,
+    # rank).
     load: Callable[[str], Callable[..., Backend]]
-    # (config, classes, device, compile, name, dtype, concurrent_processes)
+    # (config, classes, device, compile, name, dtype, concurrent_processes, rank)
     build: Callable[..., Backend]
     module: Callable[[str], ModuleType]  # a module of the package, such as "faults"

@@ -90,6 +90,15 @@ class Snapshot(NamedTuple):
         return cls(parameters=weights, model_state={}, slots={}, schedule={}, step=0)
 
 
+class Rank(NamedTuple):
+    """One of several processes that train one run together, each on its rows of every batch."""
+
+    number: int  # 0 <= number < count
+    count: int  # processes that train the run
+    host: str  # where rank 0 listens, for the framework's own group of processes
+    port: int  # PyTorch's store, or JAX's coordinator
+
+
 class Backend(Protocol[State, Data, Tensor]):
     """One framework's way to train. Built by `backends.load(name)(config, classes, dtype, device,
     compile)`.
@@ -98,6 +107,10 @@ class Backend(Protocol[State, Data, Tensor]):
     donates), except `evaluate`, `probe` and `export`, which leave it unchanged. Images are (n, 32,
     32, 3) arrays of the run's dtype, already normalised; labels are int64 (n,) arrays. A backend
     draws no random numbers: `lockstep.common.data.dropout` draws the masks of dropout.
+
+    Of a run of several processes, each has a backend of its own, with its `Rank`. All are given the
+    same calls with the same arguments, at the same time, and have the same results: those of one
+    process, up to rounding. `evaluate` and `export` read the process's own copy of the state.
     """
 
     name: str  # "torch" or "flax"

@@ -38,8 +38,9 @@ from lockstep.backends.flax_backend.user_module import (
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
+from lockstep.common.errors import BackendError
 from lockstep.common.model.trees import flat
-from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
+from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Rank, Snapshot
 
 
 @final
@@ -58,7 +59,10 @@ class FlaxBackend:
         device: str = "auto",
         compile: str = "auto",  # not used: `jax.jit` always compiles
         concurrent_processes: int = 1,
+        rank: Rank | None = None,
     ) -> None:
+        if rank is not None:
+            raise BackendError("one run in several processes is not supported yet")
         with tuning.limit_threads(config.batch_size, concurrent_processes):
             self.device = choose_device(device)
         configure_determinism(self.device)

@@ -37,9 +37,10 @@ from lockstep.backends.torch_backend.user_module import (
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
+from lockstep.common.errors import BackendError
 from lockstep.common.model.pair import example_axes
 from lockstep.common.model.trees import flat
-from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
+from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Rank, Snapshot
 
 
 @final
@@ -58,7 +59,10 @@ class TorchBackend:
         device: str = "auto",
         compile: str = "auto",
         concurrent_processes: int = 1,
+        rank: Rank | None = None,
     ) -> None:
+        if rank is not None:
+            raise BackendError("one run in several processes is not supported yet")
         self.device = choose_device(device)
         configure_determinism(self.device)
         tuning.limit_threads(config.batch_size, concurrent_processes)
