@@ -6,16 +6,14 @@ import argparse
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lockstep.common.backends import BackendPackage
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
 from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.config import DTYPES, MODELS
 from lockstep.common.errors import ConfigError, DataError, did_you_mean
-from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.evidence.false_alarms import Row, Setting
@@ -30,6 +28,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_dtype(parser, "in one precision only")
     options_of.add_twins(parser)
     options_of.add_shared(parser, "alarms")
+    options_of.add_cluster(parser)
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
@@ -39,13 +38,9 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if model not in MODELS:
         raise ConfigError(f"alarms has no configurations of {model}: {did_you_mean(model, MODELS)}")
 
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     from lockstep.common.evidence import false_alarms as clean
     from lockstep.common.evidence import plots
     from lockstep.common.report.text import plural
-    from lockstep.common.runs.trainer import backend_errors
 
     pairs = clean.PAIRS if options.pairs is None else options.pairs
     settings = every = clean.settings(model)
@@ -66,13 +61,11 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     workers = (
         1 if options.device == "cuda" else min(len(work_items), os.cpu_count() or 1, MAX_WORKERS)
     )
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    measure = functools.partial(clean_pairs, options, invocation.backends, workers)
     rows = []
-    with backend_errors("a worker"), study.terminal.progress("pairs", pairs) as advance, pool:
-        for found in pool.map(measure, *zip(*work_items, strict=True)):
-            rows += found
-            advance(len(found), math.nan)
+    with study.terminal.progress("pairs", pairs) as advance:
+        for row in study.rows(clean_pairs, work_items, workers):
+            rows.append(row)
+            advance(1, math.nan)
     summary = clean.summary(rows)
     false = sum(line["alarms"] for line in summary if line["rule"] == clean.LOCKSTEP)
     study.report(
@@ -87,20 +80,15 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
 
 def clean_pairs(
-    options: argparse.Namespace,
-    backends: BackendPackage,
-    workers: int,
-    setting: Setting,
-    seeds: Sequence[int],
-) -> list[Row]:
-    """The rows of one configuration; runs in another process, one of `workers`."""
+    study: EvidenceCommand, work_items: Sequence[tuple[Setting, range]]
+) -> Iterator[Row]:
+    """The rows of some configurations, each with its seeds."""
     from lockstep.common.evidence import false_alarms as clean
 
-    invocation = Invocation([], backends, SignalHandler())
-    study = EvidenceCommand(options, invocation, "alarms", quiet=True, processes=workers)
+    options = study.options
     precisions = DTYPES if options.dtype is None else (options.dtype,)
     twins = 2 if options.twins is None else options.twins
-    datasets = {setting.data: study.load(setting.data)}
-    rows = list(clean.measure(setting, seeds, datasets, study.build, precisions, twins))
-    study.free_programs()
-    return rows
+    for setting, seeds in work_items:
+        datasets = {setting.data: study.load(setting.data)}
+        yield from clean.measure(setting, seeds, datasets, study.build, precisions, twins)
+        study.free_programs()

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from lockstep.common.backends import BackendPackage
 from lockstep.common.cli.output import print_json
 from lockstep.common.cli.parser import Invocation
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.session import RUNS
 from lockstep.common.system import environment, program
+from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.data import Dataset
     from lockstep.common.protocol import Backend
 
+T = TypeVar("T")
+R = TypeVar("R")
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]  # columns and rows
 
 
@@ -49,23 +54,68 @@ class EvidenceCommand:
         self.terminal = Terminal(
             quiet=quiet or options.quiet, to_stderr=options.json, verbose=options.verbose
         )
+        self.dataset: Dataset | None = None  # that backends are built for
         self.datasets: list[Dataset] = []
+        self.loaded: dict[str, Dataset] = {}  # what `load` has read
         self.device: str | None = None
-        check_writable(self.folder)
+        if not quiet:
+            check_writable(self.folder)
 
     def load(self, name: str) -> Dataset:
         from lockstep.common import data
 
-        terminal = self.terminal
-        self.datasets.append(
-            data.load(name, self.options.data_dir, terminal.line, progress=not terminal.quiet)
+        key, terminal = f"{name} {self.options.data_dir}", self.terminal
+        if key not in self.loaded:
+            self.loaded[key] = data.load(
+                name, self.options.data_dir, terminal.line, progress=not terminal.quiet
+            )
+        self.dataset = self.loaded[key]
+        if not any(dataset is self.dataset for dataset in self.datasets):
+            self.datasets.append(self.dataset)
+        return self.dataset
+
+    def rows(
+        self,
+        piece: Callable[[EvidenceCommand, Sequence[T]], Iterable[R]],
+        items: Sequence[T],
+        workers: int = 1,
+        together: int = 1,
+    ) -> Iterator[R]:
+        """The rows of `piece(command, items)`, in order: made in this process, in so many others,
+        or with `--cluster` by its workers.
+
+        Args:
+            piece: a function of a module.
+            items: what can be pickled.
+            together: items that another process gets at a time.
+
+        Raises:
+            DataError: if a worker has other data of the same name.
+            LockstepError: what a piece raised.
+        """
+        from lockstep.common.evidence import executors
+        from lockstep.common.runs.trainer import backend_errors
+
+        address = self.options.cluster
+        if workers == 1 and address is None:
+            yield from piece(self, items)
+            return
+        pool = executors.local(workers) if address is None else executors.cluster(address)
+        share = workers if address is None else environment.cores()  # a worker takes one core
+        digests = {dataset.name: dataset.digest for dataset in self.datasets}
+        call = functools.partial(
+            run_piece, self.options, self.invocation.backends, share, digests, piece
         )
-        return self.datasets[-1]
+        pieces = [items[place : place + together] for place in range(0, len(items), together)]
+        with backend_errors("a worker"), pool as executor:
+            for found in executor.map(functools.partial(executors.alone, call), pieces):
+                yield from found
 
     def build(self, name: str, config: Config, dtype: str) -> Backend:
         from lockstep.common.runs import prepare
 
-        dataset, compile = self.datasets[-1], self.options.compile
+        dataset, compile = self.dataset, self.options.compile
+        assert dataset is not None
         if self.device is None:
             self.device = prepare.choose_device(
                 self.invocation.backends,
@@ -119,3 +169,34 @@ class EvidenceCommand:
         self.terminal.print_always(sentence)
         if self.options.json:
             print_json(report)
+
+
+LOADED: dict[str, Dataset] = {}  # what the pieces of this process have read
+
+
+def run_piece(
+    options: argparse.Namespace,
+    backends: BackendPackage,
+    processes: int,
+    digests: Mapping[str, str],
+    piece: Callable[[EvidenceCommand, Sequence[T]], Iterable[R]],
+    items: Sequence[T],
+) -> list[R]:
+    """The rows of some items, in another process, one of `processes` that share its cores.
+
+    Args:
+        digests: of the caller's data sets, by name.
+    """
+    from lockstep.common.errors import DataError
+
+    invocation = Invocation([], backends, SignalHandler())
+    command = EvidenceCommand(options, invocation, "", quiet=True, processes=processes)
+    command.loaded = LOADED
+    rows = list(piece(command, items))
+    command.free_programs()
+    for dataset in command.datasets:
+        if digests.get(dataset.name) not in (None, dataset.digest):
+            raise DataError(
+                f"a worker has other data called {dataset.name}: give it the same files"
+            )
+    return rows

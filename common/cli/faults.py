@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.evidence import EvidenceCommand
 from lockstep.common.cli.parser import Invocation, Parser
 from lockstep.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lockstep.common.evidence.faults import Row
 
 MAX_SHOWN = 4  # faults of `--only` that are described without `--verbose`
 
@@ -21,6 +26,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_dtype(parser, "in one precision only")
     options_of.add_twins(parser)
     options_of.add_shared(parser, "faults")
+    options_of.add_cluster(parser)
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
@@ -49,16 +55,10 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             raise ConfigError(
                 "no fault is left to run: choose others, or data in colour (--data cifar10)"
             )
-    precisions = matrix.PRECISIONS if options.dtype is None else (options.dtype,)
-    twins = 2 if options.twins is None else options.twins
-    rows = []
-    measure = functools.partial(
-        matrix.measure, cache=matrix.Cache(), precisions=precisions, twins=twins
-    )
+    names, rows = [fault.name for fault in chosen], []
     with study.terminal.progress("faults", len(chosen)) as advance:
-        for fault in chosen:
-            rows.append(measure(fault, dataset, study.build, catalogue.inject))
-            study.free_programs()
+        for row in study.rows(measured, names, together=8):
+            rows.append(row)
             advance(1, math.nan)
     summary = fault_summary.summary(rows)
     if options.only and (options.verbose or len(rows) <= MAX_SHOWN):
@@ -72,3 +72,20 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         draw=functools.partial(plots.draw_faults, rows),
     )
     return 0 if not summary["missed"] else 1
+
+
+def measured(study: EvidenceCommand, names: Sequence[str]) -> Iterator[Row]:
+    """The rows of some faults."""
+    from lockstep.common.evidence import faults as matrix
+
+    options, catalogue = study.options, study.invocation.backends.module("faults")
+    dataset = study.load(options.data).first_test_images(matrix.TEST_IMAGES)
+    measure = functools.partial(
+        matrix.measure,
+        cache=matrix.Cache(),
+        precisions=matrix.PRECISIONS if options.dtype is None else (options.dtype,),
+        twins=2 if options.twins is None else options.twins,
+    )
+    for name in names:
+        yield measure(catalogue.named(name), dataset, study.build, catalogue.inject)
+        study.free_programs()

@@ -264,6 +264,16 @@ def add_shared(parser: Parser, name: str) -> None:
     add_output(parser, f"folder of the report (default: results/runs/{name})")
 
 
+def add_cluster(parser: Parser) -> None:
+    group = parser.add_argument_group("where to compute")
+    group.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="by the workers of this Dask scheduler, such as tcp://10.0.0.1:8786 (default: this "
+        "machine)",
+    )
+
+
 def add_model(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--model",
