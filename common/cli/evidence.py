@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +19,7 @@ from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.data import Dataset
+    from lockstep.common.evidence.executors import Cost
     from lockstep.common.protocol import Backend
 
 T = TypeVar("T")
@@ -58,6 +60,7 @@ class EvidenceCommand:
         self.datasets: list[Dataset] = []
         self.loaded: dict[str, Dataset] = {}  # what `load` has read
         self.device: str | None = None
+        self.cost: Cost | None = None  # of `rows`
         if not quiet:
             check_writable(self.folder)
 
@@ -98,7 +101,9 @@ class EvidenceCommand:
 
         address = self.options.cluster
         if workers == 1 and address is None:
+            start = time.process_time()
             yield from piece(self, items)
+            self.cost = executors.Cost.since(start)
             return
         pool = executors.local(workers) if address is None else executors.cluster(address)
         share = workers if address is None else environment.cores()  # a worker takes one core
@@ -108,8 +113,9 @@ class EvidenceCommand:
         )
         pieces = [items[place : place + together] for place in range(0, len(items), together)]
         with backend_errors("a worker"), pool as executor:
-            for found in executor.map(functools.partial(executors.alone, call), pieces):
-                yield from found
+            for rows, cost in executor.map(functools.partial(executors.alone, call), pieces):
+                self.cost = cost if self.cost is None else self.cost.and_of(cost)
+                yield from rows
 
     def build(self, name: str, config: Config, dtype: str) -> Backend:
         from lockstep.common.runs import prepare
@@ -155,6 +161,7 @@ class EvidenceCommand:
             "command": program.typed(self.invocation.arguments),
             "data": [{"name": dataset.name, "digest": dataset.digest} for dataset in self.datasets],
             "environment": environment.describe(),
+            **({} if self.cost is None else {"cost": self.cost._asdict()}),
             **facts,
             "rows": rows,
         }
@@ -181,14 +188,16 @@ def run_piece(
     digests: Mapping[str, str],
     piece: Callable[[EvidenceCommand, Sequence[T]], Iterable[R]],
     items: Sequence[T],
-) -> list[R]:
+) -> tuple[list[R], Cost]:
     """The rows of some items, in another process, one of `processes` that share its cores.
 
     Args:
         digests: of the caller's data sets, by name.
     """
     from lockstep.common.errors import DataError
+    from lockstep.common.evidence.executors import Cost
 
+    start = time.process_time()
     invocation = Invocation([], backends, SignalHandler())
     command = EvidenceCommand(options, invocation, "", quiet=True, processes=processes)
     command.loaded = LOADED
@@ -199,4 +208,4 @@ def run_piece(
             raise DataError(
                 f"a worker has other data called {dataset.name}: give it the same files"
             )
-    return rows
+    return rows, Cost.since(start)

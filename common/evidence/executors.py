@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import multiprocessing
+import resource
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lockstep.common.config import BACKENDS
 from lockstep.common.errors import BackendError, ConfigError, reason
@@ -56,7 +59,7 @@ def cluster(address: str) -> Iterator[Executor]:
             "dask scheduler, and give its address"
         ) from None
     with client:
-        _check_workers(client, address)
+        check_workers(client, address)
         try:
             yield client.get_executor(retries=RETRIES)
         except (KilledWorker, CommClosedError, CancelledError) as error:
@@ -66,7 +69,7 @@ def cluster(address: str) -> Iterator[Executor]:
             ) from error
 
 
-def _check_workers(client: Client, address: str) -> None:
+def check_workers(client: Client, address: str) -> None:
     try:
         client.wait_for_workers(1, timeout=JOIN_SECONDS)
         found = cast(dict[str, dict[str, str]], client.run(facts))
@@ -95,3 +98,21 @@ def alone(function: Callable[..., Any], *arguments: object) -> Any:
     """Call the function when nothing else that was called so computes in this process."""
     with ONE_AT_A_TIME:
         return function(*arguments)
+
+
+class Cost(NamedTuple):
+    """What pieces took, all workers together."""
+
+    cpu_seconds: float
+    peak_megabytes: int  # the most that one process held
+
+    def and_of(self, other: Cost) -> Cost:
+        seconds = self.cpu_seconds + other.cpu_seconds
+        return Cost(seconds, max(self.peak_megabytes, other.peak_megabytes))
+
+    @classmethod
+    def since(cls, cpu_seconds: float) -> Cost:
+        """This process's, since it had used so much processor time."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+        return cls(time.process_time() - cpu_seconds, peak // unit)
