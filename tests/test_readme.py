@@ -24,6 +24,7 @@ from lockstep.common.errors import RecordError
 from lockstep.common.evidence.bench import PATHS
 from lockstep.common.evidence.bench_report import summary
 from lockstep.common.evidence.false_alarms import LOCKSTEP
+from lockstep.common.optimizers import OPTIMIZERS
 from lockstep.common.report import sentence
 from lockstep.common.testing import same_run
 from tests.evidence.test_bench_report import made_rows
@@ -97,12 +98,18 @@ def step(name: str) -> Callable[[], str]:
 
 def grid() -> str:
     report = report_of("grid")
-    rows = report["rows"]
-    largest = max(row["loss_gap"] for row in rows)
-    agreeing = sum(row["agrees"] for row in rows)
+    lines = []
+    for name in OPTIMIZERS:
+        rows = [row for row in report["rows"] if row["optimizer"] == name]
+        gaps = [
+            f"{max(row[gap] for row in rows):.1e}"
+            for gap in ("loss_gap", "parameter_gap", "lr_gap")
+        ]
+        lines.append([f"`{name}`", str(len(rows)), str(sum(row["agrees"] for row in rows)), *gaps])
+    columns = ["optimizer", "combinations", "agree", "losses", "parameters", "learning rates"]
     return (
-        f"Of {len(rows)} combinations {agreeing} agree; the largest gap between two losses is {largest:.1e} nats "
-        f"(bound {report['bound']:g}).\n"
+        f"The largest gaps of {len(report['rows'])} combinations on CIFAR-10 (bound "
+        f"{report['bound']:g}; losses in nats):\n\n" + markdown(columns, lines)
     )
 
 
