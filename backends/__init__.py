@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lockstep.common.errors import BackendError
@@ -29,14 +30,18 @@ def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
     Raises:
         BackendError: if there is none of that name, or its framework is not installed.
     """
-    known = {"torch": ("torch_backend", "TorchBackend"), "flax": ("flax_backend", "FlaxBackend")}
+    return getattr(_module(name, "backend"), f"{name.title()}Backend")
+
+
+def _module(name: str, file: str) -> ModuleType:
+    """A module of the backend called `name`; raises as `load` does."""
+    known = ("torch", "flax")
     if name not in known:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(known)}")
-    folder, cls = known[name]
     if name == "flax":
         enable_jax_cache()
     try:
-        return getattr(importlib.import_module(f"lockstep.backends.{folder}.backend"), cls)
+        return importlib.import_module(f"lockstep.backends.{name}_backend.{file}")
     except ModuleNotFoundError as error:
         raise BackendError(
             f"the {name} backend needs {error.name}, which is not installed: pip install -e ."
@@ -56,10 +61,13 @@ def build(
     """Build a backend. At module level, so that it can be pickled.
 
     Args:
-        concurrent_processes: that train at the same time; each uses its share of the cores.
+        concurrent_processes: that train at the same time; on this machine; each uses its share of the cores.
         rank: of this process, where several train one run together.
     """
-    return load(name)(config, classes, dtype, device, compile, concurrent_processes, rank)
+    arguments = config, classes, dtype, device, compile, concurrent_processes
+    if rank is None:
+        return load(name)(*arguments)
+    return getattr(_module(name, "processes"), f"{name.title()}Rank")(*arguments, rank)
 
 
 def enable_jax_cache() -> None:

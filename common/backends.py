@@ -16,8 +16,7 @@ class BackendPackage(NamedTuple):
     All fields can be pickled, so that other processes can have them.
     """
 
-    # By name, a backend's class: (config, classes, dtype, device, compile, concurrent_processes,
-    # rank).
+    # By name, a backend's class: (config, classes, dtype, device, compile, concurrent_processes).
     load: Callable[[str], Callable[..., Backend]]
     # (config, classes, device, compile, name, dtype, concurrent_processes, rank)
     build: Callable[..., Backend]

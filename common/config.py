@@ -29,12 +29,14 @@ FORMATS = ("torch", "safetensors", "orbax")  # of weights for use elsewhere
 AUGMENTATIONS = ("crop-flip",)
 # Whose initial weights: those of a module of the user's, or drawn with NumPy from the seed.
 INITS = (*BACKENDS, "numpy")
+# How batch norms of a run in several processes take their statistics.
+BATCH_NORMS = ("global", "local")
 # Omitted from a configuration's JSON if they have their default: older runs, which did not have
 # them, keep their fingerprints.
 OMIT_IF_DEFAULT = (
     "weights", "pair", "init", "clip_norm", "label_smoothing", "augment", "optimizer", "betas",
     "eps", "alpha", "centered", "amsgrad", "lr_decay", "initial_accumulator_value",
-    "decay_biases_and_norms", "exact_sums",
+    "decay_biases_and_norms", "exact_sums", "batch_norm",
 )  # fmt: skip
 
 # Which options each schedule takes. All counts are in optimizer steps, except those of `patience`
@@ -246,6 +248,9 @@ class Config:
     init: str | None = None
     # Layers of the user's `model` whose sums are coarse are exchanged for Lockstep's own.
     exact_sums: bool = False
+    # One of BATCH_NORMS, for a run in several processes. "global": statistics of the whole batch.
+    # "local": each process takes those of its own images, and the running ones are rank 0's.
+    batch_norm: str = "global"
 
     def __post_init__(self) -> None:
         known = self.pair is not None or self.model in MODELS
@@ -281,6 +286,10 @@ class Config:
             "nothing is clipped",
         )
         _check(0 <= self.label_smoothing < 1, "--label-smoothing must be 0 or more, below 1")
+        _check(
+            self.batch_norm in BATCH_NORMS,
+            f"unknown --batch-norm {self.batch_norm!r}: {did_you_mean(self.batch_norm, BATCH_NORMS)}",
+        )
         known = ", ".join(AUGMENTATIONS)
         _check(
             self.augment in (None, *AUGMENTATIONS),

@@ -192,6 +192,7 @@ OTHER: dict[str, Any] = {
     "pair": "1e" * 32,
     "init": "numpy",
     "exact_sums": True,
+    "batch_norm": "local",
 }
 
 

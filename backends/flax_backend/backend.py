@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import final
 
 import flax
 import jax
@@ -38,12 +37,10 @@ from lockstep.backends.flax_backend.user_module import (
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
-from lockstep.common.errors import BackendError
 from lockstep.common.model.trees import flat
-from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Rank, Snapshot
+from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 
 
-@final
 class FlaxBackend:
     """`lockstep.common.protocol.Backend` in JAX, Flax and optax."""
 
@@ -59,10 +56,7 @@ class FlaxBackend:
         device: str = "auto",
         compile: str = "auto",  # not used: `jax.jit` always compiles
         concurrent_processes: int = 1,
-        rank: Rank | None = None,
     ) -> None:
-        if rank is not None:
-            raise BackendError("one run in several processes is not supported yet")
         with tuning.limit_threads(config.batch_size, concurrent_processes):
             self.device = choose_device(device)
         configure_determinism(self.device)
@@ -169,8 +163,14 @@ class FlaxBackend:
     def train_step(
         self, state: State, images: np.ndarray, labels: np.ndarray
     ) -> tuple[State, Metrics]:
-        inputs = self._inputs.images(images), self._inputs.labels(labels)
-        return self._compiled_step(state, *inputs, self._masks(state, labels.shape))
+        return self._compiled_step(state, *self._on_device(state, images, labels))
+
+    def _on_device(
+        self, state: State, images: Array, labels: Array, axis: int = 0
+    ) -> tuple[jax.Array, jax.Array, Parameters]:
+        """Batches, and the masks of dropout for them; `axis` is that of the images of a batch."""
+        masks = self._masks(state, labels.shape[: axis + 1])
+        return self._inputs.images(images), self._inputs.labels(labels), masks
 
     # --- Many steps in one call
 
@@ -184,8 +184,7 @@ class FlaxBackend:
         return self._inputs.download(images, labels)
 
     def train_steps(self, state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
-        images, labels = self._inputs.images(images), self._inputs.labels(labels)
-        return self._many_steps(state, images, labels, self._masks(state, labels.shape))
+        return self._many_steps(state, *self._on_device(state, images, labels, axis=1))
 
     def masks(self, state: State, shape: Sequence[int]) -> Arrays:
         layers = self.network.dropout_layers
@@ -223,14 +222,14 @@ class FlaxBackend:
         return flat(convert.outputs_to_canonical(found))
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
-        batch = self._inputs.images(images), self._inputs.labels(labels)
-        found = self._compiled_probe(state, *batch, self._masks(state, labels.shape))
+        batch = self._on_device(state, images, labels)
+        found = self._compiled_probe(state, *batch)
         (loss, (activations, logits)), gradients = found
         gradients = convert.to_canonical(gradients)
         outputs = convert.outputs_to_canonical(logits)
         if self._own_loss is None:
             outputs = {"logits": outputs["output"]}
-        images, labels = map(convert.to_numpy, batch)
+        images, labels = map(np.array, self.download(*batch[:2]))
         return {
             "data/images": images,
             "data/labels": labels if labels.dtype.kind == "f" else labels.astype(np.int64),

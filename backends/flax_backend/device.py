@@ -36,4 +36,4 @@ def configure_determinism(device: str) -> None:
     anywhere."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_default_device", jax.devices(device)[0])
+    jax.config.update("jax_default_device", jax.local_devices(backend=device)[0])

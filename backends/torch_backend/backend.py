@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import final
 
 import numpy as np
 import torch
@@ -37,13 +36,11 @@ from lockstep.backends.torch_backend.user_module import (
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
-from lockstep.common.errors import BackendError
 from lockstep.common.model.pair import example_axes
 from lockstep.common.model.trees import flat
-from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Rank, Snapshot
+from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
 
 
-@final
 class TorchBackend:
     """`lockstep.common.protocol.Backend` in PyTorch."""
 
@@ -59,10 +56,7 @@ class TorchBackend:
         device: str = "auto",
         compile: str = "auto",
         concurrent_processes: int = 1,
-        rank: Rank | None = None,
     ) -> None:
-        if rank is not None:
-            raise BackendError("one run in several processes is not supported yet")
         self.device = choose_device(device)
         configure_determinism(self.device)
         tuning.limit_threads(config.batch_size, concurrent_processes)
@@ -165,12 +159,14 @@ class TorchBackend:
     def train_step(
         self, state: State, images: np.ndarray, labels: np.ndarray
     ) -> tuple[State, Metrics]:
-        return self._step(
-            state,
-            self._inputs.images(images),
-            self._inputs.labels(labels),
-            self._masks(state, labels.shape),
-        )
+        return self._step(state, *self._on_device(state, images, labels))
+
+    def _on_device(
+        self, state: State, images: Array, labels: Array, axis: int = 0
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Batches, and the masks of dropout for them; `axis` is that of the images of a batch."""
+        masks = self._masks(state, labels.shape[: axis + 1])
+        return self._inputs.images(images), self._inputs.labels(labels), masks
 
     # --- Many steps in one call
 
@@ -184,8 +180,7 @@ class TorchBackend:
         return self._inputs.download(images, labels)
 
     def train_steps(self, state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
-        images, labels = self._inputs.images(images), self._inputs.labels(labels)
-        return self._many_steps(state, images, labels, self._masks(state, labels.shape))
+        return self._many_steps(state, *self._on_device(state, images, labels, axis=1))
 
     def masks(self, state: State, shape: Sequence[int]) -> Arrays:
         return draw_masks(self._dropout_layers, self.config.seed, state.step, shape)
@@ -218,15 +213,13 @@ class TorchBackend:
 
     def probe(self, state: State, images: np.ndarray, labels: np.ndarray) -> Arrays:
         model = state.model
-        batch, batch_labels = self._inputs.images(images), self._inputs.labels(labels)
-        convert.set_masks(model, self._masks(state, labels.shape))
+        batch, batch_labels, masks = self._on_device(state, images, labels)
+        convert.set_masks(model, masks)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with record_activations(model) as activations:
             logits = self._forward(model, batch)
         loss = self._loss(logits, batch_labels, self.config.label_smoothing)
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-        gradients = convert.to_canonical(model, gradients)
+        gradients = convert.to_canonical(model, self._gradients(model, loss))
         for name, buffer in model.named_buffers():  # the forward pass has updated the statistics
             buffer.copy_(before[name])
         outputs = convert.outputs_to_canonical(logits)
@@ -241,6 +234,10 @@ class TorchBackend:
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in gradients.items()},
         }
+
+    def _gradients(self, model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
     def describe(self) -> dict[str, object]:
         return {

@@ -125,17 +125,7 @@ class ManySteps:
     def _functional_step(self, carry: Carry, batch: Batch) -> tuple[Carry, tuple[Tensor, Tensor]]:
         parameters, buffers, slots = carry
         images, labels, masks, lr, step = batch
-
-        def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            # The forward pass writes into the buffers.
-            new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-            tensors = parameters | new_buffers
-            logits = functional_call(
-                self.template, (tensors | self.cast(tensors), masks), (images,)
-            )
-            return self.loss(logits, labels, self.config.label_smoothing), new_buffers
-
-        gradients, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(parameters)
+        gradients, (loss, buffers) = self._gradients(parameters, buffers, images, labels, masks)
         norm = global_norm(list(gradients.values()))
         if self.config.clip_norm is not None:  # as `clip_grads_with_norm_` does
             factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -146,6 +136,27 @@ class ManySteps:
         for names, weight_decay in self.groups:
             self._update(names, weight_decay, parameters, gradients, slots, lr, step)
         return (parameters, buffers, slots), (loss, norm)
+
+    def _gradients(
+        self,
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        masks: Masks,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, dict[str, Tensor]]]:
+        """Gradients, loss, and the buffers after the forward pass."""
+
+        def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            # The forward pass writes into the buffers.
+            new_buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            tensors = parameters | new_buffers
+            logits = functional_call(
+                self.template, (tensors | self.cast(tensors), masks), (images,)
+            )
+            return self.loss(logits, labels, self.config.label_smoothing), new_buffers
+
+        return grad_and_value(loss_of, has_aux=True)(parameters)
 
     def _update(
         self,

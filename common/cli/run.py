@@ -12,7 +12,15 @@ from lockstep.common import session
 from lockstep.common.cli import parser as options_of
 from lockstep.common.cli.output import print_json
 from lockstep.common.cli.parser import Invocation, Parser
-from lockstep.common.config import AUGMENTATIONS, BACKENDS, INITS, SCHEDULES, Config, Schedule
+from lockstep.common.config import (
+    AUGMENTATIONS,
+    BACKENDS,
+    BATCH_NORMS,
+    INITS,
+    SCHEDULES,
+    Config,
+    Schedule,
+)
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import pair as pairs
 from lockstep.common.optimizers import OPTIMIZERS, flag, option_names
@@ -97,6 +105,12 @@ def add_training_options(parser: Parser) -> None:
     )
     options_of.add_switch(
         group, "--exact-sums", "exchange layers of a pair of yours for some that sum more exactly"
+    )
+    options_of.add_choice(
+        group,
+        "--batch-norm",
+        BATCH_NORMS,
+        "with --processes: statistics of the whole batch (the default), or of each process's images",
     )
     group.add_argument(
         "--schedule",

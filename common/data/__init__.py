@@ -4,9 +4,11 @@ augmented."""
 from lockstep.common.data.batches import (
     batch_digests,
     batch_indices,
+    check_divides,
     first_seen,
     order_digest,
     permutation,
+    rows,
 )
 from lockstep.common.data.dataset import Dataset, normalise, of_example
 from lockstep.common.data.sources import check, load
@@ -16,10 +18,12 @@ __all__ = [
     "batch_digests",
     "batch_indices",
     "check",
+    "check_divides",
     "first_seen",
     "load",
     "normalise",
     "of_example",
     "order_digest",
     "permutation",
+    "rows",
 ]

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from lockstep.common.config import Config
+from lockstep.common.errors import ConfigError
+from lockstep.common.protocol import Rank
 
 ORDER_STREAM = int.from_bytes(
     b"data", "big"
@@ -44,6 +46,25 @@ def first_seen(config: Config, images: int, count: int = 32) -> np.ndarray:
     """int64 (count,), or fewer: the indices of the first images that a run trains on."""
     one_batch = dataclasses.replace(config, batch_size=count, steps=1)
     return next(batch_indices(one_batch, images))
+
+
+def rows(rank: Rank, batch: int) -> slice:
+    """The images of a batch that one of several processes trains on: contiguous, as
+    `np.array_split` splits them. There are none where the batch is smaller than the processes are
+    many."""
+    most, larger = divmod(batch, rank.count)  # the first `larger` processes have one more
+    start = rank.number * most + min(rank.number, larger)
+    return slice(start, start + most + (rank.number < larger))
+
+
+def check_divides(config: Config, rank: Rank, batch: int) -> None:
+    """Raise ConfigError if local batch norms are asked for, and the processes would have different
+    numbers of a batch's images."""
+    if config.batch_norm == "local" and batch % rank.count:
+        raise ConfigError(
+            f"--batch-norm local needs batches that {rank.count} processes can share out evenly, and "
+            f"one has {batch} images: choose another --batch-size, --drop-last, or --batch-norm global"
+        )
 
 
 def order_digest(config: Config, images: int) -> str:

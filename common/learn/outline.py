@@ -349,7 +349,7 @@ SECTIONS = (
                 "backend.py:Backend._model",
                 "A PyTorch module can be called as it is.",
             ),
-            *same_names("backend.py", "Backend.train_step"),
+            *same_names("backend.py", "Backend.train_step", "Backend._on_device"),
         ),
     ),
     Section(
@@ -379,6 +379,7 @@ SECTIONS = (
                 None,
                 "Flax's `_step` already maps arrays to arrays.",
             ),
+            Pair("compiled.py:ManySteps._gradients", None, "As above."),
             Pair("compiled.py:ManySteps._update", None, "As above."),
             Pair(
                 None,
@@ -414,6 +415,11 @@ SECTIONS = (
         "Lockstep finds where two runs diverge.",
         (
             *same_names("backend.py", "Backend.probe"),
+            Pair(
+                "backend.py:Backend._gradients",
+                None,
+                "In JAX, `jax.value_and_grad` gives all of them by name.",
+            ),
             Pair(
                 None,
                 "backend.py:Backend._probe",
