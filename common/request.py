@@ -31,6 +31,7 @@ class Request:
     data_dir: Path | None = None
     device: str = "auto"  # auto, cpu or cuda
     compile: str = "auto"  # auto, on or off
+    cluster: str | None = None  # the Dask scheduler whose workers train the twins
     weights: Path | None = None  # the user's own initial weights
     out: Path | None = None  # None: a folder in results/runs
     resume: Path | None = None  # the folder of a run to resume; it is `out`, too

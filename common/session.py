@@ -66,7 +66,9 @@ def compare(
     if request.tensorboard is not None:
         reports.check_tensorboard()
         storage.check_writable(request.tensorboard, "--tensorboard")
-    wanted = parallel.may_use_worker(request.config, request.backends, request.device)
+    wanted = request.cluster is None and parallel.may_use_worker(
+        request.config, request.backends, request.device
+    )
     with parallel.TrainingWorker(wanted, backends.load) as worker:
         return prepare_and_train(request, backends, terminal, signals or SignalHandler(), worker)
 
@@ -84,6 +86,7 @@ def prepare_and_train(
     from lockstep.common.runs import estimate, prepare
     from lockstep.common.runs import request as requests
     from lockstep.common.runs.find import find_runs
+    from lockstep.common.runs.remote import Twins, start_twins
     from lockstep.common.runs.trainer import Interrupted, Trainer, resume_hint
     from lockstep.common.system import storage
 
@@ -113,7 +116,8 @@ def prepare_and_train(
     build = functools.partial(backends.build, config, len(dataset.classes), device, request.compile)
     default = RUNS / f"{request.recipe}-{config.fingerprint(dataset.digest)}"
     folder = request.resume or request.out or default
-    with storage.lock_folder(folder):
+    twins = Twins(build, config, request.data, request.data_dir, dataset.digest, weights)
+    with storage.lock_folder(folder), start_twins(request.cluster, twins) as start_twin:
         existing = [name for name in BACKENDS if name not in names or request.keep_records]
         found = find_runs(folder, request.dtypes, existing, config, dataset, terminal.line)
         trainer = Trainer(
@@ -128,6 +132,7 @@ def prepare_and_train(
             resumed=request.resumed is not None,
             continue_other_backend=request.resumed is not None and len(names) == 1,
             signals=signals,
+            start_twin=start_twin,
         )
         if request.resumed is None and not request.keep_records:
             trainer.check_not_overwriting(names, request.dtypes)
@@ -161,7 +166,9 @@ def train_and_compare(
         for dtype in ensembles
     }
     found = itertools.chain(*ensembles.values())
-    worker_backend = parallel.choose_worker_backend(trainer, request.backends, device, found)
+    worker_backend = None
+    if request.cluster is None:
+        worker_backend = parallel.choose_worker_backend(trainer, request.backends, device, found)
     training = parallel.ParallelTraining(trainer, worker, worker_backend, numbers)
     comparisons: list[Comparison] = []
     interrupted_at = None

@@ -19,8 +19,8 @@ from lockstep.common.system.interrupt import SignalHandler
 
 if TYPE_CHECKING:
     from lockstep.common.data import Dataset
-    from lockstep.common.evidence.executors import Cost
     from lockstep.common.protocol import Backend
+    from lockstep.common.system.executors import Cost
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -96,8 +96,8 @@ class EvidenceCommand:
             DataError: if a worker has other data of the same name.
             LockstepError: what a piece raised.
         """
-        from lockstep.common.evidence import executors
         from lockstep.common.runs.trainer import backend_errors
+        from lockstep.common.system import executors
 
         address = self.options.cluster
         if workers == 1 and address is None:
@@ -195,7 +195,7 @@ def run_piece(
         digests: of the caller's data sets, by name.
     """
     from lockstep.common.errors import DataError
-    from lockstep.common.evidence.executors import Cost
+    from lockstep.common.system.executors import Cost
 
     start = time.process_time()
     invocation = Invocation([], backends, SignalHandler())

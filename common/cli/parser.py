@@ -269,8 +269,8 @@ def add_cluster(parser: Parser) -> None:
     group.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="by the workers of this Dask scheduler, such as tcp://10.0.0.1:8786 (default: this "
-        "machine)",
+        help="by the workers of this Dask scheduler, such as tcp://10.0.0.1:8786; of a run, its "
+        "twins (default: this machine)",
     )
 
 

@@ -29,7 +29,7 @@ from lockstep.common.request import Request
 
 # The options that may change when a run is resumed.
 CHANGEABLE = (
-    "resume", "run", "backend", "data", "data_dir", "device", "compile", "log_every",
+    "resume", "run", "backend", "data", "data_dir", "device", "compile", "cluster", "log_every",
     "tensorboard", "checkpoint_every", "quiet", "verbose", "json", "command",
 )  # fmt: skip
 
@@ -70,6 +70,7 @@ def add_run_options(parser: Parser) -> None:
     options_of.add_dtype(group, "one precision only (default: the recipe's)")
     options_of.add_twins(group)
     options_of.add_device(parser)
+    options_of.add_cluster(parser)
     options_of.add_output(
         parser, "folder of the run (default: results/runs/<recipe>-<fingerprint>)"
     )
@@ -239,6 +240,7 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         data_dir=options.data_dir,
         device=options.device,
         compile=options.compile,
+        cluster=options.cluster,
         weights=options.weights,
         out=options.out,
         log_every=options.log_every,
@@ -292,6 +294,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
         weights=None if started.weights is None else Path(started.weights),
         resume=folder,
         resumed=started,
+        cluster=options.cluster,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
         command=tuple(arguments),

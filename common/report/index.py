@@ -45,6 +45,7 @@ PAGES = {
 EVIDENCE = {
     "alarms": "Correct runs, compared: how often was the verdict wrong?",
     "bench": "Speed, next to the tutorial's own loop",
+    "cluster": "Correct runs that the workers of a cluster trained",
     "faults": "Known mistakes: which are found, and where?",
     "fuzz": "Damaged files and options: each is refused in one line",
     "grid": "Every combination of the optimizer's options",

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from lockstep.common.runs.checkpoint import Checkpoint, CheckpointManager
 from lockstep.common.runs.find import matching_record
 from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import Record
+from lockstep.common.runs.remote import StartTwin
 from lockstep.common.system import environment, program
 from lockstep.common.system.interrupt import SignalHandler
 
@@ -62,6 +64,7 @@ class Trainer:
     continue_other_backend: bool = False  # from the other backend, where that one was stopped
     signals: SignalHandler = field(default_factory=SignalHandler)
     concurrent_processes: int = 1  # that train at the same time, this one included
+    start_twin: StartTwin | None = None  # where others train the twins
 
     def backend(self, name: str, dtype: str) -> Backend:
         return self.build(name, dtype, self.concurrent_processes)
@@ -78,9 +81,12 @@ class Trainer:
             RecordError: if a file cannot be used or written.
         """
         backend, records = None, []
+        elsewhere = self._start_twins(name, dtype, twins)
         for twin in twins:
             finished = self.finished(name, dtype, twin)
-            if finished is None:
+            if finished is None and twin in elsewhere:
+                finished = self._receive(elsewhere[twin], run_title(name, dtype, twin))
+            elif finished is None:
                 if self.signals.requested():
                     raise Interrupted(f"{run_title(name, dtype, twin)} was not started")
                 backend = backend or self.backend(name, dtype)
@@ -89,6 +95,30 @@ class Trainer:
                 self._remove_checkpoints(finished.stem)
             records.append(finished)
         return records
+
+    def _start_twins(
+        self, name: str, dtype: str, twins: Sequence[int | None]
+    ) -> dict[int | None, Future[Record]]:
+        """Have the cluster's workers train those that are not finished, if there is a cluster."""
+        if self.start_twin is None:
+            return {}
+        return {
+            twin: self.start_twin(name, dtype, twin)
+            for twin in twins
+            if twin is not None and twin != REPLICATE and self.finished(name, dtype, twin) is None
+        }
+
+    def _receive(self, twin: Future[Record], title: str) -> Record:
+        """Wait for a twin that another process trains, and write its record."""
+        self.terminal.line(f"Waiting for {title} from the cluster")
+        try:
+            with backend_errors("a worker"):
+                found = twin.result()
+        except KeyboardInterrupt:
+            raise Interrupted(f"{title} was interrupted") from None
+        with self.signals.masked():
+            record.write(found, self.folder)
+        return found
 
     def _train_one(self, backend: Backend, name: str, dtype: str, twin: int | None) -> Record:
         """Train one run and write its record."""

@@ -20,7 +20,7 @@ from lockstep.common.api.cli import PACKAGE
 from lockstep.common.cli.evidence import EvidenceCommand, run_piece
 from lockstep.common.cli.parser import Invocation, parse
 from lockstep.common.errors import ConfigError, DataError
-from lockstep.common.evidence import executors
+from lockstep.common.system import executors
 from lockstep.common.system.interrupt import SignalHandler
 
 ROOT = Path(__file__).resolve().parents[2]
