@@ -7,6 +7,7 @@ import ast
 import contextlib
 import itertools
 import json
+import math
 import re
 import sys
 import textwrap
@@ -351,17 +352,16 @@ def cluster() -> str:
     lines = []
     for level in (0.01, 0.001, 0.0001):
         needed = next(n for n in itertools.count(1) if clopper_pearson(0, n)[1] <= level)
-        hours = needed * seconds / 3600
-        lines.append(
-            [f"{100 * level:g} %", f"{needed:,}", f"{hours:,.0f}", f"{60 * hours / 1000:.1f}"]
-        )
+        hours, minutes = needed * seconds / 3600, math.ceil(needed / 1000) * seconds / 60
+        lines.append([f"{100 * level:g} %", f"{needed:,}", f"{hours:,.0f}", f"{minutes:.1f}"])
     columns = ["rate below", "pairs", "core hours", "minutes with 1,000 workers"]
-    return (
+    text = (
         f"The rows of both reports are {same}. A pair took {seconds:.0f} seconds of a core, in four precisions, each with "
         f"two twins per framework, and a worker held at most {cost['peak_megabytes'] / 1000:.1f} GB. Pairs without an "
         "alarm that show a rate of false alarms to be below a level (95 %, Clopper and Pearson), and what they would "
-        "take:\n\n" + markdown(columns, lines)
+        "take:"
     )
+    return textwrap.fill(text, 120) + "\n\n" + markdown(columns, lines)
 
 
 def versions() -> str:
