@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lockstep.backends.flax_backend.backend import FlaxBackend
     from lockstep.backends.torch_backend.backend import TorchBackend
     from lockstep.common.config import Config
-    from lockstep.common.protocol import Backend, Rank
+    from lockstep.common.protocol import Backend, Rank, Task
 
 
 def load(name: str) -> type[TorchBackend] | type[FlaxBackend]:
@@ -50,7 +50,7 @@ def _module(name: str, file: str) -> ModuleType:
 
 def build(
     config: Config,
-    classes: int,
+    classes: int | Task,
     device: str,
     compile: str,
     name: str,
@@ -61,6 +61,7 @@ def build(
     """Build a backend. At module level, so that it can be pickled.
 
     Args:
+        classes: how many; or what the network is built for, `Dataset.task`.
         concurrent_processes: that train at the same time; on this machine; each uses its share of the cores.
         rank: of this process, where several train one run together.
     """

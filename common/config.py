@@ -241,7 +241,7 @@ class Config:
     seed: int = 0  # of the initial weights, the order of the batches, their augmentation, the twins
     # SHA-256 of the user's initial weights, read by --weights; None: drawn from `seed`.
     weights: str | None = None
-    # SHA-256 of the file that the user's `model` is in; None: one of Lockstep's own.
+    # SHA-256 of the file that the user's `model` is in, found where it is not given.
     pair: str | None = None
     # Whose initial weights both start from, one of INITS; None: those of the PyTorch module of a
     # user's pair, and Lockstep's own draw for Lockstep's own networks.
@@ -253,6 +253,10 @@ class Config:
     batch_norm: str = "global"
 
     def __post_init__(self) -> None:
+        if self.pair is None and self.model not in MODELS and ":" in self.model:
+            from lockstep.common.model.pair import source_digest  # which imports this module
+
+            object.__setattr__(self, "pair", source_digest(self.model))
         known = self.pair is not None or self.model in MODELS
         _check(
             known,
@@ -366,6 +370,12 @@ class Config:
             ConfigError: if a field is missing, unknown or of another type, or if they contradict
                 each other.
         """
+        if (
+            isinstance(fields, dict)
+            and not fields.get("pair")
+            and fields.get("model") not in MODELS
+        ):
+            raise ConfigError("Config.pair is missing")  # no file is looked at for it
         return _from_json(cls, fields)
 
     def fingerprint(self, data_digest: str) -> str:

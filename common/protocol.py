@@ -28,6 +28,14 @@ def split_slot(tensor: str) -> tuple[str, str]:
     return (slot, parameter) if of else ("", tensor)
 
 
+class Task(NamedTuple):
+    """What a network is built for."""
+
+    classes: int  # or, of sequences and pixels, how many labels there are; 0: none
+    inputs: np.ndarray  # (2, ...): two samples, such as uint8 (2, 32, 32, 3)
+    targets: np.ndarray  # (2, ...): theirs, such as int64 (2,)
+
+
 class Metrics(NamedTuple):
     """The metrics of one training step: the framework's scalars. From `train_steps`, each field is a
     float64 array with one entry per step."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, cast
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, FRAMEWORKS, MODELS, Config
-from lockstep.common.errors import ConfigError
 from lockstep.common.request import Request, Result
 from lockstep.common.system import environment, program
 from lockstep.common.system.interrupt import SignalHandler
@@ -82,7 +81,6 @@ def prepare_and_train(
 ) -> Result:
     """Read the data, check the networks, and train."""
     from lockstep.common import data
-    from lockstep.common.model.pair import own_loss
     from lockstep.common.runs import estimate, prepare
     from lockstep.common.runs import request as requests
     from lockstep.common.runs.find import find_runs
@@ -93,7 +91,13 @@ def prepare_and_train(
     names = request.backends
     data.check(request.data, request.data_dir)
     terminal.line(estimate.announcement(request))
-    dataset = data.load(request.data, request.data_dir, terminal.line, progress=not terminal.quiet)
+    dataset = data.load(
+        request.data,
+        request.data_dir,
+        terminal.line,
+        progress=not terminal.quiet,
+        model=request.config.model,
+    )
     prepare.check_same_data(request, dataset)
     config = request.config.resolve(len(dataset.train_images))
     if request.config.steps is None:
@@ -101,11 +105,7 @@ def prepare_and_train(
     device = prepare.choose_device(
         backends, config, dataset, names, terminal.line, request.device, worker
     )
-    if own_loss(request.config.model, names[0]) is not None:
-        raise ConfigError(
-            f"--model {request.config.model}: its loss is not that of one class per image, and only "
-            "those networks are trained: check it with pair, or train it by a script of your own"
-        )
+    prepare.check_images(config, dataset)
     if request.weights is None:
         weights = prepare.own_start(config, dataset, device, backends)
     else:
@@ -113,7 +113,7 @@ def prepare_and_train(
             request.weights, config, dataset, names[0], device, backends
         )
         prepare.check_same_weights(request, config)
-    build = functools.partial(backends.build, config, len(dataset.classes), device, request.compile)
+    build = functools.partial(backends.build, config, dataset.task, device, request.compile)
     default = RUNS / f"{request.recipe}-{config.fingerprint(dataset.digest)}"
     folder = request.resume or request.out or default
     twins = Twins(build, config, request.data, request.data_dir, dataset.digest, weights)

@@ -35,10 +35,12 @@ from lockstep.backends.flax_backend.user_module import (
     validate_module,
 )
 from lockstep.common.config import MODELS, Config
+from lockstep.common.data import label_count
 from lockstep.common.data.dropout import masks as draw_masks
+from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.trees import flat
-from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
+from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot, Task
 
 
 class FlaxBackend:
@@ -51,7 +53,7 @@ class FlaxBackend:
     def __init__(
         self,
         config: Config,
-        classes: int,
+        classes: int | Task,
         dtype: str = "float32",
         device: str = "auto",
         compile: str = "auto",  # not used: `jax.jit` always compiles
@@ -60,16 +62,16 @@ class FlaxBackend:
         with tuning.limit_threads(config.batch_size, concurrent_processes):
             self.device = choose_device(device)
         configure_determinism(self.device)
-        self.config = config
+        self.config, task = config, task_of(config.model, classes)
         self.dtype = numpy_dtype(dtype)
         self._compute_dtype = compute_dtype(dtype)
-        network = build(config.model, classes, self.device, exchanges(config, dtype))
+        network = build(config.model, task.classes, self.device, exchanges(config, dtype))
         self.network = cast_constants(network, self._compute_dtype)
-        self._own_loss = own_loss(config)
+        self._own_loss = own_loss(config, task)
         batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
         if config.model not in MODELS:
-            validate_module(config.model, self.network, classes, self._own_loss)
+            validate_module(config.model, self.network, task, self._own_loss)
         self.optimizer = make_optimizer(config, self.dtype)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self._many_steps = ManySteps(self._step, self._compiled_step, self.device)
@@ -199,15 +201,16 @@ class FlaxBackend:
     # --- Looking without touching
 
     def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        predictions, total = [], 0.0
+        predictions, total, count = [], 0.0, 0
         for start in range(0, len(images), tuning.EVALUATION_BATCH):
             batch = slice(start, start + tuning.EVALUATION_BATCH)
             batch_images = self._inputs.images(images[batch])
             batch_labels = self._inputs.labels(labels[batch])
             logits, loss = self._compiled_evaluate(state, batch_images, batch_labels)
             predictions.append(self._predictions(logits))
-            total += float(loss) * len(batch_labels)  # a smaller last batch weighs less
-        return Evaluation(np.concatenate(predictions), total / len(images))
+            if weight := label_count(labels[batch]):  # a smaller last batch weighs less
+                total, count = total + float(loss) * weight, count + weight
+        return Evaluation(np.concatenate(predictions), total / max(1, count))
 
     def _evaluate(
         self, state: State, images: jax.Array, labels: jax.Array

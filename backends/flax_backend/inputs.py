@@ -17,7 +17,7 @@ Array = np.ndarray | jax.Array  # in NumPy's layout, or on the device in the fra
 class Data(NamedTuple):
     """A data set on the device."""
 
-    images: jax.Array  # uint8 (n, height, width, channels)
+    images: jax.Array  # uint8 (n, height, width, channels); of a user's pair, any inputs
     labels: jax.Array  # int32 (n,); of a user's pair, any targets
 
 
@@ -44,6 +44,8 @@ class Inputs:
         return jnp.asarray(labels, jnp.int32)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
+        if images.dtype.kind == "f":  # of a user's pair
+            images = normalise(images, self.dtype)
         return Data(jnp.asarray(images), self.labels(labels))
 
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -55,5 +57,5 @@ class Inputs:
     def _batches(self, uploaded: Data, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         images = uploaded.images[indices]
         if images.dtype == jnp.uint8:
-            return self._pixel_table[images], uploaded.labels[indices]
-        return self.images(images), uploaded.labels[indices]
+            images = self._pixel_table[images]
+        return images, uploaded.labels[indices]

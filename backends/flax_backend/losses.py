@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lockstep.backends.flax_backend.state import Parameters
+from lockstep.common.data.dataset import IGNORED
 
 Loss = Callable[..., jax.Array]  # of outputs and targets
 
@@ -35,8 +36,12 @@ def of_pair(loss: str | Loss) -> Loss:
 
 
 def cross_entropy_of_each(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross entropy over the last axis: the mean over all labels."""
-    return cross_entropy(logits, labels)
+    """Cross entropy over the last axis: the mean over all labels but those that are IGNORED."""
+    kept = labels != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        upcast(logits), jnp.where(kept, labels, 0)
+    )
+    return jnp.where(kept, losses, 0).sum() / kept.sum()
 
 
 def mean_squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from lockstep.backends.flax_backend.layers import (
     convolution,
     promote_bias,
 )
-from lockstep.backends.flax_backend.losses import Loss, of_pair
+from lockstep.backends.flax_backend.losses import Loss, cross_entropy_of_each, of_pair
 from lockstep.common import protocol
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import normalise
@@ -47,7 +47,6 @@ KINDS = (
     (nnx.Embed, EMBEDDING),
     (nnx.MultiHeadAttention, ATTENTION),
 )
-IMAGES = (2, 32, 32, 3)  # the batch for a trial of a user's network
 
 
 class Network(NamedTuple):
@@ -275,37 +274,34 @@ def definition_order(module: nnx.Module, name: str) -> list[int]:
     return places
 
 
-def own_loss(config: Config) -> Loss | None:
+def own_loss(config: Config, task: protocol.Task) -> Loss | None:
     """The loss of a user's pair; None if that is the cross entropy of one class per image.
 
     Raises:
         ConfigError: if label smoothing is asked for, and targets are not classes.
     """
-    loss = pair.own_loss(config.model, "flax")
+    loss = pair.own_loss(config.model, "flax", task.targets)
     if loss is not None and config.label_smoothing:
         raise ConfigError(pair.NO_SMOOTHING)
     return None if loss is None else of_pair(loss)
 
 
-def trial(model: str) -> tuple[jax.Array, jax.Array]:
+def trial(task: protocol.Task) -> tuple[jax.Array, jax.Array]:
     """Two inputs and their targets, for a user's network."""
-    example = pair.load_example(model)
-    if example is None:
-        images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=jnp.float32).reshape(IMAGES)
-        return images, jnp.zeros(2, jnp.int32)
-    inputs, (images, labels) = Inputs(np.dtype(np.float32)), (array[:2] for array in example)
-    return inputs.images(normalise(images, np.float32)), inputs.labels(labels)
+    inputs = Inputs(np.dtype(np.float32))
+    return inputs.images(normalise(task.inputs, np.float32)), inputs.labels(task.targets)
 
 
-def validate_module(model: str, network: Network, classes: int, loss: Loss | None) -> None:
+def validate_module(model: str, network: Network, task: protocol.Task, loss: Loss | None) -> None:
     """Raise ConfigError unless a user's network can be compared: two trials, in training mode."""
-    images, labels = trial(model)
+    images, labels = trial(task)
     shapes = {name: leaf.shape for name, leaf in (network.parameters | network.statistics).items()}
     tensors = {
         name: jnp.asarray(array) for name, array in initial_weights(shapes, 0, "float32").items()
     }
     outputs = []
-    with pair.user_code_errors(model, "flax", f"take images {images.shape}"):
+    what = f"take {pair.named(task.inputs)} {images.shape}"
+    with pair.user_code_errors(model, "flax", what, pair.DATA_HINT):
         for _ in range(2):
             module = nnx.merge(
                 network.training,
@@ -314,7 +310,7 @@ def validate_module(model: str, network: Network, classes: int, loss: Loss | Non
             )
             before = nnx.clone(module)
             outputs.append(module(images))
-    check_outputs(model, outputs[0], labels, classes, loss)
+    check_outputs(model, outputs[0], labels, task.classes, loss)
     leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
     drawn = changed_variables(before, module, nnx.RngState)
     if drawn or not all(map(jnp.array_equal, *leaves)):
@@ -334,13 +330,16 @@ def check_outputs(
     """Raise ConfigError unless a network's outputs for two inputs have a loss."""
     if loss is None:
         shape = tuple(outputs.shape) if isinstance(outputs, jax.Array) else type(outputs).__name__
-        if shape != (2, classes):
+        if shape != (len(labels), classes):
             raise ConfigError(
-                f"--model {model}: flax gives {shape} for 2 images: let it give logits, "
-                f"{(2, classes)}, or name a loss in the pair"
+                f"--model {model}: flax gives {shape} for {len(labels)} images: let it give "
+                f"logits, {(len(labels), classes)}, or name a loss in the pair"
             )
         return
-    with pair.user_code_errors(model, "flax", "compute the loss"):
+    remedy = pair.fitting(outputs, labels)
+    with pair.user_code_errors(model, "flax", "compute the loss", remedy):
+        if loss is cross_entropy_of_each and isinstance(outputs, jax.Array):
+            pair.check_logits(outputs.shape[-1], classes)
         if loss(outputs, labels).shape != ():
             raise ValueError("it is no single number")
 

@@ -15,7 +15,7 @@ from lockstep.backends.torch_backend import convert, tuning
 from lockstep.backends.torch_backend.activations import record_activations
 from lockstep.backends.torch_backend.compiled import ManySteps
 from lockstep.backends.torch_backend.device import choose_device, configure_determinism
-from lockstep.backends.torch_backend.inputs import Array, Data, Inputs
+from lockstep.backends.torch_backend.inputs import Array, Data, Inputs, pixel_axes
 from lockstep.backends.torch_backend.losses import cross_entropy, global_norm
 from lockstep.backends.torch_backend.optimizer import (
     Scheduler,
@@ -34,11 +34,12 @@ from lockstep.backends.torch_backend.user_module import (
     validate_module,
 )
 from lockstep.common.config import MODELS, Config
+from lockstep.common.data import label_count
 from lockstep.common.data.dropout import masks as draw_masks
+from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
-from lockstep.common.model.pair import example_axes
 from lockstep.common.model.trees import flat
-from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot
+from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot, Task
 
 
 class TorchBackend:
@@ -51,7 +52,7 @@ class TorchBackend:
     def __init__(
         self,
         config: Config,
-        classes: int,
+        classes: int | Task,
         dtype: str = "float32",
         device: str = "auto",
         compile: str = "auto",
@@ -60,21 +61,21 @@ class TorchBackend:
         self.device = choose_device(device)
         configure_determinism(self.device)
         tuning.limit_threads(config.batch_size, concurrent_processes)
-        self.config = config
+        self.config, task = config, task_of(config.model, classes)
         self.dtype = getattr(torch, numpy_dtype(dtype).name)
         self._compute_dtype = getattr(torch, compute_dtype(dtype).name)
         self.compiled = tuning.compiles(config, compile)
         channels_last = tuning.channels_last(config.model, self.device)
         kinds = exchanges(config, dtype)
-        self._template = build(config.model, classes, self.device, kinds).to(self.dtype)
+        self._template = build(config.model, task.classes, self.device, kinds).to(self.dtype)
         self._dropout_layers = convert.dropout_layers(self._template)
-        self._own_loss = own_loss(config)
+        self._own_loss = own_loss(config, task)
         batch_norms = {name.rpartition(".")[0] for name in convert.statistics(self._template)}
         self._cast = partial(convert.cast_to_compute, dtype=self._compute_dtype, keep=batch_norms)
-        axes = example_axes(config.model)
+        axes = pixel_axes(task.inputs), pixel_axes(task.targets)
         self._inputs = Inputs(compute_dtype(dtype), self.device, channels_last, axes)
         if config.model not in MODELS:
-            validate_module(config.model, self._template, classes, self._inputs, self._own_loss)
+            validate_module(config.model, self._template, task, self._inputs, self._own_loss)
         self._many_steps = ManySteps(
             config, self._template, self._step, self._loss, self._cast, self.device, self.compiled
         )
@@ -194,7 +195,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        predictions, total = [], 0.0
+        predictions, total, count = [], 0.0, 0
         state.model.eval()
         for start in range(0, len(images), tuning.EVALUATION_BATCH):
             batch = slice(start, start + tuning.EVALUATION_BATCH)
@@ -202,9 +203,10 @@ class TorchBackend:
             logits = self._forward(state.model, self._inputs.images(images[batch]))
             loss = self._loss(logits, batch_labels)
             predictions.append(self._predictions(logits))
-            total += loss.double().item() * len(batch_labels)  # a smaller last batch weighs less
+            if weight := label_count(labels[batch]):  # a smaller last batch weighs less
+                total, count = total + loss.double().item() * weight, count + weight
         state.model.train()
-        return Evaluation(np.concatenate(predictions), total / len(images))
+        return Evaluation(np.concatenate(predictions), total / max(1, count))
 
     def _predictions(self, logits: Tensor) -> np.ndarray:
         if self._own_loss is None:

@@ -18,7 +18,8 @@ Array = np.ndarray | Tensor  # in NumPy's layout, or on the device in the framew
 class Data(NamedTuple):
     """A data set on the device."""
 
-    images: Tensor  # uint8 (n, channels, height, width), or with the channels last
+    # uint8 (n, channels, height, width), or with the channels last; of a user's pair, any inputs
+    images: Tensor
     labels: Tensor  # int64 (n,); of a user's pair, any targets
 
 
@@ -54,28 +55,28 @@ class Inputs:
         if labels.dtype.kind == "f":  # of a user's pair
             wide = self.dtype if self.dtype == np.float64 else np.float32
             targets = torch.from_numpy(labels.astype(wide)).to(self.device)
-            return targets.movedim(-1, -self.target_axes)
-        return torch.from_numpy(labels).to(self.device, torch.int64)
+        else:
+            targets = torch.from_numpy(labels).to(self.device, torch.int64)
+        return targets.movedim(-1, -self.target_axes)
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> Data:
-        pixels = torch.from_numpy(images).to(self.device)
+        if images.dtype.kind == "f":  # of a user's pair
+            images = normalise(images, self.dtype)
+        pixels = as_tensor(images).to(self.device)
         if not self.channels_last:
             pixels = pixels.movedim(-1, -self.axes).contiguous()
         return Data(pixels, self.labels(labels))
 
     def batches(self, uploaded: Data, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(indices).to(self.device)
+        if uploaded.images.dtype != torch.uint8:  # of a user's pair
+            return uploaded.images[chosen], uploaded.labels[chosen]
         if self.device == "cpu":
             # In NumPy's memory, which glibc reuses from chunk to chunk, unlike PyTorch's.
             images = as_tensor(normalise(uploaded.images.numpy()[indices], self.dtype))
             images = images.movedim(-1, -3) if self.channels_last else images
             return images, uploaded.labels[chosen]
         pixels = uploaded.images[chosen]
-        if pixels.dtype != torch.uint8:
-            dtype = getattr(torch, self.dtype.name)
-            return pixels.to(dtype) if pixels.is_floating_point() else pixels, uploaded.labels[
-                chosen
-            ]
         images = self._pixel_table.index_select(0, pixels.flatten().int()).view(pixels.shape)
         return images, uploaded.labels[chosen]
 
@@ -84,6 +85,16 @@ class Inputs:
         return as_array(images.movedim(-self.axes, -1)), as_array(
             labels.movedim(-self.target_axes, -1)
         )
+
+
+def pixel_axes(array: np.ndarray) -> int:
+    """How many axes a sample has, if it has pixels: three or more, of which the last one is that of
+    the channels; else 1.
+
+    Args:
+        array: of some samples, (n, ...).
+    """
+    return array.ndim - 1 if array.ndim > 3 else 1
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
+from lockstep.common.data.dataset import IGNORED
+
 Loss = Callable[..., Tensor]  # of outputs and targets
 
 
@@ -26,9 +28,11 @@ def of_pair(loss: str | Loss) -> Loss:
 
 
 def cross_entropy_of_each(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy over the last axis, of pixels the channels: the mean over all labels."""
+    """Cross entropy over the last axis, of pixels the channels: the mean over all labels but those
+    that are IGNORED."""
     logits = logits.movedim(1, -1) if logits.ndim > 3 else logits
-    return cross_entropy(logits.flatten(0, -2), labels.flatten())
+    logits, labels = upcast(logits).flatten(0, -2), labels.flatten()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -13,15 +13,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from lockstep.backends.torch_backend import convert
 from lockstep.backends.torch_backend.inputs import Inputs
 from lockstep.backends.torch_backend.layers import BatchNorm2d, LayerNorm
-from lockstep.backends.torch_backend.losses import Loss, of_pair
+from lockstep.backends.torch_backend.losses import Loss, cross_entropy_of_each, of_pair
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import normalise
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair as pairs
 from lockstep.common.model import trees
-from lockstep.common.protocol import Arrays
+from lockstep.common.protocol import Arrays, Task
 
-IMAGES = (2, 3, 32, 32)  # the batch for a trial of a user's network
 # Layers that Flax has not, or has otherwise: PyTorch's recurrent ones have two biases, which train
 # twice as fast as Flax's one.
 UNSUPPORTED = nn.RNNBase, nn.RNNCellBase, nn.Bilinear
@@ -131,30 +130,27 @@ def exact_layer(layer: nn.Module, kinds: Kinds) -> nn.Module | None:
     return exact
 
 
-def own_loss(config: Config) -> Loss | None:
+def own_loss(config: Config, task: Task) -> Loss | None:
     """The loss of a user's pair; None if that is the cross entropy of one class per image.
 
     Raises:
         ConfigError: if label smoothing is asked for, and targets are not classes.
     """
-    loss = pairs.own_loss(config.model, "torch")
+    loss = pairs.own_loss(config.model, "torch", task.targets)
     if loss is not None and config.label_smoothing:
         raise ConfigError(pairs.NO_SMOOTHING)
     return None if loss is None else of_pair(loss)
 
 
-def trial(model: str, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def trial(task: Task, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two inputs and their targets, for a user's network."""
-    example = pairs.load_example(model)
-    if example is None:
-        images = torch.linspace(-1, 1, math.prod(IMAGES), dtype=dtype).reshape(IMAGES)
-        return images, torch.zeros(2, dtype=torch.int64)
-    images, labels = (array[:2] for array in example)
-    return inputs.images(normalise(images, inputs.dtype)), inputs.labels(labels)
+    images = inputs.images(normalise(task.inputs, inputs.dtype))
+    images = images.to(dtype) if images.is_floating_point() else images
+    return images, inputs.labels(task.targets)
 
 
 def validate_module(
-    model: str, module: nn.Module, classes: int, inputs: Inputs, loss: Loss | None
+    model: str, module: nn.Module, task: Task, inputs: Inputs, loss: Loss | None
 ) -> None:
     """Raise ConfigError unless a user's network can be compared: two trials, on copies in training
     mode."""
@@ -174,19 +170,24 @@ def validate_module(
                 "which does not fit"
             )
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-    images, labels = trial(model, inputs, dtype)
+    images, labels = trial(task, inputs, dtype)
     outputs, copies = [], []
     with (
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
-        pairs.user_code_errors(model, "torch", f"take images {tuple(images.shape)}"),
+        pairs.user_code_errors(
+            model,
+            "torch",
+            f"take {pairs.named(task.inputs)} {tuple(images.shape)}",
+            pairs.DATA_HINT,
+        ),
     ):
         for _ in range(2):
             copies.append(copy.deepcopy(module).train())
             before = torch.get_rng_state()
             outputs.append(copies[-1](images))
             drawn = not torch.equal(before, torch.get_rng_state())
-    check_outputs(model, outputs[0], labels, classes, loss)
+    check_outputs(model, outputs[0], labels, task.classes, loss)
     leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
     if drawn or not all(map(torch.equal, *leaves)):
         names = [
@@ -213,12 +214,15 @@ def check_outputs(
     """Raise ConfigError unless a network's outputs for two inputs have a loss."""
     if loss is None:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        if shape != (2, classes):
+        if shape != (len(labels), classes):
             raise ConfigError(
-                f"--model {model}: torch gives {shape} for 2 images: let it give logits, "
-                f"{(2, classes)}, or name a loss in the pair"
+                f"--model {model}: torch gives {shape} for {len(labels)} images: let it give "
+                f"logits, {(len(labels), classes)}, or name a loss in the pair"
             )
         return
-    with torch.no_grad(), pairs.user_code_errors(model, "torch", "compute the loss"):
+    remedy = pairs.fitting(outputs, labels)
+    with torch.no_grad(), pairs.user_code_errors(model, "torch", "compute the loss", remedy):
+        if loss is cross_entropy_of_each and isinstance(outputs, Tensor):
+            pairs.check_logits(outputs.shape[1 if outputs.ndim > 3 else -1], classes)
         if tuple(loss(outputs, labels).shape) != ():
             raise ValueError("it is no single number")

@@ -38,20 +38,20 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     model = options.pair or options.model
     if model is None:
         raise ConfigError(f"pair needs a pair of networks: {program.name()} pair {pairs.SYNTAX}")
-    digest, example = pairs.source_digest(model), pairs.load_example(model)  # before any data
+    digest = pairs.source_digest(model)
 
     from lockstep.common import data
+    from lockstep.common.data import of_pair
     from lockstep.common.evidence import initialisation, pair_check
     from lockstep.common.report import Terminal, write_json
     from lockstep.common.report.summary import exchanged_text
     from lockstep.common.runs.prepare import choose_device
 
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
-    if example is not None:
-        dataset = data.of_example(model, *example)
-    else:
+    dataset = of_pair.example(model)
+    if dataset is None:
         progress = not options.quiet
-        dataset = data.load(options.data, options.data_dir, terminal.line, progress=progress)
+        dataset = data.load(options.data, options.data_dir, terminal.line, progress, model)
     count = len(dataset.train_images)
     size = min(8, count) if options.batch_size is None else options.batch_size
     config = Config(model=model, pair=digest, batch_size=size, seed=options.seed or 0)
@@ -59,14 +59,13 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     backends = invocation.backends
     device = choose_device(backends, config, dataset, BACKENDS, terminal.line, options.device)
     torch, flax = (
-        backends.build(config, len(dataset.classes), device, "off", name, "float64")
-        for name in BACKENDS
+        backends.build(config, dataset.task, device, "off", name, "float64") for name in BACKENDS
     )
     found, starts, exchanged = pair_check.measure(torch, flax, config, dataset), None, {}
     if model not in MODELS:
         for side in (torch, flax):
             exchanged[side.name] = side.describe().get("exchanged", [])
-        draws = own_draws(backends, model, len(dataset.classes), device)
+        draws = own_draws(backends, model, dataset.task.classes, device)
         starts = initialisation.compare_starts(draws)
         if found.first_difference is None:
             own = draws["torch"](config.seed)

@@ -29,7 +29,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
     started = request.read(options.run)
     found = saved.read(options.run)
-    dataset = data.load(started.data, options.data_dir, lambda line: None)
+    model = str(started.config["model"])
+    dataset = data.load(started.data, options.data_dir, lambda line: None, model=model)
     if dataset.digest != started.digest:
         raise DataError(f"{options.run} was trained on other data than --data {started.data} now")
     folder = options.run if options.out is None else options.out

@@ -10,19 +10,20 @@ from lockstep.common.data.batches import (
     permutation,
     rows,
 )
-from lockstep.common.data.dataset import Dataset, normalise, of_example
+from lockstep.common.data.dataset import Dataset, bytes_per_input, label_count, normalise
 from lockstep.common.data.sources import check, load
 
 __all__ = [
     "Dataset",
     "batch_digests",
     "batch_indices",
+    "bytes_per_input",
     "check",
     "check_divides",
     "first_seen",
+    "label_count",
     "load",
     "normalise",
-    "of_example",
     "order_digest",
     "permutation",
     "rows",

@@ -110,8 +110,8 @@ def batch_digests(
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """(steps, ...) as uint64 (steps, numbers): the bits of each number."""
-    array = np.ascontiguousarray(array)
+    """(steps, ...) as uint64 (steps, numbers): the bits of each number; integers have any width."""
+    array = np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind == "i" else array)
     return array.view(f"u{array.itemsize}").reshape(len(array), -1).astype(np.uint64)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lockstep.common.config import MODELS
+from lockstep.common.data import of_pair
 from lockstep.common.data.cifar10 import load_cifar10
 from lockstep.common.data.dataset import Dataset
 from lockstep.common.data.digits import load_digits
 from lockstep.common.data.user_data import load_folder, load_npz
 from lockstep.common.errors import DataError
+from lockstep.common.model.pair import is_labelled
 
 CHOICES = "auto, cifar10, digits, an .npz file, or a folder of class folders"
 
@@ -20,6 +24,7 @@ def load(
     data_dir: Path | None = None,
     announce: Callable[[str], None] = print,
     progress: bool = True,
+    model: str = "net",
 ) -> Dataset:
     """Load a data set.
 
@@ -34,6 +39,8 @@ def load(
         data_dir: the only place to look for CIFAR-10; other choices do not use it.
         announce: is given each line that the user should read.
         progress: whether a download draws a progress bar, on standard error.
+        model: what is trained. A user's pair takes arrays of any shape from an `.npz` file; and for
+            "auto" the pair's own `data` or `example`, if it has one of them.
 
     Raises:
         DataError: if the data is missing, damaged or of the wrong form; the message is one line and
@@ -41,6 +48,8 @@ def load(
             unpickled.
     """
     try:
+        if model not in MODELS:
+            return _load_for_pair(model, choice, data_dir, announce, progress)
         return _load(choice, data_dir, announce, progress)
     except MemoryError as error:
         remedy = "choose smaller data, or a machine with more memory"
@@ -73,3 +82,27 @@ def _load(
     if os.path.isfile(choice) and choice.endswith(".npz"):
         return load_npz(Path(choice))
     raise DataError(f"data {choice!r} is neither a folder nor an .npz file: choose {CHOICES}")
+
+
+def _load_for_pair(
+    model: str,
+    choice: str,
+    data_dir: Path | None,
+    announce: Callable[[str], None],
+    progress: bool,
+) -> Dataset:
+    example, own = of_pair.example(model), of_pair.own(model)
+    if choice == "auto" and own is not None:
+        return own
+    if choice == "auto" and example is not None:
+        announce(
+            f"The data are the {len(example.train_images)} samples of the pair's example, for training "
+            "and for testing: name others with --data, or as the pair's data"
+        )
+        return example
+    if os.path.isfile(choice) and choice.endswith(".npz"):
+        return of_pair.of_archive(model, Path(choice))
+    found = _load(choice, data_dir, announce, progress)
+    if is_labelled(model):
+        return found
+    return dataclasses.replace(found, classes=(), class_count=len(found.classes))

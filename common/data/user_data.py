@@ -1,4 +1,4 @@
-"""Images of the user's own: an .npz archive, or a folder of class folders."""
+"""Data of the user's own: an .npz archive, or a folder of class folders with pictures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lockstep.common.data.arrays import MAX_CLASSES, NAMES, check_labels, class_names
 from lockstep.common.data.dataset import Dataset
 from lockstep.common.data.parsing import PARSE_ERRORS, one_line
 from lockstep.common.errors import DataError
 
-MAX_CLASSES = 10_000  # a larger label in an archive without class names is taken for a mistake
 MAX_UNPACKED = 2**29  # bytes of arrays in an archive of any size; CIFAR-10 takes 184 million
 MAX_PACKED = 4  # an archive larger than that must take at least a fourth of its arrays; pictures hardly shrink
 MAX_PIXELS = 50_000_000  # of one picture: at most 16 bytes each while it is decoded, so 800 MB
@@ -29,8 +29,9 @@ IMAGE_FORMATS = (
 )  # the only decoders that a file can reach, whatever its name
 
 
-def load_npz(path: Path) -> Dataset:
-    shown, expected = repr(str(path)), ("x_train", "y_train", "x_test", "y_test")
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an archive: those of NAMES, and `classes`, if it has some."""
+    shown, expected = repr(str(path)), NAMES
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as on headers that Python 2 wrote
@@ -45,7 +46,12 @@ def load_npz(path: Path) -> Dataset:
         raise DataError(
             f"{shown} has no {', '.join(missing)}: write it with numpy.savez, naming {', '.join(expected)}"
         )
+    return arrays
 
+
+def load_npz(path: Path) -> Dataset:
+    """The pictures of an archive, and their labels."""
+    shown, arrays = repr(str(path)), read_npz(path)
     images, labels = {}, {}
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -62,28 +68,9 @@ def load_npz(path: Path) -> Dataset:
         images[split], labels[split] = x, y.reshape(-1)
 
     largest = max(int(y.max()) for y in labels.values())
-    if "classes" in arrays:
-        if (
-            arrays["classes"].dtype.kind != "U"
-            or arrays["classes"].ndim != 1
-            or len(arrays["classes"]) < 2
-        ):
-            raise DataError(
-                f"{shown}: classes must be a one-dimensional array of two or more strings"
-            )
-        if len(arrays["classes"]) > MAX_CLASSES:
-            raise DataError(
-                f"{shown} has {len(arrays['classes'])} classes: it may have {MAX_CLASSES}"
-            )
-        classes = tuple(arrays["classes"].tolist())
-        if len(set(classes)) < len(classes):
-            raise DataError(f"{shown}: two classes have the same name: give each a name of its own")
-    else:
-        classes = tuple(str(label) for label in range(max(2, min(largest + 1, MAX_CLASSES))))
-    if largest >= len(classes) or min(int(y.min()) for y in labels.values()) < 0:
-        raise DataError(
-            f"{shown}: labels must lie between 0 and {len(classes) - 1}: number the classes from 0"
-        )
+    numbers = range(max(2, min(largest + 1, MAX_CLASSES)))
+    classes = class_names(shown, arrays.get("classes")) or tuple(map(str, numbers))
+    check_labels(shown, labels.values(), len(classes))
     train, test = ((images[split], labels[split].astype(np.int64)) for split in ("train", "test"))
     return Dataset(_name(path), *train, *test, classes)
 

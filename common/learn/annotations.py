@@ -675,8 +675,8 @@ NOTES = (
     # --- Evaluation
     Note(
         title="A mean over images, not over batches",
-        torch=SourceLine("backend.py:Backend.evaluate", "* len(batch_labels)"),
-        flax=SourceLine("backend.py:Backend.evaluate", "* len(batch_labels)"),
+        torch=SourceLine("backend.py:Backend.evaluate", "weight := label_count("),
+        flax=SourceLine("backend.py:Backend.evaluate", "weight := label_count("),
         what=(
             "The mean loss of each batch is multiplied by its number of images before the sum. "
             "PyTorch reads the loss with `.item()`, JAX with `float()`; both wait for the device "

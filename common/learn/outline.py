@@ -85,6 +85,7 @@ SECTIONS = (
             ),
             Pair("inputs.py:as_tensor", None, "JAX uses the bfloat16 of `ml_dtypes`."),
             Pair("inputs.py:as_array", None, "As above."),
+            Pair("inputs.py:pixel_axes", None, "In Flax, the channels are last everywhere."),
             *same_names("backend.py", "Backend.upload", "Backend.batches", "Backend.download"),
         ),
         shared=(

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, did_you_mean, reason
+from lockstep.common.model import trees
 
 if TYPE_CHECKING:
     import numpy as np
-
-    Example = tuple[np.ndarray, np.ndarray]  # inputs and targets, (n, ...)
 
 SYNTAX = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
 INPUT_PREFIX = "input of "  # a layer, in the names of activations
 RNG_HINT = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.backends.flax_backend.layers, which leave out the same units"
 NO_SMOOTHING = "--label-smoothing is of the cross entropy of one class per image: leave it out"
+DATA_HINT = "let it take them, or name its data, with --data or in the pair"
 STATE_HINT = "keep nothing from step to step but a batch norm's statistics"
 Network = (
     Callable[..., Any] | str
@@ -64,6 +64,10 @@ class Pair:
     # Inputs and targets, NumPy arrays (n, ...) in Flax's layout; a function without arguments that
     # returns them; or the path of an .npz archive with x and y, from the folder of the pair's file.
     example: tuple[Any, Any] | Callable[[], tuple[Any, Any]] | str | None = None
+    # What it is trained on where --data names nothing else: x_train, y_train, x_test and y_test, in
+    # this order or by name; a function without arguments that returns them; or the path of an .npz
+    # archive.
+    data: Sequence[Any] | Mapping[str, Any] | Callable[[], Any] | str | None = None
 
 
 def load(model: str) -> Pair:
@@ -116,68 +120,40 @@ def _load_users(model: str) -> Pair:
     return found
 
 
-@functools.cache
-def load_example(model: str) -> Example | None:
-    """The inputs and targets that a pair brings; None for those of a data set.
+def beside(model: str, path: str) -> Path:
+    """A path that the pair names, from the folder of its file."""
+    place = model.rpartition(":")[0]
+    return (Path(place).parent if is_path(place) else Path()) / path
 
-    Raises:
-        ConfigError: if what the pair gives is no example.
+
+def is_labelled(model: str) -> bool:
+    """Whether the loss is a cross entropy by name, whose targets are labels."""
+    return model in MODELS or load(model).loss == CROSS_ENTROPY
+
+
+def has_classes(model: str, targets: np.ndarray) -> bool:
+    """Whether each input has one class, and the loss is their cross entropy: then predictions are
+    classes.
+
+    Args:
+        targets: (n, ...), of some samples.
+    """
+    return is_labelled(model) and targets.ndim == 1
+
+
+def own_loss(model: str, side: str, targets: np.ndarray) -> str | Callable[..., Any] | None:
+    """The loss of a user's pair for one side, "torch" or "flax": a name or a function; None where
+    it is the cross entropy of one class per input.
+
+    Args:
+        targets: (n, ...), of some samples.
     """
     if model in MODELS:
         return None
-    found = load(model).example
-    if found is None:
-        return None
-    import numpy as np  # not for --help
-
-    place = model.rpartition(":")[0]
-    try:
-        if isinstance(found, str):
-            folder = Path(place).parent if is_path(place) else Path()
-            with np.load(folder / found, allow_pickle=False) as archive:
-                found = archive["x"], archive["y"]
-        elif callable(found):
-            found = found()
-        inputs, targets = map(np.asarray, found)
-    except Exception as error:  # user code may raise anything
-        raise ConfigError(
-            f"--model {model}: there is no example ({reason(error)}): give inputs "
-            "and targets, a function that returns them, or an .npz archive with x and y"
-        ) from error
-    for name, array in (("inputs", inputs), ("targets", targets)):
-        if array.dtype.kind not in "iuf" or array.ndim < 1 or len(array) < 2:
-            raise ConfigError(
-                f"--model {model}: the example's {name} are {array.dtype} {array.shape}: give numbers "
-                "of two samples or more"
-            )
-    if len(inputs) != len(targets):
-        raise ConfigError(
-            f"--model {model}: the example has {len(inputs)} inputs and {len(targets)} targets: give "
-            "as many of both"
-        )
-    return inputs, targets
-
-
-def example_axes(model: str) -> tuple[int, int]:
-    """How many axes one input and one target have, if they have pixels: three or more, of which the
-    last is that of the channels; else 1."""
-    found = load_example(model)
-    if found is None:
-        return 3, 1
-    one, other = (array.ndim - 1 if array.ndim > 3 else 1 for array in found)
-    return one, other
-
-
-def own_loss(model: str, side: str) -> str | Callable[..., Any] | None:
-    """The loss of a user's pair for one side, "torch" or "flax": a name or a function; None where
-    it is the cross entropy of one class per input."""
-    if model in MODELS:
-        return None
-    loss, example = load(model).loss, load_example(model)
+    loss = load(model).loss
     if not isinstance(loss, str):
         return loss[("torch", "flax").index(side)]
-    usual = loss == CROSS_ENTROPY and (example is None or example[1].ndim == 1)
-    return None if usual else loss
+    return None if has_classes(model, targets) else loss
 
 
 def _is_dictionary(found: object, holds: Callable[[object], bool]) -> bool:
@@ -260,9 +236,33 @@ def _imported(place: str, load: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def user_code_errors(model: str, side: str, what: str) -> Iterator[None]:
+def user_code_errors(model: str, side: str, what: str, remedy: str = "") -> Iterator[None]:
     """Turn any exception of a user's module into a one-line ConfigError."""
     try:
         yield
     except Exception as error:  # user code may raise anything
-        raise ConfigError(f"--model {model}: {side} cannot {what} ({reason(error)})") from error
+        found = f"--model {model}: {side} cannot {what} ({reason(error)})"
+        raise ConfigError(": ".join(filter(None, [found, remedy]))) from error
+
+
+def named(inputs: np.ndarray) -> str:
+    """What inputs are, in a message."""
+    return "images" if inputs.ndim == 4 else "inputs"
+
+
+def fitting(outputs: object, targets: object) -> str:
+    """What a loss was given, and the remedy where it cannot be computed."""
+    outputs, targets = (
+        ", ".join(f"{name.partition('.')[2]} {tuple(leaf.shape)}".strip() for name, leaf in found)
+        for found in map(trees.leaves, (outputs, targets))
+    )
+    return (
+        f"outputs are {outputs}, targets {targets}: let them fit, or name another loss in the pair, or "
+        "two functions"
+    )
+
+
+def check_logits(count: int, classes: int) -> None:
+    """Raise ValueError if there are labels without a logit: JAX says nothing of it."""
+    if count < classes:
+        raise ValueError(f"{count} logits for labels from 0 to {classes - 1}")

@@ -24,8 +24,9 @@ def leaves(tree: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
 
 
 def flat(outputs: Arrays) -> np.ndarray:
-    """All outputs of each input as one row, (n, numbers); those without such an axis are left
-    out."""
+    """All outputs of each input as one row, floating-point (n, numbers); those without such an axis
+    are left out."""
     size = max(len(array) for array in outputs.values() if array.ndim)
     rows = [array.reshape(size, -1) for array in outputs.values() if array.shape[:1] == (size,)]
-    return np.concatenate(rows, axis=1)
+    joined = np.concatenate(rows, axis=1)
+    return joined.astype(np.float64) if joined.dtype.kind in "biu" else joined

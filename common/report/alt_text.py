@@ -13,6 +13,7 @@ from lockstep.common.report.chart_data import (
     confusion_counts,
     loss_bounds,
     loss_gap,
+    loss_unit,
     running_mean,
     twin_spread,
 )
@@ -74,9 +75,10 @@ def _twins(comparison: ComparisonJson) -> str:
         )
     counts = " and ".join(f"{len(each)} of {name}" for name, each in twins.items())
     known = [gap for gap in gaps if gap is not None]
-    reach = f"by up to {number(max(known))} nats" if known else "without limit (not finite)"
+    nats = " nats" if any(comparison["per_class_accuracy"].values()) else ""
+    reach = f"by up to {number(max(known))}{nats}" if known else "without limit (not finite)"
     gap = comparison["max_abs_loss_gap"]
-    between = "without limit (not finite)" if gap is None else f"by up to {number(gap)} nats"
+    between = "without limit (not finite)" if gap is None else f"by up to {number(gap)}{nats}"
     return (
         "A twin repeats a run with a change of the size of rounding errors; twins show how far "
         f"rounding alone takes a run. The losses of the twins ({counts}) differ from those of "
@@ -122,7 +124,8 @@ def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) 
     known, above = between[np.isfinite(between)], np.flatnonzero(between > 0)
     dtype = comparison["dtype"]
     text = f"Gap between the two training losses, {dtype}, on a logarithmic axis: "
-    text += f"at most {number(float(known.max()))} nats" if len(known) else "never finite"
+    nats = " nats" if loss_unit(runs) else ""
+    text += f"at most {number(float(known.max()))}{nats}" if len(known) else "never finite"
     if len(above):
         text += f", first above zero at step {above[0]:,}"
     elif len(known):

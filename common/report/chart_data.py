@@ -54,6 +54,17 @@ def loss_gap(one: Record, other: Record) -> np.ndarray:
     return series_gap(one.loss, other.loss)
 
 
+def loss_unit(runs: Runs) -> str:
+    """The unit of a loss, after a comma; none where a pair predicts no classes: its loss is its
+    own."""
+    return ", nats" if next(iter(runs.values())).predictions.ndim == 1 else ""
+
+
+def loss_name(runs: Runs) -> str:
+    """What the loss is, with its unit."""
+    return f"cross entropy{found}" if (found := loss_unit(runs)) else "loss"
+
+
 def series_gap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """|difference| of each step that both have; NaN where one is not finite."""
     steps = min(len(one), len(other))

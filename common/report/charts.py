@@ -20,6 +20,7 @@ from lockstep.common.report.chart_data import (
     Runs,
     loss_bounds,
     loss_gap,
+    loss_unit,
     running_mean,
     shares,
     subsample,
@@ -122,7 +123,7 @@ def draw_gap(
     gap, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
     found = Gap(comparison["dtype"], gap, spread, loss_bounds(comparison))
     draw_gaps(axes, [found], comparison["first_divergence"])
-    axes.set_ylabel("|torch - flax|, nats")
+    axes.set_ylabel(f"|torch - flax|{loss_unit(runs)}")
 
 
 def draw_gaps(axes: Axes, gaps: Sequence[Gap], first: PlaceJson | None) -> None:

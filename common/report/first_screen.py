@@ -23,6 +23,7 @@ from lockstep.common.report.summary import (
     agreement_text,
     divergence_text,
     failing_text,
+    outputs_gap,
     own_names_text,
     undecided_text,
 )
@@ -198,6 +199,8 @@ def _outcome(comparison: ComparisonJson, placed: bool) -> list[str]:
         texts.append(
             f"{'All' if equal == total else f'{equal:,} of'} {total:,} predictions are equal."
         )
+    if (gap := outputs_gap(comparison)) is not None:
+        texts.append(f"Outputs for the test data are within {number(gap)}.")
     return [text for text in texts if text]
 
 

@@ -16,7 +16,12 @@ from lockstep.common.data import Dataset
 from lockstep.common.report import alt_text, chart_data, charts, first_screen, tables
 from lockstep.common.report.chart_data import Records, Runs, Twins
 from lockstep.common.report.figures import drawing
-from lockstep.common.report.images import first_images, prediction
+from lockstep.common.report.images import (
+    first_images,
+    label_of,
+    prediction,
+    without_one_channel,
+)
 from lockstep.common.report.json import ComparisonJson, ReportJson
 from lockstep.common.report.panels import Chart, escaped, panel
 from lockstep.common.report.summary import heading
@@ -26,6 +31,7 @@ from lockstep.common.report.topics import Precision, topics, training
 
 N_TRAINING_IMAGES = 16
 N_TEST_IMAGES = 8  # shown with their predictions
+MAX_TILE = 64  # pixels of an image on the page
 N_DIFFERING = 8  # shown of the test images with different predictions
 
 
@@ -71,6 +77,7 @@ def write_report_page(
         chart, tables_of_chart = _main_chart(precisions)
         by_topic = topics(precisions, dataset)
     first = first_screen.card(report)
+    predicted = bool(dataset.has_pictures and dataset.classes)
     values = {
         "title": f"{first_screen.title(report)}: {first.verdict.words.lower()}",
         "card": first,
@@ -91,16 +98,9 @@ def write_report_page(
         "difference": _difference(report["lenses"]),
         "topics": by_topic,
         "ordered": sample is not None,
-        "training": [
-            _image_tile(
-                dataset.train_images[index],
-                "training image",
-                dataset.classes[dataset.train_labels[index]],
-            )
-            for index in first_images(dataset, sample)[:N_TRAINING_IMAGES]
-        ],
-        "tested": _tested(precisions[0], dataset) if precisions else None,
-        "differing": [_differing(each, dataset) for each in precisions if each.both],
+        "training": _training_images(dataset, sample),
+        "tested": _tested(precisions[0], dataset) if precisions and predicted else None,
+        "differing": [_differing(each, dataset) for each in precisions if each.both and predicted],
         "command": shlex.join(typed_command(report["command"])),
         "files": _files(folder, precisions),
         "statistics": [_statistics(each, dataset) for each in precisions],
@@ -140,9 +140,10 @@ def _main_chart(precisions: Sequence[Precision]) -> tuple[Chart | None, list[Tab
         if any(any(each.twins.values()) for each in compared)
         else ""
     )
+    nats = ", in nats" if chart_data.loss_unit(compared[0].runs) else ""
     chart = panel(
         "gap",
-        f"The gap between the two training losses, |torch - flax|, in nats: the largest of each "
+        f"The gap between the two training losses, |torch - flax|{nats}: the largest of each "
         f"range of steps. Green: what is allowed between the closest runs of the two{band}.",
         " ".join(alt_text.gap(each.comparison, each.runs, each.twins) for each in compared),
         3.2,
@@ -186,7 +187,7 @@ def _statistics(precision: Precision, dataset: Dataset) -> dict[str, object]:
         "tables": [
             *(found if comparison["ladder"] else []),
             *([tables.windows(comparison)] if comparison["stretches"] else []),
-            tables.classes(comparison, dataset, names),
+            *([tables.classes(comparison, dataset, names)] if dataset.classes else []),
             tables.speed(comparison),
         ],
     }
@@ -204,6 +205,15 @@ def _files(folder: Path, precisions: Sequence[Precision]) -> list[str]:
 
 
 # --- Images
+
+
+def _training_images(dataset: Dataset, sample: np.ndarray | None) -> list[ImageTile]:
+    if not dataset.has_pictures:
+        return []
+    return [
+        _image_tile(dataset.train_images[index], "training image", label_of(dataset, index))
+        for index in first_images(dataset, sample)[:N_TRAINING_IMAGES].tolist()
+    ]
 
 
 def _tested(precision: Precision, dataset: Dataset) -> dict[str, object]:
@@ -245,6 +255,10 @@ def _image_tile(
     from PIL import Image
 
     content = io.BytesIO()
-    Image.fromarray(image).save(content, "PNG", optimize=True)
+    picture = Image.fromarray(without_one_channel(image))
+    if max(picture.size) > MAX_TILE:
+        picture.thumbnail((MAX_TILE, MAX_TILE))
+    picture.save(content, "PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-    return ImageTile(source, f"{what}: {truth}", [(truth, ""), *lines])
+    labelled = [(truth, "")] if truth else []
+    return ImageTile(source, ": ".join(filter(None, [what, truth])), [*labelled, *lines])

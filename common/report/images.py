@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES = (4, 8)  # rows, columns
+# The last three are of pictures with one channel.
+DRAWN: dict[str, Any] = {"interpolation": "nearest", "cmap": "gray", "vmin": 0, "vmax": 255}
 ACROSS, DOWN = 34.5, 41.0  # from one sample, of 32 by 32 pixels, to the next
 
 
@@ -45,7 +47,7 @@ def write_pictures(
     sample: np.ndarray | None = None,
 ) -> list[Path]:
     """Draw `samples.png`, `predictions.png`, and `losses`, `classes`, `confusion` and `course`,
-    each .png and .svg.
+    each .png and .svg; no pictures of inputs that are none, and none of classes where there are none.
 
     Equal runs give equal bytes.
 
@@ -60,16 +62,16 @@ def write_pictures(
         RecordError: if the folder cannot be written.
     """
     with drawing():
-        pictures = {
-            "samples.png": to_png(_samples(dataset, sample)),
-            "predictions.png": to_png(_predictions(report, records, dataset)),
-        }
-        figures = {
-            "losses": _losses(report, records, twins or {}),
-            "classes": _classes(report),
-            "confusion": _confusion(report, records, dataset),
-            "course": _rate_and_norm(report, records),
-        }
+        pictures: dict[str, bytes] = {}
+        if dataset.has_pictures:
+            pictures["samples.png"] = to_png(_samples(dataset, sample))
+        if dataset.has_pictures and dataset.classes:
+            pictures["predictions.png"] = to_png(_predictions(report, records, dataset))
+        figures = {"losses": _losses(report, records, twins or {})}
+        if dataset.classes:
+            figures["classes"] = _classes(report)
+            figures["confusion"] = _confusion(report, records, dataset)
+        figures["course"] = _rate_and_norm(report, records)
         for name, figure in figures.items():
             pictures |= {f"{name}.png": to_png(figure), f"{name}.svg": to_svg(figure).encode()}
     for name, content in pictures.items():
@@ -95,6 +97,16 @@ def prediction(record: Record, index: int, dataset: Dataset) -> tuple[str, bool]
     return name, guess == int(dataset.test_labels[index])
 
 
+def label_of(dataset: Dataset, index: int) -> str:
+    """The class of a training image; empty if it has none."""
+    return dataset.classes[dataset.train_labels[index]] if dataset.classes else ""
+
+
+def without_one_channel(image: np.ndarray) -> np.ndarray:
+    """(height, width, 1) as (height, width), as pictures of grey are drawn."""
+    return image[..., 0] if image.shape[2:] == (1,) else image
+
+
 def _samples(dataset: Dataset, sample: np.ndarray | None) -> Figure:
     from matplotlib.patches import Rectangle
 
@@ -108,11 +120,10 @@ def _samples(dataset: Dataset, sample: np.ndarray | None) -> Figure:
     axes.set_axis_off()
     for place, index in enumerate(chosen):
         x, y = ACROSS * (place % columns), DOWN * (place // columns)
-        axes.imshow(
-            dataset.train_images[index], interpolation="nearest", extent=(x, x + 32, y + 32, y)
-        )
+        image = without_one_channel(dataset.train_images[index])
+        axes.imshow(image, extent=(x, x + 32, y + 32, y), **DRAWN)
         axes.add_patch(Rectangle((x, y), 32, 32, fill=False, edgecolor=INK, linewidth=0.8))
-        name = label(dataset.classes[dataset.train_labels[index]])
+        name = label(label_of(dataset, int(index)))
         axes.text(x + 16, y - 1, name, ha="center", va="baseline", fontsize=8, in_layout=False)
     axes.set_xlim(-0.3, ACROSS * (columns - 1) + 32.3)
     axes.set_ylim(DOWN * (rows - 1) + 32.3, -4)
@@ -135,7 +146,8 @@ def _predictions(report: ReportJson, records: Records, dataset: Dataset) -> Figu
     )
     for index, (axes, *below) in enumerate(grid.T):
         truth = dataset.classes[dataset.test_labels[index]]
-        axes.imshow(dataset.test_images[index], interpolation="nearest")
+        image = without_one_channel(dataset.test_images[index])
+        axes.imshow(image, **DRAWN)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(f"true: {label(truth)}", fontsize=10)
@@ -160,7 +172,8 @@ def _losses(report: ReportJson, records: Records, twins: Twins) -> Figure:
     named: dict[str, Artist] = {}
     for row, comparison in zip(grid, comparisons, strict=True):
         dtype, runs = comparison["dtype"], records[comparison["dtype"]]
-        charts.draw_series(row[0], runs, "loss", "cross entropy, nats", chart_data.smoothing(runs))
+        name = chart_data.loss_name(runs)
+        charts.draw_series(row[0], runs, "loss", name, chart_data.smoothing(runs))
         row[0].set_title(f"{dtype}: training loss", fontsize=10)
         if len(runs) == 2:
             charts.draw_gap(row[1], comparison, runs, twins.get(dtype, {}))

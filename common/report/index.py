@@ -156,6 +156,7 @@ def _run(name: str, report: ReportJson) -> Run:
             f"{each['dtype']}: "
             + listed([f"{FRAMEWORKS[side]} {percent(v)}" for side, v in each["accuracy"].items()])
             for each in report["lenses"]
+            if report["data"]["classes"]
         ),
         pictures=[_picture(each, "loss") for each in report["lenses"]],
     )

@@ -108,7 +108,7 @@ class TwinJson(TypedDict):
     """How far one twin is from its run."""
 
     max_abs_loss_gap: float | None
-    predictions_equal: int
+    predictions_equal: int | None
 
 
 class GrowthJson(TypedDict):
@@ -152,7 +152,7 @@ class ComparisonJson(ComparedJson):
     arithmetic: NotRequired[dict[str, object]]  # see `Arithmetic`
     final_loss: dict[str, float | None]
     test_loss: dict[str, float | None]
-    accuracy: dict[str, float | None]
+    accuracy: dict[str, float | None]  # None, and no classes below: nothing was classified
     per_class_accuracy: dict[str, dict[str, float | None]]  # None: no test images
     predictions_equal: int | None
     predictions_total: int

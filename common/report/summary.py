@@ -16,7 +16,8 @@ from lockstep.common.report.json import (
     ReportJson,
     WindowJson,
 )
-from lockstep.common.report.text import listed, number, percent, plural
+from lockstep.common.report.text import listed, loss, number, percent, plural
+from lockstep.common.verdict.check import OUTPUTS
 from lockstep.common.verdict.comparison import common_nonfinite_step, format_distinct
 from lockstep.common.verdict.statistics import ClassDifference
 
@@ -101,15 +102,26 @@ def in_short(comparison: ComparisonJson) -> str:
         "diverged": "blow up together",
         "undecided": "not decided",
     }.get(comparison["verdict"], "one run")
-    accuracy = ", ".join(
-        f"{name} {percent(comparison['accuracy'][name])}" for name in trained(comparison)
-    )
+    sides, accuracy = trained(comparison), comparison["accuracy"]
+    if any(accuracy[name] is not None for name in sides):
+        figures = "accuracy " + ", ".join(f"{name} {percent(accuracy[name])}" for name in sides)
+    else:
+        losses = (f"{name} {loss(comparison['test_loss'][name])}" for name in sides)
+        figures = f"test loss {', '.join(losses)}"
     steps = plural(comparison["steps"], "step")
-    text = f"{comparison['dtype']}: {verdict} over {steps}; accuracy {accuracy}"
+    text = f"{comparison['dtype']}: {verdict} over {steps}; {figures}"
     if comparison["predictions_equal"] is not None:
         equal, total = comparison["predictions_equal"], comparison["predictions_total"]
         text += f"; predictions equal: {equal:,} of {total:,}"
+    if (gap := outputs_gap(comparison)) is not None:
+        text += f"; outputs within {number(gap)}"
     return f"{text}."
+
+
+def outputs_gap(comparison: ComparisonJson) -> float | None:
+    """The largest gap between the outputs for the test data, of a pair that predicts no classes."""
+    rows = [row for row in comparison["ladder"] if row["stage"] == "evaluate"]
+    return next((row["gap"] for row in rows if row["tensor"] == OUTPUTS), None)
 
 
 def exchanged_text(layers: Mapping[str, Sequence[str]]) -> str:

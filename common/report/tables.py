@@ -15,6 +15,7 @@ from lockstep.common.report.chart_data import (
     Runs,
     loss_bounds,
     loss_gap,
+    loss_unit,
     running_mean,
     subsample,
     twin_spread,
@@ -70,7 +71,7 @@ def series(caption: str, runs: Runs, quantity: str) -> Table:
 
 def losses(dtype: str, runs: Runs, window: int) -> Table:
     """The training losses and their running means."""
-    table = series(f"Training loss, nats, {dtype}", runs, "loss")
+    table = series(f"Training loss{loss_unit(runs)}, {dtype}", runs, "loss")
     if window == 1:
         return table
     means = [running_mean(record.loss, window)[1] for record in runs.values()]
@@ -85,7 +86,7 @@ def losses(dtype: str, runs: Runs, window: int) -> Table:
 def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> Table:
     """The gap between the two losses, that between twins, and the bound."""
     between, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
-    caption = f"Gap between the losses, nats, {comparison['dtype']}"
+    caption = f"Gap between the losses{loss_unit(runs)}, {comparison['dtype']}"
     return gap_table(caption, between, spread, loss_bounds(comparison))
 
 
@@ -154,22 +155,22 @@ def first_failures(comparison: ComparedJson) -> Table | None:
 def results(comparisons: Sequence[ComparisonJson]) -> Table:
     """How well each run learned, in each precision."""
     rows = []
+    known = any(value is not None for each in comparisons for value in each["accuracy"].values())
     for each in comparisons:
         for name in trained(each):
             rows.append(
                 [
                     f"{each['dtype']}, {name}",
-                    percent(each["accuracy"][name]),
+                    *([percent(each["accuracy"][name])] if known else []),
                     loss(each["test_loss"][name]),
                     loss(each["final_loss"][name]),
                 ]
             )
-    columns = ["run", "accuracy>", "test loss>", "last loss>"]
-    return Table(
-        "On the test images; last loss: of the last batch. Losses: cross entropy, in nats",
-        columns,
-        rows,
-    )
+    columns = ["run", *(["accuracy>"] if known else []), "test loss>", "last loss>"]
+    caption = "On the test images; last loss: of the last batch. Losses: cross entropy, in nats"
+    if not known:
+        caption = "On the test data; last loss: of the last batch"
+    return Table(caption, columns, rows)
 
 
 def windows(comparison: ComparedJson) -> Table:

@@ -18,6 +18,7 @@ import numpy as np
 from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
+from lockstep.common.report.images import label_of, without_one_channel
 from lockstep.common.report.json import ReportJson
 from lockstep.common.report.summary import sentence
 from lockstep.common.report.text import escape
@@ -103,15 +104,20 @@ def _overview(
         dtype=make.DataType.Value("DT_STRING"), string_val=[escape(sentence(report)).encode()]
     )
     yield 0, make.Summary.Value(tag="verdict", metadata=text, tensor=verdict)
+    if not dataset.has_pictures:
+        return
     chosen = np.arange(len(dataset.train_images)) if sample is None else sample
-    for place, index in enumerate(chosen[:MAX_IMAGES]):
-        label = dataset.classes[dataset.train_labels[index]]
-        yield 0, _image(make, f"training images/{place:02} {label}", dataset.train_images[index])
+    for place, index in enumerate(chosen[:MAX_IMAGES].tolist()):
+        tag = f"training images/{place:02} {label_of(dataset, index)}".rstrip()
+        yield 0, _image(make, tag, dataset.train_images[index])
 
 
 def _run(make: SimpleNamespace, record: Record, dataset: Dataset) -> Entries:
     for tag, series in SERIES.items():
         yield from _series(make, tag, getattr(record, series))
+    if not dataset.classes:
+        yield record.steps, make.Summary.Value(tag="test loss", simple_value=record.test_loss)
+        return
     right = is_correct(record.predictions, dataset.test_labels).mean()
     yield record.steps, make.Summary.Value(tag="accuracy", simple_value=right)
     for label, accuracy in class_accuracy(record, dataset.test_labels, dataset.classes).items():
@@ -130,6 +136,8 @@ def _gap(make: SimpleNamespace, torch: Record, flax: Record, dataset: Dataset) -
             yield from _series(
                 make, f"gap/{tag}", np.abs(getattr(torch, series) - getattr(flax, series))
             )
+    if not (dataset.classes and dataset.has_pictures):
+        return
     predictions = list(zip(dataset.test_labels, torch.predictions, flax.predictions, strict=False))
     differing = [index for index, (_, one, other) in enumerate(predictions) if one != other]
     for index in differing[:MAX_IMAGES]:
@@ -152,12 +160,12 @@ def kept_steps(steps: int) -> list[int]:
 
 
 def _image(make: SimpleNamespace, tag: str, pixels: np.ndarray) -> object:
-    """A uint8 (height, width, 3) image as PNG."""
+    """A uint8 (height, width, 3) image as PNG, or one of grey."""
     from PIL import Image
 
-    content = io.BytesIO()
+    content, pixels = io.BytesIO(), without_one_channel(pixels)
     Image.fromarray(pixels).save(content, format="png")
-    height, width, channels = pixels.shape
+    height, width, channels = (*pixels.shape, 1)[:3]
     image = make.Summary.Image(
         height=height, width=width, colorspace=channels, encoded_image_string=content.getvalue()
     )

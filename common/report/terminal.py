@@ -273,9 +273,12 @@ class Terminal:
         # Two networks that drifted apart differ class by class, too: the twins show why.
         differences = comparison.get("class_differences", {})
         columns = ["difference>", "differ (twins), %>"] if differences else []
-        table = self._table("test images", *(f"{name}>" for name in names), *columns)
-        self._row(table, "all classes", *(percent(comparison["accuracy"][name]) for name in names))
-        table.add_section()
+        shown = "test images" if classes else "test data"
+        table = self._table(shown, *(f"{name}>" for name in names), *columns)
+        if classes:
+            accuracy = (percent(comparison["accuracy"][name]) for name in names)
+            self._row(table, "all classes", *accuracy)
+            table.add_section()
         by_class = comparison["per_class_accuracy"]
         for label in classes if len(classes) <= MAX_CLASSES else ():
             cells = [percent(by_class[name].get(label)) for name in names]
@@ -284,16 +287,18 @@ class Terminal:
                 cells += [difference, f"{differing} ({twins})"]
             self._row(table, label, *cells)
         table.add_section()
+        unit = ", nats" if classes else ""
         for title, values in (
-            ("test loss, nats", comparison["test_loss"]),
-            ("last batch, nats", comparison["final_loss"]),
+            (f"test loss{unit}", comparison["test_loss"]),
+            (f"last batch{unit}", comparison["final_loss"]),
         ):
             self._row(table, title, *(loss(values[name]) for name in names))
         self._show(table)
 
     def _closing(self, comparison: ComparisonJson, classes: list[str]) -> None:
         names = trained(comparison)
-        for title, weakest in (("Weakest", True), ("Strongest", False)):
+        extremes = (("Weakest", True), ("Strongest", False)) if classes else ()
+        for title, weakest in extremes:
             found = []
             for name in names:
                 by_class = comparison["per_class_accuracy"][name]

@@ -51,25 +51,25 @@ class Topic(NamedTuple):
 
 
 def topics(precisions: Sequence[Precision], dataset: Dataset) -> list[Topic]:
-    found = [
-        Topic("losses", "Training loss", [], [training(each) for each in precisions]),
-        _accuracy(precisions, dataset),
-        _confusion(precisions, dataset),
-        _rate_and_norm(precisions),
-    ]
-    return found if precisions else []
+    if not precisions:
+        return []
+    found = [Topic("losses", "Training loss", [], [training(each) for each in precisions])]
+    if dataset.classes:
+        found += [_accuracy(precisions, dataset), _confusion(precisions, dataset)]
+    return [*found, _rate_and_norm(precisions)]
 
 
 def training(precision: Precision, key: str = "loss") -> Chart:
     dtype, runs = precision.dtype, precision.runs
     window = chart_data.smoothing(runs)
+    name, nats = chart_data.loss_name(runs), ", in nats" if chart_data.loss_unit(runs) else ""
     lines = f": thin line, each step; thick line, the mean of {window:,} steps"
     return panel(
         f"{key}-{dtype}",
         f"Training loss, {dtype}{lines if window > 1 else ''}.",
-        alt_text.series_text(f"Training loss, {dtype}, in nats", runs, "loss", window),
+        alt_text.series_text(f"Training loss, {dtype}{nats}", runs, "loss", window),
         3.2,
-        lambda axes: charts.draw_series(axes, runs, "loss", "cross entropy, nats", window),
+        lambda axes: charts.draw_series(axes, runs, "loss", name, window),
         tables.losses(dtype, runs, window),
     )
 

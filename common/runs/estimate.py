@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.common.config import FRAMEWORKS, MODELS, Config
+from lockstep.common.model import pair as pairs
 from lockstep.common.system import environment
 
 if TYPE_CHECKING:
@@ -91,8 +92,12 @@ def announcement(request: Request) -> str:
         start = ", from weights that Lockstep draws"
         if config.starts_from in FRAMEWORKS:
             start = f", from the initial weights of your {FRAMEWORKS[config.starts_from]} module"
+    on = data.get(request.data, request.data)
+    if config.model not in MODELS and request.data == "auto":
+        pair = pairs.load(config.model)
+        on = "its data" if pair.data is not None else on if pair.example is None else "its example"
     return (
-        f"{verb} {config.model} in {names} on {data.get(request.data, request.data)}{start}: "
+        f"{verb} {config.model} in {names} on {on}{start}: "
         f"{length} of batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"
         f"{time_needed(request, config)}"
     )

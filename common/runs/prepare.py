@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.data import Dataset
-from lockstep.common.errors import DataError
+from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import checks, initial_weights
 from lockstep.common.protocol import Arrays
 from lockstep.common.request import Request
@@ -42,7 +44,7 @@ def choose_device(
         ConfigError: if the two networks do not have the same tensors.
         BackendError: if a framework or the device is not there.
     """
-    build = functools.partial(backends.build, config, len(dataset.classes), device, "off")
+    build = functools.partial(backends.build, config, dataset.task, device, "off")
     pending = {
         name: worker.model_info(build, name)
         if worker is not None and name == parallel.WORKER_BACKEND
@@ -73,7 +75,7 @@ def load_initial_weights(
     Raises:
         DataError: if they are not those of the network that is trained.
     """
-    backend = backends.load(name)(config, len(dataset.classes), "float32", device, "off")
+    backend = backends.load(name)(config, dataset.task, "float32", device, "off")
     found = backends.module("weight_files").read_weights(path, backend.shapes(), config.model)
     return found, dataclasses.replace(config, weights=initial_weights.digest(found))
 
@@ -86,7 +88,17 @@ def own_start(
     if config.starts_from not in BACKENDS:
         return None
     module = backends.module(f"{config.starts_from}_backend.user_module")
-    return module.own_start(config.model, len(dataset.classes), device, config.seed)
+    return module.own_start(config.model, dataset.task.classes, device, config.seed)
+
+
+def check_images(config: Config, dataset: Dataset) -> None:
+    """Raise ConfigError if images are to be augmented, and the data are none."""
+    images = dataset.train_images
+    if config.augment is not None and not (images.dtype == np.uint8 and images.ndim == 4):
+        raise ConfigError(
+            f"--augment {config.augment} is for images, uint8 (n, height, width, channels), and the "
+            f"inputs are {images.dtype} {images.shape}: leave it out"
+        )
 
 
 def check_same_data(request: Request, dataset: Dataset) -> None:

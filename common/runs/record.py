@@ -44,7 +44,9 @@ class Record:
     loss: np.ndarray  # float64 (steps,): mean cross entropy of each batch, nats
     gradient_norm: np.ndarray  # float64 (steps,)
     lr: np.ndarray  # float64 (steps,)
-    predictions: np.ndarray  # int64 (test images,)
+    # int64 (test images,); of a pair that predicts no classes, its outputs: floating-point (n,
+    # numbers), for the first test inputs
+    predictions: np.ndarray
     test_loss: float  # mean cross entropy over the test images, nats
     seconds: float  # wall time of the training steps, compilation included
     steps_per_second: float  # without the first chunk, which compiles, if there are others
@@ -338,7 +340,7 @@ def _is_data(data: object) -> bool:
         and (isinstance(sizes, dict) and sizes.keys() == {"train", "test"})
         and all(is_count(size, 1) for size in sizes.values())
         and are_names(classes)
-        and len(classes) >= 2
+        and len(classes) != 1
     )
 
 
@@ -381,7 +383,11 @@ def _are_norms(norms: np.ndarray, nonfinite_step: int | None) -> bool:
 
 
 def _are_predictions(predictions: np.ndarray, data: JsonObject) -> bool:
-    right = predictions.dtype == np.int64 and predictions.shape == (data["sizes"]["test"],)
+    count = data["sizes"]["test"]
+    if not data["classes"]:
+        floating = any(predictions.dtype == numpy_dtype(dtype) for dtype in DTYPES)
+        return floating and predictions.ndim == 2 and 1 <= len(predictions) <= count
+    right = predictions.dtype == np.int64 and predictions.shape == (count,)
     return right and bool(predictions.min() >= 0 and predictions.max() < len(data["classes"]))
 
 

@@ -14,8 +14,9 @@ from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
-from lockstep.common.errors import RecordError
+from lockstep.common.errors import DataError, RecordError
 from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.model.pair import has_classes
 from lockstep.common.model.perturb import (
     REPLICATE,
     image_perturbation_rng,
@@ -32,6 +33,7 @@ from lockstep.common.system import environment
 FIRST_STEPS_IMAGES = 8  # of a batch, whose activations are recorded
 FEW_TEST_IMAGES = 50  # that are evaluated during the run
 TEST_CHUNK = 1000  # test images at a time, to save memory
+OUTPUT_BYTES = 2**25  # of a network's outputs in a record
 SNAPSHOT_SECONDS = 1.0  # at most so much work is lost if a chunk is interrupted
 
 
@@ -67,6 +69,11 @@ def train(
         KeyboardInterrupt: if `checkpoints` stops the run.
         RecordError: if `start` is of another run, or a checkpoint cannot be written.
     """
+    if dataset.classes and not has_classes(config.model, dataset.train_labels):
+        raise DataError(
+            f"the loss of {config.model} is not that of one class per image: load its data with "
+            f"load_data(..., model={config.model!r})"
+        )
     if start is None:
         start = initial_checkpoint(backend, config, dataset, dtype, twin, weights)
     else:
@@ -223,7 +230,9 @@ class TrainingLoop:
         for indices in chunks(
             self.config,
             len(self.dataset.train_images),
-            bytes_per_image=3072 * compute_dtype(self.dtype).itemsize,
+            bytes_per_image=data.bytes_per_input(
+                self.dataset.train_images, compute_dtype(self.dtype)
+            ),
         ):
             if step >= start:
                 yield indices
@@ -248,7 +257,7 @@ class TrainingLoop:
             )
             labels = self.dataset.train_labels[indices]
         if self.perturbation_rng is not None:
-            masks = self.backend.masks(self.state, labels.shape)
+            masks = self.backend.masks(self.state, labels.shape[:2])
             seen = self._record_digests(images, labels, masks)
             images = perturb_one_ulp(seen, self.perturbation_rng)
         return images, labels
@@ -268,7 +277,7 @@ class TrainingLoop:
             self.first_steps |= with_step(
                 self.step, truncate_batch(self.backend.probe(self.state, images[0], labels[0]))
             )
-        masks = self.backend.masks(self.state, labels.shape)
+        masks = self.backend.masks(self.state, labels.shape[:2])
         self.state, metrics = self.backend.train_steps(self.state, images, labels)
         if self.perturbation_rng is None:  # after training: a device gathers while it computes
             self._record_digests(images, labels, masks)
@@ -358,7 +367,7 @@ class TrainingLoop:
             gradient_norm=np.concatenate([series.gradient_norm, unknown]),
             lr=np.concatenate([series.lr, unknown]),
             batch_digests=self.batch_digests,
-            predictions=np.asarray(evaluation.predictions, np.int64),
+            predictions=np.asarray(evaluation.predictions),
             test_loss=float(evaluation.loss),
             seconds=last.seconds,
             steps_per_second=self.steps_per_second(),
@@ -381,14 +390,23 @@ class TrainingLoop:
 
 
 def evaluate(backend: Backend, state: object, dataset: Dataset, dtype: str) -> Evaluation:
-    """Predictions for, and the mean loss over, all test images."""
-    predictions, total, count = [], 0.0, len(dataset.test_images)
-    for start in range(0, count, TEST_CHUNK):
+    """Predictions for, and the mean loss over, all test images. Of a network that predicts no
+    classes, outputs for the first ones are kept, as many as fit into OUTPUT_BYTES."""
+    predictions, total, count, kept = [], 0.0, 0, 0
+    for start in range(0, len(dataset.test_images), TEST_CHUNK):
         chunk = slice(start, start + TEST_CHUNK)
-        images = data.normalise(dataset.test_images[chunk], compute_dtype(dtype))
-        found = backend.evaluate(state, images, dataset.test_labels[chunk])
-        predictions.append(found.predictions)
-        total += found.loss * len(images)
+        images, labels = dataset.test_images[chunk], dataset.test_labels[chunk]
+        found = backend.evaluate(state, data.normalise(images, compute_dtype(dtype)), labels)
+        outputs = np.asarray(found.predictions)
+        if outputs.ndim == 1:  # of classes
+            outputs = outputs.astype(np.int64)
+        else:
+            most = max(1, OUTPUT_BYTES // outputs[:1].nbytes)
+            outputs = outputs[: max(0, most - kept)]
+        kept += len(outputs)
+        predictions.append(outputs)
+        if weight := data.label_count(labels):
+            total, count = total + found.loss * weight, count + weight
     return Evaluation(np.concatenate(predictions), total / count)
 
 

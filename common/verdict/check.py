@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 BATCH = "batch"  # the name of the check of every step's data
+OUTPUTS = "outputs"  # the name of the check of a network that predicts no classes
 MEAN = "mean "  # before the name of a loss: the check of its mean over a range of steps
 
 

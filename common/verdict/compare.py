@@ -40,6 +40,7 @@ from lockstep.common.verdict.evaluation import (
     class_accuracy,
     class_differences,
     equal_predictions,
+    has_classes,
 )
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.statistics import (
@@ -62,7 +63,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
 
     Args:
         ensembles: by backend, one or two; in every precision but float64, two need twins.
-        labels: int64 (test images,): the true classes.
+        labels: int64 (test images,): the true classes; of a pair that predicts none, its targets.
 
     Raises:
         RecordError: if the records cannot be compared: of other runs, of no steps, or without
@@ -118,13 +119,13 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         first_divergence=divergence(failures[0], list(runs)) if failures else None,
         score=max(check.bound_usage for check in checks),
         max_loss_gap=max_difference(a.run.loss, b.run.loss)[0],
-        predictions_equal=equal_predictions(a.run, b.run),
+        predictions_equal=equal_predictions(a.run, b.run) if has_classes(a.run) else None,
         twins={
             name: tuple(_twin_summary(side.run, twin) for twin in side.twins)
             for name, side in ensembles.items()
         },
         short_twins={name: len(side.short_twins) for name, side in ensembles.items()},
-        class_differences=class_differences(a, b, labels),
+        class_differences=class_differences(a, b, labels) if has_classes(a.run) else None,
     )
 
 
@@ -158,7 +159,8 @@ def _all_checks(
 
 
 def _twin_summary(run: Record, twin: Record) -> TwinSummary:
-    return TwinSummary(max_difference(run.loss, twin.loss)[0], equal_predictions(run, twin))
+    equal = equal_predictions(run, twin) if has_classes(run) else None
+    return TwinSummary(max_difference(run.loss, twin.loss)[0], equal)
 
 
 def check_comparable(first: Record, second: Record) -> None:
@@ -198,12 +200,16 @@ def check_twins(record: Record, twins: Sequence[Record]) -> None:
 
 
 def _summary(record: Record, labels: np.ndarray) -> RunSummary:
-    shared = min(len(record.predictions), len(labels))
+    accuracy, by_class = None, {}
+    if has_classes(record):
+        shared = min(len(record.predictions), len(labels))
+        accuracy = int(np.sum(record.predictions[:shared] == labels[:shared])) / len(labels)
+        by_class = class_accuracy(record, labels, record.data["classes"])
     return RunSummary(
         final_loss=float(record.loss[-1]),
         test_loss=record.test_loss,
-        accuracy=int(np.sum(record.predictions[:shared] == labels[:shared])) / len(labels),
-        class_accuracy=class_accuracy(record, labels, record.data["classes"]),
+        accuracy=accuracy,
+        class_accuracy=by_class,
         steps_per_second=record.steps_per_second,
         seconds=record.seconds,
         nonfinite_step=record.nonfinite_step,

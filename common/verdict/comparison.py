@@ -169,7 +169,7 @@ class RunSummary:
 
     final_loss: float
     test_loss: float
-    accuracy: float
+    accuracy: float | None  # None, and no classes below: nothing was classified
     class_accuracy: dict[str, float | None]  # None for a class without test images
     steps_per_second: float
     seconds: float
@@ -182,7 +182,7 @@ class TwinSummary:
     """How far one twin is from its run."""
 
     max_loss_gap: float
-    predictions_equal: int
+    predictions_equal: int | None
 
 
 @dataclass(frozen=True)

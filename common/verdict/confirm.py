@@ -26,9 +26,15 @@ from lockstep.common.protocol import Arrays, Backend, Snapshot
 from lockstep.common.runs import training
 from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.verdict import locate
-from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.check import OUTPUTS, Check
 from lockstep.common.verdict.comparison import Comparison, Growth, divergence
-from lockstep.common.verdict.distances import abs_differences, scalar_gap
+from lockstep.common.verdict.distances import (
+    abs_differences,
+    magnitude,
+    max_tensor_difference,
+    scalar_gap,
+)
+from lockstep.common.verdict.evaluation import has_classes
 from lockstep.common.verdict.statistics import PROOF_BOUND, SEPARATION
 
 LATER_STEPS = 2  # that are replayed after the gap left the bound: half way, and the last one
@@ -120,12 +126,18 @@ def evaluate_one_state(
         state = backend.init(Snapshot.start(reference.final))
         found.append(training.evaluate(backend, state, dataset, "float64"))
     a, b = found
-    unequal = float(np.sum(a.predictions != b.predictions))
+    if has_classes(reference):
+        unequal = float(np.sum(a.predictions != b.predictions))
+        predicted = Check(reference.steps, "evaluate", "predictions", unequal, 0.0)
+    else:
+        gap, values = max_tensor_difference(a.predictions, b.predictions)
+        limit = PROOF_BOUND * max(magnitude(a.predictions), magnitude(b.predictions))
+        predicted = Check(reference.steps, "evaluate", OUTPUTS, gap, limit, values=values)
     limit = PROOF_BOUND * max(1.0, abs(a.loss))
     loss = scalar_gap(a.loss, b.loss)
     for check in (
         Check(reference.steps, "evaluate", "test loss", loss, limit, values=(a.loss, b.loss)),
-        Check(reference.steps, "evaluate", "predictions", unequal, 0.0),
+        predicted,
     ):
         if not check.agrees:
             return check, (a.predictions, b.predictions), None

@@ -9,14 +9,15 @@ import numpy as np
 
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
-from lockstep.common.verdict.check import Check, finite
-from lockstep.common.verdict.distances import magnitude, max_difference
+from lockstep.common.verdict.check import OUTPUTS, Check, finite
+from lockstep.common.verdict.distances import magnitude, max_difference, max_tensor_difference
 from lockstep.common.verdict.statistics import (
     COUNT_FLOOR,
     PROOF_BOUND,
     SEPARATION_IMAGES,
     ClassDifference,
     between_and_within,
+    bound,
     is_correct,
     paired_difference,
 )
@@ -25,10 +26,31 @@ from lockstep.common.verdict.trajectory import check_scalar
 
 def check_evaluation(a: Ensemble, b: Ensemble, labels: np.ndarray) -> list[Check]:
     """Test loss, predictions, and for each class the images that one side recognises and the other
-    does not."""
+    does not; where there are no classes, the outputs."""
     steps, seen = a.run.steps, training_loss_gap(a.run, b.run)
     loss = check_scalar(a, b, steps, "evaluate", "test loss", lambda r: r.test_loss, extra=seen)
+    if not has_classes(a.run):
+        return [loss, _check_outputs(a, b)]
     return [loss, _check_predictions(a, b, labels), *_check_classes(a, b, labels)]
+
+
+def has_classes(record: Record) -> bool:
+    """Whether its predictions are classes."""
+    return record.predictions.ndim == 1
+
+
+def _check_outputs(a: Ensemble, b: Ensemble) -> Check:
+    """The outputs for the test inputs, number by number."""
+    outputs = a.run.predictions, b.run.predictions
+    gap, spread = between_and_within(
+        a.records, b.records, lambda x, y: max_tensor_difference(x.predictions, y.predictions)[0]
+    )
+    _, values = max_tensor_difference(*outputs)
+    scale = max(map(magnitude, outputs))
+    # In float64 also as much as training is seen to move the loss, as a share of it.
+    loss = max(1.0, magnitude(a.run.loss))
+    limit = bound(a.run.dtype, spread, scale) + training_loss_gap(a.run, b.run) / loss * scale
+    return Check(a.run.steps, "evaluate", OUTPUTS, gap, limit, spread, values)
 
 
 def _check_predictions(a: Ensemble, b: Ensemble, labels: np.ndarray) -> Check:

@@ -30,7 +30,7 @@ from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS, Record
 from lockstep.common.system import environment
 from lockstep.common.verdict.causes import find_causes, fixes, float32_cause
-from lockstep.common.verdict.check import BATCH, Check
+from lockstep.common.verdict.check import BATCH, OUTPUTS, Check
 from lockstep.common.verdict.comparison import (
     Divergence,
     Entry,
@@ -317,7 +317,8 @@ def describe(
     pattern: str | None = None
     worst_entries: tuple[Entry, ...] = ()
     if a is not None and b is not None and a.shape == b.shape:
-        pattern = describe_relation(a, b, first.names, classes=first.stage == "evaluate")
+        classes = first.stage == "evaluate" and first.tensor != OUTPUTS
+        pattern = describe_relation(a, b, first.names, classes)
         if not first.tensor.startswith("accuracy of "):  # of all classes, none differs by much
             worst_entries = largest_differences(a, b)
         if a.dtype != b.dtype:

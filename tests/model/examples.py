@@ -124,3 +124,58 @@ def sequences():
 
 
 TWO = Pair(TorchTwo, FlaxTwo, loss=(torch_loss, flax_loss), example=sequences)
+
+
+def masked():
+    """Sequences of several lengths: what is past their end has no label."""
+    drawn = np.random.default_rng(3)
+    tokens = drawn.integers(0, 11, (48, 7))
+    targets = np.where(np.arange(6) < drawn.integers(1, 7, (48, 1)), tokens[:, 1:], -100)
+    return tokens[:32, :-1], targets[:32], tokens[32:, :-1], targets[32:]
+
+
+def entropy(outputs, targets):
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def entropy_of_all(outputs, targets):
+    """The mistake: a mean over what is left out as well."""
+    scores = jax.nn.log_softmax(outputs)
+    chosen = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    return -jnp.where(targets == -100, 0, chosen).mean()
+
+
+MASKED = Pair(TorchText, FlaxText, data=masked)
+UNMASKED = Pair(TorchText, FlaxText, data=masked, loss=(entropy, entropy_of_all))
+
+
+class TorchLine(nn.Module):
+    """Five numbers to one."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class FlaxLine(nnx.Module):
+    def __init__(self, classes, rngs, scale=1.0):
+        self.first, self.last = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+        self.scale = scale
+
+    def __call__(self, x):
+        return self.last(self.scale * jnp.tanh(self.first(x)))
+
+
+REGRESSION = Pair(TorchLine, FlaxLine, loss="mean squared error")
+STEEPER = Pair(
+    TorchLine, lambda classes, rngs: FlaxLine(classes, rngs, 1.01), loss="mean squared error"
+)
+WEIGHED = Pair(  # the mistake of one part of a loss counted otherwise
+    TorchTwo,
+    FlaxTwo,
+    loss=(torch_loss, lambda outputs, targets: 1.01 * flax_loss(outputs, targets)),
+    example=sequences,
+)

@@ -14,7 +14,7 @@ import pytest
 
 from lockstep import cli as compare
 from lockstep.common.config import Config
-from lockstep.common.data import sources
+from lockstep.common.data import of_pair, sources
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.evidence.pair_check import flatten_shape
 from lockstep.common.model import checks, names, pair
@@ -434,12 +434,12 @@ def test_an_example_is_read_from_an_archive_next_to_the_pair(tmp_path: Path) -> 
     path = tmp_path / "pairs.py"
     path.write_text(EXAMPLES.read_text())
     with pytest.raises(ConfigError, match=r"there is no example \(FileNotFoundError"):
-        pair.load_example(f"{path}:ROBUST")
+        of_pair.example(f"{path}:ROBUST")
     x = np.zeros((3, 28, 28, 1), np.float32)
     np.savez(tmp_path / "pictures.npz", x=x, y=x)
-    found = pair.load_example(f"{path}:ROBUST")
-    assert found is not None and found[0].shape == found[1].shape == (3, 28, 28, 1)
-    assert pair.example_axes(f"{path}:ROBUST") == (3, 3)
+    found = of_pair.example(f"{path}:ROBUST")
+    assert found is not None
+    assert found.train_images.shape == found.test_labels.shape == (3, 28, 28, 1)
 
 
 def test_exact_sums_are_those_of_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
@@ -579,11 +579,11 @@ REFUSED = {
     ),
     "an example of texts": (
         "pair(example=(['a', 'b'], [0, 1]))",
-        "the example's inputs are <U1 (2,): give numbers of two samples or more",
+        "its example: x is <U1 (2,): give numbers of two samples or more",
     ),
     "an example of other lengths": (
         "pair(example=([[0.0], [1.0], [2.0]], [0, 1]))",
-        "the example has 3 inputs and 2 targets: give as many of both",
+        "its example: x has 3 samples and y 2: give as many of both",
     ),
     "no builder": ("Pair(3, Flax)", "torch must be a class or a function that builds a module"),
 }

@@ -1,0 +1,103 @@
+"""The data that a user's pair brings, or that it is given; and what its networks are built for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.common.config import MODELS
+from lockstep.common.data.arrays import NAMES, of_arrays
+from lockstep.common.data.dataset import Dataset
+from lockstep.common.data.user_data import read_npz
+from lockstep.common.errors import ConfigError, LockstepError, reason
+from lockstep.common.model import pair as pairs
+from lockstep.common.protocol import Task
+
+
+@functools.cache
+def example(model: str) -> Dataset | None:
+    """The inputs and targets of a pair's `example`, which also are its test data; None without any.
+
+    Raises:
+        LockstepError: if what the pair gives is no example.
+    """
+    found: Any = None if model in MODELS else pairs.load(model).example
+    if found is None:
+        return None
+    try:
+        if isinstance(found, str):
+            with np.load(pairs.beside(model, found), allow_pickle=False) as archive:
+                found = archive["x"], archive["y"]
+        given: Any = found() if callable(found) else found
+        x, y = given
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(
+            f"--model {model}: there is no example ({reason(error)}): give inputs "
+            "and targets, a function that returns them, or an .npz archive with x and y"
+        ) from error
+    arrays: dict[str, Any] = dict(zip(NAMES, (x, y, x, y), strict=True))
+    shown, labelled = f"--model {model}, its example", pairs.is_labelled(model)
+    return of_arrays("the pair's example", shown, arrays, labelled, ("x", "y", "x", "y"))
+
+
+@functools.cache
+def own(model: str) -> Dataset | None:
+    """The data set of a pair's `data`; None without any.
+
+    Raises:
+        LockstepError: if what the pair gives is no data.
+    """
+    found = None if model in MODELS else pairs.load(model).data
+    if found is None:
+        return None
+    try:
+        arrays = _named(model, found)
+    except LockstepError:
+        raise
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(
+            f"--model {model}: there is no data ({reason(error)}): give {', '.join(NAMES)}, a function "
+            "that returns them, or the path of an .npz archive with them"
+        ) from error
+    return of_arrays(
+        "the pair's data", f"--model {model}, its data", arrays, pairs.is_labelled(model)
+    )
+
+
+def _named(model: str, given: Any) -> Mapping[str, Any]:
+    """The arrays of `Pair.data` by name."""
+    if isinstance(given, str):
+        return read_npz(pairs.beside(model, given))
+    found: Any = given() if callable(given) else given
+    if not isinstance(found, Mapping):
+        found = dict(zip(NAMES, found, strict=True))
+    return {name: found[name] for name in NAMES} | {"classes": found.get("classes")}
+
+
+def of_archive(model: str, path: Path) -> Dataset:
+    """The data of an archive, for a pair.
+
+    Raises:
+        DataError: if they cannot be used.
+    """
+    return of_arrays(path.name, repr(str(path)), read_npz(path), pairs.is_labelled(model))
+
+
+def task(model: str, classes: int | Task) -> Task:
+    """What the networks of a model are built for.
+
+    Args:
+        classes: where it is only known how many: for what the pair's example or data are, or for
+            pictures of 32 x 32 pixels.
+    """
+    if isinstance(classes, Task):
+        return classes
+    found = example(model) or own(model)
+    if found is not None:
+        return found.task._replace(classes=classes or found.task.classes)
+    pictures = np.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=np.float32).reshape(2, 32, 32, 3)
+    return Task(classes, pictures, np.zeros(2, np.int64))
