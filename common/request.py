@@ -36,6 +36,7 @@ class Request:
     out: Path | None = None  # None: a folder in results/runs
     resume: Path | None = None  # the folder of a run to resume; it is `out`, too
     resumed: RunRequest | None = None  # what that run was started with
+    keep_going: bool = True  # train it all, even if the first float64 steps differ
     keep_records: bool = False  # use the folder's records, train only what is missing
     log_every: int = 0  # steps between log lines; 0: none
     checkpoint_every: int | None = None  # None: CHECKPOINT_EVERY in runs of LONG_RUN or more

@@ -158,9 +158,12 @@ def train_and_compare(
     Args:
         ensembles: by precision and backend, what the folder holds already.
     """
+    from lockstep.common import early_end
     from lockstep.common.runs import parallel
     from lockstep.common.runs.trainer import Interrupted
+    from lockstep.common.runs.watch import FirstStepsDiffer
 
+    trainer = early_end.watched(request, trainer, ensembles)
     numbers = {
         dtype: [None, *range(1, 1 + (0 if dtype == "float64" else request.twins))]
         for dtype in ensembles
@@ -171,7 +174,7 @@ def train_and_compare(
         worker_backend = parallel.choose_worker_backend(trainer, request.backends, device, found)
     training = parallel.ParallelTraining(trainer, worker, worker_backend, numbers)
     comparisons: list[Comparison] = []
-    interrupted_at = None
+    interrupted_at = ended_early = None
     try:
         train_and_judge(request.backends, training, ensembles, comparisons)
         if trainer.signals.requested():
@@ -181,6 +184,13 @@ def train_and_compare(
         ensembles = judge_finished(training, ensembles, comparisons)
         if not comparisons:
             raise
+    except FirstStepsDiffer:
+        short, sides, comparison = early_end.judge_first_steps(trainer, request.backends)
+        if comparison.verdict != "disagree":  # twins explain it
+            all_of_it = dataclasses.replace(request, keep_going=True)
+            return train_and_compare(all_of_it, trainer, ensembles, device, worker, terminal)
+        trainer, ensembles, comparisons = short, {"float64": sides}, [comparison]
+        ended_early = early_end.ENDED
     if interrupted_at is None:
         confirm_float64(trainer, ensembles, comparisons)
         locate_disagreement(trainer, ensembles, comparisons)
@@ -201,6 +211,7 @@ def train_and_compare(
         runs,
         comparisons,
         interrupted_at,
+        ended_early,
     )
     write_reports(request, trainer, report, runs, twins, worker)
     terminal.verdict(report, trainer.folder / "report.html")
@@ -372,6 +383,7 @@ def make_report(
     runs: Mapping[str, Mapping[str, Record]],
     comparisons: Sequence[Comparison],
     interrupted_at: str | None,
+    ended_early: str | None = None,
 ) -> ReportJson:
     """report.json, as a dictionary.
 
@@ -380,6 +392,7 @@ def make_report(
         runs: by dtype and backend.
         comparisons: one per precision.
         interrupted_at: where the run was interrupted, if it was.
+        ended_early: why the rest was not trained, if it was not.
     """
     from lockstep.common.runs import training
 
@@ -398,6 +411,7 @@ def make_report(
         "data": training.describe(config, dataset),
         "lenses": [comparison.to_json() for comparison in comparisons],
     }
+    report |= {} if ended_early is None else {"ended_early": ended_early}
     return cast("ReportJson", report)
 
 

@@ -30,7 +30,7 @@ from lockstep.common.request import Request
 # The options that may change when a run is resumed.
 CHANGEABLE = (
     "resume", "run", "backend", "data", "data_dir", "device", "compile", "cluster", "log_every",
-    "tensorboard", "checkpoint_every", "quiet", "verbose", "json", "command",
+    "tensorboard", "checkpoint_every", "keep_going", "quiet", "verbose", "json", "command",
 )  # fmt: skip
 
 
@@ -73,6 +73,11 @@ def add_run_options(parser: Parser) -> None:
     options_of.add_cluster(parser)
     options_of.add_output(
         parser, "folder of the run (default: results/runs/<recipe>-<fingerprint>)"
+    )
+    group.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="train all runs, even if float64 differs in the first steps",
     )
     group = parser.add_argument_group("log")
     group.add_argument(
@@ -246,6 +251,7 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         log_every=options.log_every,
         checkpoint_every=getattr(options, "checkpoint_every", None),
         tensorboard=options.tensorboard,
+        keep_going=options.keep_going,
         command=tuple(arguments),
     )
 
@@ -297,6 +303,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
         cluster=options.cluster,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
+        keep_going=options.keep_going,
         command=tuple(arguments),
         **kept,
     )

@@ -103,6 +103,8 @@ def card(report: ReportJson) -> Card:
     lines = [(each["dtype"], " ".join(_outcome(each, placed))) for each in report["lenses"]]
     if reason := report.get("cut_short"):
         lines.insert(0, ("stopped", f"{reason.rstrip('.')}."))
+    if reason := report.get("ended_early"):
+        lines.append(("ended early", f"{reason}."))
     found = disagreeing(report["lenses"])
     return Card(
         verdict,

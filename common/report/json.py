@@ -174,6 +174,7 @@ class ReportJson(TypedDict):
     schema: int
     verdict: Verdict
     cut_short: NotRequired[str | None]  # where the run was interrupted
+    ended_early: NotRequired[str]  # why the rest was not trained
     command: list[str]
     recipe: NotRequired[str]
     config: dict[str, object]

@@ -40,7 +40,8 @@ def sentence(report: ReportJson, placed: bool = False) -> str:
     comparisons = report["lenses"]
     if reason := report.get("cut_short"):
         return f"The run was cut short: {reason.rstrip('.')}. {interrupted_text(comparisons)}"
-    return outcome(comparisons, report["verdict"], placed)
+    text = outcome(comparisons, report["verdict"], placed)
+    return f"{text} {ended}." if (ended := report.get("ended_early")) else text
 
 
 def interrupted_text(comparisons: Sequence[ComparisonJson]) -> str:

@@ -62,11 +62,15 @@ def first_steps(
     except KeyboardInterrupt:
         if checkpoints.state is None or checkpoints.state.step < FIRST_STEPS:  # the user's
             raise
-    found = checkpoints.state
+    return record_of(checkpoints.state)
+
+
+def record_of(found: Checkpoint) -> Record:
+    """A record of the steps before a checkpoint, with nothing about the end of a run."""
     return Record(
-        backend=backend.name,
-        dtype=dtype,
-        twin=twin,
+        backend=found.backend,
+        dtype=found.dtype,
+        twin=found.twin,
         config=found.config,
         data=found.data,
         environment={},

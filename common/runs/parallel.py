@@ -18,8 +18,10 @@ from lockstep.common.config import BACKENDS, Config
 from lockstep.common.errors import BackendError, LockstepError
 from lockstep.common.protocol import Dropout
 from lockstep.common.runs import checkpoint
+from lockstep.common.runs.checkpoint import Checkpoint
 from lockstep.common.runs.record import Record
 from lockstep.common.runs.trainer import Advance, Build, Interrupted, Trainer, resume_hint
+from lockstep.common.runs.watch import FirstStepsDiffer, FirstStepsWatch
 from lockstep.common.system import environment
 from lockstep.common.system.interrupt import SignalHandler
 from lockstep.common.system.process import Report, WorkerFailed, WorkerProcess
@@ -149,7 +151,10 @@ class ParallelTraining:
     def __exit__(self, *error: object) -> None:
         if self.process is None:
             return
-        if any(error):
+        if error and isinstance(error[1], FirstStepsDiffer):
+            self.worker.stop()  # at once: what it has begun is not needed
+            self._stopped = True
+        elif any(error):
             self._stop()
         try:
             if self._listener.is_alive():
@@ -175,14 +180,19 @@ class ParallelTraining:
         Raises:
             KeyboardInterrupt: if a signal stopped it.
             LockstepError: what went wrong in either process.
+            FirstStepsDiffer: if the trainer's `watch` says so.
         """
         if name != self.name:
             return self.trainer.train(name, dtype, self.twins[dtype])
         try:
             with self._changed:
-                self._changed.wait_for(lambda: dtype in self._finished or self._done)
+                self._changed.wait_for(
+                    lambda: dtype in self._finished or self._done or self._differs()
+                )
         except KeyboardInterrupt:
             raise Interrupted(f"{name} {dtype} was interrupted") from None
+        if self._differs():
+            raise FirstStepsDiffer
         if dtype in self._finished:
             return self.trainer.read_records(name, dtype, self.twins[dtype])
         if not isinstance(self._failure, WorkerFailed) and self._failure is not None:
@@ -191,6 +201,9 @@ class ParallelTraining:
             raise Interrupted(f"{name} {dtype} was interrupted")
         hint = f"free some memory, then {resume_hint(self.trainer.folder)}"
         raise BackendError(f"{name} cannot train here ({self._failure}): {hint}")
+
+    def _differs(self) -> bool:
+        return self.trainer.watch is not None and self.trainer.watch.differs
 
     def finished_records(self, dtype: str) -> dict[str, list[Record]]:
         """The worker's records in one precision; empty if it did not finish that."""
@@ -202,7 +215,10 @@ class ParallelTraining:
         """Ask the worker to train everything, and follow it until it has."""
         assert self.process is not None
         trainer = dataclasses.replace(
-            self.trainer, terminal=RemoteProgress(_discard), signals=SignalHandler()
+            self.trainer,
+            terminal=RemoteProgress(_discard),
+            signals=SignalHandler(),
+            watch=None if self.trainer.watch is None else RemoteWatch(_discard),
         )
         try:
             number = self.process.send("train", trainer, self.name, self.twins)
@@ -216,6 +232,11 @@ class ParallelTraining:
     def _follow(self, report: object) -> None:
         assert isinstance(report, tuple)
         kind, text = report
+        if kind == "first steps" and self.trainer.watch is not None:
+            self.trainer.watch.add(text)
+            with self._changed:
+                self._changed.notify_all()
+            return
         if kind == "line":
             with contextlib.suppress(Exception):  # such as a full disk below standard output
                 self.trainer.terminal.line(text)
@@ -265,6 +286,16 @@ class RemoteProgress:
         yield lambda steps, loss: None
 
 
+class RemoteWatch(FirstStepsWatch):
+    """Passes the first steps on; the caller compares them, and ends the worker."""
+
+    def __init__(self, report: Report) -> None:
+        self.differs, self._report = False, report
+
+    def add(self, state: Checkpoint) -> None:
+        self._report(("first steps", state))
+
+
 def _discard(report: object) -> None:
     """Not a lambda, so that it can be pickled."""
 
@@ -297,7 +328,10 @@ class WorkerCommands:
 
     def train(self, trainer: Trainer, name: str, twins: TwinNumbers) -> None:
         self.trainer = dataclasses.replace(
-            trainer, terminal=RemoteProgress(self.report), signals=self.signals
+            trainer,
+            terminal=RemoteProgress(self.report),
+            signals=self.signals,
+            watch=None if trainer.watch is None else RemoteWatch(self.report),
         )
         self.twins = twins
         for dtype in twins:

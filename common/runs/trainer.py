@@ -24,6 +24,7 @@ from lockstep.common.runs.find import matching_record
 from lockstep.common.runs.first_steps import first_steps
 from lockstep.common.runs.record import Record
 from lockstep.common.runs.remote import StartTwin
+from lockstep.common.runs.watch import FirstStepsWatch
 from lockstep.common.system import environment, program
 from lockstep.common.system.interrupt import SignalHandler
 
@@ -65,6 +66,7 @@ class Trainer:
     signals: SignalHandler = field(default_factory=SignalHandler)
     concurrent_processes: int = 1  # that train at the same time, this one included
     start_twin: StartTwin | None = None  # where others train the twins
+    watch: FirstStepsWatch | None = None  # of the float64 runs; it may end any. None: it trains all
 
     def backend(self, name: str, dtype: str) -> Backend:
         return self.build(name, dtype, self.concurrent_processes)
@@ -79,6 +81,7 @@ class Trainer:
             Interrupted: if a signal stopped a run.
             BackendError: if the framework cannot train it here.
             RecordError: if a file cannot be used or written.
+            FirstStepsDiffer: if `watch` says so.
         """
         backend, records = None, []
         elsewhere = self._start_twins(name, dtype, twins)
@@ -136,7 +139,8 @@ class Trainer:
             self.terminal.progress(title, total) as advance,
             self.signals.deferred(),
         ):
-            observer = TerminalObserver(self._line_of(name), advance)
+            watch = self.watch if dtype == "float64" and twin is None else None
+            observer = TerminalObserver(self._line_of(name), advance, self.watch)
             try:
                 found = training.train(
                     backend,
@@ -149,6 +153,7 @@ class Trainer:
                     weights=self.weights,
                     start=start,
                     checkpoints=checkpoints,
+                    after_first_steps=None if watch is None else watch.add,
                 )
             except KeyboardInterrupt:
                 raise Interrupted(
@@ -291,15 +296,23 @@ def prefixed(name: str, line: Callable[[str], None], text: str) -> None:
 
 
 class TerminalObserver:
-    """Passes the training loop's reports to the terminal, and counts the steps."""
+    """Passes the training loop's reports to the terminal, and counts the steps. `watch` may end the
+    training."""
 
-    def __init__(self, line: Callable[[str], None], advance: Advance) -> None:
-        self.line, self._advance = line, advance
+    def __init__(
+        self,
+        line: Callable[[str], None],
+        advance: Advance,
+        watch: FirstStepsWatch | None = None,
+    ) -> None:
+        self.line, self._advance, self._watch = line, advance, watch
         self.steps = 0  # done so far
 
     def advance(self, steps: int, loss: float) -> None:
         self.steps += steps
         self._advance(steps, loss)
+        if self._watch is not None:
+            self._watch.check()
 
 
 def resume_hint(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def train(
     weights: Arrays | None = None,
     start: Checkpoint | None = None,
     checkpoints: CheckpointManager | None = None,
+    after_first_steps: Callable[[Checkpoint], object] | None = None,
 ) -> Record:
     """Train once and evaluate on the test images.
 
@@ -64,6 +65,7 @@ def train(
         start: the checkpoint to resume from; None: the first step.
         checkpoints: writes checkpoints between two chunks, and, if the run is stopped or
             interrupted, one of the last state in memory.
+        after_first_steps: called with the state after the first steps, if others follow.
 
     Raises:
         KeyboardInterrupt: if `checkpoints` stops the run.
@@ -88,7 +90,7 @@ def train(
         TrainingLog(config, len(dataset.train_images), log_every, observer),
     )
     try:
-        run.train(checkpoints)
+        run.train(checkpoints, after_first_steps)
         evaluation = evaluate(backend, run.state, dataset, dtype)
     except (KeyboardInterrupt, RuntimeError) as error:
         # A terminal's Ctrl-C also ends a compiler's own processes: that is not an error.
@@ -180,7 +182,11 @@ class TrainingLoop:
             self.perturbation_rng = image_perturbation_rng(self.config.seed, checkpoint.twin)
             self.perturbation_rng.bit_generator.state = checkpoint.perturbation_rng_state
 
-    def train(self, checkpoints: CheckpointManager | None) -> None:
+    def train(
+        self,
+        checkpoints: CheckpointManager | None,
+        after_first_steps: Callable[[Checkpoint], object] | None = None,
+    ) -> None:
         """Train up to the last step, to a loss that is not finite, or until `checkpoints` stops
         it."""
         window_ends = [
@@ -202,6 +208,8 @@ class TrainingLoop:
                 # Training goes on after an evaluation: one that changes it shows in the next step.
                 few = self.dataset.first_test_images(FEW_TEST_IMAGES)
                 evaluate(self.backend, self.state, few, self.dtype)
+                if after_first_steps is not None:
+                    after_first_steps(self._checkpoint())
             if window_ends and window_ends[0] <= self.step < self.config.total_steps:
                 self.parameter_history |= with_step(
                     self.step, self.backend.export(self.state).tensors

@@ -1,0 +1,44 @@
+"""Whether the first float64 steps of both backends differ by more than rounding, while they train."""
+
+from __future__ import annotations
+
+import threading
+
+from lockstep.common.config import BACKENDS
+from lockstep.common.runs.checkpoint import Checkpoint
+from lockstep.common.runs.ensemble import Ensemble
+from lockstep.common.runs.first_steps import record_of
+
+# Times the bound. What is nearer to it, twins may explain: where a gradient cancels, an ulp in the
+# weights moves it by 6.5 times the bound. A wrong padding exceeds it by 1e11.
+CERTAIN = 1000.0
+
+
+class FirstStepsDiffer(Exception):
+    """Nothing that is left to train would change the verdict."""
+
+
+class FirstStepsWatch:
+    """Compares the first steps of both backends as soon as both are there. They may come from two
+    threads."""
+
+    def __init__(self) -> None:
+        self.differs = False
+        self._lock = threading.Lock()
+        self._found: dict[str, Ensemble] = {}
+
+    def add(self, state: Checkpoint) -> None:
+        """The state of one backend's run after its first steps."""
+        from lockstep.common.verdict.first_steps import check_first_steps
+
+        with self._lock:
+            self._found[state.backend] = Ensemble(record_of(state))
+            if len(self._found) == len(BACKENDS):
+                torch, flax = (self._found.pop(name) for name in BACKENDS)
+                checks = check_first_steps(torch, flax)
+                self.differs = any(check.bound_usage > CERTAIN for check in checks)
+
+    def check(self) -> None:
+        """Raise FirstStepsDiffer if they do."""
+        if self.differs:
+            raise FirstStepsDiffer

@@ -1,0 +1,113 @@
+"""A comparison ends early where float64's first steps differ for certain, and says the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lockstep.cli import main
+from lockstep.common.config import Config
+from lockstep.common.protocol import Snapshot
+from lockstep.common.runs.checkpoint import Checkpoint
+from lockstep.common.runs.watch import FirstStepsDiffer, FirstStepsWatch
+
+# A port that forgets in which order PyTorch flattens; FLATTENED says it.
+PAIR = """
+import torch
+from flax import nnx
+from lockstep import Pair
+
+
+class Port(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.head = nnx.Linear(32 * 32 * 3, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x.reshape(len(x), -1))
+
+
+def original(classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, classes))
+
+
+PAIR = Pair(torch=original, flax=Port, names={"1": "head"}, flattened=FLATTENED)
+"""
+
+
+def after_first_steps(backend: str, change: float = 0.0) -> Checkpoint:
+    """The state of a run of one number, whose first loss is changed."""
+    none, weights = np.zeros(0), {"a": np.ones(1)}
+    first_steps = {"0/loss/loss": np.array(1.0 + change), "1/loss/loss": np.array(0.5)}
+    return Checkpoint(
+        backend=backend,
+        dtype="float64",
+        twin=None,
+        config=Config(steps=9).resolve(100).to_json(),
+        data={},
+        source="",
+        segments=[],
+        layers=[],
+        perturbation_rng_state=None,
+        seconds=0.0,
+        loss=none,
+        gradient_norm=none,
+        lr=none,
+        batch_digests=np.zeros(0, np.int64),
+        weights=weights,
+        first_steps=first_steps,
+        parameter_history={},
+        snapshot=Snapshot.start(weights),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [(0.0, False), (1e-13, False), (5e-10, False), (1e-8, True), (float("nan"), True)],
+    ids=["equal", "rounding", "twins may explain it", "certain", "not a number"],
+)
+def test_only_a_difference_that_no_twin_explains_ends_the_training(
+    change: float, differs: bool
+) -> None:
+    watch = FirstStepsWatch()
+    watch.add(after_first_steps("flax", change))
+    watch.check()  # one side alone says nothing
+    watch.add(after_first_steps("torch"))
+    assert watch.differs == differs
+    if differs:
+        with pytest.raises(FirstStepsDiffer):
+            watch.check()
+
+
+@pytest.mark.slow
+def test_an_early_end_says_what_the_whole_run_says(tmp_path: Path) -> None:
+    wrong, right = tmp_path / "wrong.py", tmp_path / "right.py"
+    wrong.write_text(PAIR.replace("FLATTENED", "{}"))
+    right.write_text(PAIR.replace("FLATTENED", '{"1": (3, 32, 32)}'))
+    run = ["--data", "digits", "--steps", "250", "--quiet"]
+    early, whole = tmp_path / "early", tmp_path / "whole"
+
+    def report(folder: Path) -> dict[str, object]:
+        return json.loads((folder / "report.json").read_text())
+
+    assert main([*run, "--model", f"{wrong}:PAIR", "--out", str(early)]) == 1
+    assert main([*run, "--model", f"{wrong}:PAIR", "--out", str(whole), "--keep-going"]) == 1
+    found, expected = report(early), report(whole)
+    assert "--keep-going trains it all" in str(found["ended_early"])
+    assert "ended_early" not in expected
+    (first,), (long, _) = found["lenses"], expected["lenses"]  # type: ignore[misc]
+    assert (first["steps"], long["steps"]) == (2, 250)
+    assert (first["located"], first["verdict"]) == (long["located"], long["verdict"])
+    assert not list(early.glob("flax-*"))  # nothing that was begun, and no shorter run
+    assert "The rest was not trained" in (early / "report.html").read_text()
+    assert len(list(whole.glob("*.safetensors"))) == 8
+
+    assert main(["--resume", str(early), "--keep-going", "--quiet"]) == 1  # it trains it all
+    assert len(list(early.glob("*.safetensors"))) == 8
+    assert "ended_early" not in report(early)
+
+    agreeing = tmp_path / "agreeing"  # the control: without the mistake nothing ends early
+    assert main([*run, "--model", f"{right}:PAIR", "--out", str(agreeing)]) == 0
+    assert "ended_early" not in report(agreeing)
