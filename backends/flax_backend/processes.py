@@ -23,7 +23,7 @@ from lockstep.backends.flax_backend.layers import BatchNorm
 from lockstep.backends.flax_backend.state import Parameters, State
 from lockstep.backends.flax_backend.user_module import Network
 from lockstep.common.config import Config
-from lockstep.common.data import check_divides
+from lockstep.common.data import check_shares
 from lockstep.common.errors import BackendError, reason
 from lockstep.common.protocol import Evaluation, Metrics, Rank, Snapshot
 
@@ -39,8 +39,7 @@ class FlaxRank(FlaxBackend):
 
     Raises:
         BackendError: if the group of processes cannot be joined.
-        ConfigError: if local batch norms are asked for, and a batch is not a multiple of the
-            processes.
+        ConfigError: if the processes cannot share a batch.
     """
 
     # --- Set up: join the group, exchange the batch norms
@@ -55,7 +54,7 @@ class FlaxRank(FlaxBackend):
         concurrent_processes: int,
         rank: Rank,
     ) -> None:
-        check_divides(config, rank, config.batch_size)
+        check_shares(config, rank.count, config.batch_size)
         self.rank = rank
         join(rank)
         super().__init__(config, classes, dtype, device, compile, concurrent_processes)
@@ -76,7 +75,7 @@ class FlaxRank(FlaxBackend):
     def _on_device(
         self, state: State, images: Array, labels: Array, axis: int = 0
     ) -> tuple[jax.Array, jax.Array, Parameters]:
-        check_divides(self.config, self.rank, labels.shape[axis])
+        check_shares(self.config, self.rank.count, labels.shape[axis])
         whole = super()._on_device(state, images, labels, axis)
         if labels.shape[axis] % self.rank.count:  # which JAX does not share out: all do all of it
             return spread(whole, self._everywhere)
@@ -171,7 +170,7 @@ def local_batch_norm(kind: type[nnx.BatchNorm], count: int) -> type[nnx.BatchNor
             graph, state = nnx.split(self)
 
             def of_part(part: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-                norm = nnx.merge(graph, state)
+                norm = nnx.merge(graph, nnx.to_pure_dict(state))
                 return kind.__call__(norm, part), norm.mean[...], norm.var[...]
 
             parts, mean, var = jax.vmap(of_part)(x.reshape(count, -1, *x.shape[1:]))

@@ -28,7 +28,7 @@ from lockstep.backends.torch_backend.layers import BatchNorm2d
 from lockstep.backends.torch_backend.losses import upcast
 from lockstep.backends.torch_backend.state import State
 from lockstep.common.config import Config
-from lockstep.common.data import check_divides, rows
+from lockstep.common.data import check_shares, rows
 from lockstep.common.errors import BackendError, reason
 from lockstep.common.protocol import Arrays, Evaluation, Metrics, Rank, Snapshot
 
@@ -40,8 +40,7 @@ class TorchRank(TorchBackend):
 
     Raises:
         BackendError: if the group of processes cannot be joined.
-        ConfigError: if local batch norms are asked for, and a batch is not a multiple of the
-            processes.
+        ConfigError: if the processes cannot share a batch.
     """
 
     # --- Set up: join the group, exchange the batch norms
@@ -56,7 +55,7 @@ class TorchRank(TorchBackend):
         concurrent_processes: int,
         rank: Rank,
     ) -> None:
-        check_divides(config, rank, config.batch_size)
+        check_shares(config, rank.count, config.batch_size)
         self.rank, self.evaluating = rank, False
         join(rank, choose_device(device))
         super().__init__(config, classes, dtype, device, compile, concurrent_processes)
@@ -79,7 +78,7 @@ class TorchRank(TorchBackend):
     def _on_device(
         self, state: State, images: Array, labels: Array, axis: int = 0
     ) -> tuple[Tensor, Tensor, Masks]:
-        check_divides(self.config, self.rank, labels.shape[axis])
+        check_shares(self.config, self.rank.count, labels.shape[axis])
         own = (*[slice(None)] * axis, rows(self.rank, labels.shape[axis]))
         images, labels, masks = super()._on_device(state, images, labels, axis)
         return images[own], labels[own], {name: mask[own] for name, mask in masks.items()}
@@ -254,13 +253,12 @@ def sum_of_all(tensor: Tensor) -> Tensor:
 
 def mean_of_all(mean: Tensor, count: int) -> Tensor:
     """The mean over the whole batch. The mean of the processes' means is another number where they
-    have different counts; with a count of 0, this one's mean is not a number.
+    have different counts.
 
     Its gradient in each process is that of all processes' losses together, so that the average over
     the processes is that of the loss.
     """
-    own = mean * count if count else mean.nan_to_num() * 0
-    total, images = sum_of_all(torch.stack([own, torch.full_like(own, count)]))
+    total, images = sum_of_all(torch.stack([mean * count, torch.full_like(mean, count)]))
     return total / images
 
 

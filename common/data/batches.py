@@ -50,21 +50,31 @@ def first_seen(config: Config, images: int, count: int = 32) -> np.ndarray:
 
 def rows(rank: Rank, batch: int) -> slice:
     """The images of a batch that one of several processes trains on: contiguous, as
-    `np.array_split` splits them. There are none where the batch is smaller than the processes are
-    many."""
+    `np.array_split` splits them."""
     most, larger = divmod(batch, rank.count)  # the first `larger` processes have one more
     start = rank.number * most + min(rank.number, larger)
     return slice(start, start + most + (rank.number < larger))
 
 
-def check_divides(config: Config, rank: Rank, batch: int) -> None:
-    """Raise ConfigError if local batch norms are asked for, and the processes would have different
-    numbers of a batch's images."""
-    if config.batch_norm == "local" and batch % rank.count:
+def check_shares(config: Config, count: int, batch: int) -> None:
+    """Raise ConfigError if `count` processes cannot train on a batch of so many images: each needs
+    one, and with local batch norms all need equally many."""
+    remedy = "choose another --batch-size, fewer --processes, or --drop-last"
+    if batch < count:
+        raise ConfigError(f"{count} processes cannot share a batch of {batch}: {remedy}")
+    if config.batch_norm == "local" and batch % count:
         raise ConfigError(
-            f"--batch-norm local needs batches that {rank.count} processes can share out evenly, and "
-            f"one has {batch} images: choose another --batch-size, --drop-last, or --batch-norm global"
+            f"--batch-norm local needs equal shares, and {count} processes cannot have them of a batch "
+            f"of {batch}: {remedy}"
         )
+
+
+def check_all_shares(config: Config, count: int, images: int) -> None:
+    """`check_shares` of all batches of a resolved run on so many training images."""
+    check_shares(config, count, config.batch_size)
+    per_epoch, rest = config.batches_per_epoch(images), images % config.batch_size
+    if rest and not config.drop_last and config.total_steps >= per_epoch:
+        check_shares(config, count, rest)
 
 
 def order_digest(config: Config, images: int) -> str:
