@@ -62,7 +62,8 @@ def build(
 
     Args:
         classes: how many; or what the network is built for, `Dataset.task`.
-        concurrent_processes: that train at the same time; on this machine; each uses its share of the cores.
+        concurrent_processes: that train at the same time on this machine; each uses its share of
+            the cores.
         rank: of this process, where several train one run together.
     """
     arguments = config, classes, dtype, device, compile, concurrent_processes

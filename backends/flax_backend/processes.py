@@ -25,7 +25,7 @@ from lockstep.backends.flax_backend.user_module import Network
 from lockstep.common.config import Config
 from lockstep.common.data import check_shares
 from lockstep.common.errors import BackendError, reason
-from lockstep.common.protocol import Evaluation, Metrics, Rank, Snapshot
+from lockstep.common.protocol import Evaluation, Metrics, Rank, Snapshot, Task
 
 JOIN_TIMEOUT = 60  # seconds
 HEARTBEAT_TIMEOUT = 20  # seconds after which JAX ends this process, where another one is gone
@@ -47,7 +47,7 @@ class FlaxRank(FlaxBackend):
     def __init__(
         self,
         config: Config,
-        classes: int,
+        classes: int | Task,
         dtype: str,
         device: str,
         compile: str,

@@ -29,8 +29,9 @@ from lockstep.backends.torch_backend.losses import upcast
 from lockstep.backends.torch_backend.state import State
 from lockstep.common.config import Config
 from lockstep.common.data import check_shares, rows
+from lockstep.common.data.dataset import IGNORED
 from lockstep.common.errors import BackendError, reason
-from lockstep.common.protocol import Arrays, Evaluation, Metrics, Rank, Snapshot
+from lockstep.common.protocol import Arrays, Evaluation, Metrics, Rank, Snapshot, Task
 
 TIMEOUT = datetime.timedelta(minutes=5)  # to join the others, and to wait for them in a step
 
@@ -48,7 +49,7 @@ class TorchRank(TorchBackend):
     def __init__(
         self,
         config: Config,
-        classes: int,
+        classes: int | Task,
         dtype: str,
         device: str,
         compile: str,
@@ -92,7 +93,12 @@ class TorchRank(TorchBackend):
     def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Of the whole batch, except in evaluation."""
         loss = super()._loss(logits, labels, smoothing)
-        return loss if self.evaluating else mean_of_all(loss, len(labels))
+        if self.evaluating:
+            return loss
+        # As `lockstep.common.data.label_count` counts them.
+        if labels.is_floating_point() or labels.ndim == 1:
+            return mean_of_all(loss, torch.tensor(len(labels), device=loss.device))
+        return mean_of_all(loss, (labels != IGNORED).sum())
 
     def _step(
         self, state: State, images: Tensor, labels: Tensor, masks: Masks
@@ -251,15 +257,16 @@ def sum_of_all(tensor: Tensor) -> Tensor:
     return _Sum.apply(tensor.contiguous())
 
 
-def mean_of_all(mean: Tensor, count: int) -> Tensor:
+def mean_of_all(mean: Tensor, count: Tensor) -> Tensor:
     """The mean over the whole batch. The mean of the processes' means is another number where they
-    have different counts.
+    have different counts; of none, it is not a number.
 
     Its gradient in each process is that of all processes' losses together, so that the average over
     the processes is that of the loss.
     """
-    total, images = sum_of_all(torch.stack([mean * count, torch.full_like(mean, count)]))
-    return total / images
+    own = torch.where(count > 0, mean, 0) * count
+    total, counts = sum_of_all(torch.stack([own, count.to(own.dtype)]))
+    return total / counts
 
 
 def average(tensor: Tensor) -> Tensor:
