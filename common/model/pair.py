@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, did_you_mean, reason
 from lockstep.common.model import trees
+from lockstep.common.system import environment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +87,7 @@ def load(model: str) -> Pair:
 
 @functools.cache
 def _load_users(model: str) -> Pair:
+    os.environ.update(environment.jax_cache())  # JAX reads them when the pair first imports it
     place, _, name = model.rpartition(":")
     if is_path(place):
         found = getattr(_imported(place, lambda: _import_file(Path(place))), name, None)
