@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.nn.recurrent import RNNCellBase
 
+from lockstep.backends.adapters import modules as adapters
 from lockstep.common.model.layers import NORM, kind_of_class
 
 LAYERS = (
@@ -37,11 +39,21 @@ def record_activations(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
     values are traced and must be returned; it would sort a plain dictionary, and keeps the order of
     this one.
     """
+    parts = adapters.parts_of(model)
+    if parts is not None:
+        with adapters.recording(parts) as seen:
+            yield seen
+        return
     seen: dict[str, jax.Array] = OrderedDict()
+    modules = list(nnx.iter_modules(model))
+    cells = [path for path, layer in modules if isinstance(layer, RNNCellBase)]
     layers = [
         (path, layer)
-        for path, layer in nnx.iter_modules(model)
-        if path and (isinstance(layer, LAYERS) or is_own_norm(layer))
+        for path, layer in modules
+        if path
+        and (isinstance(layer, LAYERS) or is_own_norm(layer))
+        # what a cell computes in one step of its scan cannot leave it
+        and not any(path[: len(cell)] == cell for cell in cells)
     ]
     layers = [(path, layer) for path, layer in layers if has_parameters(layer)]
     for path, layer in layers:

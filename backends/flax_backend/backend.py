@@ -65,7 +65,7 @@ class FlaxBackend:
         self.config, task = config, task_of(config.model, classes)
         self.dtype = numpy_dtype(dtype)
         self._compute_dtype = compute_dtype(dtype)
-        network = build(config.model, task.classes, self.device, exchanges(config, dtype))
+        network = build(config.model, task, self.device, exchanges(config, dtype))
         self.network = cast_constants(network, self._compute_dtype)
         self._own_loss = own_loss(config, task)
         batch_norms = {name.rpartition(".")[0] for name in self.network.statistics}

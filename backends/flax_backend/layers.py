@@ -1,6 +1,6 @@
 """Layers of the networks that are not the library's own: convolution and pooling that are fast on
-the device; norms, dense layers and dropout as PyTorch computes them. Equal to `flax.nnx` up to
-rounding. Reads next to backends/torch_backend/layers.py."""
+the device; norms, dense layers, dropout and recurrent cells as PyTorch computes them. Equal to
+`flax.nnx` up to rounding. Reads next to backends/torch_backend/layers.py."""
 
 from __future__ import annotations
 
@@ -151,3 +151,38 @@ class Dropout(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x if self.deterministic else x * self.mask / (1 - self.rate)
+
+
+class LSTMCell(nnx.OptimizedLSTMCell):
+    """`nnx.OptimizedLSTMCell` as a layer of `torch.nn.LSTM`, for `nnx.RNN`: with both of PyTorch's
+    biases, which train as one with twice the learning rate.
+
+    It starts from zeros in the precision of its parameters, where Flax's has float32.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, *, rngs: nnx.Rngs) -> None:
+        super().__init__(in_features, hidden_features, rngs=rngs)
+        self.dense_i = nnx.Linear(in_features, 4 * hidden_features, rngs=rngs)
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], rngs: object = None, carry_init: object = None
+    ) -> tuple[jax.Array, jax.Array]:
+        zeros = zero_carry(self.dense_h, self.hidden_features, input_shape)
+        return zeros, zeros
+
+
+class GRUCell(nnx.GRUCell):
+    """`nnx.GRUCell` as a layer of `torch.nn.GRU`, in the same way."""
+
+    def __init__(self, in_features: int, hidden_features: int, *, rngs: nnx.Rngs) -> None:
+        super().__init__(in_features, hidden_features, rngs=rngs)
+        self.dense_h = nnx.Linear(hidden_features, 3 * hidden_features, rngs=rngs)
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], rngs: object = None, carry_init: object = None
+    ) -> jax.Array:
+        return zero_carry(self.dense_h, self.hidden_features, input_shape)
+
+
+def zero_carry(layer: nnx.Linear, width: int, input_shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros((*input_shape[:-1], width), layer.kernel[...].dtype)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
+from lockstep.backends.adapters import modules as adapters
 from lockstep.backends.flax_backend import convert
 from lockstep.backends.flax_backend.inputs import Inputs
 from lockstep.backends.flax_backend.layers import (
@@ -27,6 +28,7 @@ from lockstep.backends.flax_backend.losses import Loss, cross_entropy_of_each, o
 from lockstep.common import protocol
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import normalise
+from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair, trees
 from lockstep.common.model.initial_weights import initial_weights
@@ -87,35 +89,42 @@ def exchanges(config: Config, dtype: str) -> Exchange:
     return EXACT_SUMS if config.exact_sums else Exchange({}, fast=dtype == "float64")
 
 
-def build(model: str, classes: int, device: str, exchange: Exchange = EXACT_SUMS) -> Network:
+def build(
+    model: str, classes: int | protocol.Task, device: str, exchange: Exchange = EXACT_SUMS
+) -> Network:
     """The network that `--model` names, without weights.
 
     Args:
+        classes: or what the network is built for.
         exchange: of `exchanges`, for a user's module.
 
     Raises:
         ConfigError: if the user's network cannot be built, or cannot be compared.
     """
-    network = pair.network(model, "flax")
+    network, task = pair.network(model, "flax"), task_of(model, classes)
     if model in MODELS:
         # shapes only: no weight is drawn
-        module = nnx.eval_shape(lambda: network(classes, device, rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: network(task.classes, device, rngs=nnx.Rngs(0)))
         return split_module(module, {})
-    module, declared = build_module(model, classes, seed=0), declared_names(model)
+    module, declared = build_module(model, task, seed=0), declared_names(model)
     names = exchanged(module, device, *exchange)
     return split_module(module, declared, exchange.kinds)._replace(exchanged=names)
 
 
-def build_module(model: str, classes: int, seed: int) -> nnx.Module:
+def build_module(model: str, task: protocol.Task, seed: int) -> nnx.Module:
     """The user's module, with the weights that it draws with this seed."""
+    network = pair.network(model, "flax")
     with pair.user_code_errors(model, "flax", "build"):
-        module = pair.network(model, "flax")(classes, rngs=nnx.Rngs(seed))
+        module = adapters.built(network, task.classes, seed)
+        module = adapters.adapted(module, lambda: trial(task)[0], seed)
     if not isinstance(module, nnx.Module):
         raise ConfigError(
             f"--model {model}: flax builds a {type(module).__name__}: "
-            "let it build a flax.nnx.Module"
+            "let it build a module of flax.nnx, flax.linen or Equinox"
         )
     for path, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.bridge.ToNNX):
+            layer.to_nnx__rngs = None  # linen refuses by itself what draws; the rest needs none
         if isinstance(layer, nnx.ConvTranspose) and layer.transpose_kernel:
             raise ConfigError(
                 f"--model {model}: flax's {'.'.join(map(str, path))} has transpose_kernel=True, a "
@@ -153,9 +162,9 @@ def declared_names(model: str) -> dict[str, str]:
     return {name: name for name in pair.load(model).names.values()}
 
 
-def own_start(model: str, classes: int, device: str, seed: int) -> protocol.Arrays:
+def own_start(model: str, classes: int | protocol.Task, device: str, seed: int) -> protocol.Arrays:
     """The initial tensors that the user's module draws with this seed, by canonical name."""
-    module = build_module(model, classes, seed)
+    module = build_module(model, task_of(model, classes), seed)
     _, parameters, statistics, _ = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
     names = split_module(module, declared_names(model)).names
     tensors = convert.flatten(parameters, names) | convert.flatten(statistics, names)
@@ -251,8 +260,9 @@ def exact_layer(layer: nnx.Module, kinds: Kinds) -> nnx.Module | None:
 
 def module_classes(module: nnx.Module) -> tuple[type, ...]:
     """The module's own class first."""
+    parts = adapters.parts_of(module)
     inner = (type(each) for _, each in nnx.iter_modules(module))
-    return tuple(dict.fromkeys([type(module), *inner]))
+    return tuple(dict.fromkeys([type(module), *inner])) if parts is None else parts.classes
 
 
 def layer_kinds(module: nnx.Module, names: dict[str, str]) -> dict[str, str]:
@@ -262,11 +272,18 @@ def layer_kinds(module: nnx.Module, names: dict[str, str]) -> dict[str, str]:
         names: of the tensors, canonical by Flax's own.
     """
     layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module)}
+    parts = adapters.parts_of(module)
+    if parts is not None:
+        return kinds_by_layer(names, lambda layer: parts.kinds.get(layer, ""))
     return kinds_by_layer(names, lambda layer: kind_of_class(layers.get(layer), KINDS))
 
 
 def definition_order(module: nnx.Module, name: str) -> list[int]:
     """A key to sort variables in the order of their definition; `nnx` sorts them by name."""
+    parts = adapters.parts_of(module)
+    if parts is not None:
+        layer = name.rpartition(".")[0]
+        return [list(parts.kinds).index(layer) if layer in parts.kinds else 0]
     places, node = [], vars(module)
     for part in name.split("."):
         places.append(list(node).index(part) if part in node else 0)

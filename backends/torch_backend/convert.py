@@ -235,7 +235,29 @@ def transposed_convolution(layer: _ConvTransposeNd, tensors: Arrays) -> Arrays:
     return {"kernel": kernel} | {name: tensors[name] for name in tensors if name != "weight"}
 
 
-CONVERTS = ((nn.MultiheadAttention, attention), (_ConvTransposeNd, transposed_convolution))
+def recurrent(layer: nn.RNNBase | nn.RNNCellBase, tensors: Arrays) -> Arrays:
+    """As in the cells of `nnx` that compute all gates at once, in PyTorch's order: `dense_i` for the
+    input, `dense_h` for the hidden state. Of several layers with the place of each, and of two
+    directions as in `nnx.Bidirectional`."""
+    found, several = {}, getattr(layer, "num_layers", 1) > 1
+    for name, tensor in tensors.items():
+        role, part, *where = name.split("_")  # weight_ih, or weight_ih_l0_reverse
+        if part not in ("ih", "hh"):
+            raise ValueError(f"{name}: projections have no cell in Flax")
+        path = [where[0].removeprefix("l")] if several else []
+        if getattr(layer, "bidirectional", False):
+            path.append("backward_rnn" if where[1:] else "forward_rnn")
+        path.append("dense_i" if part == "ih" else "dense_h")
+        path.append("kernel" if role == "weight" else "bias")
+        found[".".join(path)] = tensor.T if role == "weight" else tensor
+    return found
+
+
+CONVERTS = (
+    (nn.MultiheadAttention, attention),
+    (_ConvTransposeNd, transposed_convolution),
+    ((nn.RNNBase, nn.RNNCellBase), recurrent),
+)
 
 
 def attach_converts(model: nn.Module, declared: Mapping[str, layouts.Convert]) -> None:

@@ -16,14 +16,13 @@ from lockstep.backends.torch_backend.layers import BatchNorm2d, LayerNorm
 from lockstep.backends.torch_backend.losses import Loss, cross_entropy_of_each, of_pair
 from lockstep.common.config import MODELS, Config
 from lockstep.common.data import normalise
+from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.errors import ConfigError, shorten
 from lockstep.common.model import pair as pairs
 from lockstep.common.model import trees
 from lockstep.common.protocol import Arrays, Task
 
-# Layers that Flax has not, or has otherwise: PyTorch's recurrent ones have two biases, which train
-# twice as fast as Flax's one.
-UNSUPPORTED = nn.RNNBase, nn.RNNCellBase, nn.Bilinear
+UNSUPPORTED = (nn.Bilinear,)  # layers that Flax has not
 IGNORED_BUFFERS = "num_batches_tracked"  # for `momentum=None`, which Flax does not have
 
 
@@ -80,11 +79,11 @@ def exchanged(module: nn.Module, kinds: Kinds) -> list[str]:
     return [name for name, layer in layers if exact_layer(layer, kinds) is not None]
 
 
-def own_start(model: str, classes: int, device: str, seed: int) -> Arrays:
+def own_start(model: str, classes: int | Task, device: str, seed: int) -> Arrays:
     """The initial tensors that the user's module draws with this seed, by canonical name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build(model, classes, device)
+        module = build(model, task_of(model, classes).classes, device)
     return convert.to_canonical(
         module, dict(module.named_parameters()) | convert.statistics(module)
     )

@@ -19,7 +19,7 @@ from lockstep.common.model import pair as pairs
 from lockstep.common.system import program
 
 if TYPE_CHECKING:
-    from lockstep.common.protocol import Arrays
+    from lockstep.common.protocol import Arrays, Task
 
 
 def add_arguments(parser: Parser) -> None:
@@ -65,7 +65,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if model not in MODELS:
         for side in (torch, flax):
             exchanged[side.name] = side.describe().get("exchanged", [])
-        draws = own_draws(backends, model, dataset.task.classes, device)
+        draws = own_draws(backends, model, dataset.task, device)
         starts = initialisation.compare_starts(draws)
         if found.first_difference is None:
             own = draws["torch"](config.seed)
@@ -96,11 +96,11 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
 
 def own_draws(
-    backends: BackendPackage, model: str, classes: int, device: str
+    backends: BackendPackage, model: str, task: Task, device: str
 ) -> dict[str, Callable[[int], Arrays]]:
     """By backend, a function from a seed to the initial tensors of the user's module."""
     return {
-        name: functools.partial(user_module(backends, name).own_start, model, classes, device)
+        name: functools.partial(user_module(backends, name).own_start, model, task, device)
         for name in BACKENDS
     }
 

@@ -238,6 +238,12 @@ SECTIONS = (
             Pair(None, "layers.py:Conv.__call__", "As above."),
             Pair(None, "layers.py:promote_bias", "As above."),
             Pair(None, "layers.py:attention", "In PyTorch, the softmax is of its inputs' dtype."),
+            *(
+                Pair(None, f"layers.py:{name}", "In PyTorch, the library has it.")
+                for cell in ("LSTMCell", "GRUCell")
+                for name in (cell, f"{cell}.__init__", f"{cell}.initialize_carry")
+            ),
+            Pair(None, "layers.py:zero_carry", "As above."),
             Pair(None, "user_module.py:cast_constants", "In PyTorch, `Module.to`."),
         ),
         shared=("data/dropout.py:masks",),
@@ -502,6 +508,7 @@ SECTIONS = (
                 "As above: a packed matrix is three kernels in Flax.",
             ),
             Pair("convert.py:transposed_convolution", None, "As above."),
+            Pair("convert.py:recurrent", None, "As above."),
             Pair(
                 "convert.py:attach_converts",
                 None,

@@ -88,7 +88,7 @@ PINS = (
     both(_INIT, "self._template = build(", "network = build("),
     torch_only(_INIT, "self._dropout_layers = "),
     both("user_module.py:build", 'torch.device("meta")', "nnx.eval_shape("),
-    both("user_module.py:build_module", "module = network(classes)", "module = pair.network("),
+    both("user_module.py:build_module", "module = network(classes)", "module = adapters.built("),
     both("device.py:configure_determinism", "matmul.allow_tf32", "jax_default_matmul_precision"),
 )
 

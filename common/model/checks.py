@@ -12,6 +12,12 @@ from lockstep.common.model.pair import Shapes
 if TYPE_CHECKING:
     from lockstep.common.protocol import Dropout
 
+BIASES = (".dense_i.bias", ".dense_h.bias")
+RECURRENT = (
+    "PyTorch's recurrent layers have two biases, which train as one with twice the learning rate; "
+    "cells with both are in lockstep.backends.flax_backend.layers"
+)
+
 
 def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]) -> None:
     """Raise ConfigError unless both sides have the same tensors.
@@ -35,6 +41,8 @@ def check_same(torch: Shapes, flax: Shapes, own: Mapping[str, Mapping[str, str]]
         remedy = (
             f"if these belong together, add to the pair: {lines}"
             if lines
+            else RECURRENT
+            if all(name.endswith(BIASES) for name in (*missing, *extra))
             else "one of the modules lacks them"
         )
         raise ConfigError(

@@ -88,7 +88,7 @@ def own_start(
     if config.starts_from not in BACKENDS:
         return None
     module = backends.module(f"{config.starts_from}_backend.user_module")
-    return module.own_start(config.model, dataset.task.classes, device, config.seed)
+    return module.own_start(config.model, dataset.task, device, config.seed)
 
 
 def check_images(config: Config, dataset: Dataset) -> None:

@@ -553,8 +553,8 @@ REFUSED = {
         "flattened must be a dictionary: a layer, and",
     ),
     "a layer of unknown layout": (
-        "Pair(lambda classes: torch.nn.Sequential(torch.nn.LSTM(3, 3)), Flax)",
-        "torch's 0 is a LSTM, whose layout is not known: add to the pair convert={'0': ...}",
+        "Pair(lambda classes: torch.nn.Sequential(torch.nn.Bilinear(3, 3, 3)), Flax)",
+        "torch's 0 is a Bilinear, whose layout is not known: add to the pair convert={'0': ...}",
     ),
     "a transposed kernel that is transposed": (
         "Pair(Torch, lambda classes, rngs: nnx.Sequential(nnx.ConvTranspose(3, 3, (2, 2), "
