@@ -28,6 +28,11 @@ class BackendError(LockstepError):
     """A framework or device that is not there, or cannot train the network."""
 
 
+class RankFailed(BackendError):
+    """One of the processes that train a run together died, hung, or raised an error: the run ends,
+    and can be resumed."""
+
+
 class ScriptError(LockstepError):
     """A training script of the user's that cannot be run, or cannot be recorded."""
 

@@ -8,7 +8,7 @@ backend's own business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
@@ -65,6 +65,15 @@ class Dropout(NamedTuple):
     shape: tuple[int, ...]
 
 
+class RankDifference(TypedDict):
+    """A tensor of a state that is not the same in all processes of a run."""
+
+    step: int  # optimizer steps done
+    rank: int  # the process whose tensor is not rank 0's
+    tensor: str
+    gap: float | None  # the largest; None if it is not finite, or the tensor is not there
+
+
 class Snapshot(NamedTuple):
     """A training state in the canonical layout: what a file can hold, and from which either backend
     can resume."""
@@ -77,6 +86,8 @@ class Snapshot(NamedTuple):
     # `lr` of the next step and, for plateau, its counters; empty before the first step.
     schedule: dict[str, float]
     step: int  # optimizer steps done
+    # Of a run of several processes, whose states must be equal: where they are not. No file has it.
+    differences: tuple[RankDifference, ...] = ()
 
     @property
     def tensors(self) -> Arrays:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lockstep.common.runs.request import RunRequest
 
 
+MAX_PROCESSES = 1024
+
+
 @dataclass(frozen=True)
 class Request:
     """A comparison that is asked for: the run, the precisions, the folder of the reports."""
@@ -32,6 +35,7 @@ class Request:
     device: str = "auto"  # auto, cpu or cuda
     compile: str = "auto"  # auto, on or off
     cluster: str | None = None  # the Dask scheduler whose workers train the twins
+    processes: int = 1  # that train each run together
     weights: Path | None = None  # the user's own initial weights
     out: Path | None = None  # None: a folder in results/runs
     resume: Path | None = None  # the folder of a run to resume; it is `out`, too
@@ -46,6 +50,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.twins < 0 or (self.twins == 0 and self.dtypes != ("float64",)):
             raise ConfigError("--twins must be 1 or more: the bounds come from the twins")
+        if not 1 <= self.processes <= MAX_PROCESSES:
+            raise ConfigError(f"--processes must be between 1 and {MAX_PROCESSES}")
+        if self.processes > 1 and self.cluster is not None:
+            raise ConfigError("--cluster's workers train with one process: leave out --processes")
         for option, value in (
             ("--log-every", self.log_every),
             ("--checkpoint-every", self.checkpoint_every),

@@ -65,9 +65,8 @@ def compare(
     if request.tensorboard is not None:
         reports.check_tensorboard()
         storage.check_writable(request.tensorboard, "--tensorboard")
-    wanted = request.cluster is None and parallel.may_use_worker(
-        request.config, request.backends, request.device
-    )
+    alone = request.processes == 1 and request.cluster is None
+    wanted = alone and parallel.may_use_worker(request.config, request.backends, request.device)
     with parallel.TrainingWorker(wanted, backends.load) as worker:
         return prepare_and_train(request, backends, terminal, signals or SignalHandler(), worker)
 
@@ -84,6 +83,7 @@ def prepare_and_train(
     from lockstep.common.runs import estimate, prepare
     from lockstep.common.runs import request as requests
     from lockstep.common.runs.find import find_runs
+    from lockstep.common.runs.ranks import Ranks
     from lockstep.common.runs.remote import Twins, start_twins
     from lockstep.common.runs.trainer import Interrupted, Trainer, resume_hint
     from lockstep.common.system import storage
@@ -117,14 +117,19 @@ def prepare_and_train(
     default = RUNS / f"{request.recipe}-{config.fingerprint(dataset.digest)}"
     folder = request.resume or request.out or default
     twins = Twins(build, config, request.data, request.data_dir, dataset.digest, weights)
-    with storage.lock_folder(folder), start_twins(request.cluster, twins) as start_twin:
+    with (
+        storage.lock_folder(folder),
+        start_twins(request.cluster, twins) as start_twin,
+        Ranks(build, request.processes, resume_hint(folder)) as ranks,
+    ):
         existing = [name for name in BACKENDS if name not in names or request.keep_records]
         found = find_runs(folder, request.dtypes, existing, config, dataset, terminal.line)
+        ranks.counts |= processes_of(found)
         trainer = Trainer(
             folder,
             config,
             dataset,
-            build,
+            ranks.build,
             terminal,
             weights,
             request.log_every,
@@ -143,6 +148,15 @@ def prepare_and_train(
             raise Interrupted(
                 "; ".join(filter(None, [str(interruption), resume_hint(folder)]))
             ) from None
+
+
+def processes_of(ensembles: Mapping[str, Ensembles]) -> dict[str, int]:
+    """By backend, how many processes trained its runs."""
+    return {
+        name: ensemble.run.processes
+        for by_backend in ensembles.values()
+        for name, ensemble in by_backend.items()
+    }
 
 
 def train_and_compare(
@@ -170,7 +184,7 @@ def train_and_compare(
     }
     found = itertools.chain(*ensembles.values())
     worker_backend = None
-    if request.cluster is None:
+    if request.cluster is None and request.processes == 1:
         worker_backend = parallel.choose_worker_backend(trainer, request.backends, device, found)
     training = parallel.ParallelTraining(trainer, worker, worker_backend, numbers)
     comparisons: list[Comparison] = []

@@ -44,6 +44,7 @@ def compare(
     out: Path | str | None = None,
     device: str = "auto",
     compile: str = "auto",
+    processes: int = 1,
     weights: Path | str | None = None,
     quiet: bool = True,
 ) -> Result:
@@ -59,6 +60,7 @@ def compare(
         out: folder of the report and the records; None: one in results/runs.
         device: "auto", "cpu" or "cuda".
         compile: "auto", "on" or "off": torch.compile.
+        processes: that train each run together, each on its share of every batch.
         weights: initial weights, as a file that `--weights` takes; None: drawn from the seed.
         quiet: print nothing.
 
@@ -79,6 +81,7 @@ def compare(
         out=None if out is None else Path(out),
         device=device,
         compile=compile,
+        processes=processes,
         weights=None if weights is None else Path(weights),
     )
     with SignalHandler() as signals:

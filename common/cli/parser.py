@@ -224,7 +224,17 @@ def add_data(parser: Parser) -> None:
     )
 
 
-def add_device(parser: Parser) -> None:
+def add_processes(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="train each run by N processes together, each on its share of every batch "
+        "(default: 1)",
+    )
+
+
+def add_device(parser: Parser) -> argparse._ActionsContainer:
     group = parser.add_argument_group("device")
     add_choice(group, "--device", ("auto", "cpu", "cuda"), "(default: auto)", "auto")
     add_choice(
@@ -234,6 +244,7 @@ def add_device(parser: Parser) -> None:
         "torch.compile (auto: in long runs of small batches); jax.jit always",
         "auto",
     )
+    return group
 
 
 def add_output(parser: Parser, out: str) -> None:

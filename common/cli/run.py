@@ -29,8 +29,9 @@ from lockstep.common.request import Request
 
 # The options that may change when a run is resumed.
 CHANGEABLE = (
-    "resume", "run", "backend", "data", "data_dir", "device", "compile", "cluster", "log_every",
-    "tensorboard", "checkpoint_every", "keep_going", "quiet", "verbose", "json", "command",
+    "resume", "run", "backend", "data", "data_dir", "device", "compile", "cluster", "processes",
+    "log_every", "tensorboard", "checkpoint_every", "keep_going", "quiet", "verbose", "json",
+    "command",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def add_run_options(parser: Parser) -> None:
     group = parser.add_argument_group("the comparison")
     options_of.add_dtype(group, "one precision only (default: the recipe's)")
     options_of.add_twins(group)
-    options_of.add_device(parser)
+    options_of.add_processes(options_of.add_device(parser))
     options_of.add_cluster(parser)
     options_of.add_output(
         parser, "folder of the run (default: results/runs/<recipe>-<fingerprint>)"
@@ -246,6 +247,7 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         device=options.device,
         compile=options.compile,
         cluster=options.cluster,
+        processes=1 if options.processes is None else options.processes,
         weights=options.weights,
         out=options.out,
         log_every=options.log_every,
@@ -281,7 +283,7 @@ def resume_request(options: argparse.Namespace, folder: Path, arguments: Sequenc
     started = requests.read(folder)
     kept = {
         name: getattr(options if name in given else started, name)
-        for name in ("backend", "data", "device", "compile", "checkpoint_every")
+        for name in ("backend", "data", "device", "compile", "processes", "checkpoint_every")
         if hasattr(options, name)
     }
     recipe = started.to_recipe()

@@ -162,6 +162,8 @@ def versions(report: ReportJson) -> str:
             known = [key for key in ("torch", "jax", "flax", "optax") if key in found]
             device = found.get("device_name") or found.get("device") or ""
             on = f" on {str(device).upper() if device == 'cpu' else device}" if device else ""
+            if found.get("processes"):
+                on += f", {found['processes']} processes"
             shown.append(", ".join(f"{key} {found[key]}" for key in known) + on)
     processor = environment.get("machine", {}).get("processor")
     return "; ".join(filter(None, [*shown, str(processor) if processor else ""]))

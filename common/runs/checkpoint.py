@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from lockstep.common.config import BACKENDS, DTYPES, Config
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.model.perturb import REPLICATE, image_perturbation_rng
-from lockstep.common.protocol import STAGES, Arrays, Snapshot
+from lockstep.common.protocol import STAGES, Arrays, RankDifference, Snapshot
 from lockstep.common.runs.record import (
     Check,
     Segment,
     all_finite,
     are_names,
+    are_rank_differences,
     fields_of,
     file_name,
     file_stem,
@@ -64,6 +65,8 @@ class Checkpoint:
     first_steps: Arrays  # "<step>/<stage>/<tensor>" of the first steps
     parameter_history: Arrays  # "<steps done>/<parameter>"
     snapshot: Snapshot
+    # Of a run of several processes: where their states were not equal, at the first such step.
+    rank_differences: list[RankDifference] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -288,6 +291,7 @@ def _metadata_checks(c: Checkpoint) -> list[Check]:
         ("seconds", lambda: type(c.seconds) is not float or not 0 <= c.seconds < np.inf),
         ("layers", lambda: not are_names(c.layers)),
         ("segments", lambda: not _valid_segments(c.segments, steps)),
+        ("rank_differences", lambda: not are_rank_differences(c.rank_differences)),
         ("perturbation_rng_state", lambda: not _valid_rng_state(c)),
         ("loss", lambda: not _series(c.loss, steps)),
         ("gradient_norm", lambda: not _norms(c.gradient_norm, steps)),

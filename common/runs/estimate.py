@@ -96,9 +96,10 @@ def announcement(request: Request) -> str:
     if config.model not in MODELS and request.data == "auto":
         pair = pairs.load(config.model)
         on = "its data" if pair.data is not None else on if pair.example is None else "its example"
+    together = f", by {request.processes} processes together" if request.processes > 1 else ""
     return (
         f"{verb} {config.model} in {names} on {on}{start}: "
-        f"{length} of batch {config.batch_size}, in {' and '.join(request.dtypes)}{twins}"
+        f"{length} of batch {config.batch_size}{together}, in {' and '.join(request.dtypes)}{twins}"
         f"{time_needed(request, config)}"
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, Config
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import ConfigError, RecordError
-from lockstep.common.protocol import STAGES, Arrays
+from lockstep.common.protocol import STAGES, Arrays, RankDifference
 from lockstep.common.system.storage import MAX_BYTES, JsonObject, read_tensors, write_tensors
 
 SCHEMA = 3
@@ -63,10 +63,18 @@ class Record:
     batch_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     nonfinite_step: int | None = None  # the step whose loss was not finite, where training ended
     segments: list[Segment] = field(default_factory=list)
+    # Of a run of several processes: where their states were not equal, at the first such step.
+    rank_differences: list[RankDifference] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         return len(self.loss)
+
+    @property
+    def processes(self) -> int:
+        """How many trained it together."""
+        found = self.environment.get("processes")
+        return found if isinstance(found, int) else 1
 
     @property
     def first_nonfinite(self) -> int | None:
@@ -237,6 +245,7 @@ def _metadata_checks(r: Record) -> list[Check]:
         ("layers", lambda: not are_names(r.layers)),
         ("nonfinite_step", lambda: not _is_step(r.nonfinite_step, r.config["steps"])),
         ("segments", lambda: not _valid_segments(r.segments, r.config["steps"], r.nonfinite_step)),
+        ("rank_differences", lambda: not are_rank_differences(r.rank_differences)),
     ]
 
 
@@ -309,6 +318,18 @@ def all_finite(arrays: Arrays) -> bool:
 
 def are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def are_rank_differences(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and each.keys() == {"step", "rank", "tensor", "gap"}
+        and is_count(each["step"], 0)
+        and is_count(each["rank"], 1)
+        and isinstance(each["tensor"], str)
+        and (each["gap"] is None or _is_time(each["gap"]))
+        for each in value
+    )
 
 
 def is_count(value: object, least: int, most: int = MAX_COUNT) -> bool:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, Config
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.recipes import RECIPES, Recipe
+from lockstep.common.request import MAX_PROCESSES, Request
 from lockstep.common.system.storage import JsonObject, write_atomic
 
 if TYPE_CHECKING:
-    from lockstep.common.request import Request
     from lockstep.common.runs.trainer import Trainer
 
 SCHEMA = 1
@@ -39,6 +39,7 @@ class RunRequest:
     compile: str  # the option --compile
     checkpoint_every: int  # steps; 0: only where the run is stopped
     weights: str | None  # the option --weights
+    processes: int = 1  # the option --processes
 
     def to_recipe(self) -> Recipe:
         """The recipe that is trained."""
@@ -61,6 +62,7 @@ def of(request: Request, trainer: Trainer) -> RunRequest:
         compile=request.compile,
         checkpoint_every=trainer.checkpoint_every,
         weights=None if request.weights is None else str(request.weights.absolute()),
+        processes=request.processes,
     )
 
 
@@ -133,6 +135,8 @@ def _problem(request: RunRequest) -> str | None:
         "backend": request.backend not in ("both", *BACKENDS),
         "device": request.device not in ("auto", "cpu", "cuda"),
         "compile": request.compile not in ("auto", "on", "off"),
+        "processes": type(request.processes) is not int
+        or not 1 <= request.processes <= MAX_PROCESSES,
         "checkpoint_every": type(request.checkpoint_every) is not int
         or request.checkpoint_every < 0,
     }

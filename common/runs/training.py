@@ -14,7 +14,7 @@ from lockstep.common import data
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
-from lockstep.common.errors import DataError, RecordError
+from lockstep.common.errors import DataError, RankFailed, RecordError
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.pair import has_classes
 from lockstep.common.model.perturb import (
@@ -23,7 +23,14 @@ from lockstep.common.model.perturb import (
     perturb_one_ulp,
     twin_weights,
 )
-from lockstep.common.protocol import Arrays, Backend, Evaluation, Metrics, Snapshot
+from lockstep.common.protocol import (
+    Arrays,
+    Backend,
+    Evaluation,
+    Metrics,
+    RankDifference,
+    Snapshot,
+)
 from lockstep.common.runs.checkpoint import HINT, Checkpoint, CheckpointManager, check, is_finite
 from lockstep.common.runs.chunks import chunks
 from lockstep.common.runs.log import Observer, TrainingLog
@@ -69,6 +76,7 @@ def train(
 
     Raises:
         KeyboardInterrupt: if `checkpoints` stops the run.
+        RankFailed: if one of several processes failed; `checkpoints` has the last state in memory.
         RecordError: if `start` is of another run, or a checkpoint cannot be written.
     """
     if dataset.classes and not has_classes(config.model, dataset.train_labels):
@@ -92,14 +100,15 @@ def train(
     try:
         run.train(checkpoints, after_first_steps)
         evaluation = evaluate(backend, run.state, dataset, dtype)
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, RankFailed) as error:
         # A terminal's Ctrl-C also ends a compiler's own processes: that is not an error.
-        if not isinstance(error, KeyboardInterrupt) and not (
-            checkpoints is not None and checkpoints.stopping()
-        ):
+        stopping = checkpoints is not None and checkpoints.stopping()
+        if isinstance(error, RuntimeError) and not stopping:
             raise
         if checkpoints is not None and is_finite(run.latest.snapshot):
             checkpoints.save(run.latest)
+        if isinstance(error, RankFailed) and not stopping:
+            raise
         raise KeyboardInterrupt from error
     if run.nonfinite_step is not None and checkpoints is not None:
         checkpoints.save(run.latest)
@@ -144,6 +153,7 @@ def initial_checkpoint(
         first_steps={},
         parameter_history={},
         snapshot=snapshot,
+        rank_differences=list(snapshot.differences),
     )
 
 
@@ -166,6 +176,7 @@ class TrainingLoop:
         self.nonfinite_step: int | None = None  # the step whose loss was not finite
         self.batch_digests = np.zeros(config.total_steps, np.int64)
         self.batch_digests[: len(start.batch_digests)] = start.batch_digests
+        self.rank_differences: list[RankDifference] = list(start.rank_differences)
         self._restore(start)
         self.uploaded: Any = None
         if config.augment is None:
@@ -211,9 +222,7 @@ class TrainingLoop:
                 if after_first_steps is not None:
                     after_first_steps(self._checkpoint())
             if window_ends and window_ends[0] <= self.step < self.config.total_steps:
-                self.parameter_history |= with_step(
-                    self.step, self.backend.export(self.state).tensors
-                )
+                self.parameter_history |= with_step(self.step, self._export().tensors)
                 window_ends = [end for end in window_ends if end > self.step]
             self.log.add(metrics.loss)
             now = time.perf_counter()
@@ -290,9 +299,7 @@ class TrainingLoop:
         if self.perturbation_rng is None:  # after training: a device gathers while it computes
             self._record_digests(images, labels, masks)
         if is_first_step:
-            self.first_steps |= with_step(
-                self.step, update_tensors(self.backend.export(self.state))
-            )
+            self.first_steps |= with_step(self.step, update_tensors(self._export()))
         self.step += len(indices)
         return metrics
 
@@ -322,8 +329,15 @@ class TrainingLoop:
             batch_digests=self.batch_digests[: self.step].copy(),
             first_steps=dict(self.first_steps),
             parameter_history=dict(self.parameter_history),
-            snapshot=self.backend.export(self.state),
+            snapshot=self._export(),
+            rank_differences=list(self.rank_differences),
         )
+
+    def _export(self) -> Snapshot:
+        """The state. The first difference between processes counts: later ones follow from it."""
+        snapshot = self.backend.export(self.state)
+        self.rank_differences = self.rank_differences or list(snapshot.differences)
+        return snapshot
 
     def stop_at_nonfinite(self, before: int, number: int, metrics: Metrics) -> None:
         """Restore the state before the step whose loss is not finite, or an earlier one, if that
@@ -386,6 +400,7 @@ class TrainingLoop:
             final=last.snapshot.tensors,
             segments=last.segments,
             nonfinite_step=self.nonfinite_step,
+            rank_differences=last.rank_differences,
         )
 
     def steps_per_second(self) -> float:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, NoReturn, Self, cast
 
 from lockstep.common.errors import LockstepError, reason
 
@@ -30,32 +30,26 @@ class WorkerFailed(Exception):
     """A call raised an unexpected error, or the worker died; the message is one line."""
 
 
-class WorkerProcess:
-    """An object in a process of its own, as a context manager. The process starts at once.
+class WorkerDied(WorkerFailed):
+    """The worker has ended, or cannot be reached any more."""
 
-    It runs in its own session, so a terminal's Ctrl-C does not reach it, and it ends when this
-    process does. It carries out one call after the other. All that is sent is pickled: keep to
-    plain values, since a string of a class of PyTorch's would have the worker import PyTorch.
+
+class Worker:
+    """An object in another process, wherever that runs: its methods are called from here.
+
+    It carries out one call after the other. All that is sent is pickled: keep to plain values,
+    since a string of a class of PyTorch's would have the worker import PyTorch.
 
     Args:
+        commands, answers: what that process reads and writes.
         make: a function of a module; called there with a Report and `arguments`, it gives the
             object. Its answer has the number 0.
-
-    Raises:
-        WorkerFailed: if the system cannot start a process.
     """
 
-    def __init__(self, make: Callable[..., object], *arguments: object) -> None:
-        command = [sys.executable, "-c", SOURCE, repr(sys.path), sys.argv[0]]  # the last: for hints
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
-        except OSError as error:
-            raise WorkerFailed(f"no process can be started: {error.strerror or error}") from error
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._commands, self._answers = self._process.stdin, self._process.stdout
-        self.pid = self._process.pid
+    def __init__(
+        self, commands: BinaryIO, answers: BinaryIO, make: Callable[..., object], *arguments: object
+    ) -> None:
+        self._commands, self._answers = commands, answers
         self._calls = 0
         self._write((0, "", (make, *arguments)))
 
@@ -73,13 +67,13 @@ class WorkerProcess:
 
         Raises:
             LockstepError, KeyboardInterrupt: what the method raised.
-            WorkerFailed: if it raised another error, or the process died.
+            WorkerFailed: if it raised another error, or the process died (WorkerDied).
         """
         while True:
             try:
                 found, kind, value = pickle.load(self._answers)
             except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-                raise WorkerFailed(self._cause_of_death()) from None
+                raise WorkerDied(self._cause_of_death()) from None
             if found < number:
                 continue
             if kind == "progress":
@@ -94,21 +88,10 @@ class WorkerProcess:
         """Call the object's method and wait for its answer; raises as `receive` does."""
         return self.receive(self.send(method, *arguments))
 
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def terminate(self) -> None:
-        """Send SIGTERM to the process, which may save its work."""
-        self._process.terminate()
-
     def stop(self) -> None:
-        """End the process, and all that it started, at once."""
-        if self.alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+        """End the process, as far as this one can, and close the pipes."""
         for pipe in (self._commands, self._answers):
-            with contextlib.suppress(BrokenPipeError):  # what is not sent yet
+            with contextlib.suppress(OSError):  # what is not sent yet
                 pipe.close()
 
     def __enter__(self) -> Self:
@@ -124,6 +107,49 @@ class WorkerProcess:
             self._commands.flush()
 
     def _cause_of_death(self) -> str:
+        return "its process closed the connection"
+
+
+class WorkerProcess(Worker):
+    """A worker in a process that this one starts, at once, as a context manager.
+
+    It runs in its own session, so a terminal's Ctrl-C does not reach it, and it ends when this
+    process does.
+
+    Args:
+        make, arguments: as of `Worker`.
+
+    Raises:
+        WorkerFailed: if the system cannot start a process.
+    """
+
+    def __init__(self, make: Callable[..., object], *arguments: object) -> None:
+        command = [sys.executable, "-c", SOURCE, repr(sys.path), sys.argv[0]]  # the last: for hints
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            raise WorkerFailed(f"no process can be started: {error.strerror or error}") from error
+        self.pid = self._process.pid
+        pipes = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
+        super().__init__(*pipes, make, *arguments)
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the process, which may save its work."""
+        self._process.terminate()
+
+    def stop(self) -> None:
+        """End the process, and all that it started, at once."""
+        with contextlib.suppress(ProcessLookupError):  # of a dead one, what it started may be left
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        super().stop()
+
+    def _cause_of_death(self) -> str:
         try:
             code = self._process.wait(EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -137,14 +163,15 @@ class WorkerProcess:
 
 
 class _Answers:
-    """The original standard output, and the number of the present call."""
+    """The stream of the answers, and the number of the present call."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self.pipe, self.number = pipe, 0
+        self._lock = threading.Lock()  # reports may come from another thread
 
     def send(self, kind: str, value: object) -> None:
         message = pickle.dumps((self.number, kind, value))  # an error here is an answer, too
-        with contextlib.suppress(OSError):  # nobody reads any more: this process ends as well
+        with self._lock, contextlib.suppress(OSError):  # nobody reads any more: this one ends, too
             self.pipe.write(message)
             self.pipe.flush()
 
@@ -154,27 +181,38 @@ class _Answers:
 
 def worker_main() -> NoReturn:
     """Carry out the commands of standard input, one after the other."""
-    answers = _Answers(os.fdopen(os.dup(1), "wb"))
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # for what else is printed: the caller's standard output may be a report
-    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
+    # At the end, with all that this process started.
+    serve(os.fdopen(os.dup(0), "rb"), answers, lambda: os.killpg(0, signal.SIGKILL))
+
+
+def serve(commands: BinaryIO, answers: BinaryIO, end: Callable[[], object]) -> NoReturn:
+    """Carry out commands, one after the other, until the caller is gone.
+
+    Args:
+        end: called then; another run may write to the caller's folder from then on.
+    """
+    sender = _Answers(answers)
+    waiting: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(commands, waiting, end), daemon=True).start()
     target: object = None
     while True:
         try:
-            answers.number, method, arguments = commands.get()
-            if answers.number == 0:
-                target = _make(answers.report, arguments)
-                answers.send("done", None)
+            sender.number, method, arguments = waiting.get()
+            if sender.number == 0:
+                target = _make(sender.report, arguments)
+                sender.send("done", None)
             else:
-                answers.send("done", getattr(target, method)(*arguments))
+                sender.send("done", getattr(target, method)(*arguments))
         except LockstepError as error:
-            answers.send("failed", error)
+            sender.send("failed", error)
         except KeyboardInterrupt as error:  # it was terminated
-            answers.send("failed", error if str(error) else "its process was stopped")
+            sender.send("failed", error if str(error) else "its process was stopped")
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
         except Exception as error:  # the caller reports any error in one line
-            answers.send("failed", reason(error))
+            sender.send("failed", reason(error))
 
 
 def _make(report: Report, arguments: tuple[object, ...]) -> object:
@@ -183,13 +221,13 @@ def _make(report: Report, arguments: tuple[object, ...]) -> object:
     return make(report, *rest)
 
 
-def _read_commands(commands: queue.SimpleQueue[Command]) -> None:
-    """Read until the caller is gone: another run may write to its folder from then on."""
+def _read_commands(
+    pipe: BinaryIO, commands: queue.SimpleQueue[Command], end: Callable[[], object]
+) -> None:
     try:
-        with open(0, "rb", closefd=False) as pipe:
-            while True:
-                commands.put(pickle.load(pipe))
-    except EOFError:
-        os.killpg(0, signal.SIGKILL)  # with all that this process started
+        while True:
+            commands.put(pickle.load(pipe))
+    except (EOFError, OSError):
+        end()
     finally:
         os._exit(1)

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lockstep.common.config import BACKENDS
 from lockstep.common.dtypes import compute_dtype
 from lockstep.common.errors import RecordError
 from lockstep.common.protocol import STAGES
@@ -43,6 +44,7 @@ from lockstep.common.verdict.evaluation import (
     has_classes,
 )
 from lockstep.common.verdict.first_steps import check_first_steps
+from lockstep.common.verdict.rank_checks import check_ranks, ranks_location
 from lockstep.common.verdict.statistics import (
     COUNT_FLOOR,
     FLIP_SHARE,
@@ -90,8 +92,9 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             if (layers := record.environment.get("exchanged"))
         },
     )
+    of_ranks = check_ranks(runs.values())
     if len(runs) == 1:
-        return single
+        return _with_failures(single, of_ranks, of_ranks) if of_ranks else single
     number = len(a.twins) + len(b.twins)
     if single.dtype != "float64" and number == 0:
         raise RecordError(
@@ -99,14 +102,10 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         )
 
     together = diverged_at(a, b)
-    checks = _all_checks(a, b, labels, together)
-    # Within an update the learning rate comes first; else, of one step and stage, the order is that
-    # of the checks.
-    failures = [check for check in checks if not check.agrees]
-    failures.sort(key=lambda check: (check.step, STAGES.index(check.stage), check.tensor != "lr"))
-    return replace(
+    checks = of_ranks + _all_checks(a, b, labels, together)
+    compared = replace(
         single,
-        verdict="disagree" if failures else "agree" if together is None else "diverged",
+        verdict="agree" if together is None else "diverged",
         diverged_at=together,
         not_reproducible={
             name: step
@@ -114,10 +113,6 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             if (step := first_irreproducible_step(side)) is not None
         },
         rule=_rule(single.dtype, number),
-        checks=tuple(check for check in checks if check.start is None),
-        windows=tuple(check for check in checks if check.start is not None),
-        first_divergence=divergence(failures[0], list(runs)) if failures else None,
-        score=max(check.bound_usage for check in checks),
         max_loss_gap=max_difference(a.run.loss, b.run.loss)[0],
         predictions_equal=equal_predictions(a.run, b.run) if has_classes(a.run) else None,
         twins={
@@ -126,6 +121,37 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         },
         short_twins={name: len(side.short_twins) for name, side in ensembles.items()},
         class_differences=class_differences(a, b, labels) if has_classes(a.run) else None,
+    )
+    return _with_failures(compared, checks, of_ranks)
+
+
+def _with_failures(
+    comparison: Comparison, checks: Sequence[Check], of_ranks: Sequence[Check]
+) -> Comparison:
+    """A comparison with all that was checked; it disagrees if a check fails.
+
+    Args:
+        of_ranks: those of `checks` that are about the processes of one run.
+    """
+    # Within an update the learning rate comes first; else, of one step and stage, the order is that
+    # of the checks.
+    failures = [check for check in checks if not check.agrees]
+    failures.sort(key=lambda check: (check.step, STAGES.index(check.stage), check.tensor != "lr"))
+    found = replace(
+        comparison,
+        checks=tuple(check for check in checks if check.start is None),
+        windows=tuple(check for check in checks if check.start is not None),
+        score=max(check.bound_usage for check in checks),
+    )
+    if not failures:
+        return found
+    names = list(comparison.runs) if len(comparison.runs) == 2 else BACKENDS
+    first = divergence(failures[0], names)
+    return replace(
+        found,
+        verdict="disagree",
+        first_divergence=first,
+        location=ranks_location(first, of_ranks),
     )
 
 

@@ -82,8 +82,8 @@ def twins_wanted(comparison: Comparison) -> int:
     float64 run is chaotic: a port that leaves dropout on there would be excused by its own twins.
     """
     first = comparison.first_divergence
-    if first is None or not math.isfinite(first.gap):
-        return 0
+    if first is None or not math.isfinite(first.gap) or comparison.location is not None:
+        return 0  # where the ranks of one run differ, its place is known
     exact = comparison.dtype == "float64" or first.stage == "data" or first.tensor == "lr"
     short = any((comparison.short_twins or {}).values())
     if first.step < (FIRST_STEPS if exact or short else 1):
@@ -105,6 +105,8 @@ def differs_in_first_steps(comparison: Comparison) -> bool:
     """
     first = comparison.first_divergence
     if first is None or first.stage in ("data", "weights") or first.tensor == "lr":
+        return False
+    if comparison.location is not None:  # the ranks of one run differ
         return False
     possible = first.step > 0 or first.stage in ("backward", "update")
     return possible and first.step < FIRST_STEPS and math.isfinite(first.gap)

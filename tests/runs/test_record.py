@@ -292,6 +292,12 @@ UNFIT: dict[
         {},
         "segments",
     ),
+    "differences of ranks that are text": ({"rank_differences": "all"}, {}, "rank_differences"),
+    "a difference of a rank without a gap": (
+        {"rank_differences": [{"step": 0, "rank": 1, "tensor": "a", "gap": -1.0}]},
+        {},
+        "rank_differences",
+    ),
     "legs that are text": ({"legs": "torch"}, {}, "segments"),
     "a loss in float32": ({}, {"loss": make().loss.astype(np.float32)}, "loss"),
     "a loss of two dimensions": ({}, {"loss": make().loss[np.newaxis]}, "loss"),

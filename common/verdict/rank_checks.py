@@ -1,0 +1,51 @@
+"""The states of the processes that train a run together: they must be equal to the bit.
+
+Rank 0's numbers alone go into the record, so a tensor that differs elsewhere, such as a buffer that
+is not broadcast, shows nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from lockstep.common.config import FRAMEWORKS
+from lockstep.common.runs.record import Record
+from lockstep.common.verdict.check import Check
+from lockstep.common.verdict.comparison import Divergence, Location
+
+METHOD = "the states of all ranks were compared with rank 0's"
+CAUSES = {
+    "weights": "weights not broadcast: each rank starts from weights of its own",
+    "update": "an update that is not the same in all ranks: gradients are not reduced in some step "
+    "(no_sync), a rank clips or schedules by its own numbers, or buffers are not broadcast",
+}
+FIXES = {
+    "weights": "torch.distributed.broadcast(tensor, src=0)  # each parameter, before the first step",
+    "update": "torch.distributed.all_reduce(gradient)  # in each step, before clipping",
+}
+
+
+def check_ranks(runs: Iterable[Record]) -> list[Check]:
+    """A check for each tensor in which a rank differed from rank 0, at the first such step."""
+    return [
+        Check(
+            step=max(0, each["step"] - 1),
+            stage="update" if each["step"] else "weights",
+            tensor=f"{each['tensor']}, rank {each['rank']} of {FRAMEWORKS[run.backend]}",
+            gap=math.inf if each["gap"] is None else each["gap"],
+            bound=0.0,
+            sides=("rank 0", f"rank {each['rank']}"),
+        )
+        for run in runs
+        for each in run.rank_differences
+    ]
+
+
+def ranks_location(first: Divergence, checks: Sequence[Check]) -> Location | None:
+    """Where the ranks of one run diverge; None if `first` is not one of `checks` (those of
+    `check_ranks`)."""
+    if (first.step, first.tensor) not in [(check.step, check.tensor) for check in checks]:
+        return None
+    stage = first.stage
+    return Location(first, METHOD, None, (), (CAUSES[stage],), fixes=(FIXES[stage],))
