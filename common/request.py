@@ -15,6 +15,7 @@ from lockstep.common.recipes import recipe_named
 
 if TYPE_CHECKING:
     from lockstep.common.report.json import LocationJson, ReportJson
+    from lockstep.common.runs.ranks import StartRanks
     from lockstep.common.runs.request import RunRequest
 
 
@@ -36,6 +37,7 @@ class Request:
     compile: str = "auto"  # auto, on or off
     cluster: str | None = None  # the Dask scheduler whose workers train the twins
     processes: int = 1  # that train each run together
+    start_ranks: StartRanks | None = None  # how these are started; None: here, by this process
     weights: Path | None = None  # the user's own initial weights
     out: Path | None = None  # None: a folder in results/runs
     resume: Path | None = None  # the folder of a run to resume; it is `out`, too

@@ -120,11 +120,15 @@ def prepare_and_train(
     with (
         storage.lock_folder(folder),
         start_twins(request.cluster, twins) as start_twin,
-        Ranks(build, request.processes, resume_hint(folder)) as ranks,
+        Ranks(build, request.processes, resume_hint(folder), request.start_ranks, signals) as ranks,
     ):
         existing = [name for name in BACKENDS if name not in names or request.keep_records]
         found = find_runs(folder, request.dtypes, existing, config, dataset, terminal.line)
-        ranks.counts |= processes_of(found)
+        trained_by = processes_of(found)
+        prepare.check_batch_norm(config, request.processes, trained_by)
+        ranks.counts |= trained_by
+        if request.start_ranks is not None:  # nobody has started the other framework's
+            ranks.counts |= {name: 1 for name in BACKENDS if name not in names}
         trainer = Trainer(
             folder,
             config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,10 @@ from lockstep.common.model import pair as pairs
 from lockstep.common.optimizers import OPTIMIZERS, flag, option_names
 from lockstep.common.recipes import RECIPES
 from lockstep.common.request import Request
+from lockstep.common.runs.launched import Launched
 
+# Seconds in which a signal may come again, from one of several processes.
+SAME_SIGNAL = 3.0
 # The options that may change when a run is resumed.
 CHANGEABLE = (
     "resume", "run", "backend", "data", "data_dir", "device", "compile", "cluster", "processes",
@@ -182,10 +186,50 @@ def add_optimizer_options(group: argparse._ActionsContainer) -> None:
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
+    launched = None
+    if options.processes is None and "RANK" in os.environ:
+        launched = Launched.read()
+    if launched is not None:
+        return execute_launched(launched, options, invocation)
+    return carry_out(any_request(options, invocation), options, invocation)
+
+
+def any_request(options: argparse.Namespace, invocation: Invocation) -> Request:
     if options.resume is not None:
-        request = resume_request(options, options.resume, invocation.arguments)
-    else:
-        request = new_request(options, invocation.arguments)
+        return resume_request(options, options.resume, invocation.arguments)
+    return new_request(options, invocation.arguments)
+
+
+def execute_launched(
+    launched: Launched, options: argparse.Namespace, invocation: Invocation
+) -> int:
+    """Lead the processes that torchrun has started, or be one of them.
+
+    Raises:
+        LockstepError: if the processes cannot work together.
+    """
+    from lockstep.common.runs import launched as launching
+
+    if options.backend in (None, "both"):
+        raise ConfigError(
+            "torchrun trains one framework at a time: --backend torch, then --backend flax"
+        )
+    folder: Path | None = options.resume or options.out
+    if folder is None:
+        raise ConfigError("under torchrun, name the folder of the run: --out DIR")
+    if launched.number > 0:
+        launching.serve_rank(launched, options.backend, invocation.arguments)
+    leader = launching.Leader(launched, options.backend, invocation.arguments)
+    if launched.restarts and options.resume is None and (folder / "run.json").exists():
+        given = options_of.command_parser(options.command).parse_args([])
+        for name in CHANGEABLE:
+            setattr(given, name, getattr(options, name, None))
+        given.resume, options = folder, given
+    request = dataclasses.replace(
+        any_request(options, invocation), processes=launched.count, start_ranks=leader
+    )
+    # torchrun passes on each signal, and ends us all soon after the first.
+    invocation.signals.patience = launching.JOIN
     return carry_out(request, options, invocation)
 
 
@@ -194,6 +238,8 @@ def carry_out(request: Request, options: argparse.Namespace, invocation: Invocat
     from lockstep.common.report import Terminal
     from lockstep.common.runs.trainer import resume_hint
 
+    if request.processes > 1 and not invocation.signals.patience:
+        invocation.signals.patience = SAME_SIGNAL
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     result = session.compare(request, invocation.backends, terminal, invocation.signals)
     if options.json:

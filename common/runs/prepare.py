@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lockstep.common.backends import BackendPackage
-from lockstep.common.config import BACKENDS, Config
+from lockstep.common.config import BACKENDS, FRAMEWORKS, Config
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import checks, initial_weights
@@ -128,6 +128,20 @@ def check_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # another run writes there now
         for place in made:
             place.rmdir()
+
+
+def check_batch_norm(config: Config, processes: int, found: Mapping[str, int]) -> None:
+    """Raise ConfigError if batch norm is that of each process and their number is not the same.
+
+    Args:
+        found: by backend, the processes of the runs that are there.
+    """
+    for name, count in found.items():
+        if config.batch_norm == "local" and count != processes:
+            raise ConfigError(
+                f"--batch-norm local is another network in {processes} processes than in "
+                f"{FRAMEWORKS[name]}'s {count}: use --processes {count}, or --batch-norm global"
+            )
 
 
 def checkpoint_every(steps: int | None, config: Config) -> int:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import os
 import queue
 import signal
 import socket
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, Self
 
 import numpy as np
@@ -34,12 +33,14 @@ from lockstep.common.protocol import (
     Snapshot,
 )
 from lockstep.common.runs.rank_process import BuildRank, Reference, digests, start_rank, tensors_of
+from lockstep.common.system.interrupt import SignalHandler
 from lockstep.common.system.process import Worker, WorkerDied, WorkerFailed, WorkerProcess
 
 HOST = "127.0.0.1"
 # Seconds without a sign of life after which a rank counts as hung. It shows one each second, from a
 # thread of its own: a long compilation does not stop that.
 SILENCE = 20
+LEAVING = 5.0  # seconds that a rank has to end by itself
 GATHERING = 1.0  # seconds in which others may say why a rank failed: one that died comes first
 MAX_DIFFERENCES = 8  # tensors of one state that are recorded
 
@@ -74,9 +75,14 @@ class _Caller(threading.Thread):
     """Sends calls to one rank, and waits for its answers: a rank that hangs reads nothing, either."""
 
     def __init__(
-        self, number: int, worker: Worker, answers: queue.SimpleQueue[tuple[int, object]]
+        self,
+        number: int,
+        worker: Worker,
+        answers: queue.SimpleQueue[tuple[int, object]],
+        signalled: Callable[[int], object],
     ) -> None:
         super().__init__(daemon=True)
+        self.signalled = signalled
         self.number, self.worker, self.answers = number, worker, answers
         self.calls: queue.SimpleQueue[tuple[str, tuple[object, ...]] | None] = queue.SimpleQueue()
         self.silence = 0  # seconds of waiting since the last sign of life
@@ -97,16 +103,24 @@ class _Caller(threading.Thread):
     def _on_beat(self, received: object) -> None:
         self.silence = 0
         if isinstance(received, int):  # a signal to a rank is meant for the run
-            os.kill(os.getpid(), received)
+            self.signalled(received)
 
 
 class RankGroup:
     """The processes of one framework that train together."""
 
-    def __init__(self, name: str, ranks: Sequence[Worker], hint: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[Worker],
+        hint: str,
+        signalled: Callable[[int], object],
+    ) -> None:
         self.name, self.hint = name, hint
         self._answers: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
-        self.callers = [_Caller(i, worker, self._answers) for i, worker in enumerate(ranks)]
+        self.callers = [
+            _Caller(i, worker, self._answers, signalled) for i, worker in enumerate(ranks)
+        ]
         self.count = len(self.callers)
         self._numbers = itertools.count(1)
         self._unwanted: collections.deque[int] = collections.deque()
@@ -149,6 +163,14 @@ class RankGroup:
         except BaseException:
             self.stop()
             raise
+
+    def leave(self) -> None:
+        """Let all ranks end by themselves."""
+        for caller in self.callers:
+            caller.calls.put(("leave", ()))
+        with contextlib.suppress(queue.Empty):
+            for _ in self.callers:
+                self._answers.get(timeout=LEAVING)
 
     def stop(self) -> None:
         """End all ranks, at once."""
@@ -348,7 +370,7 @@ class Ranks:
         count: processes of each backend.
         hint: how to go on when a rank has failed.
         start: starts the ranks of a framework.
-        counts: by backend, where it is not `count`.
+        signals: where a signal to a rank is passed on to.
     """
 
     def __init__(
@@ -356,11 +378,13 @@ class Ranks:
         build: BuildRank,
         count: int,
         hint: str,
-        start: StartRanks = start_here,
-        counts: Mapping[str, int] | None = None,
+        start: StartRanks | None = None,
+        signals: SignalHandler | None = None,
     ) -> None:
-        self._build, self.count, self.hint, self.start = build, count, hint, start
-        self.counts = dict(counts or {})
+        self._build, self.count, self.hint = build, count, hint
+        self.start = start_here if start is None else start
+        self.signals = SignalHandler() if signals is None else signals
+        self.counts: dict[str, int] = {}  # by backend, where it is not `count`
         self.groups: dict[str, RankGroup] = {}
 
     def build(self, name: str, dtype: str, concurrent_processes: int = 1) -> Backend:
@@ -370,7 +394,10 @@ class Ranks:
         if count == 1:
             return local
         if name not in self.groups:
-            self.groups[name] = RankGroup(FRAMEWORKS[name], self.start(name, count), self.hint)
+            ranks = self.start(name, count)
+            self.groups[name] = RankGroup(
+                FRAMEWORKS[name], ranks, self.hint, self.signals.receive_for_a_rank
+            )
         return RankedBackend(local, self.groups[name], self._build, dtype)
 
     def __enter__(self) -> Self:
@@ -378,4 +405,6 @@ class Ranks:
 
     def __exit__(self, *error: object) -> None:
         for group in self.groups.values():
+            if not any(error):
+                group.leave()
             group.stop()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
@@ -29,7 +30,9 @@ class SignalHandler:
 
     def __init__(self, announce: bool = True) -> None:
         self.announce = announce
+        self.patience = 0.0  # seconds after the first signal in which a second one is the same one
         self._received: int | None = None
+        self._received_at = 0.0
         self._installed = False
         self._deferred = False
         self._masked = False
@@ -63,6 +66,11 @@ class SignalHandler:
         """The exit status of an interrupted command: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + (signal.SIGINT if self._received is None else self._received)
 
+    def receive_for_a_rank(self, number: int) -> None:
+        """A signal to a process that works for this one; it may have come here as well."""
+        if not self.requested():
+            os.kill(os.getpid(), number)
+
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Defer the first signal to the end of the block, or for GRACE seconds."""
@@ -90,9 +98,9 @@ class SignalHandler:
             callback()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self._received, self._received_at = number, time.monotonic()
         for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, self._on_second_signal if self.patience else signal.SIG_DFL)
         if self._forward is not None:
             self._forward()
         if not self._deferred:
@@ -102,6 +110,13 @@ class SignalHandler:
         self._undo.callback(signal.signal, signal.SIGALRM, signal.getsignal(signal.SIGALRM))
         signal.signal(signal.SIGALRM, self._on_timeout)
         signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def _on_second_signal(self, number: int, frame: FrameType | None) -> None:
+        """Several processes of one run, and what started them, may all get or pass on the first."""
+        del frame
+        if time.monotonic() - self._received_at > self.patience:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def _on_timeout(self, number: int, frame: FrameType | None) -> None:
         if self._masked:
