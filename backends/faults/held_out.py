@@ -9,7 +9,7 @@ stage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -211,11 +211,11 @@ def smoothed_in_evaluation(patch: SetAttr, config: Config, dataset: Dataset) -> 
     """The test loss has label smoothing 0.1."""
     from lockstep.backends.faults.frameworks import flax_backend
 
-    entropy = cast("Callable[..., jax.Array]", flax_backend.cross_entropy)
+    loss = flax_backend.FlaxBackend._loss
     patch(
-        flax_backend,
-        "cross_entropy",
-        lambda logits, labels, smoothing=0.1: entropy(logits, labels, smoothing),
+        flax_backend.FlaxBackend,
+        "_loss",
+        lambda self, logits, labels, smoothing=0.1: loss(self, logits, labels, smoothing),
     )
 
 
