@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -180,6 +181,8 @@ def join(rank: Rank, device: str) -> None:
     if dist.is_initialized():
         assert (dist.get_rank(), dist.get_world_size()) == (rank.number, rank.count)
         return
+    # A gradient whose memory lies otherwise is copied, which costs little.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     if device == "cuda":  # one for each process of this machine
         local = int(os.environ.get("LOCAL_RANK", rank.number))
         torch.cuda.set_device(local % torch.cuda.device_count())
