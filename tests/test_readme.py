@@ -375,6 +375,35 @@ def versions() -> str:
     return markdown(["compared with", "float64: loss gap", "float32: loss gap", "verdict"], rows)
 
 
+def pairs() -> str:
+    """What `pair` says of pairs in the style of their authors, and how far training leads them."""
+    rows = []
+    for row in report_of("pairs")["rows"]:
+        assert row["agrees"], row["pair"]
+        times, trained = row["cpu_seconds"], row["training"]
+        rows.append(
+            [
+                f"`{row['model'].removeprefix('tests/pairs/')}`: {row['pair']}",
+                f"{row['tensors']}",
+                f"{row['lines']}",
+                f"{row['gaps']['forward']:.1e}",
+                f"{times['first']:.0f} s, {times['later']:.0f} s",
+                f"{trained['float64']['loss_gap']:.1e}",
+                ", ".join(f"{dtype} {found['verdict']}s" for dtype, found in trained.items()),
+            ]
+        )
+    columns = [
+        "pair",
+        "tensors",
+        "lines of correspondence",
+        "float64: activations within",
+        "CPU time, first and later",
+        "50 steps: loss gap",
+        "verdicts",
+    ]
+    return markdown(columns, rows)
+
+
 def overhead() -> str:
     """What recording costs, in a table."""
     rows = []
@@ -436,6 +465,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "alarms of results/alarms-*": network_alarms,
     "summary of results/versions": versions,
     "summary of results/overhead": overhead,
+    "table of results/pairs": pairs,
     "table of results/cluster": cluster,
 }
 
@@ -554,7 +584,7 @@ ALARMS = [
 
 
 @pytest.mark.parametrize(
-    "name", ["grid", "handover", "kills", "fuzz", "overhead", *ALARMS, *CLUSTER]
+    "name", ["grid", "handover", "kills", "fuzz", "overhead", "pairs", *ALARMS, *CLUSTER]
 )
 def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
     assert f"| `results/{name}` | `{command_of(name)}` |" in EVIDENCE.read_text()

@@ -51,6 +51,7 @@ EVIDENCE = {
     "grid": "Every combination of the optimizer's options",
     "handover": "Runs that one framework starts and the other finishes",
     "kills": "Runs that are killed and resumed",
+    "pairs": "Networks in the style of their authors: checked and trained",
     "overhead": "What recording a script costs",
     "sensitivity": "The smallest error of the learning rate that is seen",
 }

@@ -1,0 +1,114 @@
+"""Pairs in the style of their authors: what `pair` says of each and takes, and how far 50 steps of
+AdamW lead the two apart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lockstep.common.data import of_pair
+from lockstep.common.model import pair
+from lockstep.common.report import write_json
+from lockstep.common.system import environment
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+PAIRS = {
+    "VGG-11 with batch norm": "vgg.py:PAIR",
+    "MLP-Mixer": "mixer.py:PAIR",
+    "torchvision's ResNet-18": "resnet18.py:PAIR",
+    "inverted residuals, as in MobileNet": "mobilenet.py:PAIR",
+    "concatenations, as in DenseNet": "densenet.py:PAIR",
+    "GPT of two blocks, nnx": "gpt.py:NNX",
+    "GPT of two blocks, linen": "gpt.py:LINEN",
+    "LSTM classifier": "lstm.py:PAIR",
+    "autoencoder, transposed convolutions": "autoencoder.py:PAIR",
+    "two outputs": "two_outputs.py:PAIR",
+    "LeNet, 28 x 28 x 1": "lenet.py:PAIR",
+    "224 x 224 x 3": "large.py:PAIR",
+    "MLP of Equinox": "mlp_equinox.py:PAIR",
+}
+TRAINING = ["--optimizer", "adamw", "--lr", "0.001", "--steps", "50", "--batch-size", "16"]
+
+
+def run(arguments: list[str], cache: str | None = None) -> tuple[int, float]:
+    """The exit status of a command and its CPU time, user and system, in seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    settings = {"OMP_NUM_THREADS": "1"} | ({} if cache is None else {"XDG_CACHE_HOME": cache})
+    command = [sys.executable, "compare.py", *arguments, "--quiet"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode > 1:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    return done.returncode, sum(
+        getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime")
+    )
+
+
+def measure(title: str, data: list[str], folder: str) -> dict[str, Any]:
+    """One row: `pair` with and without compiled programs in the cache, and a run."""
+    model = f"tests/pairs/{PAIRS[title]}"
+    declared = pair.load(model)
+    checked, trained = f"{folder}/pair", f"{folder}/run"
+    cache = f"{folder}/{model.replace('/', '-')}"  # empty
+    times = [run(["pair", model, *data, "--out", checked], cache)[1] for _ in ("first", "later")]
+    found = json.loads(Path(checked, "report.json").read_text())
+    row = {
+        "pair": title,
+        "model": model,
+        "lines": sum(map(len, (declared.names, declared.flattened, declared.convert))),
+        "tensors": len(found["tensors"]),
+        "parameters": found["parameters"],
+        "agrees": found["first_difference"] is None,
+        "gaps": found["gaps"],
+        "cpu_seconds": dict(zip(("first", "later"), times, strict=True)),
+    }
+    run(["--model", model, *data, *TRAINING, "--out", trained], cache)
+    report = json.loads(Path(trained, "report.json").read_text())
+    row["training"] = {
+        lens["dtype"]: {
+            "verdict": lens["verdict"],
+            "loss_gap": lens["max_abs_loss_gap"],
+            "first_divergence": lens["first_divergence"],
+        }
+        for lens in report["lenses"]
+    }
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=[*PAIRS], default=[*PAIRS])
+    parser.add_argument("--out", type=Path, default=Path("results/runs/pairs"))
+    options = parser.parse_args()
+    kept = options.out / "report.json"  # rows that are not measured now stay
+    rows = (
+        {row["pair"]: row for row in json.loads(kept.read_text())["rows"]} if kept.exists() else {}
+    )
+    for title in options.only:
+        brings = of_pair.example(f"tests/pairs/{PAIRS[title]}")
+        with tempfile.TemporaryDirectory() as folder:
+            rows[title] = measure(title, ["--data", "cifar10"] if brings is None else [], folder)
+        print(json.dumps(rows[title]), flush=True)
+        report = {
+            "schema": 1,
+            "command": ["python", "-m", "tests.pairs", "--out", str(options.out)],
+            "environment": environment.describe(),
+            "training": TRAINING,
+            "rows": [rows[title] for title in PAIRS if title in rows],
+        }
+        write_json(report, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
