@@ -100,6 +100,7 @@ def prepare_and_train(
     )
     prepare.check_same_data(request, dataset)
     config = request.config.resolve(len(dataset.train_images))
+    data.check_all_shares(config, request.processes, len(dataset.train_images))
     if request.config.steps is None:
         terminal.line(f"{config.total_steps:,} steps{estimate.time_needed(request, config)}")
     device = prepare.choose_device(
