@@ -394,5 +394,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def to_tensor(array: np.ndarray) -> Tensor:
     """A copy as a tensor of the same dtype."""
     if array.dtype == ml_dtypes.bfloat16:
-        return torch.tensor(np.ascontiguousarray(array.astype(np.float32))).bfloat16()
-    return torch.tensor(np.ascontiguousarray(array))
+        return torch.from_numpy(np.array(array, np.float32, order="C")).bfloat16()
+    # A transposed array with an axis of size 1 counts as contiguous, but has other strides than a
+    # new one, which a compiled loop takes for another tensor.
+    return torch.from_numpy(np.array(array, order="C"))

@@ -434,3 +434,10 @@ def test_a_twins_zeros_stay_zeros_of_their_sign(dtype: str, sign: float) -> None
     rounding."""
     weights = {"fc.bias": np.copysign(np.zeros(100), sign).astype(numpy_dtype(dtype))}
     assert same_bits(twin_weights(weights, 0, 1), weights)
+
+
+def test_a_tensor_has_the_strides_of_a_new_one() -> None:
+    """A compiled loop refuses others: a run of one output could not be resumed."""
+    column = np.arange(5.0).reshape(5, 1).T
+    assert torch_convert.to_tensor(column).stride() == (5, 1)
+    assert torch_convert.to_tensor(column.astype(ml_dtypes.bfloat16)).stride() == (5, 1)
