@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lockstep.common import session
 from lockstep.common.cli import parser as options_of
@@ -27,7 +28,9 @@ from lockstep.common.model import pair as pairs
 from lockstep.common.optimizers import OPTIMIZERS, flag, option_names
 from lockstep.common.recipes import RECIPES
 from lockstep.common.request import Request
-from lockstep.common.runs.launched import Launched
+
+if TYPE_CHECKING:
+    from lockstep.common.runs.launched import Launched
 
 # Seconds in which a signal may come again, from one of several processes.
 SAME_SIGNAL = 3.0
@@ -188,6 +191,8 @@ def add_optimizer_options(group: argparse._ActionsContainer) -> None:
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     launched = None
     if options.processes is None and "RANK" in os.environ:
+        from lockstep.common.runs.launched import Launched  # slow, and not for --help
+
         launched = Launched.read()
     if launched is not None:
         return execute_launched(launched, options, invocation)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
 from lockstep.common.errors import ConfigError, did_you_mean, reason
-from lockstep.common.model import trees
 from lockstep.common.system import environment
 
 if TYPE_CHECKING:
@@ -254,6 +253,8 @@ def named(inputs: np.ndarray) -> str:
 
 def fitting(outputs: object, targets: object) -> str:
     """What a loss was given, and the remedy where it cannot be computed."""
+    from lockstep.common.model import trees  # NumPy: not for --help
+
     outputs, targets = (
         ", ".join(f"{name.partition('.')[2]} {tuple(leaf.shape)}".strip() for name, leaf in found)
         for found in map(trees.leaves, (outputs, targets))
