@@ -227,8 +227,8 @@ def execute_launched(
     leader = launching.Leader(launched, options.backend, invocation.arguments)
     if launched.restarts and options.resume is None and (folder / "run.json").exists():
         given = options_of.command_parser(options.command).parse_args([])
-        for name in CHANGEABLE:
-            setattr(given, name, getattr(options, name, None))
+        for name in {*CHANGEABLE} & {*vars(given), "command"}:
+            setattr(given, name, getattr(options, name))
         given.resume, options = folder, given
     request = dataclasses.replace(
         any_request(options, invocation), processes=launched.count, start_ranks=leader
