@@ -232,7 +232,7 @@ class FlaxBackend:
         outputs = convert.outputs_to_canonical(logits)
         if self._own_loss is None:
             outputs = {"logits": outputs["output"]}
-        images, labels = map(np.array, self.download(*batch[:2]))
+        images, labels = map(self._to_numpy, batch[:2])
         return {
             "data/images": images,
             "data/labels": labels if labels.dtype.kind == "f" else labels.astype(np.int64),
@@ -241,6 +241,9 @@ class FlaxBackend:
             "loss/loss": convert.to_numpy(loss),
             **{f"backward/{name}": array for name, array in gradients.items()},
         }
+
+    def _to_numpy(self, array: jax.Array) -> np.ndarray:
+        return convert.to_numpy(array)
 
     def _probe(
         self, state: State, images: jax.Array, labels: jax.Array, masks: Parameters

@@ -100,12 +100,11 @@ class FlaxRank(FlaxBackend):
         found = super()._probe(state, images, labels, masks)
         return jax.lax.with_sharding_constraint(found, self._everywhere)
 
-    def download(self, images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
+    def _to_numpy(self, array: jax.Array) -> np.ndarray:
         """Of rows that lie on several devices, too."""
-        arrays = images, labels
-        if not all(isinstance(a, np.ndarray) or a.is_fully_addressable for a in arrays):
-            images, labels = jax.jit(lambda *a: a, out_shardings=self._everywhere)(*arrays)
-        return super().download(*map(own_copy, (images, labels)))
+        if not array.is_fully_addressable:
+            array = own_copy(jax.jit(lambda rows: rows, out_shardings=self._everywhere)(array))
+        return super()._to_numpy(array)
 
 
 # --- The group of processes
