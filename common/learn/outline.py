@@ -429,6 +429,11 @@ SECTIONS = (
             ),
             Pair(
                 None,
+                "backend.py:Backend._to_numpy",
+                "Several processes gather the batch here; PyTorch's gather the whole probe.",
+            ),
+            Pair(
+                None,
                 "backend.py:Backend._probe",
                 "PyTorch computes eagerly, so `probe` can read everything; JAX compiles this "
                 "function.",
