@@ -206,6 +206,9 @@ class RankGroup:
                 other, answer = self._answers.get(timeout=GATHERING)
                 if isinstance(answer, BaseException):
                     failures[other] = answer
+        for caller in self.callers:  # one that had answered may have died since
+            if caller.number not in failures and (death := caller.worker.death()) is not None:
+                failures[caller.number] = death
         number, error = min(failures.items(), key=lambda found: severity(found[1]))
         if not isinstance(error, WorkerFailed):
             raise error

@@ -106,6 +106,10 @@ class Worker:
             pickle.dump(command, self._commands, pickle.HIGHEST_PROTOCOL)
             self._commands.flush()
 
+    def death(self) -> WorkerDied | None:
+        """Its death, where that is known without a call; None if it lives, or nobody knows."""
+        return None
+
     def _cause_of_death(self) -> str:
         return "its process closed the connection"
 
@@ -134,6 +138,9 @@ class WorkerProcess(Worker):
         self.pid = self._process.pid
         pipes = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
         super().__init__(*pipes, make, *arguments)
+
+    def death(self) -> WorkerDied | None:
+        return None if self.alive() else WorkerDied(self._cause_of_death())
 
     def alive(self) -> bool:
         return self._process.poll() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -61,6 +62,11 @@ class RankedNotebook(Notebook):
     def fail(self, rank: int) -> None:
         if self.fault in ("killed", "stopped", "out of memory") and rank != 1:
             time.sleep(60)  # in a collective, for the rank that fails
+        if self.fault == "killed after its answer":
+            if rank != 1:  # which cannot do without the other
+                time.sleep(1)
+                os.abort()
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
         if self.fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "stopped":
@@ -165,6 +171,10 @@ def test_a_rank_with_another_state_is_named(
         [
             (
                 "killed",
+                r"rank 1 of 2 of PyTorch was ended by signal 9 \(SIGKILL; .*\): resume with",
+            ),
+            (
+                "killed after its answer",
                 r"rank 1 of 2 of PyTorch was ended by signal 9 \(SIGKILL; .*\): resume with",
             ),
             ("stopped", r"rank 1 of 2 of PyTorch has not answered for 2 s .*: resume with"),
