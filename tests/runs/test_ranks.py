@@ -81,9 +81,9 @@ class RankedNotebook(Notebook):
 
 
 def build(
-    fault: str, name: str, dtype: str, processes: int = 1, rank: Rank | None = None
+    fault: str, name: str, dtype: str, concurrent_processes: int = 1, rank: Rank | None = None
 ) -> Backend:
-    del name, processes
+    del name, concurrent_processes
     return RankedNotebook(dtype, rank, fault)
 
 
