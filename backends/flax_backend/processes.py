@@ -21,7 +21,7 @@ from lockstep.backends.flax_backend.backend import FlaxBackend
 from lockstep.backends.flax_backend.inputs import Array
 from lockstep.backends.flax_backend.layers import BatchNorm
 from lockstep.backends.flax_backend.state import Parameters, State
-from lockstep.backends.flax_backend.user_module import Network
+from lockstep.backends.flax_backend.user_module import Network, exchange
 from lockstep.common.config import Config
 from lockstep.common.data import check_shares
 from lockstep.common.errors import BackendError, reason
@@ -186,12 +186,25 @@ def use_local_batch_norms(network: Network, count: int) -> Network:
     tensors = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
     tensors |= {name: np.asarray(mask) for name, mask in network.masks.items()}
     module = nnx.merge(network.training, convert.nest(tensors, network.names), network.constants)
-    norms = []
-    for path, layer in nnx.iter_modules(module):
-        if type(layer) in (nnx.BatchNorm, BatchNorm):
-            object.__setattr__(layer, "__class__", local_batch_norm(type(layer), count))
-            norms.append(".".join(map(str, path)))
+    names = [
+        ".".join(map(str, path))
+        for path, layer in nnx.iter_modules(module)
+        if type(layer) in GLOBAL
+    ]
+    module = exchange(module, functools.partial(_replacement, count=count))
     training = nnx.graphdef(module)
     module.eval()
-    exchanged = [*dict.fromkeys([*network.exchanged, *norms])]  # for the report
+    exchanged = [*dict.fromkeys([*network.exchanged, *names])]  # for the report
     return network._replace(training=training, evaluation=nnx.graphdef(module), exchanged=exchanged)
+
+
+GLOBAL = (nnx.BatchNorm, BatchNorm)
+
+
+def _replacement(layer: nnx.Module, count: int) -> nnx.Module | None:
+    """The replacement for a batch norm, with all its attributes; None for other layers."""
+    if not isinstance(layer, nnx.BatchNorm) or type(layer) not in GLOBAL:
+        return None
+    norm = object.__new__(local_batch_norm(type(layer), count))
+    vars(norm).update(vars(layer))
+    return norm

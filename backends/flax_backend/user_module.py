@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -228,11 +228,19 @@ def use_exact_sums(module: nnx.Module, kinds: Kinds = EXACT) -> nnx.Module:
     """Replace, in place, the library's layers whose gradients JAX sums in bfloat16 by those of
     `layers`, which sum in float32 and share the layers' variables. Returns the module, or its
     replacement."""
-    exact = {id(layer): exact_layer(layer, kinds) for _, layer in nnx.iter_modules(module)}
-    exact = {key: layer for key, layer in exact.items() if layer is not None}
+    return exchange(module, lambda layer: exact_layer(layer, kinds))
+
+
+def exchange(
+    module: nnx.Module, replacement: Callable[[nnx.Module], nnx.Module | None]
+) -> nnx.Module:
+    """Put, in place, the replacements of some layers into the module. Returns the module, or its
+    replacement."""
+    found = {id(layer): replacement(layer) for _, layer in nnx.iter_modules(module)}
+    found = {key: layer for key, layer in found.items() if layer is not None}
 
     def swap(child: object) -> object:
-        return tuple(map(swap, child)) if type(child) is tuple else exact.get(id(child), child)
+        return tuple(map(swap, child)) if type(child) is tuple else found.get(id(child), child)
 
     for _, node in list(nnx.iter_graph(module)):
         children = vars(node) if isinstance(node, nnx.Module) else node
@@ -240,7 +248,7 @@ def use_exact_sums(module: nnx.Module, kinds: Kinds = EXACT) -> nnx.Module:
             children.update({key: swap(child) for key, child in children.items()})
         elif isinstance(children, list):
             children[:] = map(swap, children)
-    return exact.get(id(module), module)
+    return found.get(id(module), module)
 
 
 def exact_layer(layer: nnx.Module, kinds: Kinds) -> nnx.Module | None:

@@ -28,6 +28,7 @@ from lockstep.backends.torch_backend.inputs import Array
 from lockstep.backends.torch_backend.layers import BatchNorm2d
 from lockstep.backends.torch_backend.losses import upcast
 from lockstep.backends.torch_backend.state import State
+from lockstep.backends.torch_backend.user_module import exchange
 from lockstep.common.config import Config
 from lockstep.common.data import check_shares, rows
 from lockstep.common.data.dataset import IGNORED
@@ -62,7 +63,7 @@ class TorchRank(TorchBackend):
         join(rank, choose_device(device))
         super().__init__(config, classes, dtype, device, compile, concurrent_processes)
         if config.batch_norm == "global":
-            use_global_batch_norms(self._template)
+            self._template = use_global_batch_norms(self._template)
         self._many_steps = ManyAveragedSteps(
             config, self._template, self._step, self._loss, self._cast, self.device, self.compiled
         )
@@ -310,12 +311,23 @@ class GlobalBatchNorm(_BatchNorm):
         return normalised.to(input.dtype)
 
 
-def use_global_batch_norms(module: nn.Module) -> None:
-    """Let the batch norms of a network, in place, take the statistics of the whole batch. Those of
-    a class of the user's own stay as they are."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm2d)
-    norms = {name: layer for name, layer in module.named_modules() if type(layer) in kinds}
-    for layer in norms.values():
-        layer.__class__ = GlobalBatchNorm  # hooks and references to it stay valid
+def use_global_batch_norms(module: nn.Module) -> nn.Module:
+    """The network, whose batch norms take the statistics of the whole batch. Those of a class of the
+    user's own stay as they are."""
+    names = [name for name, layer in module.named_modules() if type(layer) in LOCAL]
+    module = exchange(module, _global_batch_norm)
     if "exchanged" in vars(module):  # a user's network, whose report says so
-        vars(module)["exchanged"] = list(dict.fromkeys([*vars(module)["exchanged"], *norms]))
+        vars(module)["exchanged"] = list(dict.fromkeys([*vars(module)["exchanged"], *names]))
+    return module
+
+
+LOCAL = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm2d)
+
+
+def _global_batch_norm(layer: nn.Module) -> nn.Module | None:
+    """The replacement for a batch norm, with all its attributes; None for other layers."""
+    if type(layer) not in LOCAL:
+        return None
+    norm = GlobalBatchNorm.__new__(GlobalBatchNorm)
+    vars(norm).update(vars(layer))
+    return norm

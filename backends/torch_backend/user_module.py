@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -105,15 +105,20 @@ def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
 
 def use_exact_sums(module: nn.Module, kinds: Kinds = EXACT) -> nn.Module:
     """A copy of the module in which the norms of `layers`, whose sums are more exact, replace the
-    library's; the module itself if it has none.
+    library's; the module itself if it has none."""
+    return exchange(module, lambda layer: exact_layer(layer, kinds))
 
-    A copy, so that plain lists and other attributes that refer to a norm get the replacement as
+
+def exchange(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy of the module with the replacements of some layers; the module itself if none has one.
+
+    A copy, so that plain lists and other attributes that refer to a layer get the replacement as
     well. Parameters, buffers and hooks are shared with `module`.
     """
-    exact = {id(layer): exact_layer(layer, kinds) for layer in module.modules()}
-    exact = {key: layer for key, layer in exact.items() if layer is not None}
+    found = {id(layer): replacement(layer) for layer in module.modules()}
+    found = {key: layer for key, layer in found.items() if layer is not None}
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, memo={**tensors, **exact}) if exact else module
+    return copy.deepcopy(module, memo={**tensors, **found}) if found else module
 
 
 def exact_layer(layer: nn.Module, kinds: Kinds) -> nn.Module | None:

@@ -123,6 +123,7 @@ SECTIONS = (
                 "validate_module",
                 "check_outputs",
                 "use_exact_sums",
+                "exchange",
                 "exact_layer",
             ),
             Pair(

@@ -124,7 +124,8 @@ def test_the_batch_norms_of_a_network_become_global_and_keep_their_tensors() -> 
     network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
     vars(network)["exchanged"] = []
     tensors = dict(network.state_dict(keep_vars=True))
-    use_global_batch_norms(network)
+    network = use_global_batch_norms(network)
+    assert isinstance(network, torch.nn.Sequential)
     assert [type(layer) for layer in network] == [GlobalBatchNorm, torch.nn.Linear]
     assert all(
         tensor is tensors[name] for name, tensor in network.state_dict(keep_vars=True).items()
