@@ -340,6 +340,29 @@ def models() -> str:
     return markdown(columns, rows)
 
 
+PROCESSES = [f"processes-{name}" for name in ("2", "4", "resnet20", "vit")]
+
+
+def processes() -> str:
+    lines = []
+    for name in PROCESSES:
+        report = report_of(name)
+        gaps = {lens["dtype"]: f"{lens['max_abs_loss_gap']:.1e}" for lens in report["lenses"]}
+        lines.append(
+            [
+                f"[{report['config']['model']}]({name}/report.html)",
+                str(report["environment"]["torch"]["processes"]),
+                str(report["config"]["steps"]),
+                *(gaps.get(dtype, "not run") for dtype in ("float64", "float32")),
+                report["verdict"],
+            ]
+        )
+    return markdown(
+        ["network", "processes", "steps", "float64: loss gap", "float32: loss gap", "verdict"],
+        lines,
+    )
+
+
 CLUSTER = ("cluster/dask", "cluster/local")
 
 
@@ -467,6 +490,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "summary of results/overhead": overhead,
     "table of results/pairs": pairs,
     "table of results/cluster": cluster,
+    "table of results/processes-*": processes,
 }
 
 
@@ -566,7 +590,7 @@ NETWORKS = [
 VERSIONS = [f"versions/{name}" for name in ("torch-2.11", "compiled", "two-threads")]
 
 
-@pytest.mark.parametrize("name", ["quick", *TUTORIALS, *NETWORKS, *VERSIONS])
+@pytest.mark.parametrize("name", ["quick", *TUTORIALS, *NETWORKS, *VERSIONS, *PROCESSES])
 def test_each_committed_report_was_made_by_the_command_in_the_readme(name: str) -> None:
     report = report_of(name)
     assert f"| `results/{name}` | `{command_of(name)}` |" in EVIDENCE.read_text()

@@ -52,6 +52,7 @@ EVIDENCE = {
     "handover": "Runs that one framework starts and the other finishes",
     "kills": "Runs that are killed and resumed",
     "pairs": "Networks in the style of their authors: checked and trained",
+    "rank": "Ranks of a run that are killed, and the run resumed",
     "overhead": "What recording a script costs",
     "sensitivity": "The smallest error of the learning rate that is seen",
 }

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Not each run's: these are one page with other numbers, and each takes up to half a minute.
 ALIKE = (
     *("-bfloat16", "-mixed", "basic-float32", "basic-float64", "mlp", "vit"),
-    *("torch-2.11", "two-threads"),
+    *("torch-2.11", "two-threads", "processes-4", "processes-resnet20"),
 )
 # tests/learn/test_side_by_side.py examines this page, which takes a minute, and compares it with the
 # committed one.
