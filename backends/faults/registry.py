@@ -65,13 +65,14 @@ def fault(
     needs_color_images: bool = False,
     changes_function: bool = True,
     precision: str | None = None,
+    into: list[Fault] = REGISTRY,
     **options: object,
 ) -> Callable[[Apply], Apply]:
-    """Add a function to the catalogue. Its name is the fault's name, its docstring the description;
-    `options` are fields of Config."""
+    """Add a function to the catalogue, or to the list `into`. Its name is the fault's name, its
+    docstring the description; `options` are fields of Config."""
 
     def collect(function: Apply) -> Apply:
-        REGISTRY.append(
+        into.append(
             Fault(
                 name=function.__name__.replace("_", "-"),
                 description=" ".join((function.__doc__ or "").split()),

@@ -23,6 +23,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--list", action="store_true", help="print the names of all faults")
     parser.add_argument("--only", nargs="+", metavar="FAULT", help="these faults only")
     parser.add_argument("--quick", action="store_true", help="one fault of each stage")
+    options_of.add_processes(parser)
+    parser.add_argument(
+        "--clean",
+        type=int,
+        metavar="K",
+        default=0,
+        help="with --processes: so many correct runs as well, with seeds of their own",
+    )
     options_of.add_dtype(parser, "in one precision only")
     options_of.add_twins(parser)
     options_of.add_shared(parser, "faults")
@@ -30,6 +38,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
+    if options.processes is not None:
+        from lockstep.common.cli import process_faults
+
+        return process_faults.execute(options, invocation)
+    if options.clean:
+        raise ConfigError("--clean is for faults of several processes: add --processes N")
     catalogue = invocation.backends.module("faults")
     if options.list:
         for fault in catalogue.FAULTS:

@@ -238,23 +238,23 @@ def measure_precision(pair: _Pair[F], twins: int) -> Finding:
     verdicts = baselines.verdicts(
         correct, runs[FAULTY_BACKEND], baselines.reference(correct, pair.exact)
     )
-    return _finding(pair.fault, comparison, located, len(ensembles[FAULTY_BACKEND].twins), verdicts)
+    return finding(pair.fault, comparison, located, len(ensembles[FAULTY_BACKEND].twins), verdicts)
 
 
-def _finding(
-    fault: Fault,
+def finding(
+    fault: Fault | None,
     comparison: Comparison,
     located: Location | None,
     twins: int,
     peers: Mapping[str, bool | None],
 ) -> Finding:
+    """What was found, next to what is wrong; `fault` is None for a correct run."""
     first = None if located is None else located.divergence
     gap = None if first is None else finite(first.gap)
     bound = None if first is None else finite(first.bound)
-    stage_right = first is not None and first.stage == fault.stage
-    tensor_right = (
-        first is not None and stage_right and fnmatchcase(first.tensor, fault.tensor or "")
-    )
+    stage_right = first is not None and fault is not None and first.stage == fault.stage
+    tensor = None if fault is None else fault.tensor
+    tensor_right = first is not None and stage_right and fnmatchcase(first.tensor, tensor or "")
     return {
         "caught": comparison.verdict == "disagree",
         "step": first and first.step,
@@ -264,7 +264,7 @@ def _finding(
         "bound": bound,
         "gap_over_bound": gap / bound if gap and bound else None,
         "stage_right": stage_right,
-        "tensor_right": tensor_right if fault.tensor else None,
+        "tensor_right": tensor_right if tensor else None,
         "trajectory_agrees": all(check.agrees for check in comparison.windows),
         "message": first and first.message,
         "pattern": located and located.pattern,
