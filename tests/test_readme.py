@@ -363,6 +363,16 @@ def processes() -> str:
     )
 
 
+def rank_kills() -> str:
+    report = report_of("rank-kills")
+    kills = report["kills"]
+    return (
+        f"{len(kills)} kills: {len(kills) - report['wrong']} runs ended with one line that names the rank, the slowest "
+        f"after {max(kill['ended'] for kill in kills):.1f} s; {sum(kill['left'] for kill in kills)} processes were left; "
+        f"resumed, {sum(kill['equal'] for kill in kills)} were equal to the uninterrupted run to the bit.\n"
+    )
+
+
 CLUSTER = ("cluster/dask", "cluster/local")
 
 
@@ -491,6 +501,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "table of results/pairs": pairs,
     "table of results/cluster": cluster,
     "table of results/processes-*": processes,
+    "summary of results/rank-kills": rank_kills,
 }
 
 
