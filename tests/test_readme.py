@@ -363,6 +363,17 @@ def processes() -> str:
     )
 
 
+def process_faults() -> str:
+    report = report_of("faults-processes")
+    summary, clean = report["summary"], report["clean"]
+    stage = summary["stage_right"]
+    false = sum(any(each["alarms"].values()) for each in clean)
+    return (
+        f"{report['processes']} processes, float64, digits: {summary['caught']} of {summary['faults']} are found, "
+        f"{stage['yes']} of these {stage['of']} with the right stage; {false} of {len(clean)} correct runs disagree.\n"
+    )
+
+
 def rank_kills() -> str:
     report = report_of("rank-kills")
     kills = report["kills"]
@@ -501,6 +512,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "table of results/pairs": pairs,
     "table of results/cluster": cluster,
     "table of results/processes-*": processes,
+    "summary of results/faults-processes": process_faults,
     "summary of results/rank-kills": rank_kills,
 }
 
