@@ -100,6 +100,8 @@ class EvidenceCommand:
         from lockstep.common.system import executors
 
         address = self.options.cluster
+        pieces = [items[place : place + together] for place in range(0, len(items), together)]
+        workers = min(workers, len(pieces))
         if workers == 1 and address is None:
             start = time.process_time()
             yield from piece(self, items)
@@ -111,7 +113,6 @@ class EvidenceCommand:
         call = functools.partial(
             run_piece, self.options, self.invocation.backends, share, digests, piece
         )
-        pieces = [items[place : place + together] for place in range(0, len(items), together)]
         with backend_errors("a worker"), pool as executor:
             for rows, cost in executor.map(functools.partial(executors.alone, call), pieces):
                 self.cost = cost if self.cost is None else self.cost.and_of(cost)
