@@ -390,6 +390,10 @@ class Ranks:
         self.counts: dict[str, int] = {}  # by backend, where it is not `count`
         self.groups: dict[str, RankGroup] = {}
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Another process that builds backends has no ranks yet, and handles signals itself."""
+        return Ranks, (self._build, self.count, self.hint), {"counts": self.counts}
+
     def build(self, name: str, dtype: str, concurrent_processes: int = 1) -> Backend:
         """As `lockstep.backends.build`."""
         count = self.counts.get(name, self.count)
