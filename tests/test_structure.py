@@ -170,33 +170,6 @@ def test_a_backend_imports_its_own_framework_and_not_the_others(
     assert not reaches(modules, *foreign)
 
 
-# A step with each optimizer on a batch of one class, and what that has imported.
-STEPS = """
-import sys
-import numpy as np
-from lockstep.backends import build
-from lockstep.common.config import Config
-from lockstep.common.model.initial_weights import initial_weights
-from lockstep.common.protocol import Snapshot
-images, labels = np.zeros((1, 2, 32, 32, 3), np.float32), np.zeros((1, 2), np.int64)
-for optimizer in ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion"):
-    config = Config(optimizer=optimizer, batch_size=2, steps=1, weight_decay=0.0).resolve(2)
-    backend = build(config, 10, "cpu", "auto", "torch", "float32")
-    weights = initial_weights(backend.shapes(), 0, "float32")
-    backend.train_steps(backend.init(Snapshot.start(weights)), images, labels)
-print(*sys.modules)
-"""
-
-
-def test_eager_steps_import_no_compiler() -> None:
-    command = [sys.executable, "-c", STEPS]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    modules = set(process.stdout.split())
-    assert "torch.optim" in modules
-    assert not reaches(modules, "torch._dynamo", "torch._inductor", "sympy", "torchvision")
-
-
 @pytest.mark.parametrize(
     ("source", "found"),
     [

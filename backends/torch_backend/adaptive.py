@@ -7,17 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, optim
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
 from torch.optim.rmsprop import rmsprop
 
-from lockstep.backends.torch_backend.tuning import without_compiler
 from lockstep.common.config import Config
 
-Adagrad, RMSprop = without_compiler(optim.Adagrad), without_compiler(optim.RMSprop)
-Adam, AdamW = without_compiler(optim.Adam), without_compiler(optim.AdamW)
 # One step of an optimizer, by slot: writes into parameters and slots.
 Update = Callable[[list[Tensor], list[Tensor], Mapping[str, list[Tensor]], list[Tensor]], None]
 # PyTorch's own names of the slots, by optimizer.
@@ -89,7 +86,6 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> Optimizer:
             return Lion(groups, betas=options.betas, **shared)
 
 
-@without_compiler
 class Lion(Optimizer):
     """Lion (Chen et al. 2023, arXiv:2302.06675), as `optax.lion` has it; `torch.optim` has none."""
 

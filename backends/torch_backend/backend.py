@@ -83,7 +83,7 @@ class TorchBackend:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         model = self._template
         tensors = dict(model.named_parameters()) | convert.statistics(model)
-        zeros = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+        zeros = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in tensors.items()}
         return {name: array.shape for name, array in convert.to_canonical(model, zeros).items()}
 
     def native_names(self) -> dict[str, str]:

@@ -32,8 +32,5 @@ def configure_determinism(device: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    # The CPU's kernels are deterministic; Inductor would be half as fast. The call imports PyTorch's
-    # compiler, a quarter of what a short run takes, so it is made for a change only.
-    wanted = device == "cuda"
-    if wanted != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(wanted)
+    # The CPU's kernels are deterministic; Inductor would be half as fast.
+    torch.use_deterministic_algorithms(device == "cuda")

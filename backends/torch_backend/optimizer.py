@@ -7,15 +7,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn, optim
-from torch.optim import Optimizer, lr_scheduler
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer, lr_scheduler
 
 from lockstep.backends.torch_backend import adaptive, convert
-from lockstep.backends.torch_backend.tuning import without_compiler
 from lockstep.common.config import Config
 from lockstep.common.optimizers import is_bias_or_norm
 
-SGD = without_compiler(optim.SGD)
 Slots = dict[str, dict[str, Tensor]]  # of an optimizer, then by PyTorch's names of the parameters
 
 

@@ -5,16 +5,12 @@ The measurements behind each number are in results/bench/LOG.md.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import TypeVar, cast
 
 import torch
-from torch.optim import Optimizer
 
 from lockstep.common.config import Config
 
-Kind = TypeVar("Kind", bound=type[Optimizer])
 CompilerOptions = dict[str, str | int | bool | Callable[..., object]]  # of `torch.compile`
 
 EVALUATION_BATCH = 50  # images per forward pass; fewer need less memory
@@ -58,14 +54,3 @@ def limit_threads(batch_size: int, concurrent_processes: int) -> None:
     """Use one thread for small batches, and otherwise this process's share of the cores."""
     share = max(1, ALL_THREADS // concurrent_processes)
     torch.set_num_threads(1 if batch_size <= SMALL_BATCH else share)
-
-
-def without_compiler(kind: Kind) -> Kind:
-    """An optimizer whose first step does not import PyTorch's compiler, which takes a second.
-
-    The library does so to keep these methods out of compiled programs. Lockstep's call
-    the function behind `step` instead.
-    """
-    own = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
-    step = torch.no_grad()(inspect.unwrap(kind.step))
-    return cast(Kind, type(kind.__name__, (kind,), {**own, "step": step}))

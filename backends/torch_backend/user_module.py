@@ -94,12 +94,9 @@ def empty_copy(template: nn.Module, model: str, device: str) -> nn.Module:
     copied = copy.deepcopy(template)
     if model not in MODELS:  # it may have constants
         return copied.to(device)
-    for module in copied.modules():  # `to_empty` would import a part of PyTorch's compiler
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
-        for name, tensor in list(module.named_parameters(recurse=False)):
-            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-            setattr(module, name, nn.Parameter(zeros))
+    copied.to_empty(device=device)
+    for buffer in copied.buffers():
+        buffer.zero_()
     return copied
 
 

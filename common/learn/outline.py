@@ -156,7 +156,6 @@ SECTIONS = (
             *same_names("tuning.py", SETTINGS, "compiler_options", "limit_threads"),
             Pair("tuning.py:compiles", None, "JAX always compiles."),
             Pair("tuning.py:channels_last", None, "In Flax, the channels are last everywhere."),
-            Pair("tuning.py:without_compiler", None, "JAX has its compiler at hand in any case."),
             Pair(
                 None, "tuning.py:xla_has_option", ("PyTorch's options depend on its version alone.")
             ),
