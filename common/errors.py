@@ -3,7 +3,8 @@ exits with 2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_SHOWN = 4  # names in one line
 
@@ -45,6 +46,17 @@ def printable(text: object) -> str:
 def reason(error: BaseException) -> str:
     """The kind of an error and the first line of its message, for an error of user code."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+@contextmanager
+def user_code(text: str, remedy: str = "") -> Iterator[None]:
+    """Turn an exception of user code into a ConfigError of one line: `text (its reason): remedy`."""
+    try:
+        yield
+    except LockstepError:
+        raise
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(": ".join(filter(None, [f"{text} ({reason(error)})", remedy]))) from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

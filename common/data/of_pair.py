@@ -13,7 +13,7 @@ from lockstep.common.config import MODELS
 from lockstep.common.data.arrays import NAMES, of_arrays
 from lockstep.common.data.dataset import Dataset
 from lockstep.common.data.user_data import read_npz
-from lockstep.common.errors import ConfigError, LockstepError, reason
+from lockstep.common.errors import user_code
 from lockstep.common.model import pair as pairs
 from lockstep.common.protocol import Task
 
@@ -28,17 +28,15 @@ def example(model: str) -> Dataset | None:
     found: Any = None if model in MODELS else pairs.load(model).example
     if found is None:
         return None
-    try:
+    remedy = (
+        "give inputs and targets, a function that returns them, or an .npz archive with x and y"
+    )
+    with user_code(f"--model {model}: there is no example", remedy):
         if isinstance(found, str):
             with np.load(pairs.beside(model, found), allow_pickle=False) as archive:
                 found = archive["x"], archive["y"]
         given: Any = found() if callable(found) else found
         x, y = given
-    except Exception as error:  # user code may raise anything
-        raise ConfigError(
-            f"--model {model}: there is no example ({reason(error)}): give inputs "
-            "and targets, a function that returns them, or an .npz archive with x and y"
-        ) from error
     arrays: dict[str, Any] = dict(zip(NAMES, (x, y, x, y), strict=True))
     shown, labelled = f"--model {model}, its example", pairs.is_labelled(model)
     return of_arrays("the pair's example", shown, arrays, labelled, ("x", "y", "x", "y"))
@@ -54,15 +52,12 @@ def own(model: str) -> Dataset | None:
     found = None if model in MODELS else pairs.load(model).data
     if found is None:
         return None
-    try:
+    remedy = (
+        f"give {', '.join(NAMES)}, a function that returns them, or the path of an .npz archive with "
+        "them"
+    )
+    with user_code(f"--model {model}: there is no data", remedy):
         arrays = _named(model, found)
-    except LockstepError:
-        raise
-    except Exception as error:  # user code may raise anything
-        raise ConfigError(
-            f"--model {model}: there is no data ({reason(error)}): give {', '.join(NAMES)}, a function "
-            "that returns them, or the path of an .npz archive with them"
-        ) from error
     return of_arrays(
         "the pair's data", f"--model {model}, its data", arrays, pairs.is_labelled(model)
     )

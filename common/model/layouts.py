@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.common.errors import ConfigError, reason, shorten
+from lockstep.common.errors import ConfigError, shorten, user_code
 from lockstep.common.protocol import Arrays
 
 Convert = Callable[[Arrays], Arrays]  # from PyTorch's tensors of a layer to Flax's
@@ -41,14 +41,10 @@ def find_moved(layer: str, function: Convert, shapes: Mapping[str, tuple[int, ..
         size = math.prod(shape)
         tensors[name.removeprefix(prefix)] = np.arange(start, start + size).reshape(shape)
         start += size
-    try:
+    text = f"{layer}'s tensors, {shorten(tensors)}, cannot be converted"
+    with user_code(text, "let the pair's convert say how"):
         positions = {name: np.asarray(array) for name, array in function(tensors).items()}
         every = np.concatenate([array.ravel() for array in positions.values()])
-    except Exception as error:  # user code may raise anything
-        raise ConfigError(
-            f"{layer}'s tensors, {shorten(tensors)}, cannot be converted "
-            f"({reason(error)}): let the pair's convert say how"
-        ) from error
     if not np.array_equal(np.sort(every), np.arange(start)):
         raise ConfigError(
             f"the pair's convert of {layer} does not give each number of {shorten(tensors)} once: "

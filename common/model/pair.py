@@ -8,14 +8,14 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.common.config import MODELS
-from lockstep.common.errors import ConfigError, did_you_mean, reason
+from lockstep.common.errors import ConfigError, did_you_mean, reason, user_code
 from lockstep.common.system import environment
 
 if TYPE_CHECKING:
@@ -236,14 +236,11 @@ def _imported(place: str, load: Callable[[], Any]) -> Any:
         raise ConfigError(f"{place} cannot be imported ({reason(error)}): fix it first") from error
 
 
-@contextmanager
-def user_code_errors(model: str, side: str, what: str, remedy: str = "") -> Iterator[None]:
+def user_code_errors(
+    model: str, side: str, what: str, remedy: str = ""
+) -> AbstractContextManager[None]:
     """Turn any exception of a user's module into a one-line ConfigError."""
-    try:
-        yield
-    except Exception as error:  # user code may raise anything
-        found = f"--model {model}: {side} cannot {what} ({reason(error)})"
-        raise ConfigError(": ".join(filter(None, [found, remedy]))) from error
+    return user_code(f"--model {model}: {side} cannot {what}", remedy)
 
 
 def named(inputs: np.ndarray) -> str:

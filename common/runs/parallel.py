@@ -225,11 +225,10 @@ class ParallelTraining:
             self.process.receive(number, self._follow)
         except (WorkerFailed, LockstepError, KeyboardInterrupt) as error:
             self._failure = error
-        except Exception as error:  # such as what cannot be pickled: nobody may wait for ever
-            self._failure = WorkerFailed(f"{type(error).__name__}: {error}")
-        with self._changed:
-            self._done = True
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._done = True
+                self._changed.notify_all()
 
     def _follow(self, report: object) -> None:
         assert isinstance(report, tuple)

@@ -96,8 +96,6 @@ class _Caller(threading.Thread):
                 answer = self.worker.receive(number, self._on_beat)
             except (WorkerFailed, LockstepError, KeyboardInterrupt) as error:
                 answer = error
-            except Exception as error:  # such as arguments that cannot be pickled
-                answer = WorkerFailed(f"{type(error).__name__}: {error}")
             self.answers.put((self.number, answer))
 
     def _on_beat(self, received: object) -> None:

@@ -54,7 +54,11 @@ class Worker:
         self._write((0, "", (make, *arguments)))
 
     def send(self, method: str, *arguments: object) -> int:
-        """Start a call of the object's method, and return its number for `receive`."""
+        """Start a call of the object's method, and return its number for `receive`.
+
+        Raises:
+            WorkerFailed: if an argument cannot be pickled.
+        """
         self._calls += 1
         self._write((self._calls, method, arguments))
         return self._calls
@@ -101,10 +105,14 @@ class Worker:
         self.stop()
 
     def _write(self, command: Command) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it has died, and `receive` says so
+        try:
             # the highest protocol copies no arrays
             pickle.dump(command, self._commands, pickle.HIGHEST_PROTOCOL)
             self._commands.flush()
+        except (OSError, ValueError):
+            pass  # it has died, and `receive` says so
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise WorkerFailed(f"the arguments of {command[1]} ({reason(error)})") from error
 
     def death(self) -> WorkerDied | None:
         """Its death, where that is known without a call; None if it lives, or nobody knows."""
