@@ -15,7 +15,7 @@ from lockstep.common.recipes import recipe_named
 
 if TYPE_CHECKING:
     from lockstep.common.report.json import LocationJson, ReportJson
-    from lockstep.common.runs.ranks import StartRanks
+    from lockstep.common.runs.rank_group import StartRanks
     from lockstep.common.runs.request import RunRequest
 
 

@@ -15,15 +15,8 @@ import numpy as np
 
 from lockstep.common.errors import RecordError
 from lockstep.common.protocol import STAGES, Arrays
-from lockstep.common.runs.record import (
-    FIRST_STEPS,
-    Check,
-    are_names,
-    first_problem,
-    grouped,
-    is_count,
-    ungrouped,
-)
+from lockstep.common.runs.file_checks import Check, are_names, first_problem, is_count
+from lockstep.common.runs.record import FIRST_STEPS, grouped, ungrouped
 from lockstep.common.system.storage import JsonObject, read_tensors, write_tensors
 
 SCHEMA = 1

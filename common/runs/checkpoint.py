@@ -15,22 +15,17 @@ from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.model.perturb import REPLICATE, image_perturbation_rng
 from lockstep.common.protocol import STAGES, Arrays, RankDifference, Snapshot
-from lockstep.common.runs.record import (
+from lockstep.common.runs.file_checks import (
     Check,
-    Segment,
     all_finite,
     are_names,
     are_rank_differences,
-    fields_of,
-    file_name,
-    file_stem,
     first_problem,
-    grouped,
     has_all_layers,
     is_count,
     same_tensors,
-    ungrouped,
 )
+from lockstep.common.runs.record import Segment, fields_of, file_name, file_stem, grouped, ungrouped
 from lockstep.common.system.interrupt import SignalHandler
 from lockstep.common.system.storage import JsonObject, flush_folder, read_tensors, write_tensors
 

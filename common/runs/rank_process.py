@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, SupportsFloat
 
 import numpy as np
 
@@ -113,7 +113,7 @@ class RankProcess:
         return found
 
 
-def in_numpy(metric: Any) -> Any:
+def in_numpy(metric: np.ndarray | SupportsFloat) -> np.ndarray | float:
     """A metric of many steps, or a framework's scalar, as plain numbers."""
     return metric if isinstance(metric, np.ndarray) else float(metric)
 

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS, DTYPES, MAX_COUNT, Config
+from lockstep.common.config import BACKENDS, DTYPES, Config
 from lockstep.common.dtypes import numpy_dtype
 from lockstep.common.errors import ConfigError, RecordError
 from lockstep.common.protocol import STAGES, Arrays, RankDifference
+from lockstep.common.runs.file_checks import (
+    Check,
+    all_finite,
+    are_names,
+    are_rank_differences,
+    first_problem,
+    has_all_layers,
+    is_count,
+    is_time,
+    same_tensors,
+)
 from lockstep.common.system.storage import MAX_BYTES, JsonObject, read_tensors, write_tensors
 
 SCHEMA = 3
 # Steps recorded tensor by tensor; two, since momentum and dampening first act in the second.
 FIRST_STEPS = 2
-Check = tuple[str, Callable[[], bool]]  # what may be wrong, and whether it is
 
 
 class Segment(TypedDict):
@@ -220,11 +230,6 @@ def grouped(arrays: Arrays, groups: Sequence[str]) -> dict[str, Arrays]:
 ALLOWED_DTYPES = ("float64", "float32", "bfloat16", "int64", "int32")
 
 
-def first_problem(checks: Iterable[Check]) -> str | None:
-    """The name of the first check that finds something wrong."""
-    return next((problem for problem, wrong in checks if wrong()), None)
-
-
 def _checks(r: Record) -> Iterator[Check]:
     """The checks of a record; each relies on those before it."""
     yield from _metadata_checks(r)
@@ -241,7 +246,7 @@ def _metadata_checks(r: Record) -> list[Check]:
         ("data", lambda: not _is_data(r.data)),
         ("environment", lambda: not isinstance(r.environment, dict)),
         ("source", lambda: not isinstance(r.source, str)),
-        ("times", lambda: not _is_time(r.seconds) or not _is_speed(r.steps_per_second)),
+        ("times", lambda: not is_time(r.seconds) or not _is_speed(r.steps_per_second)),
         ("layers", lambda: not are_names(r.layers)),
         ("nonfinite_step", lambda: not _is_step(r.nonfinite_step, r.config["steps"])),
         ("segments", lambda: not _valid_segments(r.segments, r.config["steps"], r.nonfinite_step)),
@@ -293,57 +298,9 @@ def _tensor_checks(r: Record) -> list[Check]:
     ]
 
 
-def same_tensors(arrays: Arrays, expected: Arrays) -> bool:
-    """Whether both have the same names, shapes and dtypes."""
-    found, wanted = (
-        {name: (array.shape, array.dtype) for name, array in tensors.items()}
-        for tensors in (arrays, expected)
-    )
-    return found == wanted
-
-
-def has_all_layers(layers: list[str], first_steps: Arrays) -> bool:
-    """Whether each of the first steps has the activations of these layers and no others: what one
-    record lacks is not compared."""
-    found: dict[str, set[str]] = {}
-    for key in first_steps:
-        step, stage, tensor = key.split("/", 2)
-        found.setdefault(step, set()).update([tensor] if stage == "forward" else [])
-    return all(names == set(layers) for names in found.values())
-
-
-def all_finite(arrays: Arrays) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in arrays.values())
-
-
-def are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def are_rank_differences(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(each, dict)
-        and each.keys() == {"step", "rank", "tensor", "gap"}
-        and is_count(each["step"], 0)
-        and is_count(each["rank"], 1)
-        and isinstance(each["tensor"], str)
-        and (each["gap"] is None or _is_time(each["gap"]))
-        for each in value
-    )
-
-
-def is_count(value: object, least: int, most: int = MAX_COUNT) -> bool:
-    """Whether `value` is a whole number, from JSON, between these two."""
-    return type(value) is int and least <= value <= most
-
-
-def _is_time(value: object) -> bool:
-    return type(value) is float and 0 <= value < np.inf
-
-
 def _is_speed(value: object) -> bool:
     """NaN is one, too: of a run that took no step."""
-    return _is_time(value) or (type(value) is float and value != value)
+    return is_time(value) or (type(value) is float and value != value)
 
 
 def _is_step(value: object, steps: int) -> bool:

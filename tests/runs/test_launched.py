@@ -12,7 +12,8 @@ import pytest
 from lockstep.common.errors import BackendError, ConfigError
 from lockstep.common.runs import launched
 from lockstep.common.runs.launched import Launched, Leader
-from lockstep.common.runs.ranks import Ranks, free_port
+from lockstep.common.runs.rank_group import free_port
+from lockstep.common.runs.ranks import Ranks
 from tests.runs.test_ranks import build, numbers, run, started
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are others here")

@@ -15,7 +15,7 @@ import pytest
 from lockstep.common.config import Config
 from lockstep.common.errors import DataError, LockstepError, RankFailed
 from lockstep.common.protocol import Arrays, Backend, Metrics, Rank, Snapshot
-from lockstep.common.runs import checkpoint, ranks, record, training
+from lockstep.common.runs import checkpoint, rank_group, record, training
 from lockstep.common.runs.checkpoint import CheckpointManager
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.ranks import Kept, Ranks
@@ -190,7 +190,7 @@ def test_a_rank_that_fails_is_named_and_the_run_goes_on_from_a_checkpoint(
     fault: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "SNAPSHOT_SECONDS", 0.0)
-    monkeypatch.setattr(ranks, "SILENCE", 2)
+    monkeypatch.setattr(rank_group, "SILENCE", 2)
     with started(fault) as group:
         with pytest.raises(RankFailed, match=message):
             run(group, tmp_path)
