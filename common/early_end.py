@@ -1,4 +1,5 @@
-"""What differs in float64's first steps for certain is judged by them; the rest is not trained."""
+"""Ends a comparison early: a large float64 difference in the first steps decides the verdict, and the
+rest is not trained."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ ENDED = (
 
 
 def watched(request: Request, trainer: Trainer, found: Mapping[str, Ensembles]) -> Trainer:
-    """`trainer`, which ends early if the run is worth it, and nothing of it is there yet."""
+    """`trainer`; it watches the first steps of a long run whose folder holds no float64 record yet."""
     config = trainer.config
     images = config.total_steps * config.batch_size
     fresh = found.get("float64") == {} and len(request.backends) == len(BACKENDS)
-    alone = request.cluster is None  # whose workers have begun
+    alone = request.cluster is None  # its workers train twins at the same time
     ends = fresh and alone and not request.keep_going and images >= MIN_IMAGES
     return dataclasses.replace(trainer, watch=FirstStepsWatch() if ends else None)
 
@@ -34,14 +35,14 @@ def watched(request: Request, trainer: Trainer, found: Mapping[str, Ensembles]) 
 def judge_first_steps(
     trainer: Trainer, names: Sequence[str]
 ) -> tuple[Trainer, Ensembles, Comparison]:
-    """A run of the first steps alone, evaluated after them: what trains it, both sides, and how
-    they compare. No record is written."""
+    """Train, evaluate and judge the first steps alone; no record is written. Returns the trainer of
+    this short run, its runs by backend, and the comparison."""
     config = dataclasses.replace(trainer.config, steps=FIRST_STEPS)
     short = dataclasses.replace(trainer, config=config, watch=None)
     observer = TerminalObserver(lambda text: None, lambda steps, loss: None)
     ensembles: Ensembles = {}
     for name in names:
-        short._remove_checkpoints(f"{name}-float64")
+        short.remove_checkpoints(f"{name}-float64")
         with backend_errors(name), short.signals.deferred():
             backend = short.backend(name, "float64")
             run = training.train(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from lockstep.common.protocol import Backend, Rank
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.futures import Future
 
     from lockstep.backends.torch_backend.processes import TorchRank
+    from lockstep.backends.torch_backend.state import State
+    from lockstep.common.protocol import Metrics, Snapshot
     from lockstep.common.runs.rank_process import BuildRank
 
 PROCESS_FAULTS: list[Fault] = []
@@ -64,7 +68,7 @@ def build_with_fault(
     return build(name, dtype, concurrent_processes, rank)
 
 
-def _rebuild(patch: SetAttr, change: Any) -> None:
+def _rebuild(patch: SetAttr, change: Callable[[Config, Rank], Config]) -> None:
     """Build the ranks with `change(config, rank)` for the configuration."""
     from lockstep.backends.torch_backend import processes
 
@@ -122,7 +126,7 @@ def weights_not_broadcast(patch: SetAttr, config: Config, dataset: Dataset) -> N
 
     init = processes.TorchRank.init
 
-    def own(self: TorchRank, snapshot: Any) -> Any:
+    def own(self: TorchRank, snapshot: Snapshot) -> State:
         state = init(self, snapshot)
         for parameter in state.model.parameters():
             parameter.data.mul_(1 + 0.01 * self.rank.number)
@@ -148,7 +152,7 @@ def dropout_of_one_seed(patch: SetAttr, config: Config, dataset: Dataset) -> Non
 
     masks = processes.TorchRank._masks
 
-    def of_rank_0(self: TorchRank, state: Any, shape: Any) -> dict[str, Tensor]:
+    def of_rank_0(self: TorchRank, state: State, shape: Sequence[int]) -> dict[str, Tensor]:
         found = masks(self, state, shape)
         first = processes.rows(self.rank._replace(number=0), shape[-1])
         tiled = np.arange(shape[-1]) % len(range(shape[-1])[first])
@@ -188,7 +192,7 @@ def gradients_summed(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 
     average = processes.average_in_order
 
-    def total(own: Tensor) -> Any:
+    def total(own: Tensor) -> Future[Tensor]:
         count = processes.dist.get_world_size()
         return average(own).then(lambda future: future.value() * count)
 
@@ -205,7 +209,7 @@ def clipped_in_each_rank(patch: SetAttr, config: Config, dataset: Dataset) -> No
     average, limit = processes.average_in_order, config.clip_norm
     assert limit is not None
 
-    def clipped(own: Tensor) -> Any:
+    def clipped(own: Tensor) -> Future[Tensor]:
         return average(own * (limit / (own.norm() + 1e-6)).clamp(max=1.0))
 
     patch(processes, "average_in_order", clipped)
@@ -218,7 +222,7 @@ def no_sync_in_one_step(patch: SetAttr, config: Config, dataset: Dataset) -> Non
 
     step = processes.TorchRank._step
 
-    def unsynced(self: TorchRank, state: Any, *arguments: Any) -> Any:
+    def unsynced(self: TorchRank, state: State, *arguments: Any) -> tuple[State, Metrics]:
         if state.step != LATE:
             return step(self, state, *arguments)
         with vars(state.model)["distributed"].no_sync():

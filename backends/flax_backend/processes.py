@@ -77,7 +77,9 @@ class FlaxRank(FlaxBackend):
     ) -> tuple[jax.Array, jax.Array, Parameters]:
         check_shares(self.config, self.rank.count, labels.shape[axis])
         whole = super()._on_device(state, images, labels, axis)
-        if labels.shape[axis] % self.rank.count:  # which JAX does not share out: all do all of it
+        if (
+            labels.shape[axis] % self.rank.count
+        ):  # JAX does not shard it: every process computes the whole batch
             return spread(whole, self._everywhere)
         rows = PartitionSpec(*[None] * axis, IMAGES)
         return spread(whole, NamedSharding(self._everywhere.mesh, rows))

@@ -1,7 +1,7 @@
 """Processes that torchrun has started, on one machine or several: rank 0's leads, the others connect.
 
-Whoever can connect could have code run, so both sides prove that they know a key. By default it is
-derived from what torchrun tells every process; LOCKSTEP_KEY makes it a secret.
+A process that connects can run code here, so both sides prove that they know a key. By default the
+key is derived from torchrun's variables; LOCKSTEP_KEY makes it a secret.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Leader:
         self.server = listen(launched.host, launched.port)
 
     def __call__(self, name: str, count: int) -> list[Worker]:
-        """The ranks, as `lockstep.common.runs.ranks.StartRanks`.
+        """The ranks, as `lockstep.common.runs.rank_group.StartRanks`.
 
         Raises:
             BackendError: if one does not come, or is not what it should be.

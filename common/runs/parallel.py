@@ -152,7 +152,7 @@ class ParallelTraining:
         if self.process is None:
             return
         if error and isinstance(error[1], FirstStepsDiffer):
-            self.worker.stop()  # at once: what it has begun is not needed
+            self.worker.stop()  # at once: its unfinished runs are not needed
             self._stopped = True
         elif any(error):
             self._stop()

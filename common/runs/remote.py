@@ -81,7 +81,7 @@ def train_twin(twins: Twins, name: str, dtype: str, twin: int) -> Record:
 
 
 class _Silent:
-    """Nobody watches a worker."""
+    """An observer that prints nothing."""
 
     def line(self, text: str, /) -> None: ...
 

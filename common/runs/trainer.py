@@ -95,7 +95,7 @@ class Trainer:
                 backend = backend or self.backend(name, dtype)
                 finished = self._train_one(backend, name, dtype, twin)
             elif finished.nonfinite_step is None:
-                self._remove_checkpoints(finished.stem)
+                self.remove_checkpoints(finished.stem)
             records.append(finished)
         return records
 
@@ -132,7 +132,7 @@ class Trainer:
         self.terminal.line(f"Training {title}{after}: {total - done:,} steps on {backend.device}")
         stem = record.file_stem(name, dtype, twin)
         if not self.resumed:
-            self._remove_checkpoints(stem)
+            self.remove_checkpoints(stem)
         checkpoints = CheckpointManager(self.folder, self.checkpoint_every, self.signals)
         with (
             backend_errors(name),
@@ -164,7 +164,7 @@ class Trainer:
             with self.signals.masked():
                 record.write(found, self.folder)
         if found.nonfinite_step is None or twin is not None:
-            self._remove_checkpoints(stem)
+            self.remove_checkpoints(stem)
         else:
             self.terminal.line(
                 f"{title}: the loss of step {found.nonfinite_step} is not finite, so training "
@@ -178,7 +178,7 @@ class Trainer:
         line = self.terminal.line
         return line if self.concurrent_processes == 1 else functools.partial(prefixed, name, line)
 
-    def _remove_checkpoints(self, stem: str) -> None:
+    def remove_checkpoints(self, stem: str) -> None:
         checkpoint.remove(self.folder, stem, shared=self.concurrent_processes > 1)
 
     def read_records(self, name: str, dtype: str, twins: Sequence[int | None]) -> list[Record]:

@@ -9,13 +9,13 @@ from lockstep.common.runs.checkpoint import Checkpoint
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.first_steps import record_of
 
-# Times the bound. What is nearer to it, twins may explain: where a gradient cancels, an ulp in the
-# weights moves it by 6.5 times the bound. A wrong padding exceeds it by 1e11.
+# Times the bound. Twins may explain a smaller gap: where a gradient cancels, an ulp in the weights
+# moves it by 6.5 times the bound. A wrong padding exceeds the bound by 1e11.
 CERTAIN = 1000.0
 
 
 class FirstStepsDiffer(Exception):
-    """Nothing that is left to train would change the verdict."""
+    """The first steps decide the verdict: more training would not change it."""
 
 
 class FirstStepsWatch:

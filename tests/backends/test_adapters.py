@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -132,7 +133,7 @@ def test_linen_refuses_what_draws_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_bridged_layer_in_a_module_of_nnx_draws_only_if_its_linen_does(
-    rate: float, tmp_path: Any
+    rate: float, tmp_path: Path
 ) -> None:
     """`ToNNX` draws a key for each call, whether linen wants it or not."""
     path = tmp_path / "bridged.py"
