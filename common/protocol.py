@@ -65,8 +65,12 @@ class Dropout(NamedTuple):
     shape: tuple[int, ...]
 
 
+GRADIENT_OF = "gradient of "  # begins the name of a gradient among the tensors of a state
+
+
 class RankDifference(TypedDict):
-    """A tensor of a state that is not the same in all processes of a run."""
+    """A tensor of a state, or a gradient of its last step, that is not the same in all processes of
+    a run."""
 
     step: int  # optimizer steps done
     rank: int  # the process whose tensor is not rank 0's

@@ -21,6 +21,7 @@ from torch.distributed import _functional_collectives as collectives
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from lockstep.backends.torch_backend import convert
 from lockstep.backends.torch_backend.backend import TorchBackend
 from lockstep.backends.torch_backend.compiled import ManySteps, Masks
 from lockstep.backends.torch_backend.device import choose_device
@@ -113,6 +114,12 @@ class TorchRank(TorchBackend):
                     dist.broadcast(buffer, src=0)
         return state, metrics
 
+    def last_gradients(self, state: State) -> Arrays:
+        """Those of the last step, as DDP has reduced them; none after compiled steps."""
+        found = {name: parameter.grad for name, parameter in state.model.named_parameters()}
+        kept = {name: gradient for name, gradient in found.items() if gradient is not None}
+        return convert.to_canonical(state.model, kept)
+
     # --- Looking without touching
 
     def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> Evaluation:
@@ -153,6 +160,12 @@ class _ForwardPass(nn.Module):
 
 class ManyAveragedSteps(ManySteps):
     """`ManySteps` whose compiled loop averages the gradients, as DDP does in single steps."""
+
+    def _as_one_program(
+        self, state: State, images: Tensor, labels: Tensor, masks: Masks
+    ) -> tuple[State, Metrics]:
+        state.optimizer.zero_grad()  # those of an earlier step
+        return super()._as_one_program(state, images, labels, masks)
 
     def _gradients(
         self,

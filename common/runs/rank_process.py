@@ -8,11 +8,11 @@ import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol, SupportsFloat
+from typing import Any, NamedTuple, NoReturn, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 
-from lockstep.common.protocol import Arrays, Backend, Metrics, Rank, Snapshot
+from lockstep.common.protocol import GRADIENT_OF, Arrays, Backend, Metrics, Rank, Snapshot
 from lockstep.common.system import environment
 from lockstep.common.system.process import Report
 
@@ -26,6 +26,15 @@ class BuildRank(Protocol):
     def __call__(
         self, name: str, dtype: str, concurrent_processes: int, rank: Rank | None = None
     ) -> Backend: ...
+
+
+@runtime_checkable
+class KeepsGradients(Protocol):
+    """A backend of a rank whose state holds the gradients of its last step."""
+
+    def last_gradients(self, state: Any) -> Arrays:
+        """As all ranks should have them, in the canonical layout; empty if the state has none."""
+        ...
 
 
 class Reference(NamedTuple):
@@ -74,7 +83,7 @@ class RankProcess:
         self, backend: int, method: str, arguments: Sequence[object], keep: int, forget: set[int]
     ) -> Any:
         """Call a method of a backend. Rank 0 answers with its result, and the others with none, but
-        for `export`: they answer with the digests of their state.
+        for `export`: all answer with the digests of their state and gradients, too.
 
         Args:
             backend: its number.
@@ -84,7 +93,8 @@ class RankProcess:
         """
         for number in forget:
             self.kept.pop(number, None)
-        found = getattr(self.kept[backend], method)(*map(self._resolved, arguments))
+        given = [self._resolved(argument) for argument in arguments]
+        found = getattr(self.kept[backend], method)(*given)
         if method in KEPT:
             self.kept[keep] = found
             return None
@@ -92,8 +102,9 @@ class RankProcess:
             self.kept[keep], metrics = found
             return Metrics(*map(in_numpy, metrics)) if self.rank.number == 0 else None
         if method == "export":
-            self.exported = tensors_of(found)
-            return found if self.rank.number == 0 else digests(self.exported)
+            # Gradients first: they are why a state differs.
+            self.exported = gradients_of(self.kept[backend], given[0]) | tensors_of(found)
+            return found if self.rank.number == 0 else None, digests(self.exported)
         return found if self.rank.number == 0 else None
 
     def leave(self) -> NoReturn:
@@ -101,7 +112,7 @@ class RankProcess:
         os._exit(0)
 
     def tensor(self, name: str) -> np.ndarray | None:
-        """A tensor of the state that was last exported; None if there is none of that name."""
+        """A tensor of what was last exported; None if there is none of that name."""
         return self.exported.get(name)
 
     def _resolved(self, argument: object) -> object:
@@ -122,6 +133,12 @@ def tensors_of(snapshot: Snapshot) -> Arrays:
     """All that a state consists of, the optimizer's tensors and the schedule's numbers too."""
     schedule = {f"{name} of the schedule": np.array(n) for name, n in snapshot.schedule.items()}
     return snapshot.tensors | snapshot.optimizer_tensors | schedule
+
+
+def gradients_of(backend: Backend, state: object) -> Arrays:
+    """The gradients that the last step was taken with, of a backend that keeps them (PyTorch's)."""
+    found: Arrays = backend.last_gradients(state) if isinstance(backend, KeepsGradients) else {}
+    return {f"{GRADIENT_OF}{name}": array for name, array in found.items()}
 
 
 def digests(arrays: Arrays) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ from lockstep.common.protocol import (
     Snapshot,
 )
 from lockstep.common.runs.rank_group import RankGroup, StartRanks, start_here
-from lockstep.common.runs.rank_process import BuildRank, Reference, digests, tensors_of
+from lockstep.common.runs.rank_process import BuildRank, Reference
 from lockstep.common.system.interrupt import SignalHandler
 
 MAX_DIFFERENCES = 8  # tensors of one state that are recorded
@@ -100,11 +100,11 @@ class RankedBackend:
 
     def export(self, state: Kept) -> Snapshot:
         """Rank 0's state, and where another rank's is not the same."""
-        snapshot, *others = self._call("export", state)
-        expected = digests(tensors_of(snapshot))
+        answers = self._call("export", state)
+        snapshot, expected = answers[0]
         found = [
-            self._difference(snapshot, rank, tensor)
-            for rank, theirs in enumerate(others, 1)
+            self._difference(snapshot.step, rank, tensor)
+            for rank, (_, theirs) in enumerate(answers[1:], 1)
             for tensor in [name for name in expected if theirs.get(name) != expected[name]][
                 :MAX_DIFFERENCES
             ]
@@ -155,8 +155,8 @@ class RankedBackend:
         forget = self.group.unwanted()
         return self.group.call("call", self._number, method, references, keep, forget)
 
-    def _difference(self, snapshot: Snapshot, rank: int, tensor: str) -> RankDifference:
-        ours, theirs = tensors_of(snapshot)[tensor], self.group.ask(rank, "tensor", tensor)
+    def _difference(self, step: int, rank: int, tensor: str) -> RankDifference:
+        ours, theirs = (self.group.ask(number, "tensor", tensor) for number in (0, rank))
         gap = None
         if theirs is not None and theirs.shape == ours.shape:
             if np.array_equal(ours, theirs, equal_nan=True):  # zeros of either sign
@@ -164,14 +164,15 @@ class RankedBackend:
             else:
                 found = float(np.max(np.abs(ours.astype(np.float64) - theirs.astype(np.float64))))
                 gap = found if np.isfinite(found) else None
-        return {"step": snapshot.step, "rank": rank, "tensor": tensor, "gap": gap}
+        return {"step": step, "rank": rank, "tensor": tensor, "gap": gap}
 
 
 class Ranks:
     """Builds backends of one process or of several, as a context manager that ends these.
 
     Args:
-        build: builds a backend of one process.
+        build: builds a backend of one process. The attribute `build_rank` may be set to another
+            function, which builds the next ones in the same processes.
         count: processes of each backend.
         hint: how to go on when a rank has failed.
         start: starts the ranks of a framework.
@@ -186,7 +187,7 @@ class Ranks:
         start: StartRanks | None = None,
         signals: SignalHandler | None = None,
     ) -> None:
-        self._build, self.count, self.hint = build, count, hint
+        self.build_rank, self.count, self.hint = build, count, hint
         self.start = start_here if start is None else start
         self.signals = SignalHandler() if signals is None else signals
         self.counts: dict[str, int] = {}  # by backend, where it is not `count`
@@ -194,12 +195,12 @@ class Ranks:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Another process that builds backends has no ranks yet, and handles signals itself."""
-        return Ranks, (self._build, self.count, self.hint), {"counts": self.counts}
+        return Ranks, (self.build_rank, self.count, self.hint), {"counts": self.counts}
 
     def build(self, name: str, dtype: str, concurrent_processes: int = 1) -> Backend:
         """As `lockstep.backends.build`."""
         count = self.counts.get(name, self.count)
-        local = self._build(name, dtype, max(concurrent_processes, count))
+        local = self.build_rank(name, dtype, max(concurrent_processes, count))
         if count == 1:
             return local
         if name not in self.groups:
@@ -207,7 +208,7 @@ class Ranks:
             self.groups[name] = RankGroup(
                 FRAMEWORKS[name], ranks, self.hint, self.signals.receive_for_a_rank
             )
-        return RankedBackend(local, self.groups[name], self._build, dtype)
+        return RankedBackend(local, self.groups[name], self.build_rank, dtype)
 
     def __enter__(self) -> Self:
         return self

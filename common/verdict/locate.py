@@ -24,7 +24,7 @@ from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.layers import ModuleNames, kind_of, native_names, own_names
 from lockstep.common.model.perturb import perturb_one_ulp
 from lockstep.common.model.sources import excerpts
-from lockstep.common.protocol import Arrays, Backend, Snapshot
+from lockstep.common.protocol import STAGES, Arrays, Backend, Snapshot
 from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS, Record
@@ -41,6 +41,7 @@ from lockstep.common.verdict.comparison import (
 from lockstep.common.verdict.distances import abs_differences, magnitude, max_tensor_difference
 from lockstep.common.verdict.failures import Failures, failures
 from lockstep.common.verdict.first_steps import check_first_steps
+from lockstep.common.verdict.rank_checks import METHOD, check_ranks, ranks_location
 
 # keeps these random numbers apart from those of lockstep.common.model.initial_weights
 REPLAY_STREAM = 4
@@ -116,7 +117,10 @@ def locate(
         return describe(first, recorded, method)
     check, tensors, together = found
     method = f"replayed: both took step {check.step} from the state that {names[0]} had before it"
-    return describe(divergence(check, names), tensors, method, together, modules)
+    place = divergence(check, names)
+    if of_ranks := ranks_location(place, [check] if check.sides else [], f"{method}; {METHOD}"):
+        return of_ranks
+    return describe(place, tensors, method, together, modules)
 
 
 def _jumps(first: Divergence, runs: Mapping[str, Record]) -> bool:
@@ -191,7 +195,8 @@ def _step_failure(
 ) -> tuple[Check, Tensors, Failures | None] | None:
     """The first check that one step from one state fails; in float64 twins are asked only then."""
     a, b = (Ensemble(take(backend, None)) for backend in backends)
-    if dtype == "float64" and all(check.agrees for check in check_first_steps(a, b)):
+    of_ranks = check_ranks([a.run, b.run])
+    if dtype == "float64" and all(check.agrees for check in of_ranks + check_first_steps(a, b)):
         return None
     numbers = range(1, twins + 1)
     a, b = (
@@ -199,9 +204,10 @@ def _step_failure(
         for side, backend in zip((a, b), backends, strict=True)
     )
     checks = check_first_steps(a, b, replayed=True)
-    worst = next((check for check in checks if not check.agrees), None)
-    if worst is None:
+    failing = [check for check in of_ranks + checks if not check.agrees]
+    if not failing:
         return None
+    worst = min(failing, key=lambda check: STAGES.index(check.stage))  # of those, the first
     runs = {backend.name: side.run for backend, side in zip(backends, (a, b), strict=True)}
     tensors = tensors_at(runs, 0, worst.stage, worst.tensor)
     return worst, tensors, failures(checks, 0, worst.stage, a.run.layers)
@@ -234,9 +240,8 @@ def one_step(
     weights = backend.export(state).tensors
     opening = {f"0/{name}": array for name, array in backend.probe(state, images, labels).items()}
     state, metrics = backend.train_steps(state, images[np.newaxis], labels[np.newaxis])
-    opening |= {
-        f"0/{name}": array for name, array in training.update_tensors(backend.export(state)).items()
-    }
+    after = backend.export(state)
+    opening |= {f"0/{name}": array for name, array in training.update_tensors(after).items()}
     return Record(
         backend=backend.name,
         dtype=dtype,
@@ -256,6 +261,7 @@ def one_step(
         weights=weights,
         first_steps=opening,
         layers=training.layers_of(opening),
+        rank_differences=list(after.differences),
     )
 
 

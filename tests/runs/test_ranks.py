@@ -52,6 +52,10 @@ class RankedNotebook(Notebook):
             found.parameters["fc1.kernel"][1, 1] += 0.25 * self.rank.number
         return found._replace(schedule={"lr": 0.25} if state.step else {})
 
+    def last_gradients(self, state: State) -> Arrays:
+        differ = self.fault == "gradients" and state.step == 1 and self.rank is not None
+        return {"fc1.bias": np.full(2, self.rank.number if differ else 0.0)}
+
     def train_steps(
         self, state: State, images: np.ndarray, labels: np.ndarray
     ) -> tuple[State, Metrics]:
@@ -141,8 +145,10 @@ def test_the_record_is_that_of_one_process(tmp_path: Path) -> None:
         [
             ("weights", 0, "weights", "fc1.bias", 0.5),
             ("drift", 1, "update", "fc1.kernel", 0.25),
+            ("gradients", 0, "backward", "fc1.bias", 1.0),
         ],
         "drift",
+        "gradients",
     ),
 )
 def test_a_rank_with_another_state_is_named(
@@ -152,7 +158,9 @@ def test_a_rank_with_another_state_is_named(
         found = run(group)
     first = found.rank_differences[0]
     assert (first["rank"], first["tensor"], first["gap"]) == (1, tensor, gap)
-    assert {each["rank"] for each in found.rank_differences} == ({1} if step == 0 else {1, 2})
+    assert {each["rank"] for each in found.rank_differences} == (
+        {1} if stage == "weights" else {1, 2}
+    )
     record.write(found, tmp_path)
     assert record.read(tmp_path / "torch-float64.safetensors").rank_differences
     alone = compare({"torch": Ensemble(found)}, np.zeros(7, np.int64))
