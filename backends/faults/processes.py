@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.backends.faults.registry import Fault, SetAttr, fault
+from lockstep.backends.faults.registry import Fault, SetAttr, fault, inject
 from lockstep.common.config import Config, Schedule
 from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError, did_you_mean
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lockstep.common.runs.rank_process import BuildRank
 
 PROCESS_FAULTS: list[Fault] = []
+INJECTED = ExitStack()  # the fault that this process has
 LATE = 3  # the step of the fault that happens once
 DDP = "PyTorch docs, DistributedDataParallel"
 SAMPLER = "PyTorch docs, DistributedSampler: drop_last"
@@ -53,7 +55,7 @@ def process_fault_named(name: str) -> Fault:
 
 
 def build_with_fault(
-    fault_name: str,
+    fault_name: str | None,
     config: Config,
     dataset: Dataset,
     build: BuildRank,
@@ -62,9 +64,11 @@ def build_with_fault(
     concurrent_processes: int = 1,
     rank: Rank | None = None,
 ) -> Backend:
-    """As `lockstep.backends.build`; a rank of PyTorch has the fault for the rest of its life."""
-    if name == "torch" and rank is not None:
-        process_fault_named(fault_name).apply(setattr, config, dataset)
+    """As `lockstep.backends.build`; until the next call, a rank of PyTorch has the fault (None: has
+    none)."""
+    INJECTED.close()
+    if name == "torch" and rank is not None and fault_name is not None:
+        INJECTED.enter_context(inject(process_fault_named(fault_name), config, dataset))
     return build(name, dtype, concurrent_processes, rank)
 
 

@@ -41,7 +41,7 @@ class Fault:
 
 @contextmanager
 def inject(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
-    """Within the context, the Flax backend has this fault. Build, train and evaluate inside it: JAX
+    """Within the context, the backend (Flax, or a rank of PyTorch) has this fault. Build, train and evaluate inside it: JAX
     traces programs late."""
     with ExitStack() as stack:
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+from typing import TYPE_CHECKING
 
 from lockstep.common.cli.evidence import EvidenceCommand
 from lockstep.common.cli.parser import Invocation
 from lockstep.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lockstep.common.config import Config
+    from lockstep.common.evidence.faults import Fault
+    from lockstep.common.runs.rank_process import BuildRank
 
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
@@ -29,6 +35,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.evidence import faults as matrix
     from lockstep.common.evidence import process_faults as study_of
     from lockstep.common.runs import prepare
+    from lockstep.common.runs.ranks import Ranks
 
     study = EvidenceCommand(options, invocation, folder="faults-processes")
     dataset = study.load(options.data).first_test_images(study_of.TEST_IMAGES)
@@ -43,20 +50,23 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         options.device,
     )
     rows, alarms = [], []
-    with study.terminal.progress("faults", len(chosen) + options.clean) as advance:
+
+    def build_for(fault: Fault | None, config: Config) -> BuildRank:
+        # Uncompiled steps: the faults are mistakes in the loop that calls DDP.
+        build = functools.partial(invocation.backends.build, config, dataset.task, device, "off")
+        name = None if fault is None else fault.name
+        return functools.partial(catalogue.build_with_fault, name, config, dataset, build)
+
+    with (
+        study.terminal.progress("faults", len(chosen) + options.clean) as advance,
+        Ranks(build_for(None, study_of.config_of(None, images)), count, study_of.HINT) as ranks,
+    ):
         for fault in [*chosen, *[None] * options.clean]:
-            clean_before = len(alarms)
-            config = study_of.config_of(fault, images, clean_before if fault is None else 0)
-            # Uncompiled steps: the faults are mistakes in the loop that calls DDP.
-            build = functools.partial(
-                invocation.backends.build, config, dataset.task, device, "off"
-            )
-            if fault is not None:
-                build = functools.partial(
-                    catalogue.build_with_fault, fault.name, config, dataset, build
-                )
+            config = study_of.config_of(fault, images, len(alarms) if fault is None else 0)
             found = {
-                dtype: study_of.measure(fault, config, dataset, dtype, build, count)
+                dtype: study_of.measure(
+                    fault, config, dataset, dtype, ranks, build_for(fault, config)
+                )
                 for dtype in precisions
             }
             if fault is None:

@@ -51,34 +51,33 @@ def measure(
     config: Config,
     dataset: Dataset,
     dtype: str,
+    ranks: Ranks,
     build: BuildRank,
-    count: int,
 ) -> Finding:
     """The result for a fault in one precision, found as for a user's runs.
 
     Args:
         fault: None for a correct run.
+        ranks: the processes of PyTorch, which live on: to start them takes longer than most runs.
         build: builds ranks that have the fault.
-        count: processes of PyTorch.
     """
     twins = 0 if dtype == "float64" else 2
-    with Ranks(build, count, HINT) as ranks:
-        if config.batch_norm != "local":
-            ranks.counts["flax"] = 1
-        backends = {name: ranks.build(name, dtype) for name in BACKENDS}
-        ensembles = {
-            name: train_ensemble(backend, config, dataset, dtype, twins)
-            for name, backend in backends.items()
-        }
-        comparison = judge(ensembles, backends, config, dataset)
-        located = comparison.location or locate.locate(
-            comparison.first_divergence,
-            {name: ensemble.run for name, ensemble in ensembles.items()},
-            config,
-            dataset,
-            backends.__getitem__,
-            twins or 2,
-            checks=comparison.checks,
-            names_of=lambda name: module_names(backends[name]),
-        )
+    ranks.build_rank = build
+    ranks.counts["flax"] = ranks.count if config.batch_norm == "local" else 1
+    backends = {name: ranks.build(name, dtype) for name in BACKENDS}
+    ensembles = {
+        name: train_ensemble(backend, config, dataset, dtype, twins)
+        for name, backend in backends.items()
+    }
+    comparison = judge(ensembles, backends, config, dataset)
+    located = comparison.location or locate.locate(
+        comparison.first_divergence,
+        {name: ensemble.run for name, ensemble in ensembles.items()},
+        config,
+        dataset,
+        backends.__getitem__,
+        twins or 2,
+        checks=comparison.checks,
+        names_of=lambda name: module_names(backends[name]),
+    )
     return finding(fault, comparison, located, len(ensembles["torch"].twins), {})

@@ -17,6 +17,7 @@ from lockstep.common.data import Dataset
 from lockstep.common.errors import ConfigError
 from lockstep.common.evidence import process_faults
 from lockstep.common.protocol import STAGES
+from lockstep.common.runs.ranks import Ranks
 
 
 def test_catalogue():
@@ -32,11 +33,15 @@ def test_catalogue():
 @pytest.mark.slow
 def test_one_is_found_and_a_correct_run_agrees(digits: Dataset):
     dataset = digits.first_test_images(20)
-    fault = process_fault_named("gradients-summed")
+    fault = process_fault_named("no-sync-in-one-step")
     config = process_faults.config_of(fault, len(dataset.train_images))
     build = functools.partial(backends.build, config, dataset.task, "cpu", "off")
-    faulty = functools.partial(build_with_fault, fault.name, config, dataset, build)
-    found = process_faults.measure(fault, config, dataset, "float64", faulty, 2)
-    assert (found["caught"], found["step"], found["stage"]) == (True, 0, "backward")
-    clean = process_faults.measure(None, config, dataset, "float64", build, 2)
-    assert not clean["caught"]
+    faulty, clean = (
+        functools.partial(build_with_fault, name, config, dataset, build)
+        for name in (fault.name, None)
+    )
+    with Ranks(clean, 2, process_faults.HINT) as ranks:
+        found = process_faults.measure(fault, config, dataset, "float64", ranks, faulty)
+        assert (found["caught"], found["step"], found["stage"]) == (True, 3, "backward")
+        again = process_faults.measure(None, config, dataset, "float64", ranks, clean)
+        assert not again["caught"], "the same processes, which have the fault no longer"
