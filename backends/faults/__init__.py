@@ -3,7 +3,8 @@ training code.
 
 The catalogue is in the order in which a difference spreads: data, weights, forward, loss, backward,
 update, evaluate. Faults of `Net` and of code that all networks share are in a file for each stage,
-those of the other networks in `networks.py` and `dropout.py`. `inject` puts a fault in and takes it
+those of the other networks in `networks.py` and `dropout.py`, those of a pair's layers in
+`layers.py`. `inject` puts a fault in and takes it
 out again. The PyTorch backend stays correct. No framework is imported before a fault is applied.
 """
 
@@ -31,6 +32,7 @@ _FILES = (
     "evaluate",
     "networks",
     "dropout",
+    "layers",
     "held_out",
 )
 for _file in _FILES:

@@ -9,6 +9,7 @@ from flax import nnx
 from lockstep.backends.flax_backend import backend as flax_backend
 from lockstep.backends.flax_backend import convert
 from lockstep.backends.flax_backend import layers as flax_layers
+from lockstep.backends.flax_backend import losses as flax_losses
 from lockstep.backends.flax_backend import optimizer as flax_optimizer
 from lockstep.backends.flax_backend.backend import FlaxBackend
 from lockstep.backends.flax_backend.inputs import Inputs
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "flax_backend",
     "flax_layers",
+    "flax_losses",
     "flax_model",
     "flax_optimizer",
     "flax_resnet20",

@@ -119,9 +119,11 @@ class EvidenceCommand:
                 yield from rows
 
     def build(self, name: str, config: Config, dtype: str) -> Backend:
+        from lockstep.common.data import of_pair
         from lockstep.common.runs import prepare
 
-        dataset, compile = self.dataset, self.options.compile
+        dataset = of_pair.own(config.model) or self.dataset
+        compile = self.options.compile
         assert dataset is not None
         if self.device is None:
             self.device = prepare.choose_device(
@@ -133,7 +135,7 @@ class EvidenceCommand:
                 self.options.device,
             )
         return self.invocation.backends.build(
-            config, len(dataset.classes), self.device, compile, name, dtype, self.processes
+            config, dataset.task, self.device, compile, name, dtype, self.processes
         )
 
     def free_programs(self) -> None:

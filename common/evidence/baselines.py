@@ -67,10 +67,9 @@ def reference(run: Record, backend: Backend) -> Record:
         return np.ascontiguousarray(array, np.float64)
 
     snapshot = Snapshot.start({name: wide(array) for name, array in run.weights.items()})
-    images, labels = (
-        wide(run.first_steps["0/data/images"]),
-        np.ascontiguousarray(run.first_steps["0/data/labels"], np.int64),
-    )
+    images, labels = (run.first_steps[f"0/data/{name}"] for name in ("images", "labels"))
+    images = wide(images) if images.dtype.kind == "f" else images  # words stay integers
+    labels = np.ascontiguousarray(labels, None if labels.dtype.kind == "f" else np.int64)
     state = backend.init(snapshot)
     probed = backend.probe(state, images, labels)
     state, _ = backend.train_step(state, images, labels)

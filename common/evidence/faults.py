@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Generic, NotRequired, Protocol, TypedDict, TypeVar
 
 from lockstep.common.config import BACKENDS, Config
-from lockstep.common.data import Dataset
+from lockstep.common.data import Dataset, of_pair
 from lockstep.common.evidence import Build, baselines, train_first_steps, train_runs
 from lockstep.common.model.layers import module_names
 from lockstep.common.protocol import Backend
@@ -137,6 +137,7 @@ def measure(
         if fault.train_images not in cache.datasets:
             cache.datasets[fault.train_images] = _first_images(dataset, fault.train_images)
         dataset = cache.datasets[fault.train_images]
+    dataset = of_pair.own(str(fault.options.get("model", BASE.model))) or dataset
     config = config_of(fault, len(dataset.train_images))
     return {
         "name": fault.name,

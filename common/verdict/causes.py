@@ -115,7 +115,7 @@ CAUSES = (
         "input of",
         "",
         "the function between two layers: activation (nnx.gelu approximates by default), pooling, "
-        "dropout",
+        "dropout, the gates of a recurrent layer",
         general=True,
     ),
     Cause(
@@ -159,7 +159,8 @@ CAUSES = (
         "loss",
         "",
         "",
-        "softmax applied twice, label smoothing, a sum for a mean, a mean over padded examples",
+        "softmax applied twice, label smoothing, a sum for a mean, a mean over padded examples or "
+        "masked labels",
     ),
     Cause(
         "backward",
@@ -167,6 +168,13 @@ CAUSES = (
         "times",
         "a loss summed over the batch, or scaled; gradients clipped",
         fix="loss = losses.mean()  # not .sum()",
+    ),
+    Cause(
+        "backward",
+        "",
+        "",
+        "padding that has a gradient on one side only (padding_idx of nn.Embedding)",
+        kind=EMBEDDING,
     ),
     Cause(
         "backward",
