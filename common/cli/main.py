@@ -33,6 +33,11 @@ def main(backends: BackendPackage, argv: list[str] | None = None) -> int:
         except LockstepError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
             return 2
+        except ModuleNotFoundError as error:  # one of a user's own code is a LockstepError by now
+            if not error.name or error.name.startswith("lockstep"):
+                raise
+            print(f"error: {error.name} is not installed: pip install -e .", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as interruption:
             text = f"interrupted: {interruption}" if str(interruption) else "interrupted"
             print(text, file=sys.stderr)

@@ -190,6 +190,25 @@ def test_with_json_the_report_is_all_of_standard_output(
     assert "Trained torch alone" in printed.err
 
 
+@pytest.mark.parametrize("name, status", [("absent", 2), ("lockstep.absent", None)])
+def test_a_library_that_is_not_installed_is_named_and_a_mistake_of_ours_is_not_hidden(
+    name: str,
+    status: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def missing(*arguments: object) -> int:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(run, "execute", missing)
+    if status is None:
+        with pytest.raises(ModuleNotFoundError):
+            lockstep(*SHORT)
+    else:
+        assert lockstep(*SHORT) == status
+        assert capsys.readouterr().err == "error: absent is not installed: pip install -e .\n"
+
+
 def test_what_tensorboard_is_to_show_is_written_where_it_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     options = [*SHORT, "--dtype", "float64", "--backend", "torch", "--out", tmp_path / "run"]
