@@ -41,8 +41,8 @@ class Fault:
 
 @contextmanager
 def inject(fault: Fault, config: Config, dataset: Dataset) -> Iterator[None]:
-    """Within the context, the backend (Flax, or a rank of PyTorch) has this fault. Build, train and evaluate inside it: JAX
-    traces programs late."""
+    """Within the context, the backend (Flax, or a rank of PyTorch) has this fault. Build, train and
+    evaluate inside it: JAX traces programs late."""
     with ExitStack() as stack:
 
         def set_attr(target: object, name: str, value: object) -> None:
