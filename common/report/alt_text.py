@@ -3,9 +3,10 @@ and how sure a verdict is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.errors import shorten
 from lockstep.common.report.chart_data import (
     Runs,
@@ -82,7 +83,7 @@ def _twins(comparison: ComparisonJson) -> str:
     return (
         "A twin repeats a run with a change of the size of rounding errors; twins show how far "
         f"rounding alone takes a run. The losses of the twins ({counts}) differ from those of "
-        f"their own runs {reach}; the losses of torch and flax differ {between}. Late in a run, "
+        f"their own runs {reach}; the losses of {' and '.join(twins)} differ {between}. Late in a run, "
         "this precision cannot show a mistake whose effect is smaller than the gaps between twins."
     )
 
@@ -90,11 +91,7 @@ def _twins(comparison: ComparisonJson) -> str:
 def series_text(title: str, runs: Runs, quantity: str, window: int = 1) -> str:
     """How a quantity changes along the run, for each backend."""
     steps = max(record.steps for record in runs.values())
-    texts = [
-        _series_text(name, getattr(runs[name], quantity), window)
-        for name in BACKENDS
-        if name in runs
-    ]
+    texts = [_series_text(name, getattr(runs[name], quantity), window) for name in runs]
     means = f" (means of {window:,} steps)" if window > 1 else ""
     return f"{title} over {plural(steps, 'step')}: {'; '.join(texts)}{means}."
 
@@ -119,7 +116,7 @@ def _series_text(name: str, values: np.ndarray, window: int) -> str:
 
 def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> str:
     """How far the two losses diverge, and how far they may."""
-    between, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
+    between, spread = loss_gap(*runs.values()), twin_spread(runs, twins)
     bounds = loss_bounds(comparison)
     known, above = between[np.isfinite(between)], np.flatnonzero(between > 0)
     dtype = comparison["dtype"]
@@ -197,17 +194,19 @@ def confusion(
     return f"{text}; the most frequent mistake: {mistake}, {often}."
 
 
-def confusion_difference(counts: np.ndarray, names: tuple[str, ...], dtype: str) -> str:
+def confusion_difference(
+    counts: np.ndarray, names: tuple[str, ...], dtype: str, sides: Sequence[str]
+) -> str:
     """Where the two confusion matrices differ most.
 
     Args:
-        counts: int64 (classes, classes): torch minus flax.
+        counts: int64 (classes, classes): the first of `sides` minus the second.
     """
     text = f"Difference of the two confusion matrices, {dtype}: "
     if not counts.any():
         return f"{text}none, the two are equal."
     truth, guess = np.unravel_index(int(np.abs(counts).argmax()), counts.shape)
-    more = "torch" if counts[truth, guess] > 0 else "flax"
+    more = sides[0] if counts[truth, guess] > 0 else sides[1]
     most = plural(abs(int(counts[truth, guess])), "time")
     cells = f"{np.count_nonzero(counts):,} of {counts.size:,} cells differ"
     right = f"{more} recognises {names[truth]}"

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.report.json import ComparedJson, ComparisonJson
 from lockstep.common.runs.record import Record
 
@@ -77,11 +76,7 @@ def twin_spread(runs: Runs, twins: dict[str, list[Record]]) -> np.ndarray | None
     """The largest gap so far, by step, between any two runs of one backend; None where no backend
     has twins."""
     return series_spread(
-        [
-            [record.loss for record in (runs[name], *twins.get(name, ()))]
-            for name in BACKENDS
-            if name in runs
-        ]
+        [[record.loss for record in (runs[name], *twins.get(name, ()))] for name in runs]
     )
 
 

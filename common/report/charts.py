@@ -35,6 +35,7 @@ from lockstep.common.report.figures import (
     LINES,
     WRONG,
     label,
+    like_backends,
     style_axes,
 )
 from lockstep.common.report.json import ComparisonJson, PlaceJson
@@ -56,7 +57,7 @@ SHADE = 0.6  # opacity of a full cell: its number can be read on light and on da
 def draw_series(axes: Axes, runs: Runs, quantity: str, unit: str, window: int = 1) -> None:
     """A quantity at each step, of each backend: its running mean over `window` steps as a thick
     line, single steps as a thin one."""
-    values = {name: getattr(runs[name], quantity) for name in BACKENDS if name in runs}
+    values = {name: getattr(run, quantity) for name, run in runs.items()}
     draw_lines(axes, values, unit, window, from_zero=quantity != "loss")
 
 
@@ -73,9 +74,9 @@ def draw_lines(
         series: by name; what is not a backend's has the colours of the two in their order.
         from_zero: whether a linear axis begins there.
     """
-    drawn = []
-    for place, (name, values) in enumerate(series.items()):
-        like = name if name in COLOURS else BACKENDS[place]
+    drawn, looks = [], like_backends(series)
+    for name, values in series.items():
+        like = looks[name]
         x, y = running_mean(values, window)
         kept, style = subsample(len(x)), LINES[like] if len(series) == 2 else "-"
         mark = "o" if len(x) == 1 else None  # one point is no line
@@ -120,10 +121,10 @@ def draw_gap(
 ) -> None:
     """The gap between the two training losses, the band of the twins, the bound, and the step at
     which the runs diverge."""
-    gap, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
+    gap, spread = loss_gap(*runs.values()), twin_spread(runs, twins)
     found = Gap(comparison["dtype"], gap, spread, loss_bounds(comparison))
     draw_gaps(axes, [found], comparison["first_divergence"])
-    axes.set_ylabel(f"|torch - flax|{loss_unit(runs)}")
+    axes.set_ylabel(f"|{' - '.join(runs)}|{loss_unit(runs)}")
 
 
 def draw_gaps(axes: Axes, gaps: Sequence[Gap], first: PlaceJson | None) -> None:
@@ -275,7 +276,7 @@ def _divergence(axes: Axes, first: PlaceJson | None) -> None:
 def draw_classes(axes: Axes, comparison: ComparisonJson, names: list[str]) -> None:
     """A bar per class and backend, and a line for the accuracy over all classes."""
     table = comparison["per_class_accuracy"]
-    backends = [backend for backend in BACKENDS if backend in comparison["accuracy"]]
+    backends, looks = list(comparison["accuracy"]), like_backends(comparison["accuracy"])
     rows, height = np.arange(len(names)), 0.78 / len(backends)
     for place, backend in enumerate(backends):
         values = [table[backend].get(name) for name in names]
@@ -284,7 +285,7 @@ def draw_classes(axes: Axes, comparison: ComparisonJson, names: list[str]) -> No
             where,
             [100 * (value or 0) for value in values],
             height * 0.92,
-            color=COLOURS[backend],
+            color=COLOURS[looks[backend]],
             label=backend,
         )
         for y, value in zip(where, values, strict=True):
@@ -294,8 +295,8 @@ def draw_classes(axes: Axes, comparison: ComparisonJson, names: list[str]) -> No
             text = f"all classes, {backend}: {percent(total)}"
             axes.axvline(
                 100 * total,
-                color=COLOURS[backend],
-                linestyle=LINES[backend],
+                color=COLOURS[looks[backend]],
+                linestyle=LINES[looks[backend]],
                 linewidth=1.3,
                 label=text,
             )
@@ -320,12 +321,12 @@ def draw_differences(axes: Axes, comparison: ComparisonJson, names: list[str]) -
             axes.plot([-spread, spread], [y, y], color=GREY, linewidth=4, solid_capstyle="butt")
             if (bound := found.get("bound")) is not None:
                 axes.plot([-100 * bound, 100 * bound], [y, y], "|", color=GREY, markersize=7)
-            colour = COLOURS["torch" if middle > 0 else "flax"] if middle else INK
+            colour = COLOURS[BACKENDS[middle < 0]] if middle else INK
             axes.plot([middle], [y], "o", color=colour, markersize=5)
     _class_rows(axes, names)
     reach = max(1.0, *(abs(edge) for edge in axes.get_xlim()))
     axes.set_xlim(-reach, reach)
-    axes.set_xlabel("torch minus flax, percentage points")
+    axes.set_xlabel(f"{' minus '.join(comparison['accuracy'])}, percentage points")
 
 
 def _class_rows(axes: Axes, names: list[str]) -> None:
@@ -351,16 +352,17 @@ def draw_confusion(
 def draw_confusion_difference(
     axes: Axes, counts: np.ndarray, shown: list[int], classes: Sequence[str]
 ) -> None:
-    """Per cell, how many more test images torch (in its colour) or flax (in its own) put there."""
+    """Per cell, how many more test images the first run (in its colour) or the second (in its own)
+    puts there."""
     more = counts[np.ix_(shown, shown)]
     strength = np.abs(more) / max(1, np.abs(more).max(initial=0))
-    torch, flax = (_tinted(strength, COLOURS[name]) for name in ("torch", "flax"))
+    first, second = (_tinted(strength, COLOURS[name]) for name in BACKENDS)
     texts = [[f"{value:+d}" for value in row] for row in more.tolist()]
     if not more.any():
         axes.text(0.5, 0.5, "equal", transform=axes.transAxes, ha="center", va="center")
     _cells(
         axes,
-        np.where((more > 0)[..., None], torch, flax),
+        np.where((more > 0)[..., None], first, second),
         texts,
         more != 0,
         [classes[index] for index in shown],

@@ -11,11 +11,12 @@ import functools
 import html
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lockstep.common.config import BACKENDS
 from lockstep.common.report.text import escape
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ VARIABLES = {  # the pages' CSS variable of each colour
     BOUND: "--bound",
 }
 DPI = 120
+
+
+def like_backends(names: Iterable[str]) -> dict[str, str]:
+    """By name, the backend in whose colour and line each of two sides is drawn: its own, or where
+    they have other names, the two after each other."""
+    names = list(names)
+    own = COLOURS.keys() >= set(names)
+    return {name: name if own else BACKENDS[place] for place, name in enumerate(names)}
 
 
 @contextlib.contextmanager

@@ -6,9 +6,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.protocol import STAGES
 from lockstep.common.report.alt_text import usage_text
 from lockstep.common.report.json import (
@@ -25,6 +24,7 @@ from lockstep.common.report.summary import (
     failing_text,
     outputs_gap,
     own_names_text,
+    trained,
     undecided_text,
 )
 from lockstep.common.report.text import listed, number, plural
@@ -157,8 +157,8 @@ def versions(report: ReportJson) -> str:
     """The frameworks and the device of each backend, and the machine."""
     environment = report["environment"]
     shown = []
-    for name in BACKENDS:
-        if found := environment.get(name):
+    for name, found in environment.items():
+        if name != "machine":
             known = [key for key in ("torch", "jax", "flax", "optax") if key in found]
             device = found.get("device_name") or found.get("device") or ""
             on = f" on {str(device).upper() if device == 'cpu' else device}" if device else ""
@@ -237,7 +237,7 @@ def place(comparison: ComparisonJson) -> Place:
     found: DivergenceJson | LocationJson | None = located or comparison["first_divergence"]
     if found is None:
         return Place(f"{dtype}: gaps exceed their bounds", "", [], [], [])
-    how = [_values_text(found)]
+    how = [_values_text(found, trained(comparison))]
     if located is None:
         return Place(where(dtype, found), "", how, [], [])
     if located["pattern"]:
@@ -264,15 +264,15 @@ def where(dtype: str, found: PlaceJson) -> str:
     return text if tensor in (stage, "gradient_norm") and stage == tensor else f"{text}: {named}"
 
 
-def _values_text(found: DivergenceJson) -> str:
+def _values_text(found: DivergenceJson, names: Sequence[str]) -> str:
     """Both values, where they are known, the gap and its bound."""
     if found["tensor"] == "batch":
         return "The two runs trained on different batches."
-    values = [found.get(name) for name in BACKENDS]
+    values = [cast("float | None", found.get(name)) for name in names]
     text = f"A gap of {number(found['gap'])}, where {number(found['bound'], 'none')} is allowed"
-    one, other = values
-    if one is not None and other is not None:
-        shown = zip(BACKENDS, format_distinct(one, other), strict=True)
+    known = [value for value in values if value is not None]
+    if len(known) == 2:
+        shown = zip(names, format_distinct(*known), strict=True)
         text = f"{', '.join(f'{name} {value}' for name, value in shown)}. {text}"
     return f"{text}."
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report import alt_text, chart_data, charts, first_screen, tables
 from lockstep.common.report.chart_data import Records, Runs, Twins
@@ -126,7 +125,7 @@ def _main_chart(precisions: Sequence[Precision]) -> tuple[Chart | None, list[Tab
     gaps = [
         charts.Gap(
             each.dtype,
-            chart_data.loss_gap(each.runs["torch"], each.runs["flax"]),
+            chart_data.loss_gap(*each.runs.values()),
             chart_data.twin_spread(each.runs, each.twins),
             chart_data.loss_bounds(each.comparison),
         )
@@ -143,7 +142,7 @@ def _main_chart(precisions: Sequence[Precision]) -> tuple[Chart | None, list[Tab
     nats = ", in nats" if chart_data.loss_unit(compared[0].runs) else ""
     chart = panel(
         "gap",
-        f"The gap between the two training losses, |torch - flax|{nats}: the largest of each "
+        f"The gap between the two training losses, |{' - '.join(compared[0].runs)}|{nats}: the largest of each "
         f"range of steps. Green: what is allowed between the closest runs of the two{band}.",
         " ".join(alt_text.gap(each.comparison, each.runs, each.twins) for each in compared),
         3.2,
@@ -163,7 +162,7 @@ def _difference(comparisons: Sequence[ComparisonJson]) -> dict[str, object] | No
     located = found.get("located")
     sources = located.get("sources", {}) if located else {}
     return {
-        "sources": [(name, sources[name]) for name in BACKENDS if name in sources],
+        "sources": list(sources.items()),
         "tables": [
             each
             for each in (tables.first_failures(found), tables.worst_entries(found))
@@ -226,7 +225,7 @@ def _tested(precision: Precision, dataset: Dataset) -> dict[str, object]:
 
 def _differing(precision: Precision, dataset: Dataset) -> dict[str, object]:
     """The test images for which the two runs predict different classes."""
-    one, other = (precision.runs[name].predictions for name in BACKENDS)
+    one, other = (run.predictions for run in precision.runs.values())
     shared = min(len(one), len(other))
     [differing] = np.nonzero(one[:shared] != other[:shared])
     shown = differing[:N_DIFFERING].tolist()
@@ -240,11 +239,10 @@ def _differing(precision: Precision, dataset: Dataset) -> dict[str, object]:
 
 def _predicted(index: int, runs: Runs, dataset: Dataset) -> ImageTile:
     lines = []
-    for name in BACKENDS:
-        if name in runs:
-            guess, right = prediction(runs[name], index, dataset)
-            text = f"{name}: {guess}, {'right' if right else 'wrong'}"
-            lines.append((text, "good" if right else "bad"))
+    for name, run in runs.items():
+        guess, right = prediction(run, index, dataset)
+        text = f"{name}: {guess}, {'right' if right else 'wrong'}"
+        lines.append((text, "good" if right else "bad"))
     truth = dataset.classes[dataset.test_labels[index]]
     return _image_tile(dataset.test_images[index], f"test image {index:,}", truth, lines)
 

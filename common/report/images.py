@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report import chart_data, charts
 from lockstep.common.report.chart_data import Records, Twins
@@ -19,6 +18,7 @@ from lockstep.common.report.figures import (
     WRONG,
     drawing,
     label,
+    like_backends,
     new_figure,
     to_png,
     to_svg,
@@ -133,7 +133,7 @@ def _samples(dataset: Dataset, sample: np.ndarray | None) -> Figure:
 def _predictions(report: ReportJson, records: Records, dataset: Dataset) -> Figure:
     comparison = report["lenses"][0]
     runs = records[comparison["dtype"]]
-    names = [name for name in BACKENDS if name in runs]
+    names = list(runs)
     count = min(4, len(dataset.test_images))
     figure = new_figure(2.3 * max(3, count), 3.0 + 0.45 * len(names))
     figure.suptitle(
@@ -177,7 +177,7 @@ def _losses(report: ReportJson, records: Records, twins: Twins) -> Figure:
         row[0].set_title(f"{dtype}: training loss", fontsize=10)
         if len(runs) == 2:
             charts.draw_gap(row[1], comparison, runs, twins.get(dtype, {}))
-            unknown = np.flatnonzero(np.isnan(chart_data.loss_gap(runs["torch"], runs["flax"])))
+            unknown = np.flatnonzero(np.isnan(chart_data.loss_gap(*runs.values())))
             title = f"{dtype}: gap between the two training losses"
             title += f"; not finite from step {unknown[0]:,}" if len(unknown) else ""
             row[1].set_title(title, fontsize=10, pad=18 if comparison["first_divergence"] else None)
@@ -235,7 +235,7 @@ def _confusion(report: ReportJson, records: Records, dataset: Dataset) -> Figure
     """Confusion matrices of the last precision: one per backend, and the difference of two."""
     comparison = report["lenses"][-1]
     runs = records[comparison["dtype"]]
-    backends = [name for name in BACKENDS if name in runs]
+    backends, like = list(runs), like_backends(runs)
     shown, note = chart_data.shown_classes(comparison, dataset.classes)
     size = len(dataset.classes)
     counts = [
@@ -246,11 +246,11 @@ def _confusion(report: ReportJson, records: Records, dataset: Dataset) -> Figure
     figure = new_figure(4.3 * panels, 5.0)
     row = figure.subplots(1, panels, squeeze=False)[0]
     for axes, name, matrix in zip(row, backends, counts, strict=False):
-        charts.draw_confusion(axes, matrix, shown, dataset.classes, COLOURS[name])
+        charts.draw_confusion(axes, matrix, shown, dataset.classes, COLOURS[like[name]])
         axes.set_title(f"{name}: % of each class's test images", fontsize=10)
     if panels == 3:
         charts.draw_confusion_difference(row[2], counts[0] - counts[1], shown, dataset.classes)
-        row[2].set_title("torch minus flax: test images", fontsize=10)
+        row[2].set_title(f"{' minus '.join(backends)}: test images", fontsize=10)
     figure.suptitle(
         f"Confusion matrices ({comparison['dtype']}){'; ' if note else ''}{note}", fontsize=11
     )

@@ -156,7 +156,12 @@ def _run(name: str, report: ReportJson) -> Run:
         ran=ran(report),
         accuracy="; ".join(
             f"{each['dtype']}: "
-            + listed([f"{FRAMEWORKS[side]} {percent(v)}" for side, v in each["accuracy"].items()])
+            + listed(
+                [
+                    f"{FRAMEWORKS.get(side, side)} {percent(v)}"
+                    for side, v in each["accuracy"].items()
+                ]
+            )
             for each in report["lenses"]
             if report["data"]["classes"]
         ),

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
-from lockstep.common.config import BACKENDS, FRAMEWORKS
+from lockstep.common.config import FRAMEWORKS
 from lockstep.common.protocol import STAGES
 from lockstep.common.report.json import (
     CheckJson,
@@ -54,7 +55,7 @@ def interrupted_text(comparisons: Sequence[ComparisonJson]) -> str:
 def outcome(comparisons: Sequence[ComparisonJson], verdict: str, placed: bool = False) -> str:
     """The result of a run, of all its precisions; `placed` as of `sentence`."""
     if verdict == "single":
-        names = [name for name in BACKENDS if any(name in each["accuracy"] for each in comparisons)]
+        names = list(dict.fromkeys(name for each in comparisons for name in each["accuracy"]))
         ends = nonfinite_steps(comparisons)
         end = f"ended where its loss is not finite ({ends})" if ends else ""
         return f"Trained {' and '.join(names)} alone; {end or 'nothing to compare it with'}."
@@ -79,10 +80,11 @@ def outcome(comparisons: Sequence[ComparisonJson], verdict: str, placed: bool = 
             f"decides it ({steps}). Up to there they agree: choose a smaller --lr."
         )
         return " ".join([end, *agreeing])
+    who = "The two runs" if len(trained(disagreeing[0])) == 2 else "The processes of the run"
     if placed and any(each.get("located") for each in disagreeing):
         dtypes = listed([each["dtype"] for each in disagreeing])
-        return " ".join([f"The two runs disagree in {dtypes}.", *agreeing])
-    return " ".join(["The two runs disagree.", *map(divergence_text, disagreeing), *agreeing])
+        return " ".join([f"{who} disagree in {dtypes}.", *agreeing])
+    return " ".join([f"{who} disagree.", *map(divergence_text, disagreeing), *agreeing])
 
 
 def undecided_text(comparison: ComparisonJson) -> str:
@@ -261,8 +263,8 @@ def _nonfinite_step(comparison: ComparisonJson) -> int | None:
 
 
 def trained(comparison: ComparisonJson) -> list[str]:
-    """The backends that ran."""
-    return [name for name in BACKENDS if name in comparison["accuracy"]]
+    """The sides that ran: backends, or what two runs of one backend are called."""
+    return list(comparison["accuracy"])
 
 
 def merge_equal(windows: Iterable[WindowJson]) -> list[WindowJson]:
@@ -323,13 +325,17 @@ def severity(row: CheckJson) -> tuple[bool, float]:
     return (not row["agrees"], gap / bound if bound else math.inf if gap else 0.0)
 
 
+def entry_names(entry: EntryJson) -> list[str]:
+    """The two sides whose values an entry has."""
+    return [name for name in entry if name != "index"]
+
+
 def entry_cells(entry: EntryJson) -> list[str]:
-    """The index of an entry and its values in PyTorch and Flax, in digits that show a
-    difference."""
-    torch, flax = entry["torch"], entry["flax"]
-    cells = ["not finite" if value is None else f"{value:.9g}" for value in (torch, flax)]
-    if torch is not None and flax is not None and cells[0] == cells[1]:
-        cells = list(format_distinct(torch, flax))
+    """The index of an entry and its values on both sides, in digits that show a difference."""
+    one, other = (cast("float | None", entry.get(name)) for name in entry_names(entry))
+    cells = ["not finite" if value is None else f"{value:.9g}" for value in (one, other)]
+    if one is not None and other is not None and cells[0] == cells[1]:
+        cells = list(format_distinct(one, other))
     return [f"[{', '.join(map(str, entry['index']))}]", *cells]
 
 

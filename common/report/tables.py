@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report.chart_data import (
     LossBound,
@@ -85,7 +84,7 @@ def losses(dtype: str, runs: Runs, window: int) -> Table:
 
 def gap(comparison: ComparisonJson, runs: Runs, twins: dict[str, list[Record]]) -> Table:
     """The gap between the two losses, that between twins, and the bound."""
-    between, spread = loss_gap(runs["torch"], runs["flax"]), twin_spread(runs, twins)
+    between, spread = loss_gap(*runs.values()), twin_spread(runs, twins)
     caption = f"Gap between the losses{loss_unit(runs)}, {comparison['dtype']}"
     return gap_table(caption, between, spread, loss_bounds(comparison))
 
@@ -268,7 +267,7 @@ def worst_entries(comparison: ComparisonJson) -> Table | None:
     if not found or not found["offenders"]:
         return None
     caption = f"Largest differences in {found['tensor']}, {comparison['dtype']}"
-    columns = ["entry", *(f"{name}>" for name in BACKENDS)]
+    columns = ["entry", *(f"{name}>" for name in trained(comparison))]
     return Table(caption, columns, [entry_cells(entry) for entry in found["offenders"]])
 
 

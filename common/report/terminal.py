@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.report.json import (
     CheckJson,
     ComparisonJson,
@@ -23,6 +22,7 @@ from lockstep.common.report.json import (
 from lockstep.common.report.summary import (
     difference_cells,
     entry_cells,
+    entry_names,
     extreme,
     failing_text,
     heading,
@@ -213,8 +213,9 @@ class Terminal:
         """The largest differences in the tensor that differs first."""
         if not found["offenders"]:
             return
+        names = entry_names(found["offenders"][0])
         tensor = truncate(self._escaped(found["tensor"]), 22, self._ellipsis)
-        table = self._table(f"largest differences in {tensor}", *(f"{name}>" for name in BACKENDS))
+        table = self._table(f"largest differences in {tensor}", *(f"{name}>" for name in names))
         for entry in found["offenders"]:
             self._row(table, *entry_cells(entry))
         self._show(table)
@@ -312,7 +313,7 @@ class Terminal:
         if comparison["predictions_equal"] is not None:
             equal, total = comparison["predictions_equal"], comparison["predictions_total"]
             twins = []
-            for name in BACKENDS:
+            for name in names:
                 if runs := comparison["twins"].get(name):
                     counts = ", ".join(f"{twin['predictions_equal']:,}" for twin in runs)
                     twins.append(f"{name} {counts}")

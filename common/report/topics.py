@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.common.config import BACKENDS
 from lockstep.common.data import Dataset
 from lockstep.common.report import alt_text, chart_data, charts, tables
 from lockstep.common.report.chart_data import Runs
-from lockstep.common.report.figures import COLOURS
+from lockstep.common.report.figures import COLOURS, like_backends
 from lockstep.common.report.json import ComparisonJson, PlaceJson
 from lockstep.common.report.panels import Chart, panel
 from lockstep.common.runs.record import Record
@@ -194,8 +193,7 @@ def _confusion_charts(precision: Precision, dataset: Dataset, whole: bool) -> li
         name: chart_data.confusion_counts(
             precision.runs[name].predictions, dataset.test_labels, len(names)
         )
-        for name in BACKENDS
-        if name in precision.runs
+        for name in precision.runs
     }
     drawn = []
     if whole:
@@ -211,7 +209,7 @@ def _confusion_charts(precision: Precision, dataset: Dataset, whole: bool) -> li
                 counts=counts[name],
                 shown=shown,
                 classes=names,
-                colour=COLOURS[name],
+                colour=COLOURS[like_backends(precision.runs)[name]],
             ),
             tables.matrix(
                 f"Test images by true class (rows) and by the class that {name} predicts "
@@ -223,18 +221,19 @@ def _confusion_charts(precision: Precision, dataset: Dataset, whole: bool) -> li
         )
         drawn.append(matrix)
     if len(counts) == 2 and not _all_equal(precision):
-        more = counts["torch"] - counts["flax"]
+        one, other = counts
+        more = counts[one] - counts[other]
         drawn.append(
             panel(
                 f"confusion-difference-{dtype}",
-                f"{dtype}: test images that torch (+) or flax (-) predicts more often as a class."
+                f"{dtype}: test images that {one} (+) or {other} (-) predicts more often as a class."
                 f"{which}",
-                alt_text.confusion_difference(more, names, dtype),
+                alt_text.confusion_difference(more, names, dtype, list(counts)),
                 4.4,
                 functools.partial(
                     charts.draw_confusion_difference, counts=more, shown=shown, classes=names
                 ),
-                tables.matrix(f"Test images, torch minus flax, {dtype}", more, shown, names),
+                tables.matrix(f"Test images, {one} minus {other}, {dtype}", more, shown, names),
             )
         )
     return drawn
