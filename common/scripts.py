@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lockstep.common.recorder.checking import Checked
     from lockstep.common.report import Terminal
     from lockstep.common.report.scripts import ScriptResult
+    from lockstep.common.request import Result
     from lockstep.common.verdict.scripts import ScriptRuns
 
 RUNS = Path("results/runs")  # where reports go unless the user names a folder
@@ -151,29 +152,51 @@ def diff(
     b: Text,
     *,
     names: Text | None = None,
+    backend: str | None = None,
+    data_dir: Text | None = None,
     out: Text | None = None,
     terminal: Terminal | None = None,
     command: Sequence[str] = (),
-) -> ScriptResult:
-    """Compare the recordings in two folders, as `record` or `check` wrote them.
+) -> ScriptResult | Result:
+    """Compare the recordings in two folders, as `record` or `check` wrote them, or two runs of
+    networks that Lockstep trained.
 
     Args:
         a, b: the folders.
         names, terminal, command: as for `check`.
+        backend: of two folders that hold runs of both frameworks: whose to compare.
+        data_dir: where CIFAR-10 is, which two runs were trained on.
         out: the folder of the report; None: `results/runs/diff-<a>-<b>`.
 
     Returns:
-        The result, as that of `check`.
+        The result, as that of `check` or of `lockstep.compare`.
 
     Raises:
         LockstepError: if a recording is missing or damaged, or nothing can be said.
     """
+    from lockstep.common import run_diff
     from lockstep.common.recorder.checking import compare_folders
     from lockstep.common.system import storage
 
+    of_runs = run_diff.are_runs(Path(a), Path(b))
+    if of_runs and names is not None:
+        raise ConfigError("--names is for recordings of scripts: leave it out to compare two runs")
+    if not of_runs and (backend, data_dir) != (None, None):
+        raise ConfigError("--backend and --data-dir are for two runs: leave them out")
+    if of_runs:
+        folder = diff_folder(a, b) if out is None else Path(out)
+        with storage.lock_folder(folder):
+            return run_diff.diff(
+                Path(a),
+                Path(b),
+                folder,
+                terminal or silent(),
+                backend,
+                None if data_dir is None else Path(data_dir),
+                command,
+            )
     checked = compare_folders(Path(a), Path(b), names_file(names))
-    stems = [Path(each).resolve().name for each in (a, b)]
-    folder = RUNS / f"diff-{stems[0]}-{stems[1]}" if out is None else Path(out)
+    folder = diff_folder(a, b) if out is None else Path(out)
     with storage.lock_folder(folder):
         return report(checked, folder, terminal or silent(), command)
 
@@ -198,6 +221,11 @@ def names_file(names: Text | None) -> Path | None:
 
 def record_folder(stem: str) -> Path:
     return RUNS / f"record-{stem}"
+
+
+def diff_folder(a: Text, b: Text) -> Path:
+    stems = [Path(each).resolve().name for each in (a, b)]
+    return RUNS / f"diff-{stems[0]}-{stems[1]}"
 
 
 def silent() -> Terminal:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lockstep.common.report import Terminal
     from lockstep.common.report.scripts import ScriptResult
+    from lockstep.common.request import Result
 
 
 def print_json(report: Mapping[str, object]) -> None:
@@ -25,7 +26,7 @@ def terminal(options: argparse.Namespace) -> Terminal:
     return Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
 
 
-def conclude(result: ScriptResult, options: argparse.Namespace) -> int:
+def conclude(result: ScriptResult | Result, options: argparse.Namespace) -> int:
     """Print what `--json` asks for, and return the exit status."""
     if options.json:
         print_json(result.report)

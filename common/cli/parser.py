@@ -19,7 +19,7 @@ COMMANDS = {
     "run": "train in both frameworks and compare the two runs (the default)",
     "check": "find out whether two training scripts of your own are the same run",
     "record": "run a training script of your own and keep what it computed",
-    "diff": "compare the recordings of two training scripts",
+    "diff": "compare the recordings of two training scripts, or two runs",
     "locate": "find the first tensor in which two runs differ",
     "report": "make the page of a finished run again, from its records",
     "export": "write a trained model for use elsewhere",

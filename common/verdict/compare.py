@@ -76,7 +76,8 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
     runs = {name: ensemble.run for name, ensemble in ensembles.items()}
     sides = list(ensembles.values())
     a, b = sides[0], sides[-1]  # the same, if there is one only
-    if any(record.backend != name or record.twin is not None for name, record in runs.items()):
+    # A side is called by its backend, and more where two are of one.
+    if any(not n.startswith(r.backend) or r.twin is not None for n, r in runs.items()):
         raise RecordError("a record is not the run that it is taken for: run both backends again")
     check_comparable(a.run, b.run)
     single = Comparison(
@@ -201,8 +202,9 @@ def check_comparable(first: Record, second: Record) -> None:
         if a != b:
             if isinstance(a, dict):
                 what, a, b = _first_difference(what, a, b)
+            both = dict.fromkeys((first.backend, second.backend))
             raise RecordError(
-                f"the {first.backend} and {second.backend} records are of different runs "
+                f"the {' and '.join(both)} records are of different runs "
                 f"({what}: {a} and {b}): run both again with the same options"
             )
     for record in (first, second):

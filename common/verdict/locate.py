@@ -60,7 +60,7 @@ def locate(
     runs: Mapping[str, Record],
     config: Config,
     dataset: Dataset,
-    build: Callable[[str], Backend],
+    build: Callable[[str], Backend] | None,
     twins: int = 2,
     weights: Arrays | None = None,
     checks: Sequence[Check] = (),
@@ -72,7 +72,8 @@ def locate(
         first: the first check that they fail, as `compare` found it.
         runs: by backend, the two records of one precision; the first is the reference.
         config: resolved for `dataset`.
-        build: makes a backend in that precision; called only for what the records do not show.
+        build: makes a backend in that precision; called only for what the records do not show. None:
+            no step is taken again.
         twins: per backend, for a step that is replayed.
         weights: that both started from, canonical, of any floating-point dtype; None: drawn from
             the seed.
@@ -95,6 +96,8 @@ def locate(
     if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
         together = failures(checks, first.step, first.stage, reference.layers)
         return describe(first, recorded, "as recorded", together, modules)
+    if build is None:
+        return describe(first, recorded, "as recorded; no step was taken again")
     steps = range(max(0, first.step - REPLAY_STEPS), first.step + 1)
     found = replay(names, config, dataset, dtype, steps, build, twins, weights)
     if found is None and first.stage == "loss" and first.step > 0 and _jumps(first, runs):
