@@ -38,6 +38,7 @@ def _module(name: str, file: str) -> ModuleType:
     known = ("torch", "flax")
     if name not in known:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(known)}")
+    environment.keep_memory()
     if name == "flax":
         enable_jax_cache()
     try:

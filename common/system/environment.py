@@ -26,6 +26,8 @@ SOURCE_FILES = (
     "runs/training.py",
 )
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt, from glibc's malloc.h
+
 
 class Machine(TypedDict):
     processor: str
@@ -47,6 +49,23 @@ def relax_gc() -> None:
     measurements.
     """
     gc.set_threshold(*gc.get_threshold()[:2], 1_000)
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory for the next step, where it can (glibc).
+
+    By default it gives blocks of 32 MB and more back to the system, which clears each page at its
+    next use: up to a third of a step. Called before a framework starts its threads, which then
+    share one heap: those of their own would be limited to 64 MB. results/bench/LOG.md has the
+    measurements.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def exit_fast(status: int) -> NoReturn:
