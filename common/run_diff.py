@@ -76,6 +76,8 @@ def diff(
     from lockstep.common.session import make_report
     from lockstep.common.verdict.compare import check_comparable
 
+    if out.resolve() in (a.resolve(), b.resolve()):
+        raise ConfigError(f"{out} is one of the two runs: choose another folder with --out")
     folders = [read_folder(path) for path in (a, b)]
     chosen = choose(folders, backend)
     dtypes = shared_precisions(folders, chosen)

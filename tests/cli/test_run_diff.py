@@ -215,12 +215,15 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "option", [["--names", __file__], ["--backend", "flax"]], ids=lambda o: o[0]
+    "option", [["--names", __file__], ["--backend", "flax"], ["--out", "RUN"]], ids=lambda o: o[0]
 )
 def test_an_option_that_does_not_apply_is_refused(
     option: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["diff", str(run), str(run), *option]) == 2
+    words = [str(run) if word == "RUN" else word for word in option]
+    before = (run / "report.json").read_bytes()
+    assert cli.main(["diff", str(run), str(run), *words]) == 2
+    assert (run / "report.json").read_bytes() == before
     assert option[0] in capsys.readouterr().err
 
 

@@ -39,6 +39,11 @@ def test_without_a_named_divergence_the_verdict_falls_back_to_the_first_window_t
     )
 
 
+def test_processes_of_one_run_that_differ_are_not_called_two_runs() -> None:
+    report = make("disagree", backends=("torch",))
+    assert sentence(report).startswith("The processes of the run disagree. float64: ")
+
+
 @pytest.mark.parametrize("backend", ["torch", "flax"])
 def test_the_verdict_of_a_single_run_compares_nothing(backend: str) -> None:
     report = make("single", "single", backends=(backend,))
