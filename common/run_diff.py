@@ -188,13 +188,12 @@ def read_ensemble(folder: Path, name: str, dtype: str) -> Ensemble:
     from lockstep.common.runs.ensemble import Ensemble
 
     stem = record.file_stem(name, dtype)
-    found = []
-    for path in [
-        folder / f"{stem}.safetensors",
-        *sorted(folder.glob(f"{stem}-twin*.safetensors")),
-    ]:
-        found.append(record.read(path))
-        if found[-1].stem != path.stem:
+    paths = [folder / f"{stem}.safetensors"]
+    if dtype != "float64":  # whose gaps twins explain only together with steps that are replayed
+        paths += sorted(folder.glob(f"{stem}-twin*.safetensors"))
+    found = [record.read(path) for path in paths]
+    for path, each in zip(paths, found, strict=True):
+        if each.stem != path.stem:
             raise RecordError(f"the record {path} is not what its name says: run {name} again")
     run, *twins = found
     own = [
@@ -202,7 +201,7 @@ def read_ensemble(folder: Path, name: str, dtype: str) -> Ensemble:
         for twin in twins  # an earlier run may have left others
         if (twin.config, twin.data, twin.source) == (run.config, run.data, run.source)
     ]
-    return Ensemble(run, tuple(own))
+    return Ensemble.of([run, *own])
 
 
 def side_names(sides: Sequence[Ensemble], paths: Sequence[Path]) -> list[str]:
