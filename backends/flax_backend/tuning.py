@@ -57,6 +57,19 @@ def xla_has_option(name: str) -> bool:
     return True
 
 
+@contextmanager
+def few_optimizations(wanted: bool = True) -> Iterator[None]:
+    """Programs that are compiled within the block are ready in half the time, and run slower: for
+    few calls, if they are `wanted`."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.values[option]
+    jax.config.update(option, wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
+
+
 def free_programs() -> None:
     """Forget the programs that JAX has compiled, where many backends are built one after the other:
     each has its own, and those of some thirty reach the 65,530 memory maps that Linux allows a

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from lockstep.backends.adapters import modules as adapters
-from lockstep.backends.flax_backend import convert
+from lockstep.backends.flax_backend import convert, tuning
 from lockstep.backends.flax_backend.inputs import Inputs
 from lockstep.backends.flax_backend.layers import (
     Conv,
@@ -165,8 +165,8 @@ def declared_names(model: str) -> dict[str, str]:
 def own_start(model: str, classes: int | protocol.Task, device: str, seed: int) -> protocol.Arrays:
     """The initial tensors that the user's module draws with this seed, by canonical name."""
     module = build_module(model, task_of(model, classes), seed)
-    _, parameters, statistics, _ = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-    names = split_module(module, declared_names(model)).names
+    names = canonical_names(module, declared_names(model))
+    parameters, statistics = nnx.state(module, nnx.Param, nnx.BatchStat)
     tensors = convert.flatten(parameters, names) | convert.flatten(statistics, names)
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
@@ -179,15 +179,7 @@ def split_module(module: nnx.Module, declared: dict[str, str], kinds: Kinds = EX
     training, parameters, statistics, _, constants = nnx.split(
         module, nnx.Param, nnx.BatchStat, Mask, ...
     )
-    dropout_modules = {
-        ".".join(map(str, (*path, "mask"))): m
-        for path, m in nnx.iter_modules(module)
-        if isinstance(m, Dropout)
-    }
-    native = [*convert.flatten(parameters), *convert.flatten(statistics), *dropout_modules]
-    names = convert.canonical_names(
-        sorted(native, key=lambda name: definition_order(module, name)), declared
-    )
+    names, dropout_modules = canonical_names(module, declared), dropouts(module)
 
     def shapes(state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         leaves = convert.flatten(state, names)
@@ -213,6 +205,25 @@ def split_module(module: nnx.Module, declared: dict[str, str], kinds: Kinds = EX
         dropout_layers,
         constants,
     )
+
+
+def canonical_names(module: nnx.Module, declared: dict[str, str]) -> dict[str, str]:
+    """Canonical names of all parameters, statistics and masks of dropout, by Flax's own, in the
+    order of their definition."""
+    parameters, statistics = nnx.state(module, nnx.Param, nnx.BatchStat)
+    native = [*convert.flatten(parameters), *convert.flatten(statistics), *dropouts(module)]
+    return convert.canonical_names(
+        sorted(native, key=lambda name: definition_order(module, name)), declared
+    )
+
+
+def dropouts(module: nnx.Module) -> dict[str, Dropout]:
+    """The layers of dropout, by Flax's names of their masks."""
+    return {
+        ".".join(map(str, (*path, "mask"))): m
+        for path, m in nnx.iter_modules(module)
+        if isinstance(m, Dropout)
+    }
 
 
 def cast_constants(network: Network, dtype: np.dtype) -> Network:
@@ -324,26 +335,39 @@ def validate_module(model: str, network: Network, task: protocol.Task, loss: Los
     tensors = {
         name: jnp.asarray(array) for name, array in initial_weights(shapes, 0, "float32").items()
     }
-    outputs = []
+
+    def merged(tensors: Mapping[str, jax.Array], constants: nnx.State) -> nnx.Module:
+        nested = convert.nest({**tensors, **network.masks}, network.names)
+        return nnx.merge(network.training, nested, constants)
+
+    def forward(
+        tensors: Mapping[str, jax.Array], constants: nnx.State, images: jax.Array
+    ) -> tuple[object, Sequence[Mapping[str, jax.Array]]]:
+        module = merged(tensors, constants)
+        return module(images), kept(module)
+
     what = f"take {pair.named(task.inputs)} {images.shape}"
-    with pair.user_code_errors(model, "flax", what, pair.DATA_HINT):
-        for _ in range(2):
-            module = nnx.merge(
-                network.training,
-                convert.nest(tensors | network.masks, network.names),
-                network.constants,
-            )
-            before = nnx.clone(module)
-            outputs.append(module(images))
+    with (
+        pair.user_code_errors(model, "flax", what, pair.DATA_HINT),
+        tuning.few_optimizations(),
+    ):
+        before = kept(merged(tensors, network.constants))
+        # Traced twice, since a module may draw numbers on the host; compiled, since one program is
+        # ready sooner than one for each operation.
+        trials = [
+            jax.jit(lambda *given: forward(*given))(tensors, network.constants, images)
+            for _ in range(2)
+        ]
+    outputs, (after, _) = zip(*trials, strict=True)
     check_outputs(model, outputs[0], labels, task.classes, loss)
     leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
-    drawn = changed_variables(before, module, nnx.RngState)
-    if drawn or not all(map(jnp.array_equal, *leaves)):
+    drawn, changed = map(changed_variables, before, after)
+    if drawn or not all(map(np.array_equal, *leaves)):
         where = f" ({shorten(drawn)})" if drawn else ""
         raise ConfigError(
             f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
         )
-    if changed := changed_variables(before, module, nnx.Not((nnx.RngState, nnx.BatchStat))):
+    if changed:
         raise ConfigError(
             f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"
         )
@@ -369,15 +393,19 @@ def check_outputs(
             raise ValueError("it is no single number")
 
 
-def changed_variables(
-    before: nnx.Module, after: nnx.Module, kind: nnx.filterlib.Filter
-) -> list[str]:
-    """The names of the variables of one kind that differ between the two, or are new."""
-    old, new = (convert.flatten(nnx.state(module, kind)) for module in (before, after))
+def kept(module: nnx.Module) -> list[dict[str, jax.Array]]:
+    """What a forward pass may not change: the states of random numbers, and all else but
+    statistics."""
+    kinds = nnx.RngState, nnx.Not((nnx.RngState, nnx.BatchStat))
+    return [convert.flatten(nnx.state(module, kind)) for kind in kinds]
+
+
+def changed_variables(before: Mapping[str, jax.Array], after: Mapping[str, jax.Array]) -> list[str]:
+    """The names of the variables that differ between the two, or are new."""
     return [
         name
-        for name in new
-        if name not in old or not bool(jnp.array_equal(raw_bits(old[name]), raw_bits(new[name])))
+        for name, leaf in after.items()
+        if name not in before or not np.array_equal(raw_bits(before[name]), raw_bits(leaf))
     ]
 
 

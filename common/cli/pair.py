@@ -19,7 +19,11 @@ from lockstep.common.model import pair as pairs
 from lockstep.common.system import program
 
 if TYPE_CHECKING:
-    from lockstep.common.protocol import Arrays, Task
+    from lockstep.common.data import Dataset
+    from lockstep.common.protocol import Arrays, Backend, Task
+
+# Numbers of a network that are drawn sooner than a program that draws faster is compiled.
+SMALL = 1_000_000
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,7 +49,6 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     from lockstep.common.evidence import initialisation, pair_check
     from lockstep.common.report import Terminal, write_json
     from lockstep.common.report.summary import exchanged_text
-    from lockstep.common.runs.prepare import choose_device
 
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     dataset = of_pair.example(model)
@@ -57,19 +60,22 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     config = Config(model=model, pair=digest, batch_size=size, seed=options.seed or 0)
     config = config.resolve(count)
     backends = invocation.backends
-    device = choose_device(backends, config, dataset, BACKENDS, terminal.line, options.device)
-    torch, flax = (
-        backends.build(config, dataset.task, device, "off", name, "float64") for name in BACKENDS
-    )
-    found, starts, exchanged = pair_check.measure(torch, flax, config, dataset), None, {}
+    tuning, starts, exchanged = backends.module("flax_backend.tuning"), None, {}
+    with tuning.few_optimizations():
+        torch, flax = build(backends, config, dataset, terminal.line, options.device)
+        found = pair_check.measure(torch, flax, config, dataset)
+        draws = own_draws(backends, model, dataset.task, str(flax.describe()["device"]))
+        if model not in MODELS and found.first_difference is None:
+            own = draws["torch"](config.seed)
+            found = pair_check.measure(torch, flax, config, dataset, own)
     if model not in MODELS:
         for side in (torch, flax):
             exchanged[side.name] = side.describe().get("exchanged", [])
-        draws = own_draws(backends, model, dataset.task, device)
-        starts = initialisation.compare_starts(draws)
-        if found.first_difference is None:
-            own = draws["torch"](config.seed)
-            found = pair_check.measure(torch, flax, config, dataset, own)
+        small = found.parameters < SMALL
+        if not small:
+            tuning.free_programs()
+        with tuning.few_optimizations(small):
+            starts = initialisation.compare_starts(draws)
     report = {
         "schema": 1,
         "command": program.typed(invocation.arguments),
@@ -93,6 +99,31 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     if options.json:
         print_json(report)
     return 0 if report["first_difference"] is None else 1
+
+
+def build(
+    backends: BackendPackage,
+    config: Config,
+    dataset: Dataset,
+    log: Callable[[str], None],
+    device: str,
+) -> list[Backend]:
+    """The backends of both frameworks in float64, on one device; see `prepare.choose_device`."""
+    from lockstep.common.runs.parallel import model_info
+    from lockstep.common.runs.prepare import common_device
+
+    def built(device: str) -> dict[str, Backend]:
+        task = dataset.task
+        return {
+            name: backends.build(config, task, device, "off", name, "float64") for name in BACKENDS
+        }
+
+    sides = built(device)
+    found = {name: model_info(side) for name, side in sides.items()}
+    chosen = common_device(found, log)
+    if any(info.device != chosen for info in found.values()):
+        sides = built(chosen)
+    return list(sides.values())
 
 
 def own_draws(

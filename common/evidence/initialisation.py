@@ -49,8 +49,8 @@ def compare_starts(draws: Mapping[str, Draw]) -> tuple[StartDifference, ...]:
 
 def sample(draws: list[np.ndarray]) -> np.ndarray:
     """The entries of one tensor in all draws, float64 (entries,), at most about `MAX_ENTRIES`."""
-    entries = np.stack(draws).astype(np.float64).ravel()
-    return entries[:: max(1, entries.size // MAX_ENTRIES)]
+    entries = np.stack(draws).ravel()
+    return entries[:: max(1, entries.size // MAX_ENTRIES)].astype(np.float64)
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> bool:

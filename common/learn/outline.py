@@ -142,9 +142,10 @@ SECTIONS = (
                 "user_module.py:definition_order",
                 "PyTorch keeps the order in which a module's layers were assigned.",
             ),
-            Pair(
-                None, "user_module.py:changed_variables", "A PyTorch module has its `state_dict`."
-            ),
+            Pair(None, "user_module.py:canonical_names", "PyTorch's are in `convert.py`."),
+            Pair(None, "user_module.py:dropouts", "As above."),
+            Pair(None, "user_module.py:kept", "A PyTorch module has its `state_dict`."),
+            Pair(None, "user_module.py:changed_variables", "As above."),
             Pair(
                 None,
                 "user_module.py:raw_bits",
@@ -160,6 +161,7 @@ SECTIONS = (
                 None, "tuning.py:xla_has_option", ("PyTorch's options depend on its version alone.")
             ),
             Pair(None, "tuning.py:free_programs", "PyTorch compiles far fewer programs."),
+            Pair(None, "tuning.py:few_optimizations", "As above."),
             Pair(
                 None,
                 "tuning.py:has_library_convolution",

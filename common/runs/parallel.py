@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.errors import BackendError, LockstepError
-from lockstep.common.protocol import Dropout
+from lockstep.common.protocol import Backend, Dropout
 from lockstep.common.runs import checkpoint
 from lockstep.common.runs.checkpoint import Checkpoint
 from lockstep.common.runs.record import Record
@@ -51,7 +51,10 @@ class ModelInfo(NamedTuple):
 
 
 def describe_model(build: Build, name: str, concurrent_processes: int = 1) -> ModelInfo:
-    backend = build(name, "float32", concurrent_processes)
+    return model_info(build(name, "float32", concurrent_processes))
+
+
+def model_info(backend: Backend) -> ModelInfo:
     return ModelInfo(
         backend.device, backend.shapes(), backend.native_names(), backend.dropout_layers()
     )

@@ -19,7 +19,7 @@ from lockstep.common.model import checks, initial_weights
 from lockstep.common.protocol import Arrays
 from lockstep.common.request import Request
 from lockstep.common.runs import parallel
-from lockstep.common.runs.parallel import TrainingWorker
+from lockstep.common.runs.parallel import ModelInfo, TrainingWorker
 from lockstep.common.system.storage import check_writable
 
 CHECKPOINT_EVERY, LONG_RUN = 1_000, 5_000  # steps between checkpoints, in runs of so many or more
@@ -54,17 +54,26 @@ def choose_device(
     own = [name for name in names if name != parallel.WORKER_BACKEND]
     # This process builds its own before it waits for the worker.
     found = {name: pending[name]() for name in sorted(names, key=lambda name: name not in own)}
+    return common_device({name: found[name] for name in names}, log)
+
+
+def common_device(found: Mapping[str, ModelInfo], log: Callable[[str], None]) -> str:
+    """The device for all backends, as `choose_device` has it, once they are built.
+
+    Args:
+        found: by backend.
+    """
     if len(found) == 2:
         torch, flax = found["torch"], found["flax"]
         native_names = {name: info.native_names for name, info in found.items()}
         checks.check_same(torch.shapes, flax.shapes, native_names)
         checks.check_dropout(torch.dropout_layers, flax.dropout_layers)
-    devices = {name: found[name].device for name in names}
+    devices = {name: info.device for name, info in found.items()}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name}: {device}" for name, device in devices.items())
         log(f"Only one framework finds a GPU ({listed}): both use the CPU")
         return "cpu"
-    return devices[names[0]]
+    return next(iter(devices.values()))
 
 
 def load_initial_weights(
