@@ -149,6 +149,59 @@ MASKED = Pair(TorchText, FlaxText, data=masked)
 UNMASKED = Pair(TorchText, FlaxText, data=masked, loss=(entropy, entropy_of_all))
 
 
+class TorchLists(nn.Module):
+    """Parameters in lists and in a dictionary, in no layer of their own."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 1)
+        self.scales = nn.ParameterList(torch.rand(4) for _ in range(11))
+        self.blocks = nn.ModuleList(nn.ParameterList([torch.rand(4, 4)]) for _ in range(2))
+        self.named = nn.ParameterDict({"shift": torch.rand(4)})
+
+    def forward(self, x):
+        x = self.first(x)
+        for scale in self.scales:
+            x = torch.tanh(x * scale) + 1
+        for block in self.blocks:
+            x = x @ block[0]
+        return self.last(x + self.named["shift"])
+
+
+class FlaxLists(nnx.Module):
+    def __init__(self, classes, rngs, backwards=False):
+        def drawn(*shape):
+            return nnx.Param(rngs.params.uniform(shape))
+
+        self.first, self.last = nnx.Linear(5, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
+        self.scales = nnx.List([drawn(4) for _ in range(11)])
+        self.blocks = nnx.List([nnx.List([drawn(4, 4)]) for _ in range(2)])
+        self.named = nnx.Dict(shift=drawn(4))
+        self.backwards = backwards
+
+    def __call__(self, x):
+        x = self.first(x)
+        for scale in reversed(self.scales) if self.backwards else self.scales:
+            x = jnp.tanh(x * scale[...]) + 1
+        for block in self.blocks:
+            x = x @ block[0][...]
+        return self.last(x + self.named["shift"][...])
+
+
+def rows():
+    drawn = np.random.default_rng(4)
+    return drawn.standard_normal((8, 5)), drawn.standard_normal((8, 1))
+
+
+LISTS = Pair(TorchLists, FlaxLists, loss="mean squared error", example=rows)
+BACKWARDS = Pair(  # the mistake of a list read from its end
+    TorchLists,
+    lambda classes, rngs: FlaxLists(classes, rngs, backwards=True),
+    loss="mean squared error",
+    example=rows,
+)
+
+
 class TorchLine(nn.Module):
     """Five numbers to one."""
 
