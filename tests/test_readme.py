@@ -21,7 +21,7 @@ import pytest
 from lockstep import backends
 from lockstep.backends import faults as catalogue
 from lockstep.common import data
-from lockstep.common.config import BACKENDS, DTYPES, MODELS, Config
+from lockstep.common.config import BACKENDS, DTYPES, FRAMEWORKS, MODELS, Config
 from lockstep.common.errors import RecordError
 from lockstep.common.evidence.bench import PATHS
 from lockstep.common.evidence.bench_report import summary
@@ -396,6 +396,33 @@ def rank_kills() -> str:
     )
 
 
+def overhead_processes() -> str:
+    """The CPU time of a process, the smallest and the median over windows and ranks; and the
+    smallest of all ranks together, as a multiple of one process's."""
+    lines, alone = [], math.nan
+    for row in report_of("overhead-processes")["rows"]:
+        cpu = row["cpu_ms"]
+        alone = cpu["min"] if row["processes"] == 1 else alone
+        kinds = [f"{count:g} {kind}" for kind, count in row["collectives"].items()]
+        lines.append(
+            [
+                f"{FRAMEWORKS[row['backend']]}, {row['processes']}",
+                f"{cpu['min']:.1f} ms",
+                f"{cpu['median']:.1f} ms",
+                f"{row['processes'] * cpu['min'] / alone:.1f}",
+                ", ".join(kinds) or "none",
+            ]
+        )
+    columns = [
+        "processes",
+        "CPU per rank and step: minimum",
+        "median",
+        "all ranks, over one process",
+        "collectives a step",
+    ]
+    return markdown(columns, lines)
+
+
 CLUSTER = ("cluster/dask", "cluster/local")
 
 
@@ -526,6 +553,7 @@ PASSAGES: dict[str, Callable[[], str]] = {
     "table of results/processes-*": processes,
     "table of results/faults-processes*": process_faults,
     "summary of results/rank-kills": rank_kills,
+    "table of results/overhead-processes": overhead_processes,
 }
 
 
@@ -644,7 +672,18 @@ ALARMS = [
 
 @pytest.mark.parametrize(
     "name",
-    ["grid", "handover", "kills", "fuzz", "overhead", "pairs", *PROCESS_FAULTS, *ALARMS, *CLUSTER],
+    [
+        "grid",
+        "handover",
+        "kills",
+        "fuzz",
+        "overhead",
+        "overhead-processes",
+        "pairs",
+        *PROCESS_FAULTS,
+        *ALARMS,
+        *CLUSTER,
+    ],
 )
 def test_each_committed_measurement_was_made_by_the_command_in_the_readme(name: str) -> None:
     assert f"| `results/{name}` | `{command_of(name)}` |" in EVIDENCE.read_text()

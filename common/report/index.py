@@ -41,7 +41,7 @@ PAGES = {
         "Both programs to run and to change, and a comparison of the two frameworks.",
     ),
 }
-# What a folder of evidence shows, by the first word of its name.
+# What a folder of evidence shows, by its name or the first word of that.
 EVIDENCE = {
     "alarms": "Correct runs, compared: how often was the verdict wrong?",
     "bench": "Speed, next to the tutorial's own loop",
@@ -54,6 +54,7 @@ EVIDENCE = {
     "pairs": "Networks in the style of their authors: checked and trained",
     "rank": "Ranks of a run that are killed, and the run resumed",
     "overhead": "What recording a script costs",
+    "overhead-processes": "What training by several processes costs on two cores",
     "sensitivity": "The smallest error of the learning rate that is seen",
 }
 
@@ -187,7 +188,7 @@ def _scripts(name: str, report: ScriptReportJson) -> Run:
 def _evidence(name: str, folder: Path) -> Evidence:
     kind = name.partition("/")[0].partition("-")[0]
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    return Evidence(name, EVIDENCE.get(kind, ""), pictures)
+    return Evidence(name, EVIDENCE.get(name, EVIDENCE.get(kind, "")), pictures)
 
 
 # --- The picture
