@@ -20,7 +20,7 @@ LONG_RUN = 20_000  # from this many steps on, compiling for half a minute pays
 # Inductor recomputes an expression that reads at most four values at each use; a lower threshold
 # keeps the pooled images. A loop in C++ calls its kernels faster, but torch 2.11 cannot compile it.
 INDUCTOR: CompilerOptions = {"realize_reads_threshold": 3}
-INDUCTOR |= {"cpp_wrapper": True} if torch.__version__ >= "2.15" else {}
+INDUCTOR |= {"cpp_wrapper": True} if torch.__version__ >= "2.14" else {}
 # The largest batch for which compiled steps are faster than eager ones; `SMALL_BATCH` for others.
 COMPILED_BATCH = {"net": 128} if "cpp_wrapper" in INDUCTOR else {}
 CHANNELS_LAST = ("net",)  # networks that train faster on the CPU with the channels last

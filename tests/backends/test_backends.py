@@ -27,7 +27,7 @@ from tests.marks import slow_except
 
 CLASSES, STEPS, BATCH = 10, 6, 4
 PLAIN = Config(lr=0.05)
-CALLS_FROM_C = torch.__version__ >= "2.15"  # whether PyTorch's compiled loop does
+CALLS_FROM_C = torch.__version__ >= "2.14"  # whether PyTorch's compiled loop does
 RICH = Config(
     lr=0.05,
     momentum=0.9,
