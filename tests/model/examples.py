@@ -163,8 +163,8 @@ class TorchLists(nn.Module):
         x = self.first(x)
         for scale in self.scales:
             x = torch.tanh(x * scale) + 1
-        for block in self.blocks:
-            x = x @ block[0]
+        for matrix in self.blocks.parameters():
+            x = x @ matrix
         return self.last(x + self.named["shift"])
 
 

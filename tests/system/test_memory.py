@@ -31,12 +31,18 @@ thread.start()
 thread.join()
 """
 SETTING = "from lockstep.common.system import environment; environment.keep_memory()"
+ACCEPTED = "import ctypes; print(ctypes.CDLL(None).mallopt(-3, 2**30))"  # the threshold for mmap
+
+
+def run(program: str) -> int:
+    command = [sys.executable, "-c", program]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no mallopt")
 @pytest.mark.parametrize(("setting", "kept"), [(SETTING, True), ("", False)], ids=["on", "off"])
 def test_a_large_block_is_not_cleared_again_when_memory_is_kept(setting, kept):
-    program = [sys.executable, "-c", PROGRAM.format(setting=setting)]
-    found = subprocess.run(program, capture_output=True, text=True, check=True)
-    faults, pages = int(found.stdout), 2**26 // resource.getpagesize()
+    if not run(ACCEPTED):
+        pytest.skip("this glibc takes blocks above 32 MB from the system, whatever it is told")
+    faults, pages = run(PROGRAM.format(setting=setting)), 2**26 // resource.getpagesize()
     assert (faults < pages / 100) == kept
