@@ -40,6 +40,7 @@ def record(
     twins: int | None = None,
     seed: int = 0,
     record_limit: int = DEFAULT_LIMIT,
+    processes: int | None = None,
     terminal: Terminal | None = None,
 ) -> dict[str, ScriptRuns]:
     """Run a training script and keep recordings of it in a folder.
@@ -54,6 +55,7 @@ def record(
         twins: in each precision; None: two in its own, none in float64.
         seed: of the twins and of `Run.random`.
         record_limit: bytes of one recording; larger tensors are kept as fingerprints.
+        processes: that run the script together, with torchrun's variables; None: one, without them.
         terminal: where progress is printed; None: nowhere.
 
     Returns:
@@ -62,7 +64,9 @@ def record(
     Raises:
         LockstepError: if the script fails or cannot be recorded; the message says what to do.
     """
-    options = RunOptions(tuple(arguments), steps, timeout, seed, record_limit, precision, twins)
+    options = RunOptions(
+        tuple(arguments), steps, timeout, seed, record_limit, precision, twins, processes
+    )
     found = scripts.find(str(script))
     side = Side(found, found.name, record_folder(found.stem) if out is None else Path(out))
 
@@ -98,6 +102,7 @@ def check(
     names: Text | None = None,
     start_from: str | None = None,
     record_limit: int = DEFAULT_LIMIT,
+    processes: int | None = None,
     out: Text | None = None,
     terminal: Terminal | None = None,
     command: Sequence[str] = (),
@@ -118,6 +123,7 @@ def check(
         names: a file that says which tensor of A is which of B, where Lockstep does not find it.
         start_from: "A" or "B": both start from the initial weights of this one.
         record_limit: bytes of one recording; larger tensors are kept as fingerprints.
+        processes: that run the script together, with torchrun's variables; None: one, without them.
         out: the folder of the report and the recordings; None: `results/runs/check-<a>-<b>`.
         terminal: where progress and the verdict are printed; None: nowhere.
         command: the command line, for the report.
@@ -129,7 +135,9 @@ def check(
     Raises:
         LockstepError: if a script fails, or nothing can be said; the message says what to do.
     """
-    options = RunOptions(tuple(arguments), steps, timeout, seed, record_limit, precision, twins)
+    options = RunOptions(
+        tuple(arguments), steps, timeout, seed, record_limit, precision, twins, processes
+    )
     if start_from is not None and start_from not in STARTS:
         raise ConfigError("--start-from must be A or B: the script that gives the initial weights")
     found = scripts.find(str(a)), scripts.find(str(b))

@@ -16,6 +16,7 @@ import optax.tree
 from flax import nnx
 from jax.core import Tracer
 
+from lockstep.backends.adapters.shards import in_place_of, own_rows, whole
 from lockstep.common.errors import ConfigError
 from lockstep.common.protocol import Arrays
 from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State, Tree
@@ -206,10 +207,10 @@ class Adapter:
         def of_leaf(path: str, leaf: Tree) -> Tree:
             if not _is_array(leaf):
                 return leaf
-            array = np.asarray(leaf)
+            array = own_rows(leaf)
             if (new := change(path, array)) is array:
                 return leaf
-            return jnp.asarray(new) if isinstance(leaf, jax.Array) else new
+            return in_place_of(leaf, new)
 
         if _is_array(value):
             return of_leaf("", value)
@@ -350,8 +351,7 @@ def _changed(tree: Tree, names: Mapping[Path, str], change: Change) -> Tree:
     new = []
     for _, leaf in flat:
         if id(leaf) in named and jnp.issubdtype(leaf.dtype, jnp.floating):
-            array = change(named[id(leaf)], np.asarray(leaf))
-            leaf = jnp.asarray(array) if isinstance(leaf, jax.Array) else array
+            leaf = in_place_of(leaf, change(named[id(leaf)], whole(leaf)))
         new.append(leaf)
     return jax.tree_util.tree_unflatten(structure, new)
 
@@ -384,4 +384,4 @@ def _is_batched(tracer: Tree) -> bool:
 
 
 def _copy(array: Tree) -> np.ndarray:
-    return np.array(array)
+    return np.array(whole(array))

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lockstep.backends.torch_backend.inputs import as_array, as_tensor
+from lockstep.common.errors import ConfigError
 from lockstep.common.protocol import Arrays
 from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State, Tree
 
@@ -23,6 +25,7 @@ class Adapter:
         self._trained: list[str] = []
         self._optimizers: list[Optimizer] = []
         self._raw: dict[str, Tensor] = {}  # gradients as the last backward pass left them
+        self._averaged = False  # by DistributedDataParallel, when a backward pass ends
         self._gradients: dict[str, Tensor] = {}  # those that the optimizer was about to use
         self._rate: float | None = None
         self._scalars = (
@@ -38,7 +41,8 @@ class Adapter:
         self._keep = keep
         for prefix, thing in _parts(state):
             if isinstance(thing, nn.Module):
-                self._add_module(prefix, thing)
+                self._averaged |= any(isinstance(layer, DataParallel) for layer in thing.modules())
+                self._add_module(prefix, thing.module if type(thing) is DataParallel else thing)
             elif isinstance(thing, Optimizer):
                 self._optimizers.append(thing)
             elif isinstance(thing, Tensor):
@@ -46,7 +50,13 @@ class Adapter:
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 if tensor.is_floating_point():
-                    _replace(tensor, change(name, _copy(tensor)))
+                    new = change(name, _copy(tensor))
+                    if self._averaged and new.dtype != as_array(tensor).dtype:
+                        raise ConfigError(
+                            f"run.begin was given a DistributedDataParallel, and its {name} is to "
+                            f"become {new.dtype}: give it the module before that wraps it"
+                        )
+                    _replace(tensor, new)
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_update))
             optimizer.register_step_post_hook(self._restore_rates)
@@ -87,19 +97,29 @@ class Adapter:
 
     def _gradient_reporter(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
+            if parameter.grad is None:
+                return
+            if self._averaged:
+                _at_the_end(lambda: hold(parameter))
+            else:
+                hold(parameter)
+
+        def hold(parameter: Tensor) -> None:
             if parameter.grad is not None:
                 self._raw[name] = parameter.grad.detach().clone()
 
         return hook
 
     def _before_update(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        """Before clipped gradients are used: the raw ones are those to compare."""
+        """Before clipped gradients are used: the raw ones are those to compare. Not where processes
+        average them by calls of their own, which come after the backward pass."""
+        by_calls = _process_count() > 1 and not self._averaged
         self._rate = float(optimizer.param_groups[0]["lr"])
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name in self._trained:
             parameter = self._tensors[name]
             if id(parameter) in updated and parameter.grad is not None:
-                raw = self._raw.get(name)
+                raw = None if by_calls else self._raw.get(name)
                 self._gradients[name] = parameter.grad.detach().clone() if raw is None else raw
         self._move_rates(optimizer)
 
@@ -212,6 +232,21 @@ class Adapter:
             "device": tensor.device.type,
             "threads": torch.get_num_threads(),
         }
+
+
+# --- Several processes
+
+
+def _process_count() -> int:
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if joined else 1
+
+
+def _at_the_end(call: Callable[[], None]) -> None:
+    """Call it when this backward pass ends, after what is to be called then so far and is not known
+    yet: DistributedDataParallel's own, which puts the averages into `grad`."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(call))
 
 
 # --- Trees of tensors: dictionaries, lists and tuples

@@ -34,6 +34,8 @@ def add_arguments(parser: Parser) -> None:
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     a, b = script_options.given(options, "a", "b")
+    if not script_options.take_from_torchrun(options):
+        return 0
     from lockstep.common import scripts
 
     result = scripts.check(

@@ -27,8 +27,11 @@ def add_arguments(parser: Parser) -> None:
 
 def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     (script,) = script_options.given(options, "script")
+    if not script_options.take_from_torchrun(options):
+        return 0
     from lockstep.common import scripts
     from lockstep.common.recorder.script import find
+    from lockstep.common.verdict.script_place import ranks_sentence
 
     terminal = output.terminal(options)
     folder = options.out or scripts.record_folder(find(script).stem)
@@ -39,12 +42,22 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         terminal=terminal,
         **script_options.script_options(options),
     )
+    recordings = [run for runs in made.values() for run in (runs.run, *runs.twins)]
     rows = [
-        {"precision": run.dtype, "twin": run.twin, "steps": run.steps, "seconds": run.seconds}
-        for runs in made.values()
-        for run in (runs.run, *runs.twins)
+        {
+            "precision": run.dtype,
+            "twin": run.twin,
+            "steps": run.steps,
+            "seconds": run.seconds,
+            "processes": run.processes,
+            "ranks_differ": ranks_sentence(run),
+        }
+        for run in recordings
     ]
     if options.json:
         output.print_json({"schema": 1, "folder": str(folder), "recordings": rows})
     terminal.print_always(f"Recorded: {folder}")
-    return 0
+    differing = [text for run in recordings if (text := ranks_sentence(run)) is not None]
+    for text in differing[:1]:
+        terminal.paragraph(text, "bold red")
+    return 1 if differing else 0

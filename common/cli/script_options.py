@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -31,6 +32,7 @@ class ScriptOptions(TypedDict):
     timeout: float | None
     twins: int | None
     seed: int
+    processes: int | None
     record_limit: NotRequired[int]
 
 
@@ -48,6 +50,13 @@ def add_script_run(parser: Parser) -> None:
     """The options of each run of a script."""
     group = parser.add_argument_group("each run of a script")
     add_steps(group, "end the script after N steps")
+    group.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="run the script in N processes, with the variables that torchrun sets; all of them must "
+        "call lockstep.Run (default: one, without these)",
+    )
     group.add_argument(
         "--timeout", type=float, metavar="S", help="end a run after S seconds (default: never)"
     )
@@ -72,10 +81,31 @@ def script_options(options: argparse.Namespace) -> ScriptOptions:
         "timeout": options.timeout,
         "twins": options.twins,
         "seed": options.seed,
+        "processes": options.processes,
     }
     if options.record_limit is not None:
         found["record_limit"] = options.record_limit
     return found
+
+
+def take_from_torchrun(options: argparse.Namespace) -> bool:
+    """Under torchrun, take the number of processes from it: rank 0's command starts as many itself,
+    and False tells the others that they have nothing to do.
+
+    Raises:
+        ConfigError: if they are on several machines, or another number was asked for.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    count = int(os.environ["WORLD_SIZE"])
+    if os.environ["LOCAL_WORLD_SIZE"] != str(count):
+        raise ConfigError(
+            f"{options.command} runs scripts on one machine: give --processes N without torchrun"
+        )
+    if options.processes not in (None, count):
+        raise ConfigError(f"torchrun started {count} processes: leave out --processes, or torchrun")
+    options.processes = count
+    return os.environ["RANK"] == "0"
 
 
 def given(options: argparse.Namespace, *names: str) -> list[str]:

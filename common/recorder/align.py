@@ -72,6 +72,8 @@ class Alignment:
     # alone; those of `Run.tap` were named by the user.
     inferred: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # a sentence each
+    # What is not compared, and the sides of which each rank has its own: `_is_of_one_rank`.
+    of_ranks: dict[str, set[Side]] = field(default_factory=dict)
     # Activations ("forward"), arrays of a batch ("data"), "losses" and "results".
     groups: dict[str, Names] = field(default_factory=dict)
 
@@ -89,6 +91,8 @@ class Alignment:
         found._pair_batches()
         found._pair("losses", _losses(a), _losses(b))
         found._pair("results", a.results, b.results)
+        for match in matching.matches:
+            found._is_of_one_rank("backward", (match.a, match.b), "gradients")
         return found
 
     @property
@@ -126,6 +130,7 @@ class Alignment:
             weights=self._tensors("weights", recording, side),
             first_steps=self._first_steps(recording, side),
             layers=layers,
+            rank_differences=recording.rank_differences or [],
             parameter_history=self._history(recording, side),
             final=self._tensors("final", recording, side),
             taken=taken,
@@ -171,7 +176,12 @@ class Alignment:
         if group == "losses" and [len(names) for names in rest] == [1, 1]:
             pairs[rest[A][0]] = rest[B][0]
         if group == "losses":
-            self.groups[group] = {name: (name, other) for name, other in pairs.items()}
+            named = {name: (name, other) for name, other in pairs.items()}
+            self.groups[group] = {
+                name: own
+                for name, own in named.items()
+                if not self._is_of_one_rank(group, own, name)
+            }
             return
         self._add(group, pairs, ours, theirs)
 
@@ -180,6 +190,9 @@ class Alignment:
         kept: Names = {}
         for name, other in pairs.items():
             if name not in ours or other not in theirs:
+                continue
+            called = "activations" if group == "forward" else name
+            if self._is_of_one_rank(group, (name, other), called):
                 continue
             a, b = ours[name], theirs[other]
             layout = None
@@ -199,6 +212,15 @@ class Alignment:
             kept[name] = (name, other)
         self.groups[group] = kept
         return list(kept)
+
+    def _is_of_one_rank(self, group: str, own: tuple[str, str], called: str) -> bool:
+        """Whether one of the runs has this of rank 0 alone, such as its rows, and the other has not
+        the same: that of as many processes. If so, it is noted."""
+        local = {side for side in (A, B) if f"{group}/{own[side]}" in self.runs[side].local}
+        if not local or (len(local) == 2 and self.runs[A].processes == self.runs[B].processes):
+            return False
+        self.of_ranks.setdefault(called, set()).update(local)
+        return True
 
     # --- Arrays of one side, in the common layout
 
@@ -226,15 +248,16 @@ class Alignment:
                 group = "losses" if stage == "loss" else stage
                 for name, array in self._laid_out(group, own, side, f"{step}/{stage}/"):
                     found[f"{step}/{stage}/{name}"] = array
-            for prefix in self._prefixes(arrays, step):
+            for prefix in self._prefixes(arrays, step, "gradients" not in self.of_ranks):
                 for name, array in self._matched("first_steps", prefix, arrays, recording, side):
                     found[f"{prefix}{name}"] = array
         return found
 
     @staticmethod
-    def _prefixes(arrays: Arrays, step: int) -> Iterator[str]:
+    def _prefixes(arrays: Arrays, step: int, gradients: bool) -> Iterator[str]:
         """What stands before a parameter's name: its gradient, each slot, and the parameter."""
-        yield f"{step}/backward/"
+        if gradients:
+            yield f"{step}/backward/"
         start = f"{step}/update/"
         tensors = (key.removeprefix(start) for key in arrays if key.startswith(start))
         slots = dict.fromkeys(slot for slot, _ in map(split_slot, tensors) if slot)

@@ -42,6 +42,8 @@ def remove(folder: Path, precision: str) -> None:
             if found and found[1] == precision:
                 path.unlink()
                 path.with_suffix(".log").unlink(missing_ok=True)
+                for log in folder.glob(f"{path.stem}.rank*.log"):
+                    log.unlink()
     except OSError as error:
         raise RecordError(
             f"cannot remove {error.filename} ({error.strerror}): choose another folder with --out"

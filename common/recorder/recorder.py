@@ -24,6 +24,7 @@ from lockstep.common.model.perturb import TWINS_STREAM, image_perturbation_rng, 
 from lockstep.common.protocol import Arrays, split_slot
 from lockstep.common.recorder import recording
 from lockstep.common.recorder.adapter import Adapter, Tree, adapter_for, framework_of
+from lockstep.common.recorder.ranks import Digests, path_of
 from lockstep.common.recorder.recording import Recording, batch_digest, fingerprint
 from lockstep.common.recorder.settings import FIRST, Settings
 from lockstep.common.runs.record import FIRST_STEPS
@@ -63,6 +64,7 @@ class Recorder:
         self._fingerprints: list[str] = []
         self._pinned: dict[str, None] = {}
         self._lines: dict[str, str] = {}
+        self._digests_of_rank = None if settings.processes in (None, 1) else Digests()
         self._params: Tree = None
         self._calls = 0  # of `batch` in this step
         self._batch_rng = image_perturbation_rng(settings.seed, settings.twin or 0)
@@ -75,8 +77,10 @@ class Recorder:
 
     def _claim(self) -> None:
         """Only one Run may record."""
+        rank = f".rank{self.settings.rank}" if self.settings.rank else ""
+        file = f"{self.settings.out}{rank}.run"
         try:
-            os.close(os.open(f"{self.settings.out}.run", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             raise ConfigError(
                 "lockstep.Run() was called twice: one Run records the script"
@@ -191,8 +195,7 @@ class Recorder:
             raise SystemExit(0)
         if self._step == FIRST_STEPS and self.settings.early:
             self._read_series()
-            path = Path(f"{self.settings.out}{FIRST}")
-            recording.write(self._recording(complete=False, results={}), path)
+            self._write(complete=False, results={}, suffix=FIRST)
 
     def finish(self, results: dict[str, Tree]) -> None:
         adapter = self._begun_adapter("finish")
@@ -254,7 +257,12 @@ class Recorder:
         self._keep(group, {prefix + name: array for name, array in arrays.items()})
 
     def _keep(self, group: str, arrays: Arrays) -> None:
-        """Keep arrays, or fingerprints of those that would exceed the limit."""
+        """Keep arrays, or fingerprints of those that would exceed the limit; of other ranks than 0,
+        digests."""
+        if self._digests_of_rank is not None:
+            self._digests_of_rank.add(group, arrays)
+        if self.settings.rank:
+            return
         for name, array in arrays.items():
             if array.nbytes > SMALL and self._size + array.nbytes > self.settings.limit:
                 array = fingerprint(array)
@@ -306,7 +314,18 @@ class Recorder:
         with contextlib.suppress(RuntimeError):  # donated to a later step
             self._keep_parameters("final", "", self._params)
         self._read_series()
-        recording.write(self._recording(complete, results or {}), Path(self.settings.out))
+        self._write(complete, results or {})
+
+    def _write(self, complete: bool, results: Arrays, suffix: str = "") -> None:
+        """Write what rank 0 has recorded, and the digests of each of several ranks."""
+        settings, found = self.settings, self._recording(complete, results)
+        if self._digests_of_rank is not None:
+            for group in ("series", "batch_digests", "results"):
+                self._digests_of_rank.add(group, getattr(found, group))
+            path = Path(f"{path_of(settings.out, settings.rank)}{suffix}")
+            self._digests_of_rank.write(path, found.steps)
+        if settings.rank == 0:
+            recording.write(found, Path(f"{settings.out}{suffix}"))
 
     def _recording(self, complete: bool, results: Arrays) -> Recording:
         assert self._adapter is not None
@@ -336,7 +355,8 @@ class Recorder:
             notes=self._adapter.notes(),
             lines=self._lines,
             seconds=self._last - self._begun,
-            **groups,
+            processes=self.settings.processes or 1,
+            **groups,  # pyright: ignore[reportArgumentType]
         )
 
 

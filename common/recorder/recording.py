@@ -14,8 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.common.errors import RecordError
-from lockstep.common.protocol import STAGES, Arrays
-from lockstep.common.runs.file_checks import Check, are_names, first_problem, is_count
+from lockstep.common.protocol import STAGES, Arrays, RankDifference
+from lockstep.common.runs.file_checks import (
+    Check,
+    are_names,
+    are_rank_differences,
+    first_problem,
+    is_count,
+)
 from lockstep.common.runs.record import FIRST_STEPS, grouped, ungrouped
 from lockstep.common.system.storage import JsonObject, read_tensors, write_tensors
 
@@ -79,6 +85,13 @@ class Recording:
     notes: list[str] = field(default_factory=list)  # what could not be recorded, a sentence each
     lines: dict[str, str] = field(default_factory=dict)  # "file:line" of the source, by tensor
     seconds: float = 0.0  # from `begin` to the last step
+    processes: int = 1  # that ran the script together; this is what rank 0 recorded
+    # Of several processes: where their parameters were not equal, at the first such step. None: they
+    # were not compared.
+    rank_differences: list[RankDifference] | None = None
+    # Of several processes: what was not the same in all of them and need not be, as "data/<array>",
+    # "forward/<layer>", "losses/<name>", "backward/<parameter>" or "results/<name>".
+    local: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -138,8 +151,13 @@ def _checks(r: Recording) -> Iterator[Check]:
     yield "names", lambda: not all(isinstance(text, str) for text in texts)
     yield "twin", lambda: r.twin is not None and not is_count(r.twin, 0)
     yield "synced", lambda: not isinstance(r.synced, bool)
-    lists = (r.arguments, r.parameters, r.layers, r.fingerprints, r.pinned, r.notes)
+    lists = (r.arguments, r.parameters, r.layers, r.fingerprints, r.pinned, r.notes, r.local)
     yield "lists", lambda: not all(are_names(names) for names in lists)
+    yield "processes", lambda: not is_count(r.processes, 1)
+    yield (
+        "rank_differences",
+        lambda: r.rank_differences is not None and not are_rank_differences(r.rank_differences),
+    )
     yield "parameters", lambda: not set(r.parameters) <= set(r.weights)
     yield (
         "series",

@@ -32,6 +32,8 @@ class Settings:
     replay: int | None = None  # record from this step on, as if the script began there
     state: str | None = None  # a file of the state that `Run.sync` then returns; None: its own
     early: bool = False  # write the first steps to "<out>.first" as soon as they are done
+    processes: int | None = None  # that run the script together; None: one, which is told nothing
+    rank: int = 0  # of this process; rank 0 writes the recording
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")

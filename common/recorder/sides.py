@@ -33,6 +33,7 @@ class RunOptions:
     record_limit: int = DEFAULT_LIMIT  # bytes of one recording
     precision: str = BOTH
     twins: int | None = None  # None: OWN_TWINS in the script's own precision, none in float64
+    processes: int | None = None  # that run it together; None: one, without torchrun's variables
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -42,6 +43,7 @@ class RunOptions:
             ("--twins", self.twins, 0),
             ("--seed", self.seed, 0),
             ("--record-limit", self.record_limit, 0),
+            ("--processes", self.processes, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{option} must be {least} or more")
@@ -102,6 +104,7 @@ class Side:
             early=early,
             replay=replay,
             state=None if state is None else str(state.absolute()),
+            processes=options.processes,
         )
         return Start(self.script, settings, options.arguments)
 

@@ -70,6 +70,7 @@ class ScriptJson(TypedDict):
     framework: str
     environment: dict[str, object]
     seconds: float
+    processes: int  # that ran it together
 
 
 class TensorJson(TypedDict):
@@ -148,6 +149,7 @@ def _script(name: str, run: Recording) -> ScriptJson:
         "framework": run.framework,
         "environment": environment,
         "seconds": round(run.seconds, 2),
+        "processes": run.processes,
     }
 
 

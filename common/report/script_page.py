@@ -241,6 +241,7 @@ def _facts(script: ScriptJson) -> Table:
         ["script", script["script"]],
         ["arguments", shlex.join(script["arguments"]) or "none"],
         ["framework", script["framework"]],
+        *([["processes", str(script["processes"])]] if script["processes"] > 1 else []),
         ["SHA-256", script["source"][:16] or "unknown"],
         ["time of a run", plural_seconds(script["seconds"])],
         *tables.flat(script["environment"]),

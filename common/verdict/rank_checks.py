@@ -34,17 +34,24 @@ FIXES = {
 def check_ranks(runs: Iterable[Record]) -> list[Check]:
     """A check for each tensor in which a rank differed from rank 0, at the first such step."""
     return [
+        check
+        for run in runs
+        for check in checks_of(run.rank_differences, FRAMEWORKS.get(run.backend, run.backend))
+    ]
+
+
+def checks_of(differences: Iterable[RankDifference], run: str) -> list[Check]:
+    """A check for each difference between the ranks of one run, which is called so."""
+    return [
         Check(
             step=max(0, each["step"] - 1),
             stage=_stage(each),
-            tensor=f"{each['tensor'].removeprefix(GRADIENT_OF)}, rank {each['rank']} of "
-            f"{FRAMEWORKS[run.backend]}",
+            tensor=f"{each['tensor'].removeprefix(GRADIENT_OF)}, rank {each['rank']} of {run}",
             gap=math.inf if each["gap"] is None else each["gap"],
             bound=0.0,
             sides=("rank 0", f"rank {each['rank']}"),
         )
-        for run in runs
-        for each in run.rank_differences
+        for each in differences
     ]
 
 
@@ -52,6 +59,11 @@ def _stage(difference: RankDifference) -> str:
     if difference["tensor"].startswith(GRADIENT_OF):
         return "backward"
     return "update" if difference["step"] else "weights"
+
+
+def is_of_ranks(check: Check) -> bool:
+    """Whether it compares the ranks of one run."""
+    return check.sides is not None and check.sides[0] == "rank 0"
 
 
 def ranks_location(

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lockstep.common.verdict.check import Check, finite
 from lockstep.common.verdict.comparison import Entry, Rule, format_distinct
+from lockstep.common.verdict.rank_checks import is_of_ranks
 
 # "diverged": both runs reach a loss that is not finite at the same step, and agree up to it.
 ScriptVerdict = Literal["agree", "disagree", "diverged"]
@@ -53,6 +55,8 @@ class ScriptPlace:
         if check.values is not None:
             shown = zip(check.sides or self.sides, format_distinct(*check.values), strict=True)
             text += " ".join(f"{name}={value}" for name, value in shown) + ", "
+        if is_of_ranks(check) and not math.isfinite(check.gap):
+            return f"{text}not equal to rank 0's to the bit"
         gap = "gap" if check.measure == "largest" else f"{check.measure} gap"
         bound = f"{check.bound:.1e}" if check.bound else "0"
         return f"{text}{gap} {check.gap:.1e} > {bound}"

@@ -39,7 +39,8 @@ def not_seen(alignment: Alignment) -> tuple[str, ...]:
     for what in ("gradients", "activations"):
         if not any(what in has for has in seen):
             sentences.append(f"not seen on either side: {what}")
-    if all("activations" in has for has in seen) and not alignment.groups["forward"]:
+    known = alignment.groups["forward"] or "activations" in alignment.of_ranks
+    if all("activations" in has for has in seen) and not known:
         sentences.append('no activation corresponds to another: name some with run.tap("name", x)')
     return tuple(sentences)
 
@@ -76,12 +77,28 @@ def unmatched(alignment: Alignment, matching: Matching) -> tuple[str, ...]:
     )
 
 
+def of_one_rank(alignment: Alignment) -> Iterator[str]:
+    """What rank 0 of several processes has of its own, and what follows for the losses."""
+    if not alignment.of_ranks:
+        return
+    sides = [alignment.sides[side] for side in sorted(set().union(*alignment.of_ranks.values()))]
+    losses = {name for run in alignment.runs for name in run.losses}
+    hint = "; give run.step means over all ranks to have losses compared"
+    yield (
+        f"not compared, since each rank of {' and of '.join(sides)} has its own: "
+        f"{shorten(alignment.of_ranks)}{hint * bool(losses & alignment.of_ranks.keys())}"
+    )
+
+
 # --- The rest
 
 
 def notes_of(alignment: Alignment, dtypes: tuple[str, str]) -> Iterator[str]:
     """Sentences on the two runs of one precision."""
     for side, run in zip(alignment.sides, alignment.runs, strict=True):
+        if run.processes > 1:
+            equal = ", whose parameters are equal to the bit" * (run.rank_differences == [])
+            yield f"{side} was run by {run.processes} processes{equal}"
         if run.pinned:
             yield f"{side} computes in float32 in its float64 run: {shorten(run.pinned)}"
         yield from (f"{side}: {note}" for note in run.notes)

@@ -17,6 +17,8 @@ from lockstep.common.verdict.comparison import Entry
 from lockstep.common.verdict.distances import magnitude
 from lockstep.common.verdict.failures import common
 from lockstep.common.verdict.locate import Tensors, describe_relation, largest_differences
+from lockstep.common.verdict.rank_checks import CAUSES as RANK_CAUSES
+from lockstep.common.verdict.rank_checks import checks_of
 from lockstep.common.verdict.script_causes import (
     BY_ONE_FACTOR,
     BY_OWN_FACTORS,
@@ -71,6 +73,29 @@ def find_place(
         of=len(others) + len(passing),
         trait=_trait(check, failing, passing, alignment, records[A]) if others else "",
         lines=(_line(alignment.runs[A], check, own[A]), _line(alignment.runs[B], check, own[B])),
+    )
+
+
+def ranks_place(check: Check, sides: tuple[str, str]) -> ScriptPlace:
+    """The place of a check of the ranks of one run."""
+    known = "the gap is between means, norms or extremes: of rank 0 alone more is kept"
+    return ScriptPlace(
+        check,
+        sides,
+        (check.tensor, check.tensor),
+        pattern=known if math.isfinite(check.gap) else None,
+        causes=(RANK_CAUSES[check.stage],),
+    )
+
+
+def ranks_sentence(recording: Recording) -> str | None:
+    """Where the ranks of one run differ first, and a likely cause; None if they do not."""
+    checks = checks_of(recording.rank_differences or [], recording.name)
+    if not checks:
+        return None
+    place = ranks_place(checks[0], (recording.name, recording.name))
+    return (
+        f"The ranks differ: {recording.dtype}: {place.message}. A likely cause: {place.causes[0]}."
     )
 
 

@@ -37,10 +37,17 @@ from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.compare import diverged_at
 from lockstep.common.verdict.distances import max_difference, scalar_gap
 from lockstep.common.verdict.judge import INITIAL_TWINS, MAX_TWINS
+from lockstep.common.verdict.rank_checks import check_ranks, is_of_ranks
 from lockstep.common.verdict.script_checks import all_checks, believed, script
 from lockstep.common.verdict.script_comparison import STEPS, ScriptComparison, ScriptPlace
-from lockstep.common.verdict.script_notes import first_change, not_seen, notes_of, unmatched
-from lockstep.common.verdict.script_place import find_place
+from lockstep.common.verdict.script_notes import (
+    first_change,
+    not_seen,
+    notes_of,
+    of_one_rank,
+    unmatched,
+)
+from lockstep.common.verdict.script_place import find_place, ranks_place
 from lockstep.common.verdict.script_rule import rule_of
 
 # Times the bound, of float64. A gap of the first steps that is larger is no rounding: a gradient
@@ -134,6 +141,8 @@ def runs_wanted(comparison: ScriptComparison) -> Wanted:
     if comparison.place is None or comparison.place.check.tensor == STEPS:
         return Wanted()
     check = comparison.place.check
+    if is_of_ranks(check):
+        return Wanted()
     exact, early = comparison.dtype == "float64", check.step < FIRST_STEPS
     again = exact and not comparison.again
     twins, short = 0, early
@@ -205,6 +214,7 @@ def compare_scripts(
         )
     if a.run.steps != b.run.steps:
         checks.append(_check_steps(a.run.steps, b.run.steps))
+    checks += check_ranks(run for side in shared for run in (side.run, *side.twins))
     records = script(shared[A].run), script(shared[B].run)
     starts = {each.name: each.text for each in matching.differing}
     place = _first_place(checks, alignment, records, starts)
@@ -230,7 +240,10 @@ def compare_scripts(
         ),
         not_seen=not_seen(alignment),
         left_out=(*unmatched(alignment, matching), *alignment.left_out, *contradicted),
-        notes=tuple(notes_of(alignment, (a.run.dtype, b.run.dtype))),
+        notes=(
+            *of_one_rank(alignment),
+            *notes_of(alignment, (a.run.dtype, b.run.dtype)),
+        ),
         twins=(len(a.twins), len(b.twins)),
         short_twins=(len(a.short_twins), len(b.short_twins)),
         again=bool(changes) or a.again is not None,
@@ -266,8 +279,16 @@ def _first_place(
     failing = [check for check in checks if not check.agrees]
     if not failing:
         return None
-    failing.sort(key=lambda c: (c.tensor == STEPS, c.step, STAGES.index(c.stage), c.tensor != "lr"))
+    failing.sort(key=_causal)
+    if is_of_ranks(failing[0]):
+        return ranks_place(failing[0], alignment.sides)
     return find_place(failing[0], checks, alignment, records, starts)
+
+
+def _causal(check: Check) -> tuple[bool, int, bool, int, bool]:
+    """Ranks that differ come first in their step: what they are compared with does not matter."""
+    stage = STAGES.index(check.stage)
+    return check.tensor == STEPS, check.step, not is_of_ranks(check), stage, check.tensor != "lr"
 
 
 def _check_steps(ours: int, theirs: int) -> Check:

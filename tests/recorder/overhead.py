@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 import lockstep
-from lockstep.common.recorder.launch import AT_ONCE, MALLOC, child_environment, run_script
+from lockstep.common.recorder.launch import AT_ONCE, run_script
 from lockstep.common.recorder.script import find
+from lockstep.common.recorder.script_process import MALLOC, child_environment
 from lockstep.common.recorder.settings import Settings
 from lockstep.common.report import write_json
 from lockstep.common.runs.record import FIRST_STEPS
