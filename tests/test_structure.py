@@ -262,14 +262,21 @@ def processor_seconds(*command: str) -> float:
     return min(taken() for _ in range(5))
 
 
+@pytest.fixture(scope="module")
+def numpy_seconds() -> float:
+    return processor_seconds("-c", "import numpy")
+
+
 @pytest.mark.parametrize("command", [(), ("run",), ("faults",)], ids=lambda words: " ".join(words))
-def test_help_takes_at_most_15_hundredths_of_a_second(command: tuple[str, ...]) -> None:
-    # Measured: 0.06 to 0.08.
-    assert processor_seconds("compare.py", *command, "--help") <= 0.15
+def test_help_takes_less_than_to_import_numpy(
+    command: tuple[str, ...], numpy_seconds: float
+) -> None:
+    # Measured: 0.48 to 0.70 of it.
+    assert processor_seconds("compare.py", *command, "--help") < numpy_seconds
 
 
-def test_the_time_of_help_sees_an_import_that_is_slow() -> None:
-    assert processor_seconds("-c", "import jax") > 0.15
+def test_the_time_of_help_sees_an_import_that_is_slow(numpy_seconds: float) -> None:
+    assert processor_seconds("-c", "import optax") > numpy_seconds
 
 
 # --- The mirrors
