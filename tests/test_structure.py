@@ -263,20 +263,20 @@ def processor_seconds(*command: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def numpy_seconds() -> float:
-    return processor_seconds("-c", "import numpy")
+def most_seconds() -> float:
+    """Three tenths of the time to import JAX, which a slow processor takes longer for, too."""
+    return 0.3 * processor_seconds("-c", "import jax")
 
 
 @pytest.mark.parametrize("command", [(), ("run",), ("faults",)], ids=lambda words: " ".join(words))
-def test_help_takes_less_than_to_import_numpy(
-    command: tuple[str, ...], numpy_seconds: float
-) -> None:
-    # Measured: 0.48 to 0.70 of it.
-    assert processor_seconds("compare.py", *command, "--help") < numpy_seconds
+def test_help_imports_little(command: tuple[str, ...], most_seconds: float) -> None:
+    # Measured: 0.12 to 0.17 of the time to import JAX.
+    assert processor_seconds("compare.py", *command, "--help") <= most_seconds
 
 
-def test_the_time_of_help_sees_an_import_that_is_slow(numpy_seconds: float) -> None:
-    assert processor_seconds("-c", "import optax") > numpy_seconds
+def test_the_time_of_help_sees_an_import_that_is_slow(most_seconds: float) -> None:
+    # Measured: 0.8 to 1.0 of that time.
+    assert processor_seconds("-c", "import matplotlib.pyplot") > most_seconds
 
 
 # --- The mirrors
