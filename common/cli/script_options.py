@@ -97,15 +97,21 @@ def take_from_torchrun(options: argparse.Namespace) -> bool:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
-    count = int(os.environ["WORLD_SIZE"])
-    if os.environ["LOCAL_WORLD_SIZE"] != str(count):
+    from lockstep.common.runs.launched import Launched
+
+    launched = Launched.read()
+    if launched is None:
+        return True
+    if launched.here != launched.count:
         raise ConfigError(
             f"{options.command} runs scripts on one machine: give --processes N without torchrun"
         )
-    if options.processes not in (None, count):
-        raise ConfigError(f"torchrun started {count} processes: leave out --processes, or torchrun")
-    options.processes = count
-    return os.environ["RANK"] == "0"
+    if options.processes not in (None, launched.count):
+        raise ConfigError(
+            f"torchrun started {launched.count} processes: leave out --processes, or torchrun"
+        )
+    options.processes = launched.count
+    return launched.number == 0
 
 
 def given(options: argparse.Namespace, *names: str) -> list[str]:

@@ -296,7 +296,14 @@ def test_of_two_ranks_that_fail_the_one_that_was_killed_is_named(
 
 # --- Under torchrun
 
-LAUNCHED = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
+LAUNCHED = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 REFUSED = {
     "several machines": ({"LOCAL_WORLD_SIZE": "1"}, [], "runs scripts on one machine"),
     "another number": ({}, ["--processes", "3"], "torchrun started 2 processes"),
