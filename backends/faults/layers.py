@@ -3,6 +3,7 @@ convolutions, masked losses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lockstep.backends.faults.registry import SetAttr, fault
@@ -59,18 +60,26 @@ def transposed_same_padding(patch: SetAttr, config: Config, dataset: Dataset) ->
 # --- Recurrent layers
 
 
-def _gru(cell: nnx.GRUCell, h: jax.Array, x: jax.Array, **changes: Any) -> tuple[Any, Any]:
-    """A GRU's step, right unless `changes` say otherwise."""
+def _gru(
+    cell: nnx.GRUCell,
+    h: jax.Array,
+    x: jax.Array,
+    reset: int = 0,
+    update: int = 1,
+    reset_first: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """A GRU's step.
+
+    Args:
+        reset, update: the place of each gate among the three.
+        reset_first: multiply by the reset gate before the matrix.
+    """
     from lockstep.backends.faults.frameworks import jax, jnp
 
-    order, reset_first = changes.get("order", (0, 1, 2)), changes.get("reset_first", False)
     own, hidden = (jnp.split(dense, 3, -1) for dense in (cell.dense_i(x), cell.dense_h(h)))
-    reset, update = (jax.nn.sigmoid(own[i] + hidden[i]) for i in order[:2])
-    if reset_first:
-        new = jnp.split(cell.dense_h(reset * h), 3, -1)[2]
-    else:
-        new = reset * hidden[2]
-    h = (1 - update) * jnp.tanh(own[2] + new) + update * h
+    r, z = (jax.nn.sigmoid(own[place] + hidden[place]) for place in (reset, update))
+    new = jnp.split(cell.dense_h(r * h), 3, -1)[2] if reset_first else r * hidden[2]
+    h = (1 - z) * jnp.tanh(own[2] + new) + z * h
     return h, h
 
 
@@ -84,7 +93,7 @@ def gru_gates_swapped(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     """A GRU's reset gate is taken for its update gate, and the other way round."""
     from lockstep.backends.faults.frameworks import nnx
 
-    patch(nnx.GRUCell, "__call__", lambda cell, h, x: _gru(cell, h, x, order=(1, 0, 2)))
+    patch(nnx.GRUCell, "__call__", lambda cell, h, x: _gru(cell, h, x, reset=1, update=0))
 
 
 @fault(
@@ -105,7 +114,7 @@ def _change_lstm(patch: SetAttr, order: str = "ifgo", forget_bias: float = 0.0) 
 
     def step(
         cell: nnx.OptimizedLSTMCell, carry: tuple[jax.Array, jax.Array], x: jax.Array
-    ) -> tuple[Any, Any]:
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         c, h = carry
         gates = dict(zip(order, jnp.split(cell.dense_i(x) + cell.dense_h(h), 4, -1), strict=True))
         i, f, o = (jax.nn.sigmoid(gates[name] + forget_bias * (name == "f")) for name in "ifo")
@@ -150,7 +159,7 @@ def one_bias_of_two(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 
     call = nnx.GRUCell.__call__
 
-    def step(cell: nnx.GRUCell, h: jax.Array, x: jax.Array) -> tuple[Any, Any]:
+    def step(cell: nnx.GRUCell, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         bias = cell.dense_h.bias
         assert bias is not None
         kept = bias[...]
@@ -181,7 +190,7 @@ def padding_trained(patch: SetAttr, config: Config, dataset: Dataset) -> None:
 
 @fault("loss", "loss", "PyTorch docs, CrossEntropyLoss: ignore_index", **TAGGER)
 def masked_mean_over_all(patch: SetAttr, config: Config, dataset: Dataset) -> None:
-    """Labels of the padding are left out of the loss, but counted where it is divided."""
+    """Labels of the padding are left out of the sum of losses, but counted in its divisor."""
     from lockstep.backends.faults.frameworks import flax_losses, jnp
 
     mean = flax_losses.cross_entropy_of_each
@@ -201,7 +210,7 @@ def padding_labelled(patch: SetAttr, config: Config, dataset: Dataset) -> None:
     _change_loss(patch, lambda logits, labels: mean(logits, jnp.maximum(labels, 0)))
 
 
-def _change_loss(patch: SetAttr, loss: Any) -> None:
+def _change_loss(patch: SetAttr, loss: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
     """Replace the cross entropy of pairs by `loss(logits, labels)`."""
     from lockstep.backends.faults.frameworks import flax_losses
 

@@ -356,7 +356,9 @@ class Recorder:
             lines=self._lines,
             seconds=self._last - self._begun,
             processes=self.settings.processes or 1,
-            **groups,  # pyright: ignore[reportArgumentType]
+            rank_differences=None,
+            local=[],
+            **groups,
         )
 
 

@@ -21,6 +21,7 @@ from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.ranks import Kept, Ranks
 from lockstep.common.runs.record import Record
 from lockstep.common.system.interrupt import SignalHandler
+from lockstep.common.system.process import WorkerProcess
 from lockstep.common.verdict.compare import compare
 from tests.conftest import SilentObserver
 from tests.marks import slow_except
@@ -124,8 +125,9 @@ def numbers(found: Record) -> dict[str, object]:
 
 def ended(group: Ranks) -> bool:
     """Whether no process of the ranks is left."""
-    pids = [caller.worker.pid for each in group.groups.values() for caller in each.callers]  # type: ignore[attr-defined]
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    workers = [caller.worker for each in group.groups.values() for caller in each.callers]
+    pids = [worker.pid for worker in workers if isinstance(worker, WorkerProcess)]
+    return len(pids) == len(workers) and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_the_record_is_that_of_one_process(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,8 @@ def trainer(
 
 
 def done(work: Callable[[], Record]) -> Future[Record]:
-    future: Future[Record] = Future()
-    try:
-        future.set_result(work())
-    except Exception as error:
-        future.set_exception(error)
-    return future
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work)
 
 
 def test_a_twin_of_a_worker_is_written_as_one_that_was_trained_here(
