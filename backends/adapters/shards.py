@@ -45,8 +45,8 @@ def own_rows(leaf: Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def in_place_of(leaf: Array, array: np.ndarray) -> Array:
-    """An array of the kind of `leaf`, which lies where that lay."""
+def placed_like(leaf: Array, array: np.ndarray) -> Array:
+    """`array` in the library and on the devices of `leaf`."""
     if not isinstance(leaf, jax.Array):
         return array
     if leaf.is_fully_addressable:

@@ -1,5 +1,5 @@
-"""Networks of layers that Lockstep's own networks do without, right in both frameworks:
-`layers.py` breaks those of Flax."""
+"""Networks with layers that Lockstep's own networks do not have. They are correct in both
+frameworks; `layers.py` breaks those of Flax."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import optax.tree
 from flax import nnx
 from jax.core import Tracer
 
-from lockstep.backends.adapters.shards import in_place_of, own_rows, whole
+from lockstep.backends.adapters.shards import own_rows, placed_like, whole
 from lockstep.common.errors import ConfigError
 from lockstep.common.protocol import Arrays
 from lockstep.common.recorder.adapter import SCALARS_ROUNDING, SLOTS, Change, Keep, State, Tree
@@ -210,7 +210,7 @@ class Adapter:
             array = own_rows(leaf)
             if (new := change(path, array)) is array:
                 return leaf
-            return in_place_of(leaf, new)
+            return placed_like(leaf, new)
 
         if _is_array(value):
             return of_leaf("", value)
@@ -351,7 +351,7 @@ def _changed(tree: Tree, names: Mapping[Path, str], change: Change) -> Tree:
     new = []
     for _, leaf in flat:
         if id(leaf) in named and jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = in_place_of(leaf, change(named[id(leaf)], whole(leaf)))
+            leaf = placed_like(leaf, change(named[id(leaf)], whole(leaf)))
         new.append(leaf)
     return jax.tree_util.tree_unflatten(structure, new)
 

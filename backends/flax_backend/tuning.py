@@ -59,8 +59,8 @@ def xla_has_option(name: str) -> bool:
 
 @contextmanager
 def few_optimizations(wanted: bool = True) -> Iterator[None]:
-    """Programs that are compiled within the block are ready in half the time, and run slower: for
-    few calls, if they are `wanted`."""
+    """Compile in half the time within the block, if `wanted`; the programs run slower. For those that
+    are called a few times."""
     option = "jax_disable_most_optimizations"
     before = jax.config.values[option]
     jax.config.update(option, wanted or before)

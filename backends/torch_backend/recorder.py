@@ -243,8 +243,8 @@ def _process_count() -> int:
 
 
 def _at_the_end(call: Callable[[], None]) -> None:
-    """Call it when this backward pass ends, after what is to be called then so far and is not known
-    yet: DistributedDataParallel's own, which puts the averages into `grad`."""
+    """Call it at the end of this backward pass, after DistributedDataParallel's own callback, which
+    puts the averages into `grad`. That is queued later: hence a callback that queues this one."""
     queue = torch.autograd.Variable._execution_engine.queue_callback
     queue(lambda: queue(call))
 

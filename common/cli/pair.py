@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lockstep.common.data import Dataset
     from lockstep.common.protocol import Arrays, Backend, Task
 
-# Numbers of a network that are drawn sooner than a program that draws faster is compiled.
+# Parameters; below it, drawing them slowly takes less time than compiling a faster program.
 SMALL = 1_000_000
 
 

@@ -112,7 +112,7 @@ class RankProcess:
         os._exit(0)
 
     def tensor(self, name: str) -> np.ndarray | None:
-        """A tensor of what was last exported; None if there is none of that name."""
+        """A tensor of the last export; None if there is none of that name."""
         return self.exported.get(name)
 
     def _resolved(self, argument: object) -> object:

@@ -55,7 +55,7 @@ def keep_memory() -> None:
     """Have the C library keep freed memory for the next step, where it can (glibc).
 
     By default it gives blocks of 32 MB and more back to the system, which clears each page at its
-    next use: up to a third of a step. Called before a framework starts its threads, which then
+    next use. That takes up to a third of a step. Called before a framework starts its threads, which then
     share one heap: those of their own would be limited to 64 MB. results/bench/LOG.md has the
     measurements.
     """

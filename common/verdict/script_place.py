@@ -78,7 +78,7 @@ def find_place(
 
 def ranks_place(check: Check, sides: tuple[str, str]) -> ScriptPlace:
     """The place of a check of the ranks of one run."""
-    known = "the gap is between means, norms or extremes: of rank 0 alone more is kept"
+    known = "the gap is between means, norms or extremes: the other ranks keep no more than these"
     return ScriptPlace(
         check,
         sides,
