@@ -27,6 +27,7 @@ from lockstep.common.verdict.statistics import (
     NEAR_ZERO_ULP,
     PROOF_BOUND,
     REPLAY_BOUND,
+    SATURATED_ULP,
     between_and_within,
     bound,
 )
@@ -56,9 +57,9 @@ def check_first_steps(
     ask_twins = bool(a.run.dtype != "float64" or replayed or a.short_twins or b.short_twins)
     first, second = a.run, b.run
     sides = [[*side.records, *side.short_twins] for side in (a, b)]
-    near_zero = min(
-        NEAR_ZERO_ULP * float(ml_dtypes.finfo(compute_dtype(first.dtype)).eps), MAX_NEAR_ZERO
-    )
+    exact = first.dtype == "float64"
+    epsilon = float(ml_dtypes.finfo(compute_dtype(first.dtype)).eps)
+    near_zero = min(NEAR_ZERO_ULP * epsilon, MAX_NEAR_ZERO)
     checks = []
     for name in sorted(first.weights | second.weights):
         gap, values = max_tensor_difference(first.weights.get(name), second.weights.get(name))
@@ -95,9 +96,11 @@ def check_first_steps(
             stored,
             REPLAY_BOUND if replayed else PROOF_BOUND,
         )
+        if exact and stage == "backward" and least:
+            rest = max(rest, SATURATED_ULP * epsilon * largest)
         limit = max(limit, rest)
         found = Check(int(step), stage, tensor, gap, limit, spread, values)
-        if stage == "backward" and first.dtype != "float64":
+        if stage == "backward" and not exact:
             found = max(_bulk(sides, key, found, scale, rest), found, key=lambda c: c.bound_usage)
         checks.append(found)
     return sorted(checks, key=lambda r: (r.step, STAGES.index(r.stage)))
