@@ -213,7 +213,7 @@ class Config:
     steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
     batch_size: int = 4  # images per step
     drop_last: bool = False  # leave out an epoch's last batch if it is smaller than the others
-    # One of `optimizers.OPTIMIZERS`. The options have the names that `torch.optim` gives them, and
+    # One of `optimizers.OPTIMIZERS`, or "pair": that of the user's own. The options have the names that `torch.optim` gives them, and
     # None stands for its default; only those that the optimizer takes may be given.
     optimizer: str = "sgd"
     lr: float = 0.001  # learning rate, per step
@@ -271,6 +271,10 @@ class Config:
             self.init not in BACKENDS or self.pair is not None,
             f"--init {self.init} is for a pair of your own: Lockstep draws the initial weights of its "
             "networks itself",
+        )
+        _check(
+            self.optimizer != optimizers.OWN or self.pair is not None,
+            "--optimizer pair is the one that a pair of your own brings: name one with --model",
         )
         _check(
             self.init is None or self.weights is None,

@@ -17,6 +17,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adagrad": ("eps", "lr_decay", "initial_accumulator_value"),
     "lion": ("betas",),
 }
+# The name of the optimizer that a user's pair brings; it takes lr alone.
+OWN = "pair"
 # What stands for None: the defaults of torch.optim; of Lion, those of its paper.
 DEFAULTS: dict[str, dict[str, float | tuple[float, float]]] = {
     "sgd": {},
@@ -35,6 +37,7 @@ SLOTS = (
     "sum of squares",
     "momentum",
 )
+OF_ALL = ("weight_decay", "decay_biases_and_norms", "maximize")  # options of all optimizers but OWN
 NUMBERS = (
     "lr", "momentum", "dampening", "weight_decay", "eps", "lr_decay", "initial_accumulator_value",
 )  # fmt: skip
@@ -77,12 +80,18 @@ def check(options: Options, defaults: Mapping[str, object], largest: float) -> N
         largest: number that an option may be.
     """
     name = options.optimizer
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}: {did_you_mean(name, OPTIMIZERS)}")
-    for option in option_names():
-        if option not in OPTIMIZERS[name] and getattr(options, option) != defaults[option]:
-            takes = ", ".join(map(flag, OPTIMIZERS[name]))
-            raise ConfigError(f"{name} takes no {flag(option)}: its options are {takes}")
+    if name != OWN and name not in OPTIMIZERS:
+        raise ConfigError(f"unknown optimizer {name!r}: {did_you_mean(name, (*OPTIMIZERS, OWN))}")
+    known = option_names() if name != OWN else (*option_names(), *OF_ALL)
+    for option in known:
+        taken = OPTIMIZERS.get(name, ())
+        if option not in taken and getattr(options, option) != defaults[option]:
+            raise ConfigError(
+                f"the optimizer of a pair takes no {flag(option)}: set it in the pair, or name "
+                "another --optimizer"
+                if name == OWN
+                else f"{name} takes no {flag(option)}: its options are {', '.join(map(flag, taken))}"
+            )
     for option in NUMBERS:
         value, least = getattr(options, option), -largest if option == "dampening" else 0
         if value is not None and not least <= value <= largest:
@@ -109,12 +118,12 @@ def flag(option: str) -> str:
 
 def missing_options(options: Options) -> dict[str, Any]:
     """The values of the options that were left out."""
-    defaults = DEFAULTS[options.optimizer]
+    defaults = DEFAULTS.get(options.optimizer, {})
     return {name: value for name, value in defaults.items() if getattr(options, name) is None}
 
 
 def slots(options: Options) -> tuple[str, ...]:
-    """What the optimizer keeps of each parameter, from the first step on."""
+    """What the optimizer keeps of each parameter, from the first step on; not of OWN."""
     match options.optimizer:
         case "sgd":
             kept = {"momentum": options.momentum != 0}

@@ -90,6 +90,9 @@ class Snapshot(NamedTuple):
     # `lr` of the next step and, for plateau, its counters; empty before the first step.
     schedule: dict[str, float]
     step: int  # optimizer steps done
+    # What the optimizer of a user's pair keeps besides: numbers and arrays that one framework alone
+    # reads, by its name and theirs, such as "torch/step of fc1.weight".
+    extra: Arrays = {}  # noqa: RUF012
     # Of a run of several processes, whose states must be equal: where they are not. No file has it.
     differences: tuple[RankDifference, ...] = ()
 

@@ -19,6 +19,7 @@ from lockstep.backends.flax_backend.device import choose_device, configure_deter
 from lockstep.backends.flax_backend.inputs import Array, Data, Inputs
 from lockstep.backends.flax_backend.losses import cross_entropy, global_norm
 from lockstep.backends.flax_backend.optimizer import (
+    export_extra,
     export_schedule,
     export_slots,
     learning_rate,
@@ -26,6 +27,7 @@ from lockstep.backends.flax_backend.optimizer import (
     restore_schedule,
     restore_slots,
 )
+from lockstep.backends.flax_backend.pair_optimizer import validate_optimizer
 from lockstep.backends.flax_backend.state import Parameters, State
 from lockstep.backends.flax_backend.user_module import (
     build,
@@ -40,6 +42,7 @@ from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.trees import flat
+from lockstep.common.optimizers import OWN
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot, Task
 
 
@@ -73,6 +76,8 @@ class FlaxBackend:
         if config.model not in MODELS:
             validate_module(config.model, self.network, task, self._own_loss)
         self.optimizer = make_optimizer(config, self.dtype)
+        if config.optimizer == OWN:
+            validate_optimizer(config, self.optimizer, self.network.parameters)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self._many_steps = ManySteps(self._step, self._compiled_step, self.device)
         self._compiled_evaluate = jax.jit(self._evaluate)
@@ -104,21 +109,24 @@ class FlaxBackend:
             slots = {
                 slot: convert.from_canonical(arrays) for slot, arrays in snapshot.slots.items()
             }
-            optimizer_state = restore_slots(self.config, optimizer_state, slots)
             schedule, step = snapshot.schedule, snapshot.step
+            optimizer_state = restore_slots(
+                self.config, optimizer_state, slots, step, parameters, snapshot.extra
+            )
             optimizer_state = restore_schedule(self.config, optimizer_state, schedule, step)
         step = jnp.asarray(snapshot.step, jnp.int32)
         return State(parameters, model_state, optimizer_state, step)
 
     def export(self, state: State) -> Snapshot:
         parameters, model_state, optimizer_state, step = state
-        slots = export_slots(self.config, optimizer_state, int(step))
+        slots = export_slots(self.config, optimizer_state, int(step), parameters)
         return Snapshot(
             parameters=convert.to_canonical(parameters),
             model_state=convert.to_canonical(model_state),
             slots={slot: convert.to_canonical(arrays) for slot, arrays in slots.items()},
-            schedule=export_schedule(self.config, optimizer_state) if step > 0 else {},
+            schedule=export_schedule(self.config, optimizer_state, int(step)) if step > 0 else {},
             step=int(step),
+            extra=export_extra(self.config, optimizer_state, int(step), parameters),
         )
 
     # --- One step: the unit to read
@@ -133,7 +141,8 @@ class FlaxBackend:
             return self._loss(logits, labels, self.config.label_smoothing), new_model_state
 
         (loss, model_state), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
-        metrics = Metrics(loss, global_norm(gradients), learning_rate(self.config, optimizer_state))
+        lr = learning_rate(self.config, optimizer_state, step)
+        metrics = Metrics(loss, global_norm(gradients), lr)
         updates, optimizer_state = self.optimizer.update(
             gradients, optimizer_state, parameters, value=loss
         )

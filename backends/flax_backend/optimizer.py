@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lockstep.backends.flax_backend import adaptive
-from lockstep.backends.flax_backend.state import OptimizerState
+from lockstep.backends.flax_backend import adaptive, pair_optimizer
+from lockstep.backends.flax_backend.state import OptimizerState, Parameters
 from lockstep.common.config import Config
+from lockstep.common.optimizers import OWN
+from lockstep.common.protocol import Arrays
 
 Slots = dict[str, dict[str, jax.Array]]  # of an optimizer, then by name of the parameters
 
@@ -42,6 +44,8 @@ def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformat
         optimizer = optax.sgd(
             schedule, config.momentum or None, config.nesterov, accumulator_dtype=dtype
         )
+    elif config.optimizer == OWN:
+        optimizer = adaptive.keep_precision(pair_optimizer.make_optimizer(config, schedule))
     else:
         optimizer = adaptive.keep_precision(adaptive.make_optimizer(config, schedule, dtype))
     return optax.named_chain(
@@ -188,17 +192,17 @@ def reduce_on_plateau(config: Config) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def learning_rate(config: Config, optimizer_state: OptimizerState) -> Any:
+def learning_rate(config: Config, optimizer_state: OptimizerState, step: jax.Array | int) -> Any:
     """The learning rate of the next step, float64 ()."""
-    lr = make_schedule(config)(optimizer_state[config.optimizer][-1].count)
+    lr = make_schedule(config)(step)
     return lr * optimizer_state["plateau"].scale if config.schedule.kind == "plateau" else lr
 
 
-def export_schedule(config: Config, optimizer_state: OptimizerState) -> dict[str, float]:
+def export_schedule(config: Config, optimizer_state: OptimizerState, step: int) -> dict[str, float]:
     """The schedule's state, canonical: `lr` of the next step; plateau's `scale`, `best`, `bad` and
     `cooldown`, and the window's `count` and `mean`. The scale, by which plateau has reduced lr, is
     optax's; PyTorch stores lr."""
-    lr = float(learning_rate(config, optimizer_state))
+    lr = float(learning_rate(config, optimizer_state, step))
     if config.schedule.kind != "plateau":
         return {"lr": lr}
     plateau = optimizer_state["plateau"]
@@ -215,12 +219,13 @@ def restore_schedule(
     config: Config, optimizer_state: OptimizerState, schedule: dict[str, float], step: int
 ) -> OptimizerState:
     """The inverse of `export_schedule`, after `step` steps: a new optimizer state."""
-    # Adam counts its own steps, too: a second array, since each is donated.
-    parts = tuple(
-        part._replace(count=jnp.asarray(step, jnp.int32)) if "count" in part._fields else part
-        for part in optimizer_state[config.optimizer]
-    )
-    restored = dict(optimizer_state, **{config.optimizer: parts})
+    restored = dict(optimizer_state)
+    if config.optimizer != OWN:
+        # Adam counts its own steps, too: a second array, since each is donated.
+        restored[config.optimizer] = tuple(
+            part._replace(count=jnp.asarray(step, jnp.int32)) if "count" in part._fields else part
+            for part in optimizer_state[config.optimizer]
+        )
     if config.momentum != 0 and config.dampening != 0:
         restored["dampening"] = DampeningState(jnp.asarray(step, jnp.int32))
     if config.schedule.kind == "plateau":
@@ -235,19 +240,45 @@ def restore_schedule(
     return type(optimizer_state)(restored)
 
 
-def export_slots(config: Config, optimizer_state: OptimizerState, step: int) -> Slots:
-    """What the optimizer keeps, by name; empty before the first step."""
-    kept = {
-        slot: dict(getattr(part, own))
-        for part in optimizer_state[config.optimizer]
-        for slot, own in adaptive.OWN_SLOTS.items()
-        if own in part._fields
-    }
+def export_slots(
+    config: Config, optimizer_state: OptimizerState, step: int, parameters: Parameters = None
+) -> Slots:
+    """What the optimizer keeps, by name; empty before the first step. A user's own optimizer needs
+    the parameters, to know them in its state."""
+    if config.optimizer == OWN:
+        kept = pair_optimizer.export_slots(optimizer_state[OWN], parameters)
+    else:
+        kept = {
+            slot: dict(getattr(part, own))
+            for part in optimizer_state[config.optimizer]
+            for slot, own in adaptive.OWN_SLOTS.items()
+            if own in part._fields
+        }
     return kept if step > 0 else {}
 
 
-def restore_slots(config: Config, optimizer_state: OptimizerState, slots: Slots) -> OptimizerState:
-    """The inverse of `export_slots`: a new optimizer state."""
+def export_extra(
+    config: Config, optimizer_state: OptimizerState, step: int, parameters: Parameters
+) -> Arrays:
+    """What the optimizer of a user's pair keeps besides, by names of optax's alone."""
+    if config.optimizer != OWN or step == 0:
+        return {}
+    return pair_optimizer.export_extra(optimizer_state[OWN], parameters)
+
+
+def restore_slots(
+    config: Config,
+    optimizer_state: OptimizerState,
+    slots: Slots,
+    step: int = 0,
+    parameters: Parameters = None,
+    extra: Arrays | None = None,
+) -> OptimizerState:
+    """The inverse of `export_slots` and `export_extra`: a new optimizer state."""
+    if config.optimizer == OWN:
+        own = optimizer_state[OWN], parameters, slots, extra or {}, step
+        restored = pair_optimizer.restore_state(config, *own)
+        return type(optimizer_state)(dict(optimizer_state, **{OWN: restored}))
     own_names = adaptive.OWN_SLOTS
     parts = tuple(
         part._replace(

@@ -19,12 +19,14 @@ from lockstep.backends.torch_backend.inputs import Array, Data, Inputs, pixel_ax
 from lockstep.backends.torch_backend.losses import cross_entropy, global_norm
 from lockstep.backends.torch_backend.optimizer import (
     Scheduler,
+    export_extra,
     export_schedule,
     export_slots,
     make_optimizer,
     restore_schedule,
     restore_slots,
 )
+from lockstep.backends.torch_backend.pair_optimizer import validate_optimizer
 from lockstep.backends.torch_backend.state import State
 from lockstep.backends.torch_backend.user_module import (
     build,
@@ -39,6 +41,7 @@ from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.trees import flat
+from lockstep.common.optimizers import OWN
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot, Task
 
 
@@ -76,6 +79,8 @@ class TorchBackend:
         self._inputs = Inputs(compute_dtype(dtype), self.device, channels_last, axes)
         if config.model not in MODELS:
             validate_module(config.model, self._template, task, self._inputs, self._own_loss)
+        if config.optimizer == OWN:
+            validate_optimizer(config, self._template)
         self._many_steps = ManySteps(
             config, self._template, self._step, self._loss, self._cast, self.device, self.compiled
         )
@@ -111,7 +116,7 @@ class TorchBackend:
                 slot: convert.from_canonical(model, arrays)
                 for slot, arrays in snapshot.slots.items()
             }
-            restore_slots(self.config, model, optimizer, slots, snapshot.step)
+            restore_slots(self.config, model, optimizer, slots, snapshot.step, snapshot.extra)
             restore_schedule(scheduler, snapshot.schedule, snapshot.step)
         return State(model, optimizer, scheduler, snapshot.step)
 
@@ -124,6 +129,7 @@ class TorchBackend:
             slots={slot: convert.to_canonical(model, tensors) for slot, tensors in slots.items()},
             schedule=export_schedule(scheduler) if step > 0 else {},
             step=step,
+            extra=export_extra(self.config, model, optimizer, step),
         )
 
     # --- One step: the unit to read

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 
-from lockstep.backends.torch_backend import adaptive, convert
+from lockstep.backends.torch_backend import adaptive, convert, pair_optimizer
 from lockstep.common.config import Config
-from lockstep.common.optimizers import is_bias_or_norm
+from lockstep.common.optimizers import OWN, is_bias_or_norm
+from lockstep.common.protocol import Arrays
 
 Slots = dict[str, dict[str, Tensor]]  # of an optimizer, then by PyTorch's names of the parameters
 
@@ -31,6 +32,8 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
 
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_.
     """
+    if config.optimizer == OWN:
+        return pair_optimizer.make_optimizer(config, model)
     named = dict(model.named_parameters())
     groups = [
         {"params": [named[name] for name in names], "weight_decay": weight_decay}
@@ -175,6 +178,8 @@ def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int
 
 def export_slots(config: Config, model: nn.Module, optimizer: Optimizer, step: int) -> Slots:
     """What the optimizer keeps, by PyTorch's names; empty before the first step."""
+    if config.optimizer == OWN:
+        return pair_optimizer.export_slots(model, optimizer) if step > 0 else {}
     own_names = adaptive.OWN_SLOTS[config.optimizer]
     kept = {
         slot: {name: optimizer.state[p].get(own) for name, p in model.named_parameters()}
@@ -188,10 +193,25 @@ def export_slots(config: Config, model: nn.Module, optimizer: Optimizer, step: i
     return {slot: tensors for slot, tensors in found.items() if tensors and step > 0}
 
 
+def export_extra(config: Config, model: nn.Module, optimizer: Optimizer, step: int) -> Arrays:
+    """What the optimizer of a user's pair keeps besides, by names of PyTorch's alone."""
+    if config.optimizer != OWN or step == 0:
+        return {}
+    return pair_optimizer.export_extra(model, optimizer)
+
+
 def restore_slots(
-    config: Config, model: nn.Module, optimizer: Optimizer, slots: Slots, step: int
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    slots: Slots,
+    step: int,
+    extra: Arrays | None = None,
 ) -> None:
-    """The inverse of `export_slots`, after `step` steps."""
+    """The inverse of `export_slots` and `export_extra`, after `step` steps."""
+    if config.optimizer == OWN:
+        pair_optimizer.restore_state(config, model, optimizer, slots, extra or {}, step)
+        return
     own_names = adaptive.OWN_SLOTS[config.optimizer]
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from lockstep.common.config import Config
+from lockstep.common.optimizers import OWN
 
 CompilerOptions = dict[str, str | int | bool | Callable[..., object]]  # of `torch.compile`
 
@@ -34,6 +35,8 @@ def compiles(config: Config, requested: str) -> bool:
         requested: "on", "off" or "auto" (in long runs of small batches).
     """
     if config.schedule.kind == "plateau":  # the next learning rate depends on the losses
+        return False
+    if config.optimizer == OWN:  # its step has no function without side effects
         return False
     max_batch = COMPILED_BATCH.get(config.model, SMALL_BATCH)
     worthwhile = (config.steps or 0) >= LONG_RUN and config.batch_size <= max_batch

@@ -25,7 +25,7 @@ from lockstep.common.config import (
 )
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import pair as pairs
-from lockstep.common.optimizers import OPTIMIZERS, flag, option_names
+from lockstep.common.optimizers import OPTIMIZERS, OWN, flag, option_names
 from lockstep.common.recipes import RECIPES
 from lockstep.common.request import Request
 
@@ -161,9 +161,10 @@ def add_optimizer_options(group: argparse._ActionsContainer) -> None:
     options_of.add_choice(
         group,
         "--optimizer",
-        OPTIMIZERS,
+        (*OPTIMIZERS, OWN),
         "; ".join(f"{name} ({', '.join(map(flag, taken))})" for name, taken in OPTIMIZERS.items())
-        + "; one other than the recipe's takes none of its options",
+        + "; pair (that of a pair of yours, the default where it brings one); one other than the "
+        "recipe's takes none of its options",
     )
     for option, text in {
         "--lr": "learning rate",
@@ -270,13 +271,15 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
     }  # the weights are not read yet
     if options.betas is not None:
         given["betas"] = tuple(options.betas)
+    if options.model is not None:
+        given["pair"] = pairs.source_digest(options.model)
+        if options.optimizer is None and pairs.brings_optimizer(options.model):
+            given["optimizer"] = OWN
     if given.get("optimizer", recipe.config.optimizer) != recipe.config.optimizer:
         # A recipe's options are of its own optimizer.
         own = ("lr", "weight_decay", *option_names())
         defaults = {name: getattr(Config, name) for name in own}
         given = defaults | given
-    if options.model is not None:
-        given["pair"] = pairs.source_digest(options.model)
     if options.exact_sums and given.get("pair") is None:
         raise ConfigError(
             "--exact-sums exchanges layers of a pair of your own: name one with --model"

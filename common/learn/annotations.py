@@ -370,7 +370,7 @@ NOTES = (
     Note(
         title="When the schedule advances",
         torch=SourceLine(_STEP, "scheduler.step(loss)"),
-        flax=SourceLine(_STEP, "learning_rate(self.config, optimizer_state)"),
+        flax=SourceLine(_STEP, "learning_rate(self.config, optimizer_state, step)"),
         what=(
             "In PyTorch `scheduler.step()` follows `optimizer.step()`, and sets the rate of the "
             "next step. optax calls the schedule with the number of steps done, counted from 0, "

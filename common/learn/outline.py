@@ -568,6 +568,7 @@ SECTIONS = (
                 "export_schedule",
                 "restore_schedule",
                 "export_slots",
+                "export_extra",
                 "restore_slots",
             ),
         ),

@@ -61,6 +61,10 @@ class Pair:
     # One of LOSSES, the mean over all that is given; or a function of outputs and targets for each
     # framework, PyTorch's first.
     loss: str | tuple[Callable[..., Any], Callable[..., Any]] = CROSS_ENTROPY
+    # An optimizer of the user's own, used unless another is named: a function for each framework,
+    # PyTorch's first, such as (torch.optim.Adamax, optax.adamax). PyTorch's is called with the
+    # parameters and the learning rate; optax's with the learning rate, a function of the steps done.
+    optimizer: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     # Inputs and targets, NumPy arrays (n, ...) in Flax's layout; a function without arguments that
     # returns them; or the path of an .npz archive with x and y, from the folder of the pair's file.
     example: tuple[Any, Any] | Callable[[], tuple[Any, Any]] | str | None = None
@@ -110,13 +114,15 @@ def _load_users(model: str) -> Pair:
             f"--model {model}: convert must be a dictionary: a layer, and a function from its "
             "PyTorch tensors to Flax's"
         )
-    own = (
-        isinstance(found.loss, Sequence) and len(found.loss) == 2 and all(map(callable, found.loss))
-    )
-    if found.loss not in LOSSES and not own:
+    if found.loss not in LOSSES and not _are_two_functions(found.loss):
         raise ConfigError(
             f"--model {model}: loss must be one of {', '.join(LOSSES)}, or two functions of outputs "
             "and targets, PyTorch's and Flax's"
+        )
+    if found.optimizer is not None and not _are_two_functions(found.optimizer):
+        raise ConfigError(
+            f"--model {model}: optimizer must be two functions, PyTorch's and optax's, such as "
+            "(torch.optim.Adamax, optax.adamax)"
         )
     return found
 
@@ -155,6 +161,29 @@ def own_loss(model: str, side: str, targets: np.ndarray) -> str | Callable[..., 
     if not isinstance(loss, str):
         return loss[("torch", "flax").index(side)]
     return None if has_classes(model, targets) else loss
+
+
+def brings_optimizer(model: str) -> bool:
+    """Whether the user's pair has an optimizer of its own."""
+    return model not in MODELS and load(model).optimizer is not None
+
+
+def own_optimizer(model: str, side: str) -> Callable[..., Any]:
+    """The function that makes the optimizer of the user's pair, of one side, "torch" or "flax".
+
+    Raises:
+        ConfigError: if the pair brings none.
+    """
+    found = load(model).optimizer
+    if found is None:
+        raise ConfigError(
+            f"--optimizer pair: {model} brings none: write optimizer=(PyTorch's, optax's) in its Pair"
+        )
+    return found[("torch", "flax").index(side)]
+
+
+def _are_two_functions(found: object) -> bool:
+    return isinstance(found, Sequence) and len(found) == 2 and all(map(callable, found))
 
 
 def _is_dictionary(found: object, holds: Callable[[object], bool]) -> bool:

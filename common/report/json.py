@@ -149,6 +149,7 @@ class ComparisonJson(ComparedJson):
     located: NotRequired[LocationJson]
     growth: NotRequired[GrowthJson]
     exchanged: NotRequired[dict[str, list[str]]]  # layers of a pair, for Lockstep's own
+    kept_alone: NotRequired[dict[str, list[str]]]  # by a pair's optimizer, in one framework
     arithmetic: NotRequired[dict[str, object]]  # see `Arithmetic`
     final_loss: dict[str, float | None]
     test_loss: dict[str, float | None]

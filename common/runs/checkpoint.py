@@ -76,7 +76,8 @@ class Checkpoint:
 
 _SERIES = ("loss", "gradient_norm", "lr", "batch_digests")
 _GROUPS = ("weights", "first_steps", "parameter_history")
-_STATE = ("parameters", "model_state")
+_STATE = ("parameters", "model_state", "extra")
+OTHER_SLOTS = "slots"  # the group of those of a user's optimizer, by "<slot>/<parameter>"
 METADATA = tuple(
     f.name for f in fields(Checkpoint) if f.name not in (*_SERIES, *_GROUPS, "snapshot")
 )
@@ -92,7 +93,15 @@ def write(checkpoint: Checkpoint, folder: Path) -> Path:
     snapshot = checkpoint.snapshot
     arrays = {name: getattr(checkpoint, name) for name in _SERIES}
     groups = {group: getattr(checkpoint, group) for group in _GROUPS}
-    groups |= {group: getattr(snapshot, group) for group in _STATE} | snapshot.slots
+    groups |= {group: getattr(snapshot, group) for group in _STATE} | {
+        slot: arrays for slot, arrays in snapshot.slots.items() if slot in optimizers.SLOTS
+    }
+    groups[OTHER_SLOTS] = {
+        f"{slot}/{name}": array
+        for slot, arrays in snapshot.slots.items()
+        if slot not in optimizers.SLOTS
+        for name, array in arrays.items()
+    }
     groups["schedule"] = {name: np.float64(value) for name, value in snapshot.schedule.items()}
     for group, members in groups.items():
         arrays |= ungrouped(group, members)
@@ -114,11 +123,14 @@ def read(path: Path) -> Checkpoint:
     metadata, arrays = read_tensors(path, SCHEMA, "checkpoint", HINT)
     try:
         series = {name: arrays.pop(name) for name in _SERIES}
-        names = (*_GROUPS, *_STATE, *optimizers.SLOTS, "schedule")
+        names = (*_GROUPS, *_STATE, *optimizers.SLOTS, OTHER_SLOTS, "schedule")
         groups: JsonObject = dict(grouped(arrays, names))
         schedule = {name: float(array) for name, array in groups.pop("schedule").items()}
         state = {name: groups.pop(name) for name in _STATE}
         slots = {name: groups.pop(name) for name in optimizers.SLOTS}
+        for name, array in groups.pop(OTHER_SLOTS).items():
+            slot, _, parameter = name.partition("/")
+            slots.setdefault(slot, {})[parameter] = array
         slots = {name: arrays for name, arrays in slots.items() if arrays}
         snapshot = Snapshot(**state, slots=slots, schedule=schedule, step=metadata.pop("step"))
         checkpoint = Checkpoint(**fields_of(metadata), **series, **groups, snapshot=snapshot)
@@ -231,7 +243,8 @@ class CheckpointManager:
 
 def is_finite(snapshot: Snapshot) -> bool:
     """Whether every parameter, statistic and tensor of the optimizer is finite."""
-    return all_finite(snapshot.tensors) and all_finite(snapshot.optimizer_tensors)
+    kept = snapshot.optimizer_tensors | snapshot.extra
+    return all_finite(snapshot.tensors) and all_finite(kept)
 
 
 def check(
@@ -298,10 +311,12 @@ def _tensor_checks(c: Checkpoint) -> list[Check]:
     s, weights = c.snapshot, c.weights.values()
 
     def slots_are_right() -> bool:
-        expected = optimizers.slots(Config.from_json(c.config)) if s.step > 0 else ()
-        return s.slots.keys() == {*expected} and all(
-            same_tensors(arrays, s.parameters) for arrays in s.slots.values()
-        )
+        config = Config.from_json(c.config)
+        if config.optimizer != optimizers.OWN:
+            expected = optimizers.slots(config) if s.step > 0 else ()
+            if s.slots.keys() != {*expected} or s.extra:
+                return False
+        return all(same_tensors(arrays, s.parameters) for arrays in s.slots.values())
 
     def schedule_is_finite() -> bool:
         # Before the first observation, the best loss is infinite.

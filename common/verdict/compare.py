@@ -22,7 +22,8 @@ import numpy as np
 from lockstep.common.config import BACKENDS
 from lockstep.common.dtypes import compute_dtype
 from lockstep.common.errors import RecordError
-from lockstep.common.protocol import STAGES
+from lockstep.common.optimizers import OWN
+from lockstep.common.protocol import STAGES, split_slot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
 from lockstep.common.system.storage import JsonObject
@@ -114,6 +115,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             if (step := first_irreproducible_step(side)) is not None
         },
         rule=_rule(single.dtype, number),
+        kept_alone=_kept_alone(runs),
         max_loss_gap=max_difference(a.run.loss, b.run.loss)[0],
         predictions_equal=equal_predictions(a.run, b.run) if has_classes(a.run) else None,
         twins={
@@ -124,6 +126,17 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
         class_differences=class_differences(a, b, labels) if has_classes(a.run) else None,
     )
     return _with_failures(compared, checks, of_ranks)
+
+
+def _kept_alone(runs: Mapping[str, Record]) -> dict[str, list[str]]:
+    """By side, the slots of its optimizer that the other one does not have."""
+    slots = {
+        name: {split_slot(key.split("/", 2)[2])[0] for key in record.first_steps}
+        for name, record in runs.items()
+        if record.config.get("optimizer") == OWN
+    }
+    shared = set.intersection(*slots.values()) if slots else set()
+    return {name: sorted(kept - shared) for name, kept in slots.items() if kept - shared}
 
 
 def _with_failures(

@@ -98,15 +98,16 @@ def flax_path(config: Config, given: Course, optimizer: Any = None) -> Path:
     optimizer = optimizer or flax_side.make_optimizer(config, jnp.float64)
 
     def step(carry: Any, batch: Any) -> Any:
-        (parameters, state), (gradients, loss) = carry, batch
-        lr = flax_side.learning_rate(config, state)
+        (parameters, state, count), (gradients, loss) = carry, batch
+        lr = flax_side.learning_rate(config, state, count)
         updates, state = optimizer.update(gradients, state, parameters, value=loss)
         parameters = optax.apply_updates(parameters, updates)
-        return (parameters, state), (parameters, lr)
+        return (parameters, state, count + 1), (parameters, lr)
 
     @jax.jit
     def run(start: Any, gradients: Any, losses: Any) -> Any:
-        return jax.lax.scan(step, (start, optimizer.init(start)), (gradients, losses))[1]
+        carry = start, optimizer.init(start), jnp.zeros((), jnp.int32)
+        return jax.lax.scan(step, carry, (gradients, losses))[1]
 
     parameters, lr = run(*given)
     columns = [np.asarray(parameters[name]).reshape(len(given.losses), -1) for name in SIZES]
