@@ -24,6 +24,7 @@ from lockstep.common.cli.parser import COMMANDS
 from lockstep.common.data import Dataset, cifar10
 from lockstep.common.optimizers import OPTIMIZERS
 from lockstep.common.runs import record, training
+from tests.conftest import build_once
 from tests.marks import slow_except
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -85,7 +86,9 @@ def tinted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(tinted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A run of both backends through both lenses."""
     folder = tmp_path_factory.mktemp("both")
-    return lockstep(*SHORT, "--out", folder), folder
+    with pytest.MonkeyPatch.context() as patch:
+        build_once(patch)
+        return lockstep(*SHORT, "--out", folder), folder
 
 
 def test_two_correct_ports_agree_in_both_lenses(both: tuple[int, Path]) -> None:
@@ -128,6 +131,7 @@ def test_the_report_follows_its_contract(both: tuple[int, Path]) -> None:
     assert all(lens <= found.keys() for found in report["lenses"])
 
 
+@pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize(("finished", "said"), [(1, "single"), (3, "agree")])
 def test_a_run_that_is_interrupted_reports_what_was_finished(
     finished: int,
@@ -177,6 +181,7 @@ def test_a_run_that_is_interrupted_before_anything_is_finished_leaves_no_report(
     assert not (tmp_path / "report.json").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_with_json_the_report_is_all_of_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +214,7 @@ def test_a_library_that_is_not_installed_is_named_and_a_mistake_of_ours_is_not_h
         assert capsys.readouterr().err == "error: absent is not installed: pip install -e .\n"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_tensorboard_is_to_show_is_written_where_it_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     options = [*SHORT, "--dtype", "float64", "--backend", "torch", "--out", tmp_path / "run"]
@@ -227,6 +233,7 @@ def test_without_tensorboard_nothing_is_trained_for_it(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("undrawn", "built_once")
 def test_one_backend_after_the_other_gives_the_verdict_of_both(
     both: tuple[int, Path], tmp_path: Path
 ) -> None:
@@ -247,6 +254,7 @@ def test_one_backend_after_the_other_gives_the_verdict_of_both(
             assert lens[key] == expected[key], key
 
 
+@pytest.mark.usefixtures("undrawn", "built_once")
 def test_a_record_of_another_lr_is_not_compared(
     both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +312,7 @@ def test_a_record_that_is_not_what_it_is_taken_for_is_refused(
     assert_one_line(capsys, word)
 
 
+@pytest.mark.usefixtures("undrawn", "built_once")
 def test_precisions_without_a_partner_are_named_next_to_those_that_agree(
     both: tuple[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,6 +345,7 @@ PORTS = [
 FAST = ("bgr", "flatten-order", "classes-moved")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("fault", "options", "step", "stage", "tensor"),
     slow_except(PORTS, *FAST),
@@ -384,6 +394,7 @@ UNSTABLE = [
 ]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_float64_runs_that_amplify_rounding_are_held_against_twins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -397,6 +408,7 @@ def test_float64_runs_that_amplify_rounding_are_held_against_twins(
     assert [len(lens["twins"][name]) for name in ("torch", "flax")] == [2, 2]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_a_late_fault_is_not_taken_for_chaos(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinted: Path
@@ -420,6 +432,7 @@ def test_a_late_fault_is_not_taken_for_chaos(
     ).exists()  # twins were asked, and could not explain it
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "stage"),
@@ -435,6 +448,7 @@ def test_a_broken_port_disagrees_in_the_precision_it_trains_in_too(
     assert report_of(tmp_path)["lenses"][0]["first_divergence"]["stage"] == stage
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_locate_says_from_the_records_where_two_runs_part(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -461,6 +475,7 @@ def test_locate_says_from_the_records_where_two_runs_part(
     assert len(located["offenders"]) == 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_locate_has_nothing_to_say_of_runs_that_agree(
     both: tuple[int, Path], tmp_path: Path
 ) -> None:

@@ -78,12 +78,16 @@ def executable(own: str) -> str:
     return found
 
 
-def examine(browser: Any, path: Path) -> list[Fault]:
-    """Everything that is wrong with the page in `path`, in each colour scheme and at each width."""
-    return [fault for scheme in SCHEMES for fault in _examine(browser, path, scheme)]
+def examine(browser: Any, path: Path, access: bool = True) -> list[Fault]:
+    """Everything that is wrong with the page in `path`, in each colour scheme and at each width.
+
+    Args:
+        access: whether to ask axe-core, too, which takes most of the time.
+    """
+    return [fault for scheme in SCHEMES for fault in _examine(browser, path, scheme, access)]
 
 
-def _examine(browser: Any, path: Path, scheme: str) -> Iterator[Fault]:
+def _examine(browser: Any, path: Path, scheme: str, access: bool) -> Iterator[Fault]:
     seen: list[Fault] = []
 
     def note(kind: str, what: str) -> None:
@@ -113,21 +117,25 @@ def _examine(browser: Any, path: Path, scheme: str) -> Iterator[Fault]:
             page.set_viewport_size({"width": width, "height": HEIGHT})
             if wider := page.evaluate(WIDER):
                 yield Fault("width", f"{scheme}, {width}", wider)
-            for rules, context in _rules(scheme, width):
+            for rules, context in _rules(scheme, width) if access else ():
                 for finding in _inaccessible(page, rules, context):
                     yield Fault("access", f"{scheme}, {width}", finding)
     yield from seen
 
 
-# Cells far down a table, which look like those above, but for failed ones; contrast takes 3 ms each.
-REPEATED = "tbody tr:not([class]):nth-child(n + 12) > :not(.bad):not(:has(*))"
+# Cells far down a table, which look like those above, but for failed ones, and code far down one,
+# whose colours tests/learn/test_side_by_side.py tests; contrast takes 3 ms each.
+REPEATED = [
+    ["tbody tr:not([class]):nth-child(n + 12) > :not(.bad):not(:has(*))"],
+    [".code tbody tr:nth-child(n + 6)"],
+]
 
 
 def _rules(scheme: str, width: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Which of axe-core's rules are asked, and where: contrast, which is slow, once in each scheme,
     and not of `REPEATED`; all others at each width."""
     if SCHEMES.index(scheme) != WIDTHS.index(width):
-        yield {"runOnly": ["color-contrast"]}, {"exclude": [[REPEATED]]}
+        yield {"runOnly": ["color-contrast"]}, {"exclude": REPEATED}
     if scheme == SCHEMES[0]:
         yield {"rules": {"color-contrast": {"enabled": False}}}, {}
 

@@ -38,8 +38,11 @@ def pictures(
 
 @pytest.mark.parametrize(
     ("classes", "backends"),
-    [(PLAIN, ("torch",)), (HOSTILE, ("torch", "flax")), (("", " ", "car"), ("torch", "flax"))],
-    ids=["plain", "hostile", "nameless"],
+    [
+        pytest.param(PLAIN, ("torch",), id="plain", marks=pytest.mark.slow),
+        pytest.param(HOSTILE, ("torch", "flax"), id="hostile"),
+        pytest.param(("", " ", "car"), ("torch", "flax"), id="nameless", marks=pytest.mark.slow),
+    ],
 )
 def test_pictures_are_drawn_and_equal_runs_give_equal_bytes(
     tmp_path: Path, classes: tuple[str, ...], backends: tuple[str, ...]

@@ -25,7 +25,7 @@ from lockstep.common.protocol import Arrays, Snapshot
 from lockstep.common.runs import checkpoint, record, request, training
 from lockstep.common.runs.record import Record
 from lockstep.common.runs.trainer import TerminalObserver
-from tests.conftest import SilentObserver
+from tests.conftest import SilentObserver, build_once, draw_nothing
 from tests.marks import slow_except
 
 STEPS = 200  # in float64 calls of train_steps end after 1, 2, 68, 134 and 200 steps
@@ -42,6 +42,7 @@ RUN = [
     "0.9",
     "--quiet",
 ]
+pytestmark = pytest.mark.usefixtures("undrawn", "built_once")
 STATE = ("loss", "gradient_norm", "lr", "predictions", "weights", "parameter_history", "final")
 
 
@@ -84,7 +85,10 @@ def differences(one: Record, other: Record) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of both backends that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    assert lockstep(*RUN, "--twins", "1", "--out", folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        build_once(patch)
+        assert lockstep(*RUN, "--twins", "1", "--out", folder) == 0
     return folder
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 from lockstep import cli as compare
-from lockstep.common import report
 from lockstep.common.errors import RecordError
 from lockstep.common.runs import checkpoint, record
 from lockstep.common.system import storage
+from tests.conftest import draw_nothing
 from tests.robustness import kills
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = [
-    "--data", "digits", "--backend", "torch", "--dtype", "float64", "--steps", "300", "--batch-size", "4",
+    "--data", "digits", "--backend", "torch", "--dtype", "float64", "--steps", "150", "--batch-size", "4",
     "--checkpoint-every", "1", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 STEM = record.file_stem("torch", "float64")
@@ -189,15 +189,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The record of the run whose disk did not fail."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        plainly(patch)
+        draw_nothing(patch)
         assert lockstep(*RUN, "--out", folder) == 0
     return kills.digests_in(folder)
-
-
-def plainly(patch: pytest.MonkeyPatch) -> None:
-    """Without pictures, which take longer than all else."""
-    for name in ("write_pictures", "write_report_page"):
-        patch.setattr(report, name, lambda *_: None)
 
 
 def sane(folder: Path) -> list[str]:
@@ -223,7 +217,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     capsys: pytest.CaptureFixture[str],
     call: str,
 ) -> None:
-    plainly(monkeypatch)
+    draw_nothing(monkeypatch)
     number = CALLS.index(call) % len(ERRORS)
     with monkeypatch.context() as patch:
         (disk := Disk(f"{STEM}-0000000076.", call, list(ERRORS)[number])).install(patch)
@@ -261,7 +255,7 @@ def test_another_file_that_cannot_be_written_ends_the_run_in_one_line(
         pytest.importorskip("tensorboard", reason="tensorboard is not installed")
         options = ["--tensorboard", tmp_path / "events"]
     if name not in ("losses.png", "report.html"):
-        plainly(monkeypatch)
+        draw_nothing(monkeypatch)
     with monkeypatch.context() as patch:
         (disk := Disk(name, call, errno.ENOSPC)).install(patch)
         assert lockstep(*RUN, "--out", tmp_path / "run", *options) == 2
@@ -269,7 +263,7 @@ def test_another_file_that_cannot_be_written_ends_the_run_in_one_line(
     assert_one_line(capsys, name, "No space left on device")
     names = sane(tmp_path / "run")
     assert set(there) <= set(names) and name not in names
-    plainly(monkeypatch)
+    draw_nothing(monkeypatch)
     again = (
         ["--resume", tmp_path / "run", "--quiet", *options]
         if names
@@ -299,7 +293,7 @@ def test_a_limit_on_the_size_of_files_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     resource = pytest.importorskip("resource", reason="no such limits here")
-    plainly(monkeypatch)
+    draw_nothing(monkeypatch)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with monkeypatch.context() as patch:
@@ -324,7 +318,7 @@ def test_a_folder_that_becomes_read_only_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plainly(monkeypatch)
+    draw_nothing(monkeypatch)
     folder = tmp_path / checkpoint.FOLDER
     try:
         with monkeypatch.context() as patch:
@@ -341,9 +335,9 @@ def test_a_folder_that_becomes_read_only_is_one_line(
 
 PROGRAM = """
 import json, os, pathlib, subprocess, sys
-from lockstep.common import report
 from lockstep.common.runs import checkpoint
 from lockstep import cli as compare
+from tests.conftest import draw_nothing
 from tests.robustness import kills
 from tests.system import test_full_disk as tests
 
@@ -399,7 +393,7 @@ def test_a_small_disk_and_one_that_becomes_read_only_are_one_line_each(
 
     from lockstep.common.runs.checkpoint import CheckpointManager
 
-    plainly(monkeypatch)
+    draw_nothing(monkeypatch)
     sizes: list[int] = []
     complete = CheckpointManager.save
 
