@@ -12,6 +12,7 @@ import pytest
 import lockstep
 from lockstep.backends import faults
 from lockstep.common.data import Dataset
+from tests.conftest import draw_nothing
 
 CONFIG = lockstep.Config(model="mlp", steps=3, batch_size=8, lr=0.01)
 
@@ -21,8 +22,9 @@ compared = functools.partial(
 )
 
 
+@pytest.mark.usefixtures("built_once")
 def test_one_call_trains_judges_and_reports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = compared(out=tmp_path / "run")
     assert result and result.verdict == "agree"
@@ -32,10 +34,12 @@ def test_one_call_trains_judges_and_reports(
     assert json.loads((result.folder / "report.json").read_text()) == result.report
     assert (result.folder / "report.html").exists()
     assert capsys.readouterr() == ("", ""), "it is quiet unless asked"
+    draw_nothing(monkeypatch)
     compared(out=tmp_path / "loud", quiet=False)  # control
     assert "The two runs agree" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_broken_port_disagrees_and_is_located(tmp_path: Path, digits: Dataset) -> None:
     """The control of the test above."""
     config = CONFIG.resolve(len(digits.train_images))

@@ -167,7 +167,7 @@ def test_a_backend_describes_itself(name: str, backend: Callable) -> None:
 # In and out
 
 
-@dtypes
+@two_dtypes
 def test_what_is_put_in_comes_out_bit_for_bit(name: str, dtype: str, backend: Callable) -> None:
     side = backend(name, RICH, dtype)
     initial = start(side, dtype)
@@ -220,7 +220,7 @@ MANY_STEPS_BOUND = {
 }
 
 
-@dtypes
+@two_dtypes
 def test_many_steps_in_one_call_are_as_many_single_steps(
     name: str, dtype: str, backend: Callable
 ) -> None:
@@ -890,7 +890,7 @@ def test_a_layer_that_is_called_twice_keeps_its_last_call_and_nested_layers_thei
         assert values["input of last"] not in (values["block.0"], values["last"])
 
 
-@dtypes
+@two_dtypes
 def test_a_network_of_zeros_has_the_loss_of_guessing(
     name: str, dtype: str, backend: Callable, exam: Any
 ) -> None:

@@ -254,7 +254,7 @@ def test_both_compute_the_same_network(network: str, originals: dict[str, Any]) 
     assert bool(original.statistics) == (network == "resnet20")
 
 
-@pytest.mark.parametrize("network", slow_except(NETWORKS, "net", "mlp", "vit"))
+@pytest.mark.parametrize("network", slow_except(NETWORKS, "net", "mlp"))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_goes_in_in_a_precision_comes_out_in_it(
     network: str, dtype: str, originals: dict[str, Any]
@@ -412,7 +412,6 @@ CONTROLS: dict[str, tuple[str, Callable | None, Callable, str, float]] = {
     slow_except(
         CONTROLS,
         "flatten",
-        "epsilon of layer norm of vit",
         "keys for queries",
     ),
 )

@@ -175,6 +175,7 @@ def test_a_mistake_in_the_port_is_found_before_float32_is_tried(
 # --- What scripts do
 
 
+@pytest.mark.slow
 def test_a_script_that_draws_its_own_numbers_is_found_by_running_it_again(
     pair: tuple[str, str], write: Write, tmp_path: Path
 ) -> None:
@@ -405,6 +406,7 @@ def test_names_that_are_not_there_are_one_line(
     assert "line 1" in line and "kernle" in line
 
 
+@pytest.mark.slow
 def test_a_recording_is_replaced_as_a_whole(golden: Path, tmp_path: Path) -> None:
     path, folder = golden.parent / "train.py", tmp_path / "out"
     lockstep.record(path, folder, twins=1, steps=2)

@@ -19,6 +19,7 @@ import pytest
 from lockstep.common import data
 from lockstep.common.data import cifar10, sources
 from tests.data.helpers import explode, refusal
+from tests.marks import slow_except
 
 pytestmark = pytest.mark.usefixtures("no_home_no_network")
 GENUINE = Path(os.environ.get("LOCKSTEP_DATA") or "absent")
@@ -63,6 +64,7 @@ def test_genuine_cifar10_is_found(
 
 
 @needs_cifar10
+@pytest.mark.slow
 def test_genuine_cifar10_is_what_torchvision_reads() -> None:
     from torchvision.datasets import CIFAR10
 
@@ -79,7 +81,9 @@ def test_genuine_cifar10_is_what_torchvision_reads() -> None:
 
 @needs_cifar10
 @pytest.mark.parametrize("choice", ["auto", "cifar10"])
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize(
+    "name", slow_except(["data_batch_3", "test_batch", "batches.meta"], "batches.meta")
+)
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_damaged_cifar10_is_refused_and_not_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, name: str, choice: str

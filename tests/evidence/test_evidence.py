@@ -175,7 +175,10 @@ def test_a_flax_side_with_a_wrong_rate_is_an_alarm_of_lockstep_and_of_others(
     assert not {"transformers", "AlgoPerf, last step"} & {*found["alarms"], *found["silent"]}
 
 
-@pytest.mark.parametrize(("dtype", "first", "then"), [("float64", 0, [2, 6]), ("float32", 1, [6])])
+@pytest.mark.parametrize(
+    ("dtype", "first", "then"),
+    slow_except([("float64", 0, [2, 6]), ("float32", 1, [6])], "float64"),
+)
 def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
     digits: Dataset,
     build: Callable,
@@ -208,6 +211,7 @@ def test_twins_are_asked_until_there_are_enough_and_each_has_its_number(
     ]
 
 
+@pytest.mark.slow
 def test_what_diverges_late_in_the_twins_too_is_no_chaos(digits: Dataset, build: Callable) -> None:
     right, wrong = (
         dataclasses.replace(TINY.config, schedule=Schedule("step", period=period)).resolve(

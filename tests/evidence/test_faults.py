@@ -256,9 +256,7 @@ def test_a_fault_of_each_stage_is_caught_and_named_in_both_precisions(
 
 @pytest.mark.parametrize(
     "name",
-    slow_except(
-        ["batch-norm-momentum", "evaluated-in-train-mode", "keys-for-queries"], "keys-for-queries"
-    ),
+    slow_except(["batch-norm-momentum", "evaluated-in-train-mode", "keys-for-queries"]),
 )
 def test_a_fault_of_another_network_is_caught_and_named(
     name: str, few: Dataset, build: Callable, cache: matrix.Cache
@@ -316,6 +314,7 @@ def test_the_right_side_is_trained_once_for_all_faults_of_one_run(
     assert built == ["torch", "flax", "flax"]
 
 
+@pytest.mark.slow
 def test_a_fault_at_the_end_of_an_epoch_is_given_a_short_epoch(
     few: Dataset, build: Callable
 ) -> None:

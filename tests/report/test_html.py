@@ -20,6 +20,7 @@ from lockstep.common.report.figures import VARIABLES
 from lockstep.common.report.template import keep_numbers
 from lockstep.common.report.text import four_digits
 from lockstep.common.runs.record import Record, windows
+from tests.marks import slow_except
 from tests.report.helpers import HOSTILE, PLAIN, found
 from tests.verdict.helpers import compared
 
@@ -237,7 +238,9 @@ ODD: dict[str, tuple[Dataset, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize(
+    "case", slow_except(ODD, "one backend", "not finite", "no such class", "names", "one step")
+)
 def test_the_page_of_any_run_is_whole(tmp_path: Path, case: str) -> None:
     of, changes = ODD[case]
     text = write(tmp_path, of, **changes)

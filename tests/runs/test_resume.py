@@ -263,7 +263,8 @@ def test_adamw_with_cosine_can_be_handed_over(
     assert row.places == [150] and row.agrees, row
 
 
-@pytest.mark.parametrize("kind", slow_except(SCHEDULES, "plateau"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_option_and_schedule_can_be_handed_over(
     tmp_path: Path, digits: Dataset, build: Callable, kind: str
 ) -> None:
@@ -403,6 +404,7 @@ def test_a_loss_that_is_not_finite_ends_both_runs_at_the_same_step(
         )
 
 
+@pytest.mark.slow
 def test_the_last_good_state_is_that_of_as_many_steps(
     digits: Dataset, build: Callable, name: str
 ) -> None:

@@ -24,7 +24,7 @@ from tests.robustness import kills
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = [
-    "--data", "digits", "--backend", "torch", "--dtype", "float64", "--steps", "150", "--batch-size", "4",
+    "--data", "digits", "--backend", "torch", "--dtype", "float64", "--steps", "8", "--batch-size", "128",
     "--checkpoint-every", "1", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 STEM = record.file_stem("torch", "float64")
@@ -220,12 +220,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     draw_nothing(monkeypatch)
     number = CALLS.index(call) % len(ERRORS)
     with monkeypatch.context() as patch:
-        (disk := Disk(f"{STEM}-0000000076.", call, list(ERRORS)[number])).install(patch)
+        (disk := Disk(f"{STEM}-0000000004.", call, list(ERRORS)[number])).install(patch)
         assert lockstep(*RUN, "--out", tmp_path) == 2
         assert disk.left == 0
-    assert_one_line(capsys, f"{STEM}-0000000076", list(ERRORS.values())[number])
+    assert_one_line(capsys, f"{STEM}-0000000004", list(ERRORS.values())[number])
     kept = [checkpoint.read(path).step for path in checkpoint.found(tmp_path, STEM)]
-    assert kept == ([76, 2, 1] if call == "flush the folder" else [2, 1])
+    assert kept == ([4, 2, 1] if call == "flush the folder" else [2, 1])
     sane(tmp_path)
     assert lockstep("--resume", tmp_path, "--quiet") == 0
     assert kills.digests_in(tmp_path) == whole
@@ -304,7 +304,7 @@ def test_a_limit_on_the_size_of_files_is_one_line(
             assert lockstep(*RUN, "--out", tmp_path) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert_one_line(capsys, f"{STEM}-0000000076", "File too large")
+    assert_one_line(capsys, f"{STEM}-0000000004", "File too large")
     sane(tmp_path)
     assert [checkpoint.read(path).step for path in checkpoint.found(tmp_path, STEM)] == [2, 1]
     assert lockstep("--resume", tmp_path, "--quiet") == 0
@@ -326,7 +326,7 @@ def test_a_folder_that_becomes_read_only_is_one_line(
             assert lockstep(*RUN, "--out", tmp_path) == 2
     finally:
         folder.chmod(0o700)
-    assert_one_line(capsys, f"{STEM}-0000000076", "Permission denied")
+    assert_one_line(capsys, f"{STEM}-0000000004", "Permission denied")
     assert lockstep("--resume", tmp_path, "--quiet") == 0
     assert kills.digests_in(tmp_path) == whole
 
