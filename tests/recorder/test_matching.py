@@ -327,7 +327,7 @@ def test_a_thousand_tensors_take_seconds_and_not_minutes():
     blocks = 90
     weights = gpt(blocks=blocks)
     others = linen(weights, blocks)
-    start = time.perf_counter()
+    start = time.process_time()  # other tests run at the same time
     found = match(recording(weights), recording(others, "jax"))
-    assert time.perf_counter() - start < 60  # measured: 5 s
+    assert time.process_time() - start < 60  # measured: 5 s
     assert pairs(found) == {(b, a) for a, b in pairs_of_gpt(blocks).items()}
