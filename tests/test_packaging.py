@@ -234,7 +234,7 @@ def test_the_example_of_the_readme_passes(installed: Environment, project: Path)
 
 @pytest.mark.slow
 def test_a_run_agrees(installed: Environment, project: Path) -> None:
-    options = ("--data", "digits", "--steps", "4", "--out", "run")
+    options = ("--data", "digits", "--dtype", "float64", "--steps", "4", "--out", "run")
     done = installed.run(project, "lockstep", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The two runs agree" in " ".join(done.stdout.split())
