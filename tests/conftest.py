@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,16 @@ def build_once(patch: pytest.MonkeyPatch) -> None:
 def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of many runs of one network, none of which changes what a backend computes."""
     build_once(monkeypatch)
+
+
+@pytest.fixture
+def quickly_compiled() -> Iterator[None]:
+    """For slow cases of tests that also have fast ones, and so bounds that hold without XLA's
+    optimizations."""
+    from lockstep.backends.flax_backend import tuning  # imports JAX, which few tests need
+
+    with tuning.few_optimizations():
+        yield
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from lockstep.common.evidence.plots import draw_faults
 from lockstep.common.protocol import STAGES
 from tests.marks import slow_except
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = [fault.name for fault in FAULTS]
 LAYER_PAIRS = [f"lockstep.backends.faults.layer_pairs:{name}" for name in ("TAGGER", "PAINTER")]
