@@ -49,6 +49,7 @@ def test_a_program_is_compiled_once_and_kept_where_no_other_user_can_write(tmp_p
     assert programs(folder) == kept, "the second start compiled nothing"
 
 
+@pytest.mark.slow
 def test_a_folder_that_the_user_chose_is_used(tmp_path: Path) -> None:
     assert start(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(
         tmp_path / "mine"

@@ -317,6 +317,7 @@ def test_plain_pytorch_gives_the_same_logits(
         assert gap(found[name], logits_of(backend, arrays())) > LOGITS_FAULT, name
 
 
+@pytest.mark.slow
 def test_plain_flax_gives_the_same_logits(tmp_path: Path) -> None:
     paths = {dtype: exported(tmp_path, "orbax", arrays(dtype), dtype) for dtype in DTYPES}
     rows = arrays()["fc1.kernel"].reshape(5, 5, 16, 120).transpose(2, 0, 1, 3).reshape(400, 120)

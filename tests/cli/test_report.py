@@ -34,6 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_page_and_pictures_are_made_again_in_any_folder(run: Path, tmp_path: Path) -> None:
     assert lockstep("report", run, "--out", tmp_path / "again") == 0
     for path in (tmp_path / "again").iterdir():

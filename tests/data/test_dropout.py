@@ -211,6 +211,7 @@ def test_a_probe_and_evaluation_change_nothing(build: Callable[..., Backend]) ->
 # --- What cannot be compared
 
 
+@pytest.mark.slow
 def test_dropout_that_differs_is_refused_in_one_line(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

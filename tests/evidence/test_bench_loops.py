@@ -91,6 +91,7 @@ def test_a_worker_reads_the_first_images(job: loops.BenchmarkJob, digits: Datase
     )
 
 
+@pytest.mark.slow
 def test_fused_and_single_steps_are_the_same_training(
     job: loops.BenchmarkJob, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

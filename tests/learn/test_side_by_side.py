@@ -630,6 +630,7 @@ def test_every_section_every_note_and_every_fault_is_on_the_page_with_its_number
                 assert f"{dtype}: step {finding['step']}, {tensor}, gap {gap} (" in text
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_fault_are_those_of_its_report(
     report: FaultsReport, tmp_path: Path
 ) -> None:
@@ -655,6 +656,7 @@ def test_a_changed_source_changes_the_page_and_is_escaped(
     assert "&lt;b&gt;&amp;" not in page
 
 
+@pytest.mark.slow
 def test_equal_sources_and_reports_give_equal_bytes(
     page: str, report: FaultsReport, tmp_path: Path
 ) -> None:

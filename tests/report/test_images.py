@@ -79,6 +79,7 @@ def test_the_samples_are_the_images_in_their_order(tmp_path: Path) -> None:
     assert [row for row, _ in middles] == [middles[0][0]] * 8 + [middles[8][0]] * 2
 
 
+@pytest.mark.slow
 def test_runs_that_blow_up_or_coincide_can_be_drawn(tmp_path: Path) -> None:
     report = make("agree", "agree")
     wild = record("torch", "float64")
@@ -92,6 +93,7 @@ def test_runs_that_blow_up_or_coincide_can_be_drawn(tmp_path: Path) -> None:
     assert len(write_pictures(tmp_path, report, records, dataset(), None, None)) == len(PICTURES)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_can_be_drawn(tmp_path: Path) -> None:
     one = record("torch", "float64")
     short = Record(
