@@ -213,8 +213,9 @@ class Config:
     steps: int | None = None  # stop after so many optimizer steps; None: after `epochs`
     batch_size: int = 4  # images per step
     drop_last: bool = False  # leave out an epoch's last batch if it is smaller than the others
-    # One of `optimizers.OPTIMIZERS`, or "pair": that of the user's own. The options have the names that `torch.optim` gives them, and
-    # None stands for its default; only those that the optimizer takes may be given.
+    # One of `optimizers.OPTIMIZERS`, or "pair": the one that the user's pair defines. The options
+    # have the names that `torch.optim` gives them, and None stands for its default; only those that
+    # the optimizer takes may be given.
     optimizer: str = "sgd"
     lr: float = 0.001  # learning rate, per step
     momentum: float = 0.0  # factor of the momentum buffer; 0: no buffer
@@ -273,8 +274,8 @@ class Config:
             "networks itself",
         )
         _check(
-            self.optimizer != optimizers.OWN or self.pair is not None,
-            "--optimizer pair is the one that a pair of your own brings: name one with --model",
+            self.optimizer != optimizers.FROM_PAIR or self.pair is not None,
+            "--optimizer pair is the optimizer of your own pair: name the pair with --model",
         )
         _check(
             self.init is None or self.weights is None,

@@ -17,8 +17,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adagrad": ("eps", "lr_decay", "initial_accumulator_value"),
     "lion": ("betas",),
 }
-# The name of the optimizer that a user's pair brings; it takes lr alone.
-OWN = "pair"
+# The name of the optimizer that a user's pair defines. Its only option is lr.
+FROM_PAIR = "pair"
 # What stands for None: the defaults of torch.optim; of Lion, those of its paper.
 DEFAULTS: dict[str, dict[str, float | tuple[float, float]]] = {
     "sgd": {},
@@ -37,7 +37,11 @@ SLOTS = (
     "sum of squares",
     "momentum",
 )
-OF_ALL = ("weight_decay", "decay_biases_and_norms", "maximize")  # options of all optimizers but OWN
+OF_ALL = (
+    "weight_decay",
+    "decay_biases_and_norms",
+    "maximize",
+)  # options of all optimizers but FROM_PAIR
 NUMBERS = (
     "lr", "momentum", "dampening", "weight_decay", "eps", "lr_decay", "initial_accumulator_value",
 )  # fmt: skip
@@ -80,16 +84,18 @@ def check(options: Options, defaults: Mapping[str, object], largest: float) -> N
         largest: number that an option may be.
     """
     name = options.optimizer
-    if name != OWN and name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}: {did_you_mean(name, (*OPTIMIZERS, OWN))}")
-    known = option_names() if name != OWN else (*option_names(), *OF_ALL)
+    if name != FROM_PAIR and name not in OPTIMIZERS:
+        raise ConfigError(
+            f"unknown optimizer {name!r}: {did_you_mean(name, (*OPTIMIZERS, FROM_PAIR))}"
+        )
+    known = option_names() if name != FROM_PAIR else (*option_names(), *OF_ALL)
     for option in known:
         taken = OPTIMIZERS.get(name, ())
         if option not in taken and getattr(options, option) != defaults[option]:
             raise ConfigError(
-                f"the optimizer of a pair takes no {flag(option)}: set it in the pair, or name "
+                f"the optimizer of the pair takes no {flag(option)}: set it in the pair, or choose "
                 "another --optimizer"
-                if name == OWN
+                if name == FROM_PAIR
                 else f"{name} takes no {flag(option)}: its options are {', '.join(map(flag, taken))}"
             )
     for option in NUMBERS:
@@ -123,7 +129,7 @@ def missing_options(options: Options) -> dict[str, Any]:
 
 
 def slots(options: Options) -> tuple[str, ...]:
-    """What the optimizer keeps of each parameter, from the first step on; not of OWN."""
+    """What the optimizer keeps of each parameter, from the first step on; not of FROM_PAIR."""
     match options.optimizer:
         case "sgd":
             kept = {"momentum": options.momentum != 0}

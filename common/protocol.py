@@ -90,9 +90,9 @@ class Snapshot(NamedTuple):
     # `lr` of the next step and, for plateau, its counters; empty before the first step.
     schedule: dict[str, float]
     step: int  # optimizer steps done
-    # What the optimizer of a user's pair keeps besides: numbers and arrays that one framework alone
-    # reads, by its name and theirs, such as "torch/step of fc1.weight".
-    extra: Arrays = {}  # noqa: RUF012
+    # The rest of the state of a pair's own optimizer: numbers and arrays that only one framework can
+    # read, by names that begin with it, such as "torch/step of fc1.weight".
+    extra: Arrays
     # Of a run of several processes, whose states must be equal: where they are not. No file has it.
     differences: tuple[RankDifference, ...] = ()
 
@@ -113,7 +113,7 @@ class Snapshot(NamedTuple):
     @classmethod
     def start(cls, weights: Arrays) -> Snapshot:
         """The state before the first step; `weights` may hold the model state, too."""
-        return cls(parameters=weights, model_state={}, slots={}, schedule={}, step=0)
+        return cls(parameters=weights, model_state={}, slots={}, schedule={}, step=0, extra={})
 
 
 class Rank(NamedTuple):

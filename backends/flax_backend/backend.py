@@ -42,7 +42,7 @@ from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.trees import flat
-from lockstep.common.optimizers import OWN
+from lockstep.common.optimizers import FROM_PAIR
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot, Task
 
 
@@ -76,7 +76,7 @@ class FlaxBackend:
         if config.model not in MODELS:
             validate_module(config.model, self.network, task, self._own_loss)
         self.optimizer = make_optimizer(config, self.dtype)
-        if config.optimizer == OWN:
+        if config.optimizer == FROM_PAIR:
             validate_optimizer(config, self.optimizer, self.network.parameters)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self._many_steps = ManySteps(self._step, self._compiled_step, self.device)

@@ -14,7 +14,7 @@ import optax
 from lockstep.backends.flax_backend import adaptive, pair_optimizer
 from lockstep.backends.flax_backend.state import OptimizerState, Parameters
 from lockstep.common.config import Config
-from lockstep.common.optimizers import OWN
+from lockstep.common.optimizers import FROM_PAIR
 from lockstep.common.protocol import Arrays
 
 Slots = dict[str, dict[str, jax.Array]]  # of an optimizer, then by name of the parameters
@@ -44,7 +44,7 @@ def make_optimizer(config: Config, dtype: np.dtype) -> optax.GradientTransformat
         optimizer = optax.sgd(
             schedule, config.momentum or None, config.nesterov, accumulator_dtype=dtype
         )
-    elif config.optimizer == OWN:
+    elif config.optimizer == FROM_PAIR:
         optimizer = adaptive.keep_precision(pair_optimizer.make_optimizer(config, schedule))
     else:
         optimizer = adaptive.keep_precision(adaptive.make_optimizer(config, schedule, dtype))
@@ -220,7 +220,7 @@ def restore_schedule(
 ) -> OptimizerState:
     """The inverse of `export_schedule`, after `step` steps: a new optimizer state."""
     restored = dict(optimizer_state)
-    if config.optimizer != OWN:
+    if config.optimizer != FROM_PAIR:
         # Adam counts its own steps, too: a second array, since each is donated.
         restored[config.optimizer] = tuple(
             part._replace(count=jnp.asarray(step, jnp.int32)) if "count" in part._fields else part
@@ -243,10 +243,13 @@ def restore_schedule(
 def export_slots(
     config: Config, optimizer_state: OptimizerState, step: int, parameters: Parameters = None
 ) -> Slots:
-    """What the optimizer keeps, by name; empty before the first step. A user's own optimizer needs
-    the parameters, to know them in its state."""
-    if config.optimizer == OWN:
-        kept = pair_optimizer.export_slots(optimizer_state[OWN], parameters)
+    """What the optimizer keeps, by name; empty before the first step.
+
+    Args:
+        parameters: only for a pair's own optimizer, in whose state their names are looked for.
+    """
+    if config.optimizer == FROM_PAIR:
+        kept = pair_optimizer.export_slots(optimizer_state[FROM_PAIR], parameters)
     else:
         kept = {
             slot: dict(getattr(part, own))
@@ -260,10 +263,10 @@ def export_slots(
 def export_extra(
     config: Config, optimizer_state: OptimizerState, step: int, parameters: Parameters
 ) -> Arrays:
-    """What the optimizer of a user's pair keeps besides, by names of optax's alone."""
-    if config.optimizer != OWN or step == 0:
+    """The rest of the state of a pair's own optimizer, by its paths in optax's state."""
+    if config.optimizer != FROM_PAIR or step == 0:
         return {}
-    return pair_optimizer.export_extra(optimizer_state[OWN], parameters)
+    return pair_optimizer.export_extra(optimizer_state[FROM_PAIR], parameters)
 
 
 def restore_slots(
@@ -275,10 +278,10 @@ def restore_slots(
     extra: Arrays | None = None,
 ) -> OptimizerState:
     """The inverse of `export_slots` and `export_extra`: a new optimizer state."""
-    if config.optimizer == OWN:
-        own = optimizer_state[OWN], parameters, slots, extra or {}, step
+    if config.optimizer == FROM_PAIR:
+        own = optimizer_state[FROM_PAIR], parameters, slots, extra or {}, step
         restored = pair_optimizer.restore_state(config, *own)
-        return type(optimizer_state)(dict(optimizer_state, **{OWN: restored}))
+        return type(optimizer_state)(dict(optimizer_state, **{FROM_PAIR: restored}))
     own_names = adaptive.OWN_SLOTS
     parts = tuple(
         part._replace(

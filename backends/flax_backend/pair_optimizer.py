@@ -1,9 +1,8 @@
-"""The optimizer that a user's pair brings. Reads next to backends/torch_backend/pair_optimizer.py."""
+"""The optimizer that a user's pair defines. Reads next to backends/torch_backend/pair_optimizer.py."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +18,24 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.recorder.adapter import SLOTS
 
 Slots = dict[str, dict[str, jax.Array]]  # of an optimizer, then by name of the parameters
-PREFIX = "flax/"  # begins the names of what optax alone keeps
+PREFIX = "flax/"  # of the names of state that only optax can read
 
 
 def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The user's own, which was given the learning rate.
+    """The user's own optimizer.
 
     Raises:
-        ConfigError: if it cannot be made.
+        ConfigError: if it cannot be built.
     """
     build = pairs.own_optimizer(config.model, "flax")
     with pairs.user_code_errors(
-        config.model, "flax", "make its optimizer", "its lr is a function of the steps done"
+        config.model, "flax", "build its optimizer", "its learning rate is a schedule, a function"
     ):
         optimizer = build(schedule)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ConfigError(
-            f"--model {config.model}: flax makes a {type(optimizer).__name__} for its optimizer: "
-            "let it make an optax.GradientTransformation"
+            f"--model {config.model}: the function of its optax optimizer returns a "
+            f"{type(optimizer).__name__}: let it return an optax.GradientTransformation"
         )
     return optimizer
 
@@ -55,7 +54,7 @@ def validate_optimizer(
 
 
 def export_slots(state: OptimizerState, parameters: Parameters) -> Slots:
-    """What the optimizer keeps of every parameter, of its shape, by the common name of the slot.
+    """The arrays that the optimizer has for every parameter, of its shape, by slot.
 
     Args:
         state: of the user's optimizer alone.
@@ -69,7 +68,7 @@ def export_slots(state: OptimizerState, parameters: Parameters) -> Slots:
 
 
 def export_extra(state: OptimizerState, parameters: Parameters) -> Arrays:
-    """The other numbers and arrays that it keeps, by their places in optax's state."""
+    """The rest of its state, numbers and arrays, by their paths in optax's state."""
     names = _slot_names(state, parameters)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {_name(path): np.array(leaf) for path, leaf in leaves if path[:-1] not in names}
@@ -86,7 +85,8 @@ def restore_state(
     """The inverse of `export_slots` and `export_extra`, after `step` steps: a new state.
 
     Raises:
-        RecordError: if the state is that of the other framework, and lacks something.
+        RecordError: if the state comes from the other framework, whose optimizer lacks an array or
+            a number of this one.
     """
     names = _slot_names(state, parameters)
     from_flax = any(name.startswith(PREFIX) for name in extra)
@@ -101,8 +101,8 @@ def restore_state(
             return jnp.full_like(leaf, step)
         what = slot or _name(path).removeprefix(PREFIX)
         raise RecordError(
-            f"the Flax optimizer of {config.model} keeps {what}, which the PyTorch one does not: go "
-            "on in Flax"
+            f'the Flax optimizer of {config.model} has the state "{what}", which the PyTorch one '
+            "lacks: resume in Flax"
         )
 
     return jax.tree_util.tree_map_with_path(restored, state)
@@ -125,9 +125,9 @@ def _slot_names(state: OptimizerState, parameters: Parameters) -> dict[KeyPath, 
     return names
 
 
-def _key(path: KeyPath) -> Any:
-    """The parameter that a leaf belongs to, if it does."""
-    return path[-1].key if path and isinstance(path[-1], DictKey) else None
+def _key(path: KeyPath) -> str:
+    """The last key of a path, which may be a parameter's name; "" if it has none."""
+    return str(path[-1].key) if path and isinstance(path[-1], DictKey) else ""
 
 
 def _field(path: KeyPath) -> str:

@@ -41,7 +41,7 @@ from lockstep.common.data.dropout import masks as draw_masks
 from lockstep.common.data.of_pair import task as task_of
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.trees import flat
-from lockstep.common.optimizers import OWN
+from lockstep.common.optimizers import FROM_PAIR
 from lockstep.common.protocol import Arrays, Dropout, Evaluation, Metrics, Snapshot, Task
 
 
@@ -79,7 +79,7 @@ class TorchBackend:
         self._inputs = Inputs(compute_dtype(dtype), self.device, channels_last, axes)
         if config.model not in MODELS:
             validate_module(config.model, self._template, task, self._inputs, self._own_loss)
-        if config.optimizer == OWN:
+        if config.optimizer == FROM_PAIR:
             validate_optimizer(config, self._template)
         self._many_steps = ManySteps(
             config, self._template, self._step, self._loss, self._cast, self.device, self.compiled

@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer, lr_scheduler
 
 from lockstep.backends.torch_backend import adaptive, convert, pair_optimizer
 from lockstep.common.config import Config
-from lockstep.common.optimizers import OWN, is_bias_or_norm
+from lockstep.common.optimizers import FROM_PAIR, is_bias_or_norm
 from lockstep.common.protocol import Arrays
 
 Slots = dict[str, dict[str, Tensor]]  # of an optimizer, then by PyTorch's names of the parameters
@@ -32,7 +32,7 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
 
     Source: the documentation of torch.optim.SGD, and of torch.nn.utils.clip_grads_with_norm_.
     """
-    if config.optimizer == OWN:
+    if config.optimizer == FROM_PAIR:
         return pair_optimizer.make_optimizer(config, model)
     named = dict(model.named_parameters())
     groups = [
@@ -178,7 +178,7 @@ def restore_schedule(scheduler: Scheduler, schedule: dict[str, float], step: int
 
 def export_slots(config: Config, model: nn.Module, optimizer: Optimizer, step: int) -> Slots:
     """What the optimizer keeps, by PyTorch's names; empty before the first step."""
-    if config.optimizer == OWN:
+    if config.optimizer == FROM_PAIR:
         return pair_optimizer.export_slots(model, optimizer) if step > 0 else {}
     own_names = adaptive.OWN_SLOTS[config.optimizer]
     kept = {
@@ -194,8 +194,8 @@ def export_slots(config: Config, model: nn.Module, optimizer: Optimizer, step: i
 
 
 def export_extra(config: Config, model: nn.Module, optimizer: Optimizer, step: int) -> Arrays:
-    """What the optimizer of a user's pair keeps besides, by names of PyTorch's alone."""
-    if config.optimizer != OWN or step == 0:
+    """The rest of the state of a pair's own optimizer, by PyTorch's names."""
+    if config.optimizer != FROM_PAIR or step == 0:
         return {}
     return pair_optimizer.export_extra(model, optimizer)
 
@@ -209,7 +209,7 @@ def restore_slots(
     extra: Arrays | None = None,
 ) -> None:
     """The inverse of `export_slots` and `export_extra`, after `step` steps."""
-    if config.optimizer == OWN:
+    if config.optimizer == FROM_PAIR:
         pair_optimizer.restore_state(config, model, optimizer, slots, extra or {}, step)
         return
     own_names = adaptive.OWN_SLOTS[config.optimizer]

@@ -1,4 +1,4 @@
-"""The optimizer that a user's pair brings. Reads next to backends/flax_backend/pair_optimizer.py."""
+"""The optimizer that a user's pair defines. Reads next to backends/flax_backend/pair_optimizer.py."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ from lockstep.common.protocol import Arrays
 from lockstep.common.recorder.adapter import SLOTS
 
 Slots = dict[str, dict[str, Tensor]]  # of an optimizer, then by PyTorch's names of the parameters
-PREFIX = "torch/"  # begins the names of what PyTorch alone keeps
-RATES = ("lr", "initial_lr")  # numbers of a group that belong to the schedule
+PREFIX = "torch/"  # of the names of state that only PyTorch can read
+LR_KEYS = ("lr", "initial_lr")  # of a parameter group; they belong to the schedule
 
 
 def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """The user's own, which was given the learning rate.
+    """The user's own optimizer.
 
     Raises:
-        ConfigError: if it cannot be made, or takes another learning rate.
+        ConfigError: if it cannot be built, or has another learning rate than `config`.
     """
     build = pairs.own_optimizer(config.model, "torch")
-    with pairs.user_code_errors(config.model, "torch", "make its optimizer"):
+    with pairs.user_code_errors(config.model, "torch", "build its optimizer"):
         optimizer = build(model.parameters(), config.lr)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
-            f"--model {config.model}: torch makes a {type(optimizer).__name__} for its optimizer: "
-            "let it make a torch.optim.Optimizer"
+            f"--model {config.model}: the function of its PyTorch optimizer returns a "
+            f"{type(optimizer).__name__}: let it return a torch.optim.Optimizer"
         )
     for group in optimizer.param_groups:
         if group.get("lr") != config.lr:
             raise ConfigError(
                 f"--model {config.model}: its PyTorch optimizer has the learning rate "
-                f"{group.get('lr')}, and was given {config.lr}: pass on what it is given, and set "
-                "it with --lr"
+                f"{group.get('lr')} in place of {config.lr}: use the one that its function is given, "
+                "and set it with --lr"
             )
     return optimizer
 
 
 def validate_optimizer(config: Config, model: nn.Module) -> None:
-    """Raise ConfigError unless the user's optimizer can be made, and take a step."""
+    """Raise ConfigError unless the user's optimizer can be built and can take a step."""
     optimizer = make_optimizer(config, model)
     with pairs.user_code_errors(config.model, "torch", "take a step of its optimizer"):
-        _fill(model, optimizer)
+        _create_state(model, optimizer)
 
 
 def export_slots(model: nn.Module, optimizer: Optimizer) -> Slots:
-    """What the optimizer keeps of every parameter, of its shape, by the common name of the slot."""
+    """The tensors that the optimizer has for every parameter, of its shape, by slot."""
     parameters = dict(model.named_parameters())
     return {
-        _common(own): {name: optimizer.state[p][own] for name, p in parameters.items()}
+        _slot_name(own): {name: optimizer.state[p][own] for name, p in parameters.items()}
         for own in _slots(model, optimizer)
     }
 
 
 def export_extra(model: nn.Module, optimizer: Optimizer) -> Arrays:
-    """The other numbers and arrays that it keeps, by PyTorch's names."""
+    """The rest of its state, numbers and arrays, by PyTorch's names."""
     return {
         name: np.array(as_array(value) if isinstance(value := owner[key], Tensor) else value)
-        for name, owner, key in _numbers(model, optimizer)
+        for name, owner, key in _other_state(model, optimizer)
         if isinstance(owner[key], (Tensor, int, float)) and not isinstance(owner[key], bool)
     }
 
@@ -77,39 +77,40 @@ def restore_state(
     """The inverse of `export_slots` and `export_extra`, after `step` steps.
 
     Raises:
-        RecordError: if the state is that of the other framework, and lacks something.
+        RecordError: if the state comes from the other framework, whose optimizer lacks a tensor or
+            a number of this one.
     """
-    before = export_extra(model, optimizer)
-    _fill(model, optimizer)
-    kept = export_extra(model, optimizer)
-    own = {name: extra[name] for name in kept.keys() & extra.keys()}
-    if not own:  # it was Flax that took the last step
-        own = {name: array for name, array in before.items() if kept[name] == array}
-        own |= {name: np.array(step) for name in kept if name.startswith(f"{PREFIX}step of ")}
-    missing = [slot for slot in map(_common, _slots(model, optimizer)) if slot not in slots]
-    missing += [name.removeprefix(PREFIX) for name in kept if name not in own]
+    initial = export_extra(model, optimizer)
+    _create_state(model, optimizer)
+    created = export_extra(model, optimizer)
+    own = {name: extra[name] for name in created.keys() & extra.keys()}
+    if not own:  # Flax took the last step: options, and numbers of steps, are known
+        own = {name: a for name, a in initial.items() if np.array_equal(created[name], a)}
+        own |= {name: np.array(step) for name in created if name.startswith(f"{PREFIX}step of ")}
+    missing = [slot for slot in map(_slot_name, _slots(model, optimizer)) if slot not in slots]
+    missing += [name.removeprefix(PREFIX) for name in created if name not in own]
     if missing:
         raise RecordError(
-            f"the PyTorch optimizer of {config.model} keeps {missing[0]}, which the Flax one does "
-            "not: go on in PyTorch"
+            f'the PyTorch optimizer of {config.model} has the state "{missing[0]}", which the Flax '
+            "one lacks: resume in PyTorch"
         )
     for key in _slots(model, optimizer):
         for name, parameter in model.named_parameters():
-            optimizer.state[parameter][key].copy_(slots[_common(key)][name])
-    for name, owner, key in _numbers(model, optimizer):
+            optimizer.state[parameter][key].copy_(slots[_slot_name(key)][name])
+    for name, owner, key in _other_state(model, optimizer):
         if name in own:
             value = owner[key]
             new = as_tensor(own[name]).to(value) if isinstance(value, Tensor) else own[name].item()
             owner[key] = new
 
 
-def _common(own: str) -> str:
+def _slot_name(own: str) -> str:
     """The common name of a slot, where it has one."""
     return SLOTS.get(own, own)
 
 
-def _fill(model: nn.Module, optimizer: Optimizer) -> None:
-    """Take a step, so that the optimizer makes what it keeps, and put the parameters back."""
+def _create_state(model: nn.Module, optimizer: Optimizer) -> None:
+    """Take a step, in which the optimizer creates its state, and undo it in the parameters."""
     parameters = list(model.parameters())
     values = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
@@ -122,25 +123,27 @@ def _fill(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _slots(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """PyTorch's own names of what it keeps of every parameter, of its shape."""
+    """PyTorch's own names of the slots: a tensor for every parameter, of its shape."""
     parameters = list(model.parameters())
-    kept = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
 
     def is_slot(key: str) -> bool:
         return all(
             isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape
-            for state, parameter in zip(kept, parameters, strict=True)
+            for state, parameter in zip(states, parameters, strict=True)
         )
 
-    return [key for key in kept[0] if is_slot(key)] if kept else []
+    return [key for key in states[0] if is_slot(key)] if states else []
 
 
-def _numbers(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """What else it keeps, of whatever type: the name, a dictionary, and the key there."""
+def _other_state(
+    model: nn.Module, optimizer: Optimizer
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The rest of the state, of any type: a name, and the dictionary and key that hold it."""
     slots = _slots(model, optimizer)
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         yield from ((f"{PREFIX}{key} of {name}", state, key) for key in state if key not in slots)
     for number, group in enumerate(optimizer.param_groups):
-        keys = [key for key in group if key not in RATES]
+        keys = [key for key in group if key not in LR_KEYS]
         yield from ((f"{PREFIX}{key} of group {number}", group, key) for key in keys)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from lockstep.common.config import Config
-from lockstep.common.optimizers import OWN
+from lockstep.common.optimizers import FROM_PAIR
 
 CompilerOptions = dict[str, str | int | bool | Callable[..., object]]  # of `torch.compile`
 
@@ -36,7 +36,7 @@ def compiles(config: Config, requested: str) -> bool:
     """
     if config.schedule.kind == "plateau":  # the next learning rate depends on the losses
         return False
-    if config.optimizer == OWN:  # its step has no function without side effects
+    if config.optimizer == FROM_PAIR:  # its step has no function without side effects
         return False
     max_batch = COMPILED_BATCH.get(config.model, SMALL_BATCH)
     worthwhile = (config.steps or 0) >= LONG_RUN and config.batch_size <= max_batch

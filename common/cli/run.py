@@ -25,7 +25,7 @@ from lockstep.common.config import (
 )
 from lockstep.common.errors import ConfigError, DataError
 from lockstep.common.model import pair as pairs
-from lockstep.common.optimizers import OPTIMIZERS, OWN, flag, option_names
+from lockstep.common.optimizers import FROM_PAIR, OPTIMIZERS, flag, option_names
 from lockstep.common.recipes import RECIPES
 from lockstep.common.request import Request
 
@@ -161,9 +161,9 @@ def add_optimizer_options(group: argparse._ActionsContainer) -> None:
     options_of.add_choice(
         group,
         "--optimizer",
-        (*OPTIMIZERS, OWN),
+        (*OPTIMIZERS, FROM_PAIR),
         "; ".join(f"{name} ({', '.join(map(flag, taken))})" for name, taken in OPTIMIZERS.items())
-        + "; pair (that of a pair of yours, the default where it brings one); one other than the "
+        + "; pair (the optimizer of your own pair, the default if it has one); one other than the "
         "recipe's takes none of its options",
     )
     for option, text in {
@@ -273,8 +273,8 @@ def new_request(options: argparse.Namespace, arguments: Sequence[str] = ()) -> R
         given["betas"] = tuple(options.betas)
     if options.model is not None:
         given["pair"] = pairs.source_digest(options.model)
-        if options.optimizer is None and pairs.brings_optimizer(options.model):
-            given["optimizer"] = OWN
+        if options.optimizer is None and pairs.has_optimizer(options.model):
+            given["optimizer"] = FROM_PAIR
     if given.get("optimizer", recipe.config.optimizer) != recipe.config.optimizer:
         # A recipe's options are of its own optimizer.
         own = ("lr", "weight_decay", *option_names())

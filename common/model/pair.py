@@ -61,10 +61,11 @@ class Pair:
     # One of LOSSES, the mean over all that is given; or a function of outputs and targets for each
     # framework, PyTorch's first.
     loss: str | tuple[Callable[..., Any], Callable[..., Any]] = CROSS_ENTROPY
-    # An optimizer of the user's own, used unless another is named: a function for each framework,
-    # PyTorch's first, such as (torch.optim.Adamax, optax.adamax). PyTorch's is called with the
-    # parameters and the learning rate; optax's with the learning rate, a function of the steps done.
-    optimizer: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    # The user's own optimizer, used unless --optimizer names another: a function for each framework,
+    # PyTorch's first, such as (torch.optim.Adamax, optax.adamax). The first is called with the
+    # parameters and the learning rate, the second with a schedule: a function from the number of
+    # steps done to the learning rate.
+    optimizer: tuple[Callable[..., object], Callable[..., object]] | None = None
     # Inputs and targets, NumPy arrays (n, ...) in Flax's layout; a function without arguments that
     # returns them; or the path of an .npz archive with x and y, from the folder of the pair's file.
     example: tuple[Any, Any] | Callable[[], tuple[Any, Any]] | str | None = None
@@ -163,21 +164,22 @@ def own_loss(model: str, side: str, targets: np.ndarray) -> str | Callable[..., 
     return None if has_classes(model, targets) else loss
 
 
-def brings_optimizer(model: str) -> bool:
-    """Whether the user's pair has an optimizer of its own."""
+def has_optimizer(model: str) -> bool:
+    """Whether the pair defines an optimizer; none of Lockstep's own networks does."""
     return model not in MODELS and load(model).optimizer is not None
 
 
-def own_optimizer(model: str, side: str) -> Callable[..., Any]:
+def own_optimizer(model: str, side: str) -> Callable[..., object]:
     """The function that makes the optimizer of the user's pair, of one side, "torch" or "flax".
 
     Raises:
-        ConfigError: if the pair brings none.
+        ConfigError: if the pair defines none.
     """
     found = load(model).optimizer
     if found is None:
         raise ConfigError(
-            f"--optimizer pair: {model} brings none: write optimizer=(PyTorch's, optax's) in its Pair"
+            f"--optimizer pair: {model} has no optimizer: write optimizer=(PyTorch's, optax's) in its "
+            "Pair"
         )
     return found[("torch", "flax").index(side)]
 

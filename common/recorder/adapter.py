@@ -32,7 +32,7 @@ SLOTS = {
     "exp_avg_sq": "second moment",
     "square_avg": "second moment",
     "nu": "second moment",
-    "exp_inf": "second moment",  # Adamax's; optax calls it so, too
+    "exp_inf": "second moment",  # of Adamax; optax calls it nu
     "e_g": "second moment",
     "max_exp_avg_sq": "largest second moment",
     "nu_max": "largest second moment",

@@ -149,7 +149,7 @@ class ComparisonJson(ComparedJson):
     located: NotRequired[LocationJson]
     growth: NotRequired[GrowthJson]
     exchanged: NotRequired[dict[str, list[str]]]  # layers of a pair, for Lockstep's own
-    kept_alone: NotRequired[dict[str, list[str]]]  # by a pair's optimizer, in one framework
+    unmatched_slots: NotRequired[dict[str, list[str]]]  # of a pair's own optimizer
     arithmetic: NotRequired[dict[str, object]]  # see `Arithmetic`
     final_loss: dict[str, float | None]
     test_loss: dict[str, float | None]

@@ -158,10 +158,10 @@ def notes(comparison: ComparisonJson) -> list[str]:
         )
     if exchanged := comparison.get("exchanged"):
         found.append(f"{comparison['dtype']}: {exchanged_text(exchanged)}")
-    for name, slots in comparison.get("kept_alone", {}).items():
+    for name, slots in comparison.get("unmatched_slots", {}).items():
         found.append(
-            f"{comparison['dtype']}: only the optimizer in {name} keeps {' and '.join(slots)} of each "
-            "parameter: that was not compared."
+            f"{comparison['dtype']}: only the optimizer in {name} has the slots {', '.join(slots)}: "
+            "they were not compared."
         )
     if (growth := comparison.get("growth")) is not None:
         replayed = ", ".join(f"{step:,}" for step in growth["replayed"])

@@ -77,7 +77,9 @@ class Checkpoint:
 _SERIES = ("loss", "gradient_norm", "lr", "batch_digests")
 _GROUPS = ("weights", "first_steps", "parameter_history")
 _STATE = ("parameters", "model_state", "extra")
-OTHER_SLOTS = "slots"  # the group of those of a user's optimizer, by "<slot>/<parameter>"
+OTHER_SLOTS = (
+    "slots"  # the group of all other slots, of a pair's own optimizer: "<slot>/<parameter>"
+)
 METADATA = tuple(
     f.name for f in fields(Checkpoint) if f.name not in (*_SERIES, *_GROUPS, "snapshot")
 )
@@ -312,7 +314,7 @@ def _tensor_checks(c: Checkpoint) -> list[Check]:
 
     def slots_are_right() -> bool:
         config = Config.from_json(c.config)
-        if config.optimizer != optimizers.OWN:
+        if config.optimizer != optimizers.FROM_PAIR:
             expected = optimizers.slots(config) if s.step > 0 else ()
             if s.slots.keys() != {*expected} or s.extra:
                 return False

@@ -22,7 +22,7 @@ import numpy as np
 from lockstep.common.config import BACKENDS
 from lockstep.common.dtypes import compute_dtype
 from lockstep.common.errors import RecordError
-from lockstep.common.optimizers import OWN
+from lockstep.common.optimizers import FROM_PAIR
 from lockstep.common.protocol import STAGES, split_slot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
@@ -115,7 +115,7 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
             if (step := first_irreproducible_step(side)) is not None
         },
         rule=_rule(single.dtype, number),
-        kept_alone=_kept_alone(runs),
+        unmatched_slots=_unmatched_slots(runs),
         max_loss_gap=max_difference(a.run.loss, b.run.loss)[0],
         predictions_equal=equal_predictions(a.run, b.run) if has_classes(a.run) else None,
         twins={
@@ -128,15 +128,15 @@ def compare(ensembles: Mapping[str, Ensemble], labels: np.ndarray) -> Comparison
     return _with_failures(compared, checks, of_ranks)
 
 
-def _kept_alone(runs: Mapping[str, Record]) -> dict[str, list[str]]:
-    """By side, the slots of its optimizer that the other one does not have."""
+def _unmatched_slots(runs: Mapping[str, Record]) -> dict[str, list[str]]:
+    """By side, the slots of a pair's own optimizer that the other side does not have."""
     slots = {
         name: {split_slot(key.split("/", 2)[2])[0] for key in record.first_steps}
         for name, record in runs.items()
-        if record.config.get("optimizer") == OWN
+        if record.config.get("optimizer") == FROM_PAIR
     }
     shared = set.intersection(*slots.values()) if slots else set()
-    return {name: sorted(kept - shared) for name, kept in slots.items() if kept - shared}
+    return {name: sorted(own - shared) for name, own in slots.items() if own - shared}
 
 
 def _with_failures(

@@ -227,8 +227,8 @@ class Comparison:
     diverged_at: int | None = None  # the step at which both runs diverge
     # By backend, a user's layers that Lockstep exchanged for its own.
     exchanged: Mapping[str, list[str]] = field(default_factory=dict)
-    # By backend, what a pair's optimizer keeps of each parameter there, and not in the other run.
-    kept_alone: Mapping[str, list[str]] = field(default_factory=dict)
+    # By backend, slots of a pair's own optimizer that the other backend's does not have.
+    unmatched_slots: Mapping[str, list[str]] = field(default_factory=dict)
     arithmetic: Arithmetic | None = None  # what float64 says of a lower precision that disagrees
     growth: Growth | None = None  # where float64 agrees because of twins alone
 
@@ -317,8 +317,8 @@ class Comparison:
             found["located"] = self.location.to_json()
         if self.exchanged:
             found["exchanged"] = dict(self.exchanged)
-        if self.kept_alone:
-            found["kept_alone"] = dict(self.kept_alone)
+        if self.unmatched_slots:
+            found["unmatched_slots"] = dict(self.unmatched_slots)
         if self.arithmetic is not None:
             found["arithmetic"] = dataclasses.asdict(self.arithmetic)
         if self.growth is not None:

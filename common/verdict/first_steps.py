@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from lockstep.common.dtypes import compute_dtype
-from lockstep.common.optimizers import OWN, SLOTS
+from lockstep.common.optimizers import FROM_PAIR, SLOTS
 from lockstep.common.protocol import STAGES, split_slot
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import Record
@@ -67,9 +67,7 @@ def check_first_steps(
     for key in sorted(first.first_steps | second.first_steps, key=order or causal_order(first)):
         step, stage, tensor = key.split("/", 2)
         tensors = first.first_steps.get(key), second.first_steps.get(key)
-        if stage == "forward" and any(tensor is None for tensor in tensors):
-            continue  # the layer is the user's own on one side: its activations are not known
-        if _is_of_one_optimizer(first, stage, tensor) and any(t is None for t in tensors):
+        if any(t is None for t in tensors) and _may_be_missing(first, stage, tensor):
             continue
         gap, values = max_tensor_difference(*tensors)
         if stage == "data":
@@ -108,11 +106,11 @@ def check_first_steps(
     return sorted(checks, key=lambda r: (r.step, STAGES.index(r.stage)))
 
 
-def _is_of_one_optimizer(record: Record, stage: str, tensor: str) -> bool:
-    """Whether it is what the optimizer of a user's pair keeps, which the other framework's may not
-    keep, or call otherwise."""
-    own = record.config.get("optimizer") == OWN
-    return own and stage == "update" and split_slot(tensor)[0] != ""
+def _may_be_missing(record: Record, stage: str, tensor: str) -> bool:
+    """Whether a correct run may lack the tensor: the activations of a layer that is the user's own
+    on one side, or a slot of a pair's own optimizer."""
+    own_slot = record.config.get("optimizer") == FROM_PAIR and split_slot(tensor)[0] != ""
+    return stage == "forward" or (stage == "update" and own_slot)
 
 
 def _bulk(sides: list[list[Record]], key: str, found: Check, scale: float, least: float) -> Check:

@@ -122,10 +122,10 @@ COUNT_FLOOR = 4  # times SEPARATION_IMAGES; two predictions were seen to differ 
 # share how it adds. Seen: 60 ulp of float64; of float32, up to 840 (PyTorch's batch norm on the CPU,
 # digits, batch 128; 1,610 at batch 512, 70 on CIFAR-10).
 NEAR_ZERO_ULP, MAX_NEAR_ZERO = 1000.0, 1e-3
-# float64. Of a step's largest gradient: what any other gradient of the step may differ by. Where an
-# activation saturates, rounding decides what is left of its slope: a tanh that one framework rounds to
-# 1 has slope 0, and 1 less an ulp has slope 2e-16. All twins of one side round it alike. Seen: 16 ulp,
-# in a gradient whose largest entry was 3e-12. Below float64 such a share would hide faults.
+# float64. Any gradient may differ by so many ulp of the step's largest gradient. Where an activation
+# saturates, rounding decides its slope: a tanh of exactly 1 has the slope 0, and one of 1 less an ulp
+# has 2e-16. All twins of one side round it alike. Seen: 16 ulp, in a gradient whose largest entry was
+# 3e-12. In lower precisions such an allowance would hide faults.
 SATURATED_ULP = 100.0
 CONFIDENCE = 0.99  # of all classes' intervals together
 

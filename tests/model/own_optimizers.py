@@ -1,4 +1,4 @@
-"""Pairs that bring their own optimizer."""
+"""Pairs with optimizers of their own."""
 
 from typing import Any, NamedTuple, cast
 
@@ -33,8 +33,8 @@ class Flax(nnx.Module):
 
 
 class Warm(torch.optim.Optimizer):
-    """Steps along the sign of a mean of gradients, the smaller the earlier. It keeps a number of its
-    own, and the mean under a name of its own."""
+    """Steps along the sign of a mean of gradients, the smaller the earlier. Its state has a
+    number, and a slot with a name of its own."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})

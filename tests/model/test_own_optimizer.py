@@ -1,5 +1,5 @@
-"""The optimizer that a pair brings: both frameworks train with it, all of its state is compared,
-kept and handed over, or it is said what cannot be."""
+"""A pair's own optimizer: both frameworks train with it, compare its state, save it, and resume
+from it; where one cannot, a message says why."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def test_another_optimizer_is_used_where_one_is_named(tmp_path: Path) -> None:
     assert (status, report["config"]["optimizer"]) == (0, "adamw")
 
 
-def test_what_one_framework_alone_keeps_is_said(tmp_path: Path) -> None:
+def test_slots_that_only_one_side_has_are_listed(tmp_path: Path) -> None:
     status, report = run(tmp_path, "RENAMED")
     assert (status, report["verdict"]) == (0, "agree")
-    kept = report["lenses"][0]["kept_alone"]
-    assert kept == {"torch": ["mean"], "flax": ["average"]}
+    slots = report["lenses"][0]["unmatched_slots"]
+    assert slots == {"torch": ["mean"], "flax": ["average"]}
     shown = (tmp_path / "report.html").read_text()
-    assert "only the optimizer in torch keeps mean of each parameter" in shown
+    assert "only the optimizer in torch has the slots mean: they were not compared" in shown
 
 
 # --- All of its state
@@ -125,35 +125,39 @@ def test_a_run_that_goes_on_from_a_snapshot_is_the_run_to_the_bit(name: str, sid
     assert arrays(resumed).keys() == arrays(whole).keys() > whole.tensors.keys()
     for key, array in (arrays(whole) | whole.extra).items():
         np.testing.assert_array_equal((arrays(resumed) | resumed.extra)[key], array, err_msg=key)
-    # Controls: what is kept decides what the next steps are, numbers and tensors.
+    # Controls: another number, and other slots, give other steps.
     others = {key: np.array(array + 1) for key, array in half.extra.items()}
-    slots = {slot: {n: 2 * a for n, a in kept.items()} for slot, kept in half.slots.items()}
+    slots = {slot: {n: 2 * a for n, a in own.items()} for slot, own in half.slots.items()}
     for changed in (half._replace(extra=others), half._replace(slots=slots)):
         assert gap(whole, trained(backend, changed, STEPS - HALF)) > 1e-6
 
 
 @pytest.mark.parametrize(("first", "second"), [BACKENDS, BACKENDS[::-1]])
-def test_the_other_framework_goes_on_where_it_keeps_the_same(first: str, second: str) -> None:
+def test_the_other_framework_resumes_from_a_state_that_it_has_too(first: str, second: str) -> None:
     one, other = built("ADAMAX", first), built("ADAMAX", second)
     half, whole = (trained(one, start(one), steps) for steps in (HALF, STEPS))
     assert gap(whole, trained(other, half, STEPS - HALF)) < BOUND
     # The control: the moments of the first framework are those that the second goes on with.
-    slots = {slot: {n: 2 * a for n, a in kept.items()} for slot, kept in half.slots.items()}
+    slots = {slot: {n: 2 * a for n, a in own.items()} for slot, own in half.slots.items()}
     assert gap(whole, trained(other, half._replace(slots=slots), STEPS - HALF)) > 1e-6
 
 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ("torch", "flax", r"the Flax optimizer of .* keeps .*left, which the PyTorch one does not"),
+        (
+            "torch",
+            "flax",
+            r"the Flax optimizer of .* has the state \".*left\", which the PyTorch one lacks",
+        ),
         (
             "flax",
             "torch",
-            r"the PyTorch optimizer of .* keeps left of conv.weight, which the Flax one",
+            r"the PyTorch optimizer of .* has the state \"left of conv.weight\", which the Flax one lacks",
         ),
     ],
 )
-def test_a_number_that_only_one_framework_keeps_is_not_handed_over(
+def test_state_that_only_one_framework_has_is_not_handed_over(
     first: str, second: str, message: str
 ) -> None:
     half = trained(built("WARM", first), start(built("WARM", first)), HALF)
@@ -168,10 +172,13 @@ def test_a_number_that_only_one_framework_keeps_is_not_handed_over(
     ("name", "message"),
     [
         ("TEXT", "optimizer must be two functions, PyTorch's and optax's"),
-        ("DEAF", "has the learning rate 0.5, and was given 0.001: pass on what it is given"),
-        ("NONE", "torch makes a NoneType for its optimizer: let it make a torch.optim.Optimizer"),
-        ("NOT_OPTAX", "let it make an optax.GradientTransformation"),
-        ("FAILING", "flax cannot make its optimizer (TypeError: unsupported operand"),
+        (
+            "DEAF",
+            "has the learning rate 0.5 in place of 0.001: use the one that its function is given",
+        ),
+        ("NONE", "returns a NoneType: let it return a torch.optim.Optimizer"),
+        ("NOT_OPTAX", "let it return an optax.GradientTransformation"),
+        ("FAILING", "flax cannot build its optimizer (TypeError: unsupported operand"),
         ("CLOSING", "torch cannot take a step of its optimizer (TypeError: Closing.step() missing"),
         ("NAMING", "flax cannot take a step of its optimizer (KeyError"),
     ],
@@ -188,14 +195,14 @@ def test_an_optimizer_that_cannot_be_used_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optimizer", "pair"], "--optimizer pair is the one that a pair of your own brings"),
+        (["--optimizer", "pair"], "--optimizer pair is the optimizer of your own pair"),
         (
             ["--model", f"{FILE}:ADAMAX", "--momentum", "0.9"],
-            "the optimizer of a pair takes no --momentum: set it in the pair",
+            "the optimizer of the pair takes no --momentum: set it in the pair",
         ),
         (
             ["--model", f"{FILE}:ADAMAX", "--weight-decay", "0.1"],
-            "the optimizer of a pair takes no --weight-decay: set it in the pair",
+            "the optimizer of the pair takes no --weight-decay: set it in the pair",
         ),
         (
             [
@@ -206,7 +213,7 @@ def test_an_optimizer_that_cannot_be_used_is_refused_in_one_line(
                 "--batch-size",
                 "8",
             ],
-            "brings none: write optimizer=(PyTorch's, optax's) in its Pair",
+            "has no optimizer: write optimizer=(PyTorch's, optax's) in its Pair",
         ),
     ],
 )

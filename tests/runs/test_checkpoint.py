@@ -62,7 +62,7 @@ def make(
     }
     snapshot = Snapshot(
         parameters=tensors(), model_state={}, slots={"momentum": tensors()} if step else {},
-        schedule=plateau if step else {}, step=step,
+        schedule=plateau if step else {}, step=step, extra={},
     )  # fmt: skip
     series = [generator.normal(size=step) for _ in range(3)]
     fields: dict[str, Any] = {

@@ -245,7 +245,7 @@ def ended(folder: Path) -> checkpoint.Checkpoint:
         seconds=1.0,
         **{name: getattr(r, name)[:2] for name in ("loss", "gradient_norm", "lr", "batch_digests")},
         **{name: getattr(r, name) for name in ("weights", "first_steps", "parameter_history")},
-        snapshot=Snapshot(r.final, {}, {"momentum": momentum}, schedule, 2),
+        snapshot=Snapshot(r.final, {}, {"momentum": momentum}, schedule, 2, {}),
     )
 
 

@@ -74,7 +74,7 @@ class Notebook:
             name: array + np.asarray(state.step, array.dtype)
             for name, array in state.parameters.items()
         }
-        return Snapshot(parameters, {}, slots, {}, state.step)
+        return Snapshot(parameters, {}, slots, {}, state.step, {})
 
     def upload(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert images.dtype == np.uint8
