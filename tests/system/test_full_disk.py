@@ -333,43 +333,6 @@ def test_a_folder_that_becomes_read_only_is_one_line(
 
 # --- A small disk, in a name space of its own
 
-PROGRAM = """
-import json, os, pathlib, subprocess, sys
-from lockstep.common.runs import checkpoint
-from lockstep import cli as compare
-from tests.conftest import draw_nothing
-from tests.robustness import kills
-from tests.system import test_full_disk as tests
-
-disk, size, options = pathlib.Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-
-def mount(*words, on=disk):
-    subprocess.run(["mount", *words, str(on)], check=True)
-
-report.write_pictures = report.write_report_page = lambda *_: None
-mount("-t", "tmpfs", "-o", f"size={size}", "none")
-found = {"full": compare.main([*options, "--out", str(disk / "full")]), "left": tests.sane(disk / "full")}
-mount("-o", "remount,size=100m")
-found["full, resumed"] = compare.main(["--resume", str(disk / "full"), "--quiet"])
-found["full, bits"] = kills.digests_in(disk / "full")
-
-complete, calls = checkpoint.write, []
-def write(*arguments):
-    calls.append(complete(*arguments))
-    if len(calls) == 2:  # this folder only: the lock next to it is open for writing
-        mount("--bind", str(calls[-1].parent), on=calls[-1].parent)
-        mount("-o", "remount,bind,ro", on=calls[-1].parent)
-    return calls[-1]
-checkpoint.write = write
-found["read-only"] = compare.main([*options, "--out", str(disk / "read-only")])
-found["read-only, kept"] = tests.sane(disk / "read-only")
-subprocess.run(["umount", str(calls[-1].parent)], check=True)
-checkpoint.write = complete
-found["read-only, resumed"] = compare.main(["--resume", str(disk / "read-only"), "--quiet"])
-found["read-only, bits"] = kills.digests_in(disk / "read-only")
-pathlib.Path(sys.argv[4]).write_text(json.dumps(found))
-"""
-
 
 @pytest.fixture
 def unshared() -> Iterator[list[str]]:
@@ -406,8 +369,8 @@ def test_a_small_disk_and_one_that_becomes_read_only_are_one_line_each(
     assert lockstep(*RUN, "--out", tmp_path / "measured") == 0
     room = sum(sizes[:2]) + sizes[2] // 2  # for two checkpoints and a half
     (tmp_path / "disk").mkdir()
-    arguments = [str(tmp_path / "disk"), str(room), json.dumps(RUN), str(tmp_path / "found.json")]
-    command = [*unshared, sys.executable, "-c", PROGRAM, *arguments]
+    command = [*unshared, sys.executable, "-m", "tests.system.small_disk"]
+    command += [str(tmp_path / "disk"), str(room), json.dumps(RUN), str(tmp_path / "found.json")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
