@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,6 +61,7 @@ def check_first_steps(
     exact = first.dtype == "float64"
     epsilon = float(ml_dtypes.finfo(compute_dtype(first.dtype)).eps)
     near_zero = min(NEAR_ZERO_ULP * epsilon, MAX_NEAR_ZERO)
+    largest_of = functools.cache(functools.partial(_stage_magnitude, first))
     checks = []
     for name in sorted(first.weights | second.weights):
         gap, values = max_tensor_difference(first.weights.get(name), second.weights.get(name))
@@ -80,7 +82,7 @@ def check_first_steps(
                 ours, theirs, lambda x, y: max_tensor_difference(x, y)[0]
             )
         least, scale = sorted(map(magnitude, tensors))
-        rest = near_zero * (largest := _stage_magnitude(first, step, stage, tensor))
+        rest = near_zero * (largest := largest_of(step, stage, split_slot(tensor)[0]))
         if scale < rest:
             # Both are what is left of a sum that is zero, with either sign; one that is exactly zero
             # may be that of a frozen layer.
@@ -130,10 +132,9 @@ def _bulk(sides: list[list[Record]], key: str, found: Check, scale: float, least
     return replace(found, gap=gap, bound=limit, spread=spread, measure="median")
 
 
-def _stage_magnitude(record: Record, step: str, stage: str, tensor: str) -> float:
-    """The largest gradient of a step, or of the optimizer's state the largest tensor of the same
-    slot; 0 for all else."""
-    slot, _ = split_slot(tensor)
+def _stage_magnitude(record: Record, step: str, stage: str, slot: str) -> float:
+    """The largest gradient of a step, or the largest tensor of a slot of the optimizer's state; 0 for
+    all else."""
     prefix = f"{step}/backward/" if stage == "backward" else f"{step}/update/{slot} of "
     if stage not in ("backward", "update") or (stage == "update" and not slot):
         return 0.0
