@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     options_of.add_model(parser)
     options_of.add_seed(parser)
     options_of.add_batch_size(parser)
-    options_of.add_data(parser)
+    options_of.add_data(parser, "the pair's example or its data, else pictures of random pixels")
     options_of.add_device(parser)
     options_of.add_output(parser, "folder of a report.json (default: none is written)")
 
@@ -52,6 +52,8 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
 
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     dataset = of_pair.example(model)
+    if dataset is None and options.data == "auto":
+        dataset = of_pair.own(model) or of_pair.random_pictures(model)
     if dataset is None:
         progress = not options.quiet
         dataset = data.load(options.data, options.data_dir, terminal.line, progress, model)

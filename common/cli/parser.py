@@ -210,13 +210,19 @@ def add_switch(group: argparse._ActionsContainer, option: str, text: str) -> Non
     group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
 
 
-def add_data(parser: Parser) -> None:
+AUTO_DATA = "CIFAR-10 if it is there or can be downloaded, else scikit-learn's digits"
+
+
+def add_data(parser: Parser, auto: str = AUTO_DATA) -> None:
+    """Args:
+    auto: what is read unless the user names data.
+    """
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
         default="auto",
         metavar="{auto,cifar10,digits,PATH}",
-        help="auto: CIFAR-10 if it is there or can be downloaded, else scikit-learn's digits; "
+        help=f"auto: {auto}; "
         "PATH: a folder of class folders, or an .npz with x_train, y_train, x_test, y_test",
     )
     group.add_argument(

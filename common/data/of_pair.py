@@ -73,6 +73,17 @@ def _named(model: str, given: Any) -> Mapping[str, Any]:
     return {name: found[name] for name in NAMES} | {"classes": found.get("classes")}
 
 
+def random_pictures(model: str, count: int = 1_000) -> Dataset:
+    """Pictures of random pixels, each of one of ten classes, for a pair that brings no data and is
+    not trained. Of grey pictures it would not be seen that two networks take the colours in
+    different orders."""
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    labels = np.arange(count) % 10
+    names = tuple("0123456789") if model in MODELS or pairs.is_labelled(model) else ()
+    return Dataset("random pictures", pictures, labels, pictures, labels, names, class_count=10)
+
+
 def of_archive(model: str, path: Path) -> Dataset:
     """The data of an archive, for a pair.
 

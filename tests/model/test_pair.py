@@ -430,6 +430,24 @@ def test_a_pair_brings_its_inputs_and_its_loss_and_needs_no_data(
         assert report["first_difference"]["stage"] == "loss"
 
 
+def test_a_pair_without_data_is_checked_on_random_pictures_which_show_the_order_of_colours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expression = (
+        "pair()\nclass BGR(Flax): __call__ = lambda self, x: Flax.__call__(self, x[..., ::-1])"
+    )
+    model = written(
+        tmp_path, f"{expression}\nOTHER = Pair(Torch, BGR, flattened={{'fc': (3, 32, 32)}})"
+    )
+    other = model.replace("MADE", "OTHER")
+    out = ["--out", str(tmp_path), "--quiet"]
+    grey = compare.main(["pair", other, "--data", "digits", *out])
+    monkeypatch.setattr(sources, "_load", None)
+    assert [grey, *(compare.main(["pair", one, *out]) for one in (model, other))] == [0, 0, 1]
+    first = json.loads((tmp_path / "report.json").read_text())["first_difference"]
+    assert (first["stage"], first["tensor"]) == ("forward", "input of fc")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LISTS", "BACKWARDS"])
 def test_parameters_in_lists_are_told_apart_by_their_positions(name: str, tmp_path: Path) -> None:
