@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,24 @@ def build(
     if rank is None:
         return load(name)(*arguments)
     return getattr(_module(name, "processes"), f"{name.title()}Rank")(*arguments, rank)
+
+
+# XLA's older code generator, and one file of code in place of 32: with both, the programs of a
+# network are compiled in 1.2 s in place of 6.8 s. An XLA that does not know an option ends the
+# process, so versions that were not tried do without.
+QUICK_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+KNOWN_JAXLIB = "0.10."
+
+
+def compile_quickly() -> None:
+    """Let XLA compile quickly in place of well, in this process and those that it starts: for programs
+    that run a few times. XLA reads the options once, when JAX starts."""
+    try:
+        version = metadata.version("jaxlib")
+    except metadata.PackageNotFoundError:
+        return  # the backend says so
+    if version.startswith(KNOWN_JAXLIB):
+        os.environ["XLA_FLAGS"] = f"{QUICK_XLA} {os.environ.get('XLA_FLAGS', '')}"
 
 
 def enable_jax_cache() -> None:

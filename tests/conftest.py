@@ -6,7 +6,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,12 @@ else:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-# XLA's older code generator, and one file of code in place of 32: with both, the programs of a
-# network are compiled in 1.2 s in place of 6.8 s. An XLA that does not know an option ends the
-# process, so versions that were not tried do without.
-QUICK_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-KNOWN_JAXLIB = "0.10."
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """In the default run, XLA compiles quickly in place of well: most of the time was compiling.
     The slow tests run what a user runs."""
     if config.option.markexpr == "not slow":
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        if metadata.version("jaxlib").startswith(KNOWN_JAXLIB):
-            os.environ["XLA_FLAGS"] = f"{QUICK_XLA} {os.environ.get('XLA_FLAGS', '')}"
+        backends.compile_quickly()
 
 
 class SilentObserver:

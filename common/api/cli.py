@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -91,4 +92,6 @@ def compare(
 def run_and_exit() -> NoReturn:
     """The whole program: carry out the command line, then end the process."""
     environment.relax_gc()
+    if sys.argv[1:2] == ["pair"]:  # takes each step once or twice, and then ends this process
+        backends.compile_quickly()
     environment.exit_fast(main())
