@@ -56,12 +56,12 @@ def run(arguments: list[str], cache: str | None = None) -> tuple[int, float]:
 
 
 def measure(title: str, data: list[str], folder: str) -> dict[str, Any]:
-    """One row: `pair` with and without compiled programs in the cache, and a run."""
+    """One row: `pair` with and without compiled programs in the cache, and runs on `data`."""
     model = f"tests/pairs/{PAIRS[title]}"
     declared = pair.load(model)
     checked, trained = f"{folder}/pair", f"{folder}/run"
     cache = f"{folder}/{model.replace('/', '-')}"  # empty
-    times = [run(["pair", model, *data, "--out", checked], cache)[1] for _ in ("first", "later")]
+    times = [run(["pair", model, "--out", checked], cache)[1] for _ in ("first", "later")]
     found = json.loads(Path(checked, "report.json").read_text())
     row = {
         "pair": title,
@@ -72,6 +72,7 @@ def measure(title: str, data: list[str], folder: str) -> dict[str, Any]:
         "agrees": found["first_difference"] is None,
         "gaps": found["gaps"],
         "cpu_seconds": dict(zip(("first", "later"), times, strict=True)),
+        "environment": environment.describe(),
     }
     row["training"] = {}
     for dtype in ("float64", "float32"):  # apart: the runs of both keep 11 GB of first steps
@@ -104,7 +105,6 @@ def main() -> int:
         report = {
             "schema": 1,
             "command": ["python", "-m", "tests.pairs", "--out", str(options.out)],
-            "environment": environment.describe(),
             "training": TRAINING,
             "rows": [rows[title] for title in PAIRS if title in rows],
         }
