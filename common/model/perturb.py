@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.initial_weights import generator_for
 from lockstep.common.protocol import Arrays
 
@@ -17,23 +18,45 @@ TWINS_STREAM, TWIN_IMAGES_STREAM = (
 REPLICATE = 0  # the number of the twin that nothing is moved in: the same run again
 
 
-def twin_weights(weights: Arrays, seed: int, twin: int) -> Arrays:
-    """`weights`, each moved by one ulp up, one ulp down, or not at all, at random; `twin` is 1, 2,
-    ..."""
+def ulp_of_weights(dtype: str, inputs: np.ndarray) -> np.dtype:
+    """By whose ulp a twin's weights are moved: that of their own dtype, or, where the inputs are
+    whole numbers, which are not moved, that of the dtype that is computed in.
+
+    In mixed precision an ulp of the weights is rounded away before it is used: of tokens, all twins
+    would be the run itself, and show nothing of rounding.
+    """
+    return compute_dtype(dtype) if inputs.dtype.kind == "i" else numpy_dtype(dtype)
+
+
+def twin_weights(weights: Arrays, seed: int, twin: int, ulp: np.dtype | None = None) -> Arrays:
+    """`weights`, each moved by one ulp up, one ulp down, or not at all, at random.
+
+    Args:
+        twin: 1, 2, ...
+        ulp: of `ulp_of_weights`; None: that of the weights' own dtype.
+    """
     return {
-        name: perturb_one_ulp(array, generator_for(seed, TWINS_STREAM, name, twin))
+        name: perturb_one_ulp(array, generator_for(seed, TWINS_STREAM, name, twin), ulp)
         for name, array in weights.items()
     }
 
 
-def perturb_one_ulp(array: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay."""
+def perturb_one_ulp(
+    array: np.ndarray, generator: np.random.Generator, ulp: np.dtype | None = None
+) -> np.ndarray:
+    """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay.
+
+    Args:
+        ulp: whose it is, such as bfloat16's for an array of float32; None: the array's own.
+    """
     if array.dtype.kind in "iu":  # tokens, of a pair's own
         return array
     bits = array.view(f"i{array.itemsize}")  # the next integer is the next float of the same sign
+    # bfloat16 is the first half of a float32
+    step = 2 ** (8 * (array.itemsize - (ulp or array.dtype).itemsize))
     with np.errstate(invalid="ignore"):  # NaN
         direction = generator.integers(-1, 2, array.shape, np.int8) * (array != 0)
-    return (bits + direction).view(array.dtype)
+    return (bits + direction.astype(bits.dtype) * step).view(array.dtype)
 
 
 def image_perturbation_rng(seed: int, twin: int) -> np.random.Generator:

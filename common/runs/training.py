@@ -22,6 +22,7 @@ from lockstep.common.model.perturb import (
     image_perturbation_rng,
     perturb_one_ulp,
     twin_weights,
+    ulp_of_weights,
 )
 from lockstep.common.protocol import (
     Arrays,
@@ -129,7 +130,8 @@ def initial_checkpoint(
     weights = {name: array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
     perturbation_rng_state = None
     if twin is not None and twin != REPLICATE:
-        weights = twin_weights(weights, config.seed, twin)
+        ulp = ulp_of_weights(dtype, dataset.train_images)
+        weights = twin_weights(weights, config.seed, twin, ulp)
         generator = image_perturbation_rng(config.seed, twin)
         perturbation_rng_state = dict(generator.bit_generator.state)
     snapshot = backend.export(backend.init(Snapshot.start(weights)))

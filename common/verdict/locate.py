@@ -22,7 +22,7 @@ from lockstep.common.data import Dataset, augment
 from lockstep.common.dtypes import compute_dtype, numpy_dtype
 from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.layers import ModuleNames, kind_of, native_names, own_names
-from lockstep.common.model.perturb import perturb_one_ulp
+from lockstep.common.model.perturb import perturb_one_ulp, ulp_of_weights
 from lockstep.common.model.sources import excerpts
 from lockstep.common.protocol import STAGES, Arrays, Backend, Snapshot
 from lockstep.common.runs import training
@@ -230,8 +230,10 @@ def one_step(
     by at most one ulp."""
     if twin is not None:
         generator = np.random.default_rng([config.seed, REPLAY_STREAM, snapshot.step, twin])
+        ulp = ulp_of_weights(dtype, images)
         parameters = {
-            name: perturb_one_ulp(array, generator) for name, array in snapshot.parameters.items()
+            name: perturb_one_ulp(array, generator, ulp)
+            for name, array in snapshot.parameters.items()
         }
         slots = {
             slot: {name: perturb_one_ulp(array, generator) for name, array in arrays.items()}

@@ -83,6 +83,16 @@ def test_a_pair_agrees_in_a_users_test_and_its_control_is_located(
     assert found.first_divergence.stage == stage
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("MASKED", 0), ("UNMASKED", 1)])
+def test_tokens_agree_in_mixed_precision_with_adam_where_no_twin_moved_what_is_computed(
+    name: str, status: int, tmp_path: Path
+) -> None:
+    options = ["--optimizer", "adamw", "--lr", "0.01", "--dtype", "mixed_bfloat16", "--quiet"]
+    options += ["--steps", "50", "--batch-size", "8", "--out", str(tmp_path)]
+    assert compare.main(["--model", f"{EXAMPLES}:{name}", *options]) == status
+
+
 # --- Arrays
 
 FLOATS = np.arange(6.0)

@@ -17,7 +17,7 @@ from scipy import stats
 
 from lockstep.common.config import DTYPES
 from lockstep.common.dtypes import numpy_dtype
-from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp
+from lockstep.common.model.perturb import image_perturbation_rng, perturb_one_ulp, ulp_of_weights
 from lockstep.common.verdict.distances import (
     abs_differences,
     magnitude,
@@ -510,6 +510,26 @@ def test_up_down_and_not_at_all_occur_alike(dtype: str, value: float) -> None:
         - ordered(array)
     ).tolist()
     assert max(map(abs, twice)) == 2  # the control: two ulps are seen
+
+
+def test_what_uses_whole_numbers_is_moved_by_an_ulp_of_what_is_computed_in() -> None:
+    tokens, pictures = np.zeros(1, np.int64), np.zeros(1, np.uint8)
+    for dtype in ("float64", "float32", "bfloat16"):
+        assert (
+            ulp_of_weights(dtype, tokens) == ulp_of_weights(dtype, pictures) == numpy_dtype(dtype)
+        )
+    weights = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
+    moved = {
+        kind: perturb_one_ulp(
+            weights, np.random.default_rng(1), ulp_of_weights("mixed_bfloat16", inputs)
+        )
+        for kind, inputs in (("tokens", tokens), ("pictures", pictures))
+    }
+    used = {kind: array.astype(ml_dtypes.bfloat16) for kind, array in moved.items()}
+    steps = ordered(used["tokens"]) - ordered(weights.astype(ml_dtypes.bfloat16))
+    assert {*steps.tolist()} == {-1, 0, 1}
+    assert np.mean(steps != 0) > 0.6  # measured 0.67; the control, an ulp of float32: 0
+    assert np.mean(used["pictures"] != weights.astype(ml_dtypes.bfloat16)) < 0.01
 
 
 @dtypes
