@@ -41,12 +41,13 @@ def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTr
 
 
 def validate_optimizer(
-    config: Config, optimizer: optax.GradientTransformation, parameters: Parameters
+    config: Config, optimizer: optax.GradientTransformationExtraArgs, parameters: Parameters
 ) -> None:
     """Raise ConfigError unless the user's optimizer can take a step. It is traced, and not run."""
 
     def step(parameters: Parameters) -> Parameters:
-        updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
+        state, loss = optimizer.init(parameters), jnp.zeros(())  # for a plateau
+        updates, _ = optimizer.update(parameters, state, parameters, value=loss)
         return optax.apply_updates(parameters, updates)
 
     with pairs.user_code_errors(config.model, "flax", "take a step of its optimizer"):

@@ -192,6 +192,12 @@ def test_an_optimizer_that_cannot_be_used_is_refused_in_one_line(
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
+def test_a_plateau_is_a_schedule_of_it(tmp_path: Path) -> None:
+    status, report = run(tmp_path, "ADAMAX", "--schedule", "plateau:patience=1")
+    [lens] = report["lenses"]
+    assert status == 0 and lens["max_abs_loss_gap"] < BOUND
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
