@@ -58,6 +58,10 @@ def read(folder: Path) -> dict[str, ScriptRuns]:
     """
     if not folder.exists():
         raise RecordError(f"there is no folder {folder}: make it with record SCRIPT --out {folder}")
+    if not folder.is_dir():
+        raise RecordError(
+            f"{folder} is a file: give the folder of its recordings; record SCRIPT --out DIR makes one"
+        )
     found: dict[str, ScriptRuns] = {}
     for precision in PRECISIONS:
         path = folder / file_name(precision, None)

@@ -117,7 +117,9 @@ class Record:
 
 def windows(steps: int) -> list[tuple[int, int]]:
     """Split the run into windows [0, 1), [1, 3), [3, 10), [10, 30), ...: (start, stop) pairs; the
-    remainder joins the last."""
+    remainder joins the last. None of no steps."""
+    if steps == 0:
+        return []
     bounds = [0, 1]
     while (bound := (1, 3)[len(bounds) % 2 == 0] * 10 ** ((len(bounds) - 1) // 2)) <= steps:
         bounds.append(bound)

@@ -207,7 +207,8 @@ def compare_scripts(
         shared = ours.until(nonfinite_at), theirs.until(nonfinite_at)
     whole = nonfinite_at is None and a.run.steps == b.run.steps
     checks, contradicted = believed(all_checks(*shared, finished=whole), alignment)
-    if not any(check.stage in EVIDENCE and check.tensor != "lr" for check in checks):
+    told = any(check.stage in EVIDENCE and check.tensor != "lr" for check in checks)
+    if not told and nonfinite_at != 0:
         raise RecordError(
             f"{sides[A]} and {sides[B]} have nothing in common to compare: give run.step the loss "
             "and the parameters in both, and name tensors in a --names file"

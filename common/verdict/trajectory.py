@@ -65,7 +65,7 @@ def check_series(
     """
     spans = [slice(start, stop) for start, stop in windows(a.run.steps)]
     checks = []
-    for span, following in zip(spans, [*spans[1:], spans[-1]], strict=True):
+    for span, following in zip(spans, [*spans[1:], *spans[-1:]], strict=True):
         checks.append(_check_range(a, b, quantity, stage, span, following, of))
         if quantity != "lr" and a.run.dtype == "float64":
             own = (_check_own_twins(side, quantity, stage, span, of) for side in (a, b))

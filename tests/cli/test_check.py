@@ -426,3 +426,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     ).error  # fmt: skip
     with pytest.raises(LockstepError, match="--out"):
         lockstep.record(pair[0], tmp_path / "file")
+
+
+def test_two_scripts_that_blow_up_in_their_first_step_are_said_to(
+    write: Write, said: Callable[..., Said], tmp_path: Path
+) -> None:
+    scripts = [
+        write(name, ('params["bias"] - y).mean()', 'params["bias"] - y).mean() * jnp.nan'))
+        for name in ("a.py", "b.py")
+    ]
+    found = said("check", *scripts, *FLOAT64, "--out", tmp_path / "out")
+    text = " ".join(found.out.split())
+    assert found.status == 1 and found.err == ""
+    assert "a loss that is not finite at the same step (float64: step 0)" in text
+
+
+def test_a_file_is_no_folder_of_recordings(write: Write, said: Callable[..., Said]) -> None:
+    script = write("a.py")
+    assert f"{script} is a file: give the folder of its" in said("diff", script, script).error

@@ -1351,7 +1351,7 @@ def test_a_single_record_is_described_and_compared_with_nothing(dtype: str) -> N
     assert lens["first_divergence"] is lens["max_abs_loss_gap"] is lens["predictions_equal"] is None
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 11, 29, 30, 100, 101, 999, 37_500])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 10, 11, 29, 30, 100, 101, 999, 37_500])
 def test_stretches_cover_every_step_once_and_grow(steps: int) -> None:
     pieces = windows(steps)
     assert [step for start, stop in pieces for step in range(start, stop)] == list(range(steps))
