@@ -362,11 +362,13 @@ def validate_module(model: str, network: Network, task: protocol.Task, loss: Los
     check_outputs(model, outputs[0], labels, task.classes, loss)
     leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
     drawn, changed = map(changed_variables, before, after)
-    if drawn or not all(map(np.array_equal, *leaves)):
+    if drawn or not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*leaves, strict=True)):
         where = f" ({shorten(drawn)})" if drawn else ""
         raise ConfigError(
             f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
         )
+    if any(bool(jnp.isnan(leaf).any()) for leaf in leaves[0]):
+        raise ConfigError(f"--model {model}: flax's module gives NaN: {pair.NAN_HINT}")
     if changed:
         raise ConfigError(
             f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"
@@ -381,9 +383,11 @@ def check_outputs(
         shape = tuple(outputs.shape) if isinstance(outputs, jax.Array) else type(outputs).__name__
         if shape != (len(labels), classes):
             raise ConfigError(
-                f"--model {model}: flax gives {shape} for {len(labels)} images: let it give "
-                f"logits, {(len(labels), classes)}, or name a loss in the pair"
+                f"--model {model}: flax gives {shape} for {len(labels)} images: "
+                f"{pair.logits_hint(len(labels), classes)}"
             )
+        if isinstance(outputs, jax.Array) and not jnp.issubdtype(outputs.dtype, jnp.floating):
+            raise ConfigError(f"--model {model}: flax gives {outputs.dtype}: {pair.FLOAT_HINT}")
         return
     remedy = pair.fitting(outputs, labels)
     with pair.user_code_errors(model, "flax", "compute the loss", remedy):

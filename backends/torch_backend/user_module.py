@@ -190,7 +190,9 @@ def validate_module(
             drawn = not torch.equal(before, torch.get_rng_state())
     check_outputs(model, outputs[0], labels, task.classes, loss)
     leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
-    if drawn or not all(map(torch.equal, *leaves)):
+    if drawn or not all(
+        torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(*leaves, strict=True)
+    ):
         names = [
             name
             for name, layer in module.named_modules()
@@ -200,6 +202,8 @@ def validate_module(
         raise ConfigError(
             f"--model {model}: torch's module draws its own random numbers{where}: {pairs.RNG_HINT}"
         )
+    if any(bool(leaf.isnan().any()) for leaf in leaves[0]):
+        raise ConfigError(f"--model {model}: torch's module gives NaN: {pairs.NAN_HINT}")
     kept, after = convert.statistics(module), copies[0].state_dict()
     for name, tensor in module.state_dict().items():
         tracked = name in kept or name.endswith(IGNORED_BUFFERS)
@@ -217,9 +221,12 @@ def check_outputs(
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if shape != (len(labels), classes):
             raise ConfigError(
-                f"--model {model}: torch gives {shape} for {len(labels)} images: let it give "
-                f"logits, {(len(labels), classes)}, or name a loss in the pair"
+                f"--model {model}: torch gives {shape} for {len(labels)} images: "
+                f"{pairs.logits_hint(len(labels), classes)}"
             )
+        if isinstance(outputs, Tensor) and not outputs.is_floating_point():
+            dtype = str(outputs.dtype).removeprefix("torch.")
+            raise ConfigError(f"--model {model}: torch gives {dtype}: {pairs.FLOAT_HINT}")
         return
     remedy = pairs.fitting(outputs, labels)
     with torch.no_grad(), pairs.user_code_errors(model, "torch", "compute the loss", remedy):

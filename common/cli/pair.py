@@ -45,7 +45,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     digest = pairs.source_digest(model)
 
     from lockstep.common import data
-    from lockstep.common.data import of_pair
+    from lockstep.common.data import of_pair, sources
     from lockstep.common.evidence import initialisation, pair_check
     from lockstep.common.report import Terminal, write_json
     from lockstep.common.report.summary import exchanged_text
@@ -53,6 +53,7 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     dataset = of_pair.example(model)
     if dataset is None and options.data == "auto":
+        sources.check(options.data, options.data_dir)
         dataset = of_pair.own(model) or of_pair.random_pictures(model)
     if dataset is None:
         progress = not options.quiet
@@ -78,10 +79,12 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
             tuning.free_programs()
         with tuning.few_optimizations(small):
             starts = initialisation.compare_starts(draws)
+    terminal.line(f"One batch in float64: {size} samples of {dataset.name}")
     report = {
         "schema": 1,
         "command": program.typed(invocation.arguments),
         "model": model,
+        "data": dataset.name,
         **found.to_json(),
         "exchanged": exchanged,
         "starts": None if starts is None else [dataclasses.asdict(start) for start in starts],

@@ -59,7 +59,9 @@ def rows(rank: Rank, batch: int) -> slice:
 def check_shares(config: Config, count: int, batch: int) -> None:
     """Raise ConfigError if `count` processes cannot train on a batch of so many images: each needs
     one, and with local batch norms all need equally many."""
-    remedy = "choose another --batch-size, fewer --processes, or --drop-last"
+    remedy = "choose another --batch-size or fewer --processes"
+    if batch != config.batch_size:  # an epoch's last one
+        remedy += ", or --drop-last"
     if batch < count:
         raise ConfigError(f"{count} processes cannot share a batch of {batch}: {remedy}")
     if config.batch_norm == "local" and batch % count:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,9 @@ def measure(
             for stage in STAGES
         },
         bound=PROOF_BOUND,
-        first_difference=describe_difference(checks, records, modules, own is not None)
+        first_difference=describe_difference(
+            checks, records, modules, own is not None, pair.load(config.model).flattened
+        )
         if failed
         else None,
     )
@@ -124,6 +127,7 @@ def describe_difference(
     records: list[Record],
     modules: Mapping[str, ModuleNames],
     own: bool = False,
+    declared: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Location:
     """Where the two networks differ, and the usual cause, or the line that the pair lacks.
 
@@ -131,6 +135,7 @@ def describe_difference(
         checks: in causal order; one fails.
         modules: by backend.
         own: whether both started from PyTorch's own weights.
+        declared: `Pair.flattened`.
     """
     weights = "PyTorch's own initial weights" if own else "the same weights"
     names, check = list(modules), next(check for check in checks if not check.agrees)
@@ -147,13 +152,21 @@ def describe_difference(
     if own and check.stage == "backward":  # from drawn weights, gradients agree
         return dataclasses.replace(found, causes=(AT_ZERO, *found.causes[:1]))
     layer = check.tensor.removeprefix(pair.INPUT_PREFIX)
-    if layer != check.tensor and one is not None and other is not None:
-        shape, kernel = flatten_shape(one, other), modules[names[0]].native.get(f"{layer}.kernel")
-        if shape is not None and kernel is not None:
-            line = f"flattened={ {kernel.rpartition('.')[0]: shape} }"
-            cause = f"a flatten, which unrolls channels first in PyTorch; add to the pair: {line}"
-            return dataclasses.replace(found, causes=(cause,))
-    return found
+    kernel = modules[names[0]].native.get(f"{layer}.kernel")
+    if layer == check.tensor or kernel is None or one is None or other is None:
+        return found
+    name = kernel.rpartition(".")[0]
+    if name in declared and found.pattern == locate.REORDERED:
+        cause = (
+            f"the pair's flattened says {declared[name]} of {name}: give the channels, height and width "
+            "before the flatten, or leave it out if both sides unroll alike"
+        )
+    elif name not in declared and (shape := flatten_shape(one, other)) is not None:
+        cause = "a flatten, which unrolls channels first in PyTorch; add to the pair: "
+        cause += f"flattened={ {name: shape} }"
+    else:
+        return found
+    return dataclasses.replace(found, causes=(cause,), fixes=())
 
 
 def flatten_shape(torch: np.ndarray, flax: np.ndarray) -> tuple[int, int, int] | None:

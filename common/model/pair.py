@@ -26,6 +26,8 @@ INPUT_PREFIX = "input of "  # a layer, in the names of activations
 RNG_HINT = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.backends.flax_backend.layers, which leave out the same units"
 NO_SMOOTHING = "--label-smoothing is of the cross entropy of one class per image: leave it out"
 DATA_HINT = "let it take them, or name its data, with --data or in the pair"
+NAN_HINT = "look for a division by zero, or for a root or a logarithm of what may be negative"
+FLOAT_HINT = "let it give logits, numbers of floating point"
 STATE_HINT = "keep nothing from step to step but a batch norm's statistics"
 Network = (
     Callable[..., Any] | str
@@ -97,11 +99,21 @@ def _load_users(model: str) -> Pair:
         found = getattr(_imported(place, lambda: _import_file(Path(place))), name, None)
     else:
         found = getattr(_imported(place, lambda: importlib.import_module(place)), name, None)
-    if not isinstance(found, Pair):
-        what = f"no {name}" if found is None else f"{name}, which is a {type(found).__name__}"
+    if found is None:
         raise ConfigError(
-            f"--model {model}: {place} has {what}: write {name} = Pair(torch=..., flax=...) there"
+            f"--model {model}: {place} has no {name}: write {name} = Pair(torch=..., flax=...) there"
         )
+    if not isinstance(found, Pair):
+        raise ConfigError(
+            f"--model {model}: {name} in {place} is no pair: write PAIR = Pair(torch=..., flax=...) "
+            f"there, and give {place}:PAIR"
+        )
+    for side in ("torch", "flax"):
+        if any(kind.__name__ == "Module" for kind in type(getattr(found, side)).__mro__):
+            raise ConfigError(
+                f"--model {model}: its {side} is a module that is already built: give its class, or "
+                "a function that builds it"
+            )
     if not _is_dictionary(found.names, lambda name: isinstance(name, str)):
         raise ConfigError(
             f"--model {model}: names must be a dictionary of texts: PyTorch's name, and Flax's"
@@ -231,6 +243,8 @@ def source_digest(model: str) -> str | None:
     if model in MODELS:
         return None
     place, colon, name = model.rpartition(":")
+    if model.endswith(".py"):
+        raise ConfigError(f"--model {model}: say which pair in it, such as {model}:PAIR")
     if not colon or not place or not name.isidentifier():
         raise ConfigError(f"unknown model {model!r}: {did_you_mean(model, MODELS)}, or {SYNTAX}")
     if is_path(place):
@@ -239,7 +253,8 @@ def source_digest(model: str) -> str | None:
         spec = _imported(place, lambda: importlib.util.find_spec(place))
         path = None if spec is None else spec.origin
     if path is None or not os.path.isfile(path):
-        raise ConfigError(f"--model {model}: there is no {place}: give {SYNTAX}")
+        missing = "is no file of Python, ending in .py" if os.path.exists(place) else "is not there"
+        raise ConfigError(f"--model {model}: {place} {missing}: give {SYNTAX}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -277,6 +292,14 @@ def user_code_errors(
 def named(inputs: np.ndarray) -> str:
     """What inputs are, in a message."""
     return "images" if inputs.ndim == 4 else "inputs"
+
+
+def logits_hint(count: int, classes: int) -> str:
+    """The remedy where a network's outputs are no logits of the classes of its data."""
+    return (
+        f"let it give logits, {(count, classes)}, or give the pair its own inputs and targets, "
+        "example=(x, y), and the loss that they need"
+    )
 
 
 def fitting(outputs: object, targets: object) -> str:

@@ -50,6 +50,7 @@ REPLAY_STEPS = 30  # before the step at which the runs were seen to diverge
 # 26 times in one step.
 JUMP = 1000.0
 N_WORST = 5
+REORDERED = "the same numbers in another order"
 RTOL = 1e-6  # relative residual under which one tensor is called a multiple of the other
 
 Tensors = tuple[np.ndarray | None, np.ndarray | None]  # of both runs; None where one has none
@@ -395,7 +396,7 @@ def describe_relation(
     with np.errstate(all="ignore"):  # where squares overflow or vanish, nothing is to be seen
         size = np.linalg.norm(a)
         if np.linalg.norm(np.sort(a) - np.sort(b)) <= RTOL * size < np.linalg.norm(a - b):
-            return "the same numbers in another order"
+            return REORDERED
         factor = (a @ b) / np.square(size)
         if abs(factor - 1) > RTOL and np.linalg.norm(b - factor * a) <= RTOL * abs(factor) * size:
             return f"{names[1]} is {format_distinct(factor, 1.0)[0]} times {names[0]}"

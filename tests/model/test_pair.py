@@ -78,6 +78,16 @@ class Flax(nnx.Module):
         return self.out(self.drop(nnx.relu(self.norm(self.fc(x.reshape(len(x), -1)))))) * self.scale[...]
 
 
+class Whole(Torch):
+    def forward(self, x):
+        return super().forward(x).round().long()
+
+
+class WholePort(Flax):
+    def __call__(self, x):
+        return super().__call__(x).astype(jnp.int32)
+
+
 def pair(torch={}, flax={}, flattened={"fc": (3, 32, 32)}, **declared):
     return Pair(partial(Torch, **torch), partial(Flax, **flax), flattened=flattened, **declared)
 
@@ -399,6 +409,24 @@ def test_what_was_unrolled_is_read_off_two_inputs_and_off_others_nothing() -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("declared", "cause"),
+    [
+        ({}, "add to the pair: flattened={'fc': (3, 32, 32)}"),
+        ({"fc": (32, 32, 3)}, "the pair's flattened says (32, 32, 3) of fc: give the channels"),
+    ],
+    ids=["missing", "wrong"],
+)
+def test_a_flatten_that_is_missing_or_wrong_is_named_with_one_remedy(
+    declared: dict[str, Any], cause: str, tmp_path: Path
+) -> None:
+    model = written(tmp_path, f"pair(flattened={declared})")
+    assert compare.main(["pair", model, "--out", str(tmp_path), "--quiet"]) == 1
+    first = json.loads((tmp_path / "report.json").read_text())["first_difference"]
+    assert cause in first["causes"][0]
+    assert first["fixes"] == []
+
+
 # --- Any inputs, outputs and losses
 
 EXAMPLES = Path(__file__).with_name("examples.py")
@@ -553,6 +581,20 @@ REFUSED = {
         "pair(flax={'outputs': 7})",
         "flax gives (2, 7) for 2 images: let it give logits",
     ),
+    "NaN in PyTorch": ("pair(torch={'norm': float('nan')})", "torch's module gives NaN: look for"),
+    "NaN in Flax": ("pair(flax={'norm': float('nan')})", "flax's module gives NaN: look for"),
+    "whole numbers in PyTorch": (
+        "Pair(lambda classes: Whole(classes), Flax, flattened={'fc': (3, 32, 32)})",
+        "torch gives int64: let it give logits, numbers of floating point",
+    ),
+    "whole numbers in Flax": (
+        "Pair(Torch, WholePort, flattened={'fc': (3, 32, 32)})",
+        "flax gives int32: let it give logits, numbers of floating point",
+    ),
+    "a module that is built": (
+        "Pair(Torch(10), Flax)",
+        "its torch is a module that is already built: give its class",
+    ),
     "a forward pass that fails": (
         "pair(flax={'fails': True})",
         "flax cannot take images (2, 32, 32, 3) (RuntimeError",
@@ -669,11 +711,12 @@ def test_the_pair_that_the_refused_ones_are_made_of_is_one(
     ("model", "expected"),
     [
         ("nothing", "unknown model 'nothing': choose one of net, mlp"),
-        ("{folder}/none.py:PAIR", "there is no"),
+        ("{folder}/none.py:PAIR", "none.py is not there"),
         ("no.such.module:PAIR", "no.such.module cannot be imported (ModuleNotFoundError"),
         ("{folder}/small.py:NONE", "has no NONE: write NONE = Pair(torch=..., flax=...) there"),
-        ("{folder}/small.py:NO_PAIR", "has NO_PAIR, which is a int"),
-        ("{folder}/small.py", "unknown model"),
+        ("{folder}/small.py:NO_PAIR", "NO_PAIR in {folder}/small.py is no pair: write PAIR ="),
+        ("{folder}/small.py", "say which pair in it, such as {folder}/small.py:PAIR"),
+        ("{folder}:PAIR", "is no file of Python, ending in .py"),
         (
             "{folder}/broken.py:PAIR",
             "broken.py cannot be imported (ZeroDivisionError: division by zero)",
@@ -686,7 +729,9 @@ def test_a_pair_that_is_not_there_is_refused_in_one_line(
 ) -> None:
     file.with_name("broken.py").write_text("1 / 0")
     file.with_name("leaves.py").write_text("raise SystemExit")
-    assert expected in said(capsys, "--model", model.format(folder=file.parent), "--data", "digits")
+    folder = file.parent
+    error = said(capsys, "--model", model.format(folder=folder), "--data", "digits")
+    assert expected.format(folder=folder) in error
 
 
 def test_a_builder_may_be_named_and_is_looked_up_when_its_framework_is_wanted(file: Path) -> None:
