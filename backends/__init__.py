@@ -18,6 +18,12 @@ ORIGINAL_SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT")  # for programs without t
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# XLA's older code generator, and one file of code in place of 32: with both, the programs of a
+# network are compiled in 1.2 s in place of 6.8 s. An XLA that does not know an option ends the
+# process, so versions that were not tried do without.
+QUICK_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+KNOWN_JAXLIB = "0.10."
+
 if TYPE_CHECKING:
     from lockstep.backends.flax_backend.backend import FlaxBackend
     from lockstep.backends.torch_backend.backend import TorchBackend
@@ -74,16 +80,10 @@ def build(
     return getattr(_module(name, "processes"), f"{name.title()}Rank")(*arguments, rank)
 
 
-# XLA's older code generator, and one file of code in place of 32: with both, the programs of a
-# network are compiled in 1.2 s in place of 6.8 s. An XLA that does not know an option ends the
-# process, so versions that were not tried do without.
-QUICK_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-KNOWN_JAXLIB = "0.10."
-
-
 def compile_quickly() -> None:
-    """Let XLA compile quickly in place of well, in this process and those that it starts: for programs
-    that run a few times. XLA reads the options once, when JAX starts."""
+    """Have XLA compile in less time, in this process and in those that it starts. The programs run
+    slower, so this is for programs that run a few times. XLA reads the options once, when JAX
+    starts."""
     try:
         version = metadata.version("jaxlib")
     except metadata.PackageNotFoundError:

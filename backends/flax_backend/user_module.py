@@ -361,14 +361,14 @@ def validate_module(model: str, network: Network, task: protocol.Task, loss: Los
     outputs, (after, _) = zip(*trials, strict=True)
     check_outputs(model, outputs[0], labels, task.classes, loss)
     leaves = [[leaf for _, leaf in trees.leaves(output)] for output in outputs]
+    if any(bool(jnp.isnan(leaf).any()) for leaf in leaves[0]):
+        raise ConfigError(f"--model {model}: flax's module gives NaN: {pair.NAN_HINT}")
     drawn, changed = map(changed_variables, before, after)
-    if drawn or not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*leaves, strict=True)):
+    if drawn or not all(map(np.array_equal, *leaves)):
         where = f" ({shorten(drawn)})" if drawn else ""
         raise ConfigError(
             f"--model {model}: flax's module draws its own random numbers{where}: {pair.RNG_HINT}"
         )
-    if any(bool(jnp.isnan(leaf).any()) for leaf in leaves[0]):
-        raise ConfigError(f"--model {model}: flax's module gives NaN: {pair.NAN_HINT}")
     if changed:
         raise ConfigError(
             f"--model {model}: flax's forward pass changes {shorten(changed)}: {pair.STATE_HINT}"

@@ -92,6 +92,6 @@ def compare(
 def run_and_exit() -> NoReturn:
     """The whole program: carry out the command line, then end the process."""
     environment.relax_gc()
-    if sys.argv[1:2] == ["pair"]:  # takes each step once or twice, and then ends this process
+    if sys.argv[1:2] == ["pair"]:  # its programs run once or twice
         backends.compile_quickly()
     environment.exit_fast(main())

@@ -214,9 +214,7 @@ AUTO_DATA = "CIFAR-10 if it is there or can be downloaded, else scikit-learn's d
 
 
 def add_data(parser: Parser, auto: str = AUTO_DATA) -> None:
-    """Args:
-    auto: what is read unless the user names data.
-    """
+    """The options that name the data; `auto` says what is read where the user names none."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",

@@ -74,9 +74,9 @@ def _named(model: str, given: Any) -> Mapping[str, Any]:
 
 
 def random_pictures(model: str, count: int = 1_000) -> Dataset:
-    """Pictures of random pixels, each of one of ten classes, for a pair that brings no data and is
-    not trained. Of grey pictures it would not be seen that two networks take the colours in
-    different orders."""
+    """Random uint8 pictures (count, 32, 32, 3) with int64 labels (count,), for a pair that brings no
+    data and is not trained. Grey pictures would hide a network that takes the colours in another
+    order."""
     generator = np.random.default_rng(0)
     pictures = generator.integers(0, 256, (count, 32, 32, 3), np.uint8)
     labelled = model in MODELS or pairs.is_labelled(model)

@@ -27,7 +27,7 @@ RNG_HINT = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.b
 NO_SMOOTHING = "--label-smoothing is of the cross entropy of one class per image: leave it out"
 DATA_HINT = "let it take them, or name its data, with --data or in the pair"
 NAN_HINT = "look for a division by zero, or for a root or a logarithm of what may be negative"
-FLOAT_HINT = "let it give logits, numbers of floating point"
+FLOAT_HINT = "let it give logits, in floating point"
 STATE_HINT = "keep nothing from step to step but a batch norm's statistics"
 Network = (
     Callable[..., Any] | str
@@ -105,7 +105,7 @@ def _load_users(model: str) -> Pair:
         )
     if not isinstance(found, Pair):
         raise ConfigError(
-            f"--model {model}: {name} in {place} is no pair: write PAIR = Pair(torch=..., flax=...) "
+            f"--model {model}: {name} in {place} is not a Pair: write PAIR = Pair(torch=..., flax=...) "
             f"there, and give {place}:PAIR"
         )
     for side in ("torch", "flax"):
@@ -253,7 +253,7 @@ def source_digest(model: str) -> str | None:
         spec = _imported(place, lambda: importlib.util.find_spec(place))
         path = None if spec is None else spec.origin
     if path is None or not os.path.isfile(path):
-        missing = "is no file of Python, ending in .py" if os.path.exists(place) else "is not there"
+        missing = "is not a Python file (.py)" if os.path.exists(place) else "does not exist"
         raise ConfigError(f"--model {model}: {place} {missing}: give {SYNTAX}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

@@ -19,11 +19,11 @@ REPLICATE = 0  # the number of the twin that nothing is moved in: the same run a
 
 
 def ulp_of_weights(dtype: str, inputs: np.ndarray) -> np.dtype:
-    """By whose ulp a twin's weights are moved: that of their own dtype, or, where the inputs are
-    whole numbers, which are not moved, that of the dtype that is computed in.
+    """The dtype whose ulp a twin's weights are moved by: the weights' own, or the compute dtype
+    where the inputs are integers, which are not moved.
 
-    In mixed precision an ulp of the weights is rounded away before it is used: of tokens, all twins
-    would be the run itself, and show nothing of rounding.
+    In mixed precision, the cast to the compute dtype rounds an ulp of the weights away. The twins of
+    a network on tokens would then equal the run, and show nothing of rounding.
     """
     return compute_dtype(dtype) if inputs.dtype.kind == "i" else numpy_dtype(dtype)
 
@@ -47,7 +47,7 @@ def perturb_one_ulp(
     """Each entry moved by one ulp up, one ulp down, or not at all, at random; zeros stay.
 
     Args:
-        ulp: whose it is, such as bfloat16's for an array of float32; None: the array's own.
+        ulp: the dtype whose ulp it is, such as bfloat16 for a float32 array; None: the array's.
     """
     if array.dtype.kind in "iu":  # tokens, of a pair's own
         return array

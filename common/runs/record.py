@@ -117,7 +117,7 @@ class Record:
 
 def windows(steps: int) -> list[tuple[int, int]]:
     """Split the run into windows [0, 1), [1, 3), [3, 10), [10, 30), ...: (start, stop) pairs; the
-    remainder joins the last. None of no steps."""
+    remainder joins the last. Without steps there is none."""
     if steps == 0:
         return []
     bounds = [0, 1]

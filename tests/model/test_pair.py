@@ -585,11 +585,11 @@ REFUSED = {
     "NaN in Flax": ("pair(flax={'norm': float('nan')})", "flax's module gives NaN: look for"),
     "whole numbers in PyTorch": (
         "Pair(lambda classes: Whole(classes), Flax, flattened={'fc': (3, 32, 32)})",
-        "torch gives int64: let it give logits, numbers of floating point",
+        "torch gives int64: let it give logits, in floating point",
     ),
     "whole numbers in Flax": (
         "Pair(Torch, WholePort, flattened={'fc': (3, 32, 32)})",
-        "flax gives int32: let it give logits, numbers of floating point",
+        "flax gives int32: let it give logits, in floating point",
     ),
     "a module that is built": (
         "Pair(Torch(10), Flax)",
@@ -711,12 +711,12 @@ def test_the_pair_that_the_refused_ones_are_made_of_is_one(
     ("model", "expected"),
     [
         ("nothing", "unknown model 'nothing': choose one of net, mlp"),
-        ("{folder}/none.py:PAIR", "none.py is not there"),
+        ("{folder}/none.py:PAIR", "none.py does not exist"),
         ("no.such.module:PAIR", "no.such.module cannot be imported (ModuleNotFoundError"),
         ("{folder}/small.py:NONE", "has no NONE: write NONE = Pair(torch=..., flax=...) there"),
-        ("{folder}/small.py:NO_PAIR", "NO_PAIR in {folder}/small.py is no pair: write PAIR ="),
+        ("{folder}/small.py:NO_PAIR", "NO_PAIR in {folder}/small.py is not a Pair: write PAIR ="),
         ("{folder}/small.py", "say which pair in it, such as {folder}/small.py:PAIR"),
-        ("{folder}:PAIR", "is no file of Python, ending in .py"),
+        ("{folder}:PAIR", "is not a Python file (.py)"),
         (
             "{folder}/broken.py:PAIR",
             "broken.py cannot be imported (ZeroDivisionError: division by zero)",
