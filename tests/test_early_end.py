@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_an_early_end_says_what_the_whole_run_says(tmp_path: Path) -> None:
     run = ["--data", "digits", "--steps", "250", "--quiet"]
     folder = tmp_path / "early"
 
-    def report(folder: Path) -> dict[str, object]:
+    def report(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "report.json").read_text())
 
     assert main([*run, "--model", f"{wrong}:PAIR", "--out", str(folder)]) == 1
@@ -102,7 +103,7 @@ def test_an_early_end_says_what_the_whole_run_says(tmp_path: Path) -> None:
     whole = report(folder)
     assert "ended_early" not in whole
     assert len(list(folder.glob("*.safetensors"))) == 8
-    (first,), (long, _) = found["lenses"], whole["lenses"]  # type: ignore[misc]
+    (first,), (long, _) = found["lenses"], whole["lenses"]
     assert (first["steps"], long["steps"]) == (2, 250)
     assert (first["located"], first["verdict"]) == (long["located"], long["verdict"])
 
