@@ -26,6 +26,7 @@ from lockstep.common.verdict.check import Check
 from lockstep.common.verdict.comparison import Location, divergence
 from lockstep.common.verdict.distances import magnitude, max_tensor_difference
 from lockstep.common.verdict.failures import failures
+from lockstep.common.verdict.relations import REORDERED
 from lockstep.common.verdict.statistics import PROOF_BOUND
 
 AT_ZERO = (
@@ -156,7 +157,7 @@ def describe_difference(
     if layer == check.tensor or kernel is None or one is None or other is None:
         return found
     name = kernel.rpartition(".")[0]
-    if name in declared and found.pattern == locate.REORDERED:
+    if name in declared and found.pattern == REORDERED:
         cause = (
             f"the pair's flattened says {declared[name]} of {name}: give the channels, height and width "
             "before the flatten, or leave it out if both sides unroll alike"

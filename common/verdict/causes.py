@@ -23,7 +23,7 @@ class Cause:
 
     stage: str  # "" fits any
     tensor: str  # regular expression; "" fits any
-    # Of what was seen (`locate.describe_relation`, `failures.common`), a regular expression; "" fits
+    # Of what was seen (`relations.describe_relation`, `failures.common`), a regular expression; "" fits
     # any, and that nothing was seen.
     pattern: str
     text: str
@@ -36,7 +36,13 @@ CAUSES = (
     Cause(
         "data",
         "images",
-        "another order",
+        "another order along axis 0",
+        "the samples of the batch come in another order: another shuffle",
+    ),
+    Cause(
+        "data",
+        "images",
+        "another order(?! along axis 0)",
         "the channels are in another order (BGR), or the port shuffles for itself",
         fix="images = images[..., ::-1]  # BGR to RGB",
     ),
@@ -98,7 +104,15 @@ CAUSES = (
     Cause(
         "forward",
         "input of",
-        "another order",
+        "another order(:| along)",
+        "the module exchanges two axes or turns one round: rows and columns, or the order of the "
+        "colours (BGR)",
+        fix="x = x[..., ::-1]  # the colours the other way round",
+    ),
+    Cause(
+        "forward",
+        "input of",
+        "another order(?!:| along)",
         "flatten: PyTorch unrolls (C, H, W), Flax (H, W, C); see `flattened`",
         fix="x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # in Flax: PyTorch's order",
     ),
@@ -275,6 +289,10 @@ CAUSES = (
         fix="model.eval()  # before evaluation, on both sides",
     ),
 )
+NOT_FINITE = (
+    "a division by 0, a logarithm of 0, or a root whose gradient is taken at 0; `jnp.where` alone does "
+    "not keep NaN out of a gradient"
+)
 FLOAT32 = (
     "float32 inside: a gap of {share:.0e} of the largest entry is what float32 rounds: a constant, "
     "a cast, or a layer that keeps float32"
@@ -306,6 +324,8 @@ def find_causes(
             from its name.
         known: in the order in which they are tried.
     """
+    if pattern and "not finite" in pattern:
+        return (NOT_FINITE,)
     if kind is None:
         kind = kind_by_name(tensor)
     fitting = [

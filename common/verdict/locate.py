@@ -36,12 +36,12 @@ from lockstep.common.verdict.comparison import (
     Entry,
     Location,
     divergence,
-    format_distinct,
 )
 from lockstep.common.verdict.distances import abs_differences, magnitude, max_tensor_difference
 from lockstep.common.verdict.failures import Failures, failures
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.rank_checks import METHOD, check_ranks, ranks_location
+from lockstep.common.verdict.relations import describe_relation, largest_differences
 
 # keeps these random numbers apart from those of lockstep.common.model.initial_weights
 REPLAY_STREAM = 4
@@ -49,9 +49,6 @@ REPLAY_STEPS = 30  # before the step at which the runs were seen to diverge
 # Times the gap one step earlier, and the bound. In 40 clean float64 pairs rounding grew by at most
 # 26 times in one step.
 JUMP = 1000.0
-N_WORST = 5
-REORDERED = "the same numbers in another order"
-RTOL = 1e-6  # relative residual under which one tensor is called a multiple of the other
 
 Tensors = tuple[np.ndarray | None, np.ndarray | None]  # of both runs; None where one has none
 
@@ -352,19 +349,6 @@ def describe(
     )
 
 
-def largest_differences(a: np.ndarray, b: np.ndarray) -> tuple[Entry, ...]:
-    """The entries of two arrays of one shape that differ most, the worst first."""
-    differences = abs_differences(np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64))
-    return tuple(
-        Entry(
-            tuple(int(part) for part in np.unravel_index(index, a.shape)),
-            (float(a.flat[index]), float(b.flat[index])),
-        )
-        for index in np.argsort(-differences, kind="stable")[:N_WORST]
-        if differences[index] > 0
-    )
-
-
 def _relative_gap(tensors: Tensors) -> float:
     """The largest gap as a share of the largest entry, where a side is float64; 0 in other
     precisions, and where tensors cannot be compared."""
@@ -375,29 +359,3 @@ def _relative_gap(tensors: Tensors) -> float:
     if scale == 0 or np.float64 not in (a.dtype, b.dtype):
         return 0.0
     return max_tensor_difference(a.astype(np.float64), b.astype(np.float64))[0] / scale
-
-
-def describe_relation(
-    a: np.ndarray, b: np.ndarray, names: Sequence[str], classes: bool = False
-) -> str | None:
-    """How one tensor is made of the other, where that can be seen: numbering, order, or a common
-    factor."""
-    if classes:
-        pairs = set(zip(a.ravel().tolist(), b.ravel().tolist(), strict=True))
-        sizes = {len(pairs), len({a for a, _ in pairs}), len({b for _, b in pairs})}
-        renumbered = len(sizes) == 1 < len(pairs) and any(a != b for a, b in pairs)
-        return "the same predictions under another numbering of the classes" if renumbered else None
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    if len(a) < 2 or not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
-        return None
-    zeros = [not np.any(a), not np.any(b)]
-    if any(zeros):
-        return None if all(zeros) else f"{names[zeros.index(True)]} has nothing but zeros"
-    with np.errstate(all="ignore"):  # where squares overflow or vanish, nothing is to be seen
-        size = np.linalg.norm(a)
-        if np.linalg.norm(np.sort(a) - np.sort(b)) <= RTOL * size < np.linalg.norm(a - b):
-            return REORDERED
-        factor = (a @ b) / np.square(size)
-        if abs(factor - 1) > RTOL and np.linalg.norm(b - factor * a) <= RTOL * abs(factor) * size:
-            return f"{names[1]} is {format_distinct(factor, 1.0)[0]} times {names[0]}"
-    return None

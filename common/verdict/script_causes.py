@@ -15,7 +15,7 @@ EXACT = 1e-6  # relative residual under which a difference is called a multiple 
 ABOUT = 0.02  # the same for "about": decay and rounding of small entries may be in it
 SINGLE = (1e-9, 1e-5)  # relative gaps in which float32's rounding shows in a float64 run
 
-TIMES = r" is .*times "  # of `locate.describe_relation` and `_times`
+TIMES = r" is .*times "  # of `relations.describe_relation` and `_times`
 ZEROS, SAME_NUMBERS = "nothing but zeros", "another order"
 PLACED = r"\bequals\b|stored as"  # of `matching.Difference.text`
 STALE = "the updates before it agree"
@@ -255,7 +255,7 @@ def causes_of(stage: str, tensor: str, pattern: str | None) -> tuple[str, ...]:
 
     Args:
         tensor: both sides' names of it.
-        pattern: of `relation_of` or `locate.describe_relation`.
+        pattern: of `relation_of` or `relations.describe_relation`.
     """
     return find_causes(stage, tensor.lower(), pattern, "", CAUSES)
 

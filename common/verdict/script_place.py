@@ -16,9 +16,10 @@ from lockstep.common.verdict.check import MEAN, Check
 from lockstep.common.verdict.comparison import Entry
 from lockstep.common.verdict.distances import magnitude
 from lockstep.common.verdict.failures import common
-from lockstep.common.verdict.locate import Tensors, describe_relation, largest_differences
+from lockstep.common.verdict.locate import Tensors
 from lockstep.common.verdict.rank_checks import CAUSES as RANK_CAUSES
 from lockstep.common.verdict.rank_checks import checks_of
+from lockstep.common.verdict.relations import describe_relation, largest_differences
 from lockstep.common.verdict.script_causes import (
     BY_ONE_FACTOR,
     BY_OWN_FACTORS,

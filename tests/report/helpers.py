@@ -100,10 +100,14 @@ def comparison(
     }
 
 
-def found(tensor: str = "conv1", **changes: Any) -> Any:
-    """What `locate` says of where two runs diverge."""
+def found(tensor: str = "conv1", entry: float = -9.0, **changes: Any) -> Any:
+    """What `locate` says of where two runs diverge.
+
+    Args:
+        entry: the one of PyTorch's tensor that differs most.
+    """
     first = Divergence(17, "forward", tensor, 2.0, 1e-7, BACKENDS, (1.0, 3.0))
-    pair = np.array([[1.0, 2.0], [np.nan, 4.0]]), np.array([[3.0, 2.0], [3.0, 1 / 3]])
+    pair = np.array([[1.0, 2.0], [entry, 4.0]]), np.array([[3.0, 2.0], [3.0, 1 / 3]])
     how = "replayed: both took step 17 from the state that torch had before it"
     return locate.describe(first, pair, how).to_json() | changes
 

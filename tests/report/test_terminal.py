@@ -349,11 +349,18 @@ def test_where_runs_diverge_is_shown_with_what_is_likely_and_the_entries_that_di
     rows = text[text.index("largest differences in conv1") :].splitlines()
     assert rows[0].split() == ["largest", "differences", "in", "conv1", "torch", "flax"]
     assert [row.split() for row in rows[2:5]] == [
-        ["[1,", "0]", "not", "finite", "3"],
+        ["[1,", "0]", "-9", "3"],
         ["[1,", "1]", "4", "0.333333333"],
         ["[0,", "0]", "1", "3"],
     ]
     assert len(rows) == 5  # what is the same is no difference
+
+
+def test_entries_that_are_not_finite_are_shown_with_their_own_cause() -> None:
+    flat = " ".join(located(found(entry=math.nan)).split())
+    assert "In conv1: 1 of 4 entries of torch are not finite, none of flax." in flat
+    assert "[1, 0] not finite 3" in flat
+    assert "A likely cause: a division by 0" in flat and "padding" not in flat
 
 
 def test_where_runs_diverge_is_said_without_what_is_not_known() -> None:

@@ -38,7 +38,8 @@ from lockstep.common.verdict.causes import CAUSES, NAMED, Cause, find_causes
 from lockstep.common.verdict.compare import compare
 from lockstep.common.verdict.comparison import Divergence, Location
 from lockstep.common.verdict.first_steps import check_first_steps
-from lockstep.common.verdict.locate import N_WORST, describe_relation, one_step
+from lockstep.common.verdict.locate import one_step
+from lockstep.common.verdict.relations import N_WORST, describe_relation
 from tests.conftest import SilentObserver
 from tests.marks import slow_except
 from tests.verdict.helpers import diverging
@@ -55,8 +56,11 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 def test_a_tensor_in_another_order_is_seen() -> None:
     kernel = numbers(5, 4)
-    assert describe_relation(kernel, kernel.T.copy(), NAMES) == "the same numbers in another order"
-    assert describe_relation(kernel, kernel[:, ::-1], NAMES) == "the same numbers in another order"
+    same = "the same numbers in another order"
+    assert (
+        describe_relation(kernel, kernel.T.copy(), NAMES) == f"{same}: axes 0 and 1 are exchanged"
+    )
+    assert describe_relation(kernel, kernel[:, ::-1], NAMES) == same
     assert describe_relation(kernel, kernel, NAMES) is None
     changed = kernel.T.copy()
     changed[0, 1] += 1e-3  # the control
@@ -91,10 +95,38 @@ def test_whose_numbers_are_all_zero_is_said() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_has_no_pattern(value: float) -> None:
-    one = np.array([value, 1.0, 2.0])
-    assert describe_relation(one, one[::-1], NAMES) is None
-    assert describe_relation(np.array([0.0, 1.0, 2.0]), 2 * one, NAMES) is None
+def test_what_is_not_finite_is_counted_where_the_sides_differ(value: float) -> None:
+    one, finite = np.array([value, 1.0, 2.0]), np.array([0.0, 1.0, 2.0])
+    found = describe_relation(finite, 2 * one, NAMES)
+    assert found == "1 of 3 entries of flax are not finite, none of torch"
+    both = describe_relation(one, np.array([value, value, 1.0]), NAMES)
+    assert both == "2 of 3 entries of flax are not finite, 1 of torch"
+    assert describe_relation(np.array(value), np.array(1.0), NAMES) == "torch is not finite"
+    assert (
+        describe_relation(one, one + np.array([0, 0, 1]), NAMES) is None
+    )  # the control: at one place
+    [cause, *_] = find_causes("backward", "fc1.kernel", both)
+    assert cause.startswith("a division by 0")
+
+
+def test_an_axis_in_another_order_is_named() -> None:
+    images = numbers(2, 4, 4, 3)
+    same = "the same numbers in another order"
+    for other, text in (
+        (images[..., ::-1], f"{same} along axis 3"),
+        (images[[1, 0]], f"{same} along axis 0"),
+        (images.swapaxes(1, 2), f"{same}: axes 1 and 2 are exchanged"),
+        (images.reshape(2, 3, 4, 4).transpose(0, 2, 3, 1), same),
+    ):
+        assert describe_relation(images, other, NAMES) == text
+    colours = describe_relation(images, images[..., ::-1], NAMES)
+    [cause, *_] = find_causes("forward", "input of conv1", colours)
+    assert "colours" in cause and "flatten" not in cause
+    [cause, *_] = find_causes("forward", "input of fc1", same)  # the control
+    assert cause.startswith("flatten")
+    shuffled = describe_relation(images, images[[1, 0]], NAMES)
+    assert "shuffle" in find_causes("data", "images", shuffled)[0]
+    assert "BGR" in find_causes("data", "images", colours)[0]
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
@@ -176,6 +208,10 @@ def pairs(stage: str, tensor: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     yield one, 2 * one
     yield one, 0 * one
     yield one, numbers(*one.shape, seed=1)
+    if tensor not in SCALARS:
+        images = numbers(2, 4, 4, 3)
+        yield images, images[..., ::-1]
+        yield images, images[::-1]
 
 
 def described(stage: str, tensor: str, pair: list[Any]) -> dict[str, Any]:
