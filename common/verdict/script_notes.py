@@ -18,6 +18,12 @@ from lockstep.common.verdict.script_comparison import Unstable
 
 # --- What one side lacks
 
+HINTS = {
+    "activations": 'name some with run.tap("name", x)',
+    "gradients": "give them to run.step(..., grads=grads)",
+    "learning rate": "give it to run.step(..., lr=lr)",
+}
+
 
 def not_seen(alignment: Alignment) -> tuple[str, ...]:
     """What one of the scripts did not record, or neither did, a sentence each."""
@@ -34,14 +40,14 @@ def not_seen(alignment: Alignment) -> tuple[str, ...]:
     sentences = []
     for side in alignment.sides:
         if missing := [what for lacking, what in found if lacking == side]:
-            taps = ' (name some with run.tap("name", x))' if "activations" in missing else ""
-            sentences.append(f"not seen on {side}: {shorten(missing)}{taps}")
+            hints = (f"{what} ({HINTS[what]})" if what in HINTS else what for what in missing)
+            sentences.append(f"not seen on {side}: {shorten(hints)}")
     for what in ("gradients", "activations"):
         if not any(what in has for has in seen):
             sentences.append(f"not seen on either side: {what}")
     known = alignment.groups["forward"] or "activations" in alignment.of_ranks
     if all("activations" in has for has in seen) and not known:
-        sentences.append('no activation corresponds to another: name some with run.tap("name", x)')
+        sentences.append(f"no activation corresponds to another: {HINTS['activations']}")
     return tuple(sentences)
 
 

@@ -128,7 +128,7 @@ def test_what_is_missing_is_said_with_the_line_of_a_names_file() -> None:
         )
     )
     text = " ".join(printed(found))
-    assert "Not seen on train_jax.py: gradients." in text
+    assert "Not seen on train_jax.py: gradients (give them to run.step(..., grads=grads))." in text
     assert "net.extra params.more" in text
     assert "2 of train_jax.py's tensors have no counterpart: params.more, params.other" in text
 

@@ -198,6 +198,7 @@ def test_what_one_side_lacks_is_listed_and_the_rest_is_compared(lacks: tuple[str
     assert sentence.startswith("not seen on train_jax.py: ")
     for stage in lacks:
         assert words.get(stage, "moment") in sentence
+    assert ("learning rate (give it to run.step(..., lr=lr))" in sentence) == ("lr" in lacks)
 
 
 def test_without_gradients_the_update_speaks() -> None:
