@@ -104,10 +104,16 @@ CAUSES = (
     Cause(
         "forward",
         "input of",
-        "another order(:| along)",
-        "the module exchanges two axes or turns one round: rows and columns, or the order of the "
-        "colours (BGR)",
-        fix="x = x[..., ::-1]  # the colours the other way round",
+        "another order: axes",
+        "the module exchanges two axes on one side, such as rows and columns",
+        fix="x = x.swapaxes(1, 2)  # of one side, rows and columns exchanged",
+    ),
+    Cause(
+        "forward",
+        "input of",
+        "another order along",
+        "one side turns an axis round or shuffles it: the order of the colours (BGR), a mirrored image",
+        fix="x = x[..., ::-1]  # of one side, the colours the other way round",
     ),
     Cause(
         "forward",

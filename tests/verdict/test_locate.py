@@ -212,6 +212,7 @@ def pairs(stage: str, tensor: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         images = numbers(2, 4, 4, 3)
         yield images, images[..., ::-1]
         yield images, images[::-1]
+        yield images, images.swapaxes(1, 2)
 
 
 def described(stage: str, tensor: str, pair: list[Any]) -> dict[str, Any]:
