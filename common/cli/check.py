@@ -49,4 +49,4 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         command=program.typed(invocation.arguments),
         **script_options.script_options(options),
     )
-    return output.conclude(result, options)
+    return output.conclude(result, options, invocation)

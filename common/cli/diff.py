@@ -44,4 +44,4 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         terminal=output.terminal(options),
         command=program.typed(invocation.arguments),
     )
-    return output.conclude(result, options)
+    return output.conclude(result, options, invocation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,7 +179,7 @@ class EvidenceCommand:
         self.terminal.line(f"Report: {self.folder}{hint}")
         self.terminal.print_always(sentence)
         if self.options.json:
-            print_json(report)
+            print_json(report, self.invocation.stdout)
 
 
 LOADED: dict[str, Dataset] = {}  # what the pieces of this process have read
@@ -201,7 +202,7 @@ def run_piece(
     from lockstep.common.system.executors import Cost
 
     start = time.process_time()
-    invocation = Invocation([], backends, SignalHandler())
+    invocation = Invocation([], backends, SignalHandler(), sys.stdout)
     command = EvidenceCommand(options, invocation, "", quiet=True, processes=processes)
     command.loaded = LOADED
     rows = list(piece(command, items))

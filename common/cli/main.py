@@ -6,6 +6,7 @@ disagree; 2 the request cannot be carried out; 130 or 143 stopped, by Ctrl-C or 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from lockstep.common.backends import BackendPackage
@@ -28,8 +29,12 @@ def main(backends: BackendPackage, argv: list[str] | None = None) -> int:
     with SignalHandler() as signals:
         try:
             options = parser.parse(arguments)
-            invocation = Invocation(arguments, backends, signals)
-            return parser.command_module(options.command).execute(options, invocation)
+            invocation = Invocation(arguments, backends, signals, sys.stdout)
+            command = parser.command_module(options.command)
+            with contextlib.redirect_stdout(
+                sys.stderr if getattr(options, "json", False) else sys.stdout
+            ):
+                return command.execute(options, invocation)
         except LockstepError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
             return 2

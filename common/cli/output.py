@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from lockstep.common.cli.parser import Invocation
     from lockstep.common.report import Terminal
     from lockstep.common.report.scripts import ScriptResult
     from lockstep.common.request import Result
 
 
-def print_json(report: Mapping[str, object]) -> None:
+def print_json(report: Mapping[str, object], stdout: TextIO) -> None:
     """Print the report as report.json has it."""
     from lockstep.common.report import to_json
 
-    print(to_json(report), end="", flush=True)
+    print(to_json(report), end="", flush=True, file=stdout)
 
 
 def terminal(options: argparse.Namespace) -> Terminal:
@@ -26,8 +27,10 @@ def terminal(options: argparse.Namespace) -> Terminal:
     return Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
 
 
-def conclude(result: ScriptResult | Result, options: argparse.Namespace) -> int:
+def conclude(
+    result: ScriptResult | Result, options: argparse.Namespace, invocation: Invocation
+) -> int:
     """Print what `--json` asks for, and return the exit status."""
     if options.json:
-        print_json(result.report)
+        print_json(result.report, invocation.stdout)
     return 0 if result else 1

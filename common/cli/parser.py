@@ -7,7 +7,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol, cast
+from typing import NamedTuple, NoReturn, Protocol, TextIO, cast
 
 from lockstep.common.backends import BackendPackage
 from lockstep.common.config import BACKENDS, DTYPES, MODELS
@@ -54,6 +54,7 @@ class Invocation(NamedTuple):
     arguments: Sequence[str]  # of the command line, for the report
     backends: BackendPackage
     signals: SignalHandler
+    stdout: TextIO  # for the report of `--json`; what a user's code prints goes to standard error
 
 
 class Command(Protocol):

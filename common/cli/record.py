@@ -55,7 +55,9 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
         for run in recordings
     ]
     if options.json:
-        output.print_json({"schema": 1, "folder": str(folder), "recordings": rows})
+        output.print_json(
+            {"schema": 1, "folder": str(folder), "recordings": rows}, invocation.stdout
+        )
     terminal.print_always(f"Recorded: {folder}")
     differing = [text for run in recordings if (text := ranks_sentence(run)) is not None]
     for text in differing[:1]:

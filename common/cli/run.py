@@ -249,7 +249,7 @@ def carry_out(request: Request, options: argparse.Namespace, invocation: Invocat
     terminal = Terminal(quiet=options.quiet, to_stderr=options.json, verbose=options.verbose)
     result = session.compare(request, invocation.backends, terminal, invocation.signals)
     if options.json:
-        print_json(result.report)
+        print_json(result.report, invocation.stdout)
     if result.interrupted_at is not None:
         print(f"interrupted: {resume_hint(result.folder)}", file=sys.stderr)
         return invocation.signals.status()

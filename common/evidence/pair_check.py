@@ -205,11 +205,16 @@ def table(report: PairCheck) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("PyTorch", "Flax", "shape in Flax", "gradient's gap>"), lines
 
 
-def sentence(report: PairCheck) -> str:
-    """The result in plain words."""
+def sentence(report: PairCheck, placed: bool = True) -> str:
+    """The result in plain words.
+
+    Args:
+        placed: whether the place of a difference stands elsewhere.
+    """
     size = f"{report.parameters:,} parameters in {len(report.tensors)} tensors"
     if report.first_difference is not None:
-        return f"The two networks differ: {size}."
+        where = "" if placed else f"; first in {report.first_difference.divergence.message}"
+        return f"The two networks differ: {size}{where}."
     return (
         f"The two networks compute the same: {size}; for one batch in float64, activations within "
         f"{report.gaps['forward']:.1e}, gradients within {report.gaps['backward']:.1e} (bound "

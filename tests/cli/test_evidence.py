@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -33,7 +34,7 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
     def report(command: str, *more: str) -> Printed:
         arguments = [command, "--out", str(tmp_path), *more]
-        invocation = Invocation(arguments, cast(BackendPackage, None), SignalHandler())
+        invocation = Invocation(arguments, cast(BackendPackage, None), SignalHandler(), sys.stdout)
         study = EvidenceCommand(parse(arguments), invocation, folder=command)
         study.report({"summary": {}}, [{"name": "a"}], SENTENCE, TABLE)
         said = capsys.readouterr()

@@ -707,6 +707,20 @@ def test_the_pair_that_the_refused_ones_are_made_of_is_one(
     )
 
 
+def test_what_a_pair_prints_does_not_mix_with_the_report_in_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = written(tmp_path, "print('of the user') or pair()")
+    assert compare.main(["pair", model, "--json", "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["model"] == model and "of the user" in shown.err
+    pair._load_users.cache_clear()
+    assert compare.main(["pair", model, "--quiet"]) == 0  # the control
+    shown = capsys.readouterr()
+    assert "of the user" in shown.out
+    assert len(shown.out.splitlines()) < 10 and "largest entry" in shown.out  # the verdict alone
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [

@@ -36,7 +36,9 @@ def squares(command: EvidenceCommand, items: Sequence[int]) -> Iterator[int]:
 
 def evidence(folder: Path, *more: str) -> EvidenceCommand:
     arguments = ["grid", "--out", str(folder), *more]
-    return EvidenceCommand(parse(arguments), Invocation(arguments, PACKAGE, SignalHandler()), "")
+    return EvidenceCommand(
+        parse(arguments), Invocation(arguments, PACKAGE, SignalHandler(), sys.stdout), ""
+    )
 
 
 def started(*command: str) -> subprocess.Popen[str]:
