@@ -58,12 +58,12 @@ def xla_has_option(name: str) -> bool:
 
 
 @contextmanager
-def few_optimizations(wanted: bool = True) -> Iterator[None]:
-    """Compile in half the time within the block, if `wanted`; the programs run slower. For those that
-    are called a few times."""
+def few_optimizations() -> Iterator[None]:
+    """Compile in half the time within the block; the programs run slower. For those that are called a
+    few times."""
     option = "jax_disable_most_optimizations"
     before = jax.config.values[option]
-    jax.config.update(option, wanted or before)
+    jax.config.update(option, True)
     try:
         yield
     finally:

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from lockstep.common.data import Dataset
     from lockstep.common.protocol import Arrays, Backend, Task
 
-# Parameters; below it, drawing them slowly takes less time than compiling a faster program.
-SMALL = 1_000_000
-
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
@@ -63,22 +60,16 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     config = Config(model=model, pair=digest, batch_size=size, seed=options.seed or 0)
     config = config.resolve(count)
     backends = invocation.backends
-    tuning, starts, exchanged = backends.module("flax_backend.tuning"), None, {}
-    with tuning.few_optimizations():
-        torch, flax = build(backends, config, dataset, terminal.line, options.device)
-        found = pair_check.measure(torch, flax, config, dataset)
-        draws = own_draws(backends, model, dataset.task, str(flax.describe()["device"]))
-        if model not in MODELS and found.first_difference is None:
-            own = draws["torch"](config.seed)
-            found = pair_check.measure(torch, flax, config, dataset, own)
+    starts, exchanged = None, {}
+    torch, flax = build(backends, config, dataset, terminal.line, options.device)
+    found = pair_check.measure(torch, flax, config, dataset)
     if model not in MODELS:
+        draws = own_draws(backends, model, dataset.task, str(flax.describe()["device"]))
+        if found.first_difference is None:
+            found = pair_check.measure(torch, flax, config, dataset, draws["torch"](config.seed))
         for side in (torch, flax):
             exchanged[side.name] = side.describe().get("exchanged", [])
-        small = found.parameters < SMALL
-        if not small:
-            tuning.free_programs()
-        with tuning.few_optimizations(small):
-            starts = initialisation.compare_starts(draws)
+        starts = initialisation.compare_starts(draws)
     terminal.line(f"One batch in float64: {size} samples of {dataset.name}")
     report = {
         "schema": 1,
