@@ -10,6 +10,7 @@ import pytest
 from lockstep.common.evidence import initialisation
 from lockstep.common.evidence.initialisation import (
     DRAWS,
+    ENOUGH,
     LEVEL,
     MAX_ENTRIES,
     beyond,
@@ -63,6 +64,30 @@ def test_two_starts_differ_if_they_are_drawn_otherwise(ours: str, theirs: str) -
     assert names == ([] if ours == theirs else ["conv.kernel"])
 
 
+def test_large_tensors_need_fewer_draws_and_small_ones_all() -> None:
+    def counted(shape: tuple[int, ...], ours: float = 0.1) -> tuple[int, int]:
+        """How many draws of the second side were taken, and how many tensors differ."""
+        taken = []
+
+        def theirs(seed: int) -> Arrays:
+            taken.append(seed)
+            return {"kernel": np.random.default_rng([1, seed]).normal(0, 0.1, shape)}
+
+        def mine(seed: int) -> Arrays:
+            return {"kernel": np.random.default_rng([0, seed]).normal(0, ours, shape)}
+
+        found = compare_starts({"torch": mine, "flax": theirs})
+        return len(taken), len(found)
+
+    assert counted((10,)) == (DRAWS, 0) and counted((8, 625)) == (10, 0)
+    assert counted((100, 1000)) == (ENOUGH // MAX_ENTRIES, 0)
+    assert counted((100, 1000), ours=0.1 / 0.8796) == (
+        5,
+        1,
+    )  # JAX's correction of a truncated normal
+    assert counted((10,), ours=0.0) == (2, 1)  # a constant is one at once
+
+
 def test_of_three_thousand_tensors_that_start_alike_none_is_called_different() -> None:
     generator = np.random.default_rng(0)
     kinds = [generator.normal, generator.uniform]
@@ -100,8 +125,8 @@ def test_what_is_constant_is_compared_exactly() -> None:
 
 
 def test_large_tensors_are_thinned_and_words_say_what_was_drawn() -> None:
-    assert sample([np.arange(3.0), np.arange(3.0)]).tolist() == [0, 1, 2, 0, 1, 2]
-    assert sample([np.zeros(MAX_ENTRIES)] * 3).size == MAX_ENTRIES
+    assert sample(np.arange(6.0).reshape(2, 3)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert sample(np.zeros((3, MAX_ENTRIES))).size == MAX_ENTRIES
     assert in_words(np.zeros(0)) == "empty" and in_words(np.full(3, 1000.0)) == "all 1e+03"
     assert in_words(np.array([-1.0, 1.0])) == "deviation 1, between -1 and 1"
 
