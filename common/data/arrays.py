@@ -20,6 +20,7 @@ def of_arrays(
     shown: str,
     arrays: Mapping[str, Any],
     labelled: bool,
+    count: int = 0,
     called: Sequence[str] = NAMES,
 ) -> Dataset:
     """The data set of these arrays: those of NAMES, and perhaps `classes`, of strings.
@@ -31,6 +32,7 @@ def of_arrays(
         name: of the data set.
         shown: the same in an error.
         labelled: whether the loss is a cross entropy, so that targets are labels.
+        count: of the classes; 0: as many as labels and names show.
         called: what an error calls the arrays of NAMES.
 
     Raises:
@@ -54,7 +56,12 @@ def of_arrays(
                 f"{test.dtype} {test.shape}: give both one dtype, and the same axes after the first"
             )
     names = class_names(shown, arrays.get("classes"))
-    found = Dataset(name, x_train, y_train, x_test, y_test, ())
+    if count and names and count != len(names):
+        raise DataError(
+            f"{shown}: it names {len(names)} classes, and the pair says {count}: make them equal"
+        )
+    names = names or tuple(map(str, range(count)))
+    found = Dataset(name, x_train, y_train, x_test, y_test, (), class_count=count)
     if y_train.dtype.kind == "f":
         if labelled:
             raise DataError(
@@ -116,6 +123,11 @@ def _with_labels(found: Dataset, shown: str, names: tuple[str, ...]) -> Dataset:
         raise DataError(
             f"{shown}: the labels of a sequence must be 0 or more, or {IGNORED} where there is none; "
             "training and test data need some each"
+        )
+    if names and counted.class_count > len(names):
+        raise DataError(
+            f"{shown}: there are {len(names)} classes, and a label of {counted.class_count - 1}: number "
+            "the classes from 0"
         )
     return counted
 

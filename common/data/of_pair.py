@@ -39,7 +39,8 @@ def example(model: str) -> Dataset | None:
         x, y = given
     arrays: dict[str, Any] = dict(zip(NAMES, (x, y, x, y), strict=True))
     shown, labelled = f"--model {model}, its example", pairs.is_labelled(model)
-    return of_arrays("the pair's example", shown, arrays, labelled, ("x", "y", "x", "y"))
+    count = pairs.class_count(model)
+    return of_arrays("the pair's example", shown, arrays, labelled, count, ("x", "y", "x", "y"))
 
 
 @functools.cache
@@ -58,9 +59,8 @@ def own(model: str) -> Dataset | None:
     )
     with user_code(f"--model {model}: there is no data", remedy):
         arrays = _named(model, found)
-    return of_arrays(
-        "the pair's data", f"--model {model}, its data", arrays, pairs.is_labelled(model)
-    )
+    shown, labelled = f"--model {model}, its data", pairs.is_labelled(model)
+    return of_arrays("the pair's data", shown, arrays, labelled, pairs.class_count(model))
 
 
 def _named(model: str, given: Any) -> Mapping[str, Any]:
@@ -80,9 +80,14 @@ def random_pictures(model: str, count: int = 1_000) -> Dataset:
     generator = np.random.default_rng(0)
     pictures = generator.integers(0, 256, (count, 32, 32, 3), np.uint8)
     labelled = model in MODELS or pairs.is_labelled(model)
-    names = tuple("0123456789") if labelled else ()
-    labels = np.arange(count) % (10 if labelled else 2)  # a loss of the user's own takes 0 and 1
-    return Dataset("random pictures", pictures, labels, pictures, labels, names, class_count=10)
+    classes = (0 if model in MODELS else pairs.class_count(model)) or 10
+    names = tuple(map(str, range(classes))) if labelled else ()
+    labels = np.arange(count) % (
+        classes if labelled else 2
+    )  # a loss of the user's own takes 0 and 1
+    return Dataset(
+        "random pictures", pictures, labels, pictures, labels, names, class_count=classes
+    )
 
 
 def of_archive(model: str, path: Path) -> Dataset:
@@ -91,7 +96,8 @@ def of_archive(model: str, path: Path) -> Dataset:
     Raises:
         DataError: if they cannot be used.
     """
-    return of_arrays(path.name, repr(str(path)), read_npz(path), pairs.is_labelled(model))
+    labelled, count = pairs.is_labelled(model), pairs.class_count(model)
+    return of_arrays(path.name, repr(str(path)), read_npz(path), labelled, count)
 
 
 def task(model: str, classes: int | Task) -> Task:

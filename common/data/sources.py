@@ -14,7 +14,7 @@ from lockstep.common.data.dataset import Dataset
 from lockstep.common.data.digits import load_digits
 from lockstep.common.data.user_data import load_folder, load_npz
 from lockstep.common.errors import DataError
-from lockstep.common.model.pair import is_labelled
+from lockstep.common.model.pair import class_count, is_labelled
 
 CHOICES = "auto, cifar10, digits, an .npz file, or a folder of class folders"
 
@@ -103,6 +103,12 @@ def _load_for_pair(
     if os.path.isfile(choice) and choice.endswith(".npz"):
         return of_pair.of_archive(model, Path(choice))
     found = _load(choice, data_dir, announce, progress)
-    if is_labelled(model):
-        return found
-    return dataclasses.replace(found, classes=(), class_count=len(found.classes))
+    count = class_count(model)
+    if not is_labelled(model):
+        return dataclasses.replace(found, classes=(), class_count=count or len(found.classes))
+    if count and count != len(found.classes):
+        raise DataError(
+            f"--model {model}: the pair says {count} classes, and {found.name} has "
+            f"{len(found.classes)}: make them equal, or name other data"
+        )
+    return found

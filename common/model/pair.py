@@ -75,6 +75,8 @@ class Pair:
     # this order or by name; a function without arguments that returns them; or the path of an .npz
     # archive.
     data: Sequence[Any] | Mapping[str, Any] | Callable[[], Any] | str | None = None
+    # How many classes there are, which the networks are built for; None: as many as the labels show.
+    classes: int | None = None
 
 
 def load(model: str) -> Pair:
@@ -132,6 +134,8 @@ def _load_users(model: str) -> Pair:
             f"--model {model}: loss must be one of {', '.join(LOSSES)}, or two functions of outputs "
             "and targets, PyTorch's and Flax's"
         )
+    if found.classes is not None and not (type(found.classes) is int and found.classes > 1):
+        raise ConfigError(f"--model {model}: classes must be a whole number of 2 or more")
     if found.optimizer is not None and not _are_two_functions(found.optimizer):
         raise ConfigError(
             f"--model {model}: optimizer must be two functions, PyTorch's and optax's, such as "
@@ -149,6 +153,11 @@ def beside(model: str, path: str) -> Path:
 def is_labelled(model: str) -> bool:
     """Whether the loss is a cross entropy by name, whose targets are labels."""
     return model in MODELS or load(model).loss == CROSS_ENTROPY
+
+
+def class_count(model: str) -> int:
+    """How many classes a user's pair says that there are; 0 where it does not."""
+    return load(model).classes or 0
 
 
 def has_classes(model: str, targets: np.ndarray) -> bool:
@@ -297,8 +306,8 @@ def named(inputs: np.ndarray) -> str:
 def logits_hint(count: int, classes: int) -> str:
     """The remedy where a network's outputs are no logits of the classes of its data."""
     return (
-        f"let it give logits, {(count, classes)}, or give the pair its own inputs and targets, "
-        "example=(x, y), and the loss that they need"
+        f"let it give logits, {(count, classes)}, say in the pair how many classes there are, "
+        "classes=..., or give it its own inputs and targets, example=(x, y), and the loss that they need"
     )
 
 

@@ -707,6 +707,27 @@ def test_the_pair_that_the_refused_ones_are_made_of_is_one(
     )
 
 
+def test_a_network_of_more_classes_than_the_labels_show_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(expression: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()  # what a file gives is read once in a process
+        return written(folder, expression)
+
+    example = "example=(np.random.default_rng(0).normal(size=(6, 32, 32, 3)), np.arange(6))"
+    sides = "torch={'outputs': 9}, flax={'outputs': 9}"
+    expression = f"(np := __import__('numpy')) and pair({sides}, {example}"
+    model = made(f"{expression}, classes=9)")
+    assert compare.main(["pair", model, "--quiet"]) == 0
+    digits = said(capsys, "pair", made("pair(classes=9)"), "--data", "digits")
+    assert "the pair says 9 classes, and digits has 10: make them equal" in digits
+    refusal = said(capsys, "pair", made(f"{expression})"))  # the control
+    assert "gives (2, 9)" in refusal and "say in the pair how many classes there are" in refusal
+    refusal = said(capsys, "pair", made("pair(classes=1)"))
+    assert "classes must be a whole number of 2 or more" in refusal
+
+
 def test_what_a_pair_prints_does_not_mix_with_the_report_in_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

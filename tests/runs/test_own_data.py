@@ -127,6 +127,24 @@ def test_arrays_that_are_no_data_are_refused_with_the_remedy() -> None:
     assert "need some each" in refused(True, y_train=none, y_test=rows, **short)
 
 
+def test_the_number_of_classes_may_be_larger_than_the_labels_show() -> None:
+    labels = np.arange(6)
+    given = ARRAYS | {"y_train": labels, "y_test": labels}
+    found = of_arrays("data", "FILE", given, True, 10)
+    assert found.task.classes == 10 and found.classes == tuple("0123456789")
+    assert of_arrays("data", "FILE", given, True).task.classes == 6  # the control
+    assert of_arrays("data", "FILE", ARRAYS, False, 4).task.classes == 4
+    with pytest.raises(DataError, match="must lie between 0 and 3: number the classes from 0"):
+        of_arrays("data", "FILE", given, True, 4)
+    names = {"classes": np.array(["a", "b", "c", "d", "e", "f"])}
+    with pytest.raises(DataError, match="it names 6 classes, and the pair says 7: make them equal"):
+        of_arrays("data", "FILE", given | names, True, 7)
+    rows = {key: of.reshape(3, 2) for key, of in given.items()}
+    with pytest.raises(DataError, match="there are 5 classes, and a label of 5"):
+        of_arrays("data", "FILE", rows, True, 5)
+    assert of_arrays("data", "FILE", rows, True, 9).task.classes == 9
+
+
 def test_arrays_keep_what_they_are() -> None:
     pictures = np.zeros((4, 28, 28, 1), np.uint8)
     labels = np.array([[0], [2], [1], [0]], np.int32)
