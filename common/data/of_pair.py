@@ -13,7 +13,7 @@ from lockstep.common.config import MODELS
 from lockstep.common.data.arrays import NAMES, of_arrays
 from lockstep.common.data.dataset import Dataset
 from lockstep.common.data.user_data import read_npz
-from lockstep.common.errors import user_code
+from lockstep.common.errors import DataError, user_code
 from lockstep.common.model import pair as pairs
 from lockstep.common.protocol import Task
 
@@ -31,12 +31,17 @@ def example(model: str) -> Dataset | None:
     remedy = (
         "give inputs and targets, a function that returns them, or an .npz archive with x and y"
     )
-    with user_code(f"--model {model}: there is no example", remedy):
+    with user_code(f"--model {model}: its example cannot be read", remedy):
         if isinstance(found, str):
             with np.load(pairs.beside(model, found), allow_pickle=False) as archive:
                 found = archive["x"], archive["y"]
-        given: Any = found() if callable(found) else found
-        x, y = given
+        give: Any = found if callable(found) else lambda: found
+        x, y = given = give()
+        if not all(map(np.array_equal, given, give())):
+            raise DataError(
+                f"--model {model}: its example is another one at each call: give its random numbers a "
+                "seed"
+            )
     arrays: dict[str, Any] = dict(zip(NAMES, (x, y, x, y), strict=True))
     shown, labelled = f"--model {model}, its example", pairs.is_labelled(model)
     count = pairs.class_count(model)
@@ -57,7 +62,7 @@ def own(model: str) -> Dataset | None:
         f"give {', '.join(NAMES)}, a function that returns them, or the path of an .npz archive with "
         "them"
     )
-    with user_code(f"--model {model}: there is no data", remedy):
+    with user_code(f"--model {model}: its data cannot be read", remedy):
         arrays = _named(model, found)
     shown, labelled = f"--model {model}, its data", pairs.is_labelled(model)
     return of_arrays("the pair's data", shown, arrays, labelled, pairs.class_count(model))

@@ -495,7 +495,7 @@ def test_parameters_in_lists_are_told_apart_by_their_positions(name: str, tmp_pa
 def test_an_example_is_read_from_an_archive_next_to_the_pair(tmp_path: Path) -> None:
     path = tmp_path / "pairs.py"
     path.write_text(EXAMPLES.read_text())
-    with pytest.raises(ConfigError, match=r"there is no example \(FileNotFoundError"):
+    with pytest.raises(ConfigError, match=r"its example cannot be read \(FileNotFoundError"):
         of_pair.example(f"{path}:ROBUST")
     x = np.zeros((3, 28, 28, 1), np.float32)
     np.savez(tmp_path / "pictures.npz", x=x, y=x)
@@ -656,6 +656,10 @@ REFUSED = {
     "an example of texts": (
         "pair(example=(['a', 'b'], [0, 1]))",
         "its example: x is <U1 (2,): give numbers of two samples or more",
+    ),
+    "an example that is drawn anew": (
+        "pair(example=lambda: (torch.rand(4, 32, 32, 3).numpy(), [0, 1, 2, 3]))",
+        "its example is another one at each call: give its random numbers a seed",
     ),
     "an example of other lengths": (
         "pair(example=([[0.0], [1.0], [2.0]], [0, 1]))",
