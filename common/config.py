@@ -182,10 +182,10 @@ class Schedule:
                     return cls(kind)  # which says so
                 known, proposal = SCHEDULES[kind], nearest(name, SCHEDULES[kind])
                 hint = f"did you mean {proposal}? " if proposal else ""
-                raise ConfigError(
-                    f"schedule option {item!r} is not NAME=VALUE; {hint}"
-                    f"the names for {kind!r}: {', '.join(known) or 'none'}"
-                )
+                wrong = f"schedule {kind!r} has no option {name!r}"
+                if not equals:
+                    wrong = f"schedule option {item!r} is not NAME=VALUE"
+                raise ConfigError(f"{wrong}; {hint}its options: {', '.join(known) or 'none'}")
             try:
                 if name == "milestones":
                     options[name] = tuple(int(step) for step in value.split("+"))

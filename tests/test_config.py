@@ -392,9 +392,9 @@ def test_a_schedule_is_read_from_its_kind_and_options(text: str, schedule: Sched
         ("Step", "unknown schedule 'Step'"),
         (
             "step:gama=0.1",
-            "'gama=0.1' is not NAME=VALUE; did you mean gamma? the names for 'step': period, gamma",
+            "schedule 'step' has no option 'gama'; did you mean gamma? its options: period, gamma",
         ),
-        ("step:kind=cosine", "'kind=cosine' is not NAME=VALUE"),
+        ("step:kind=cosine", "schedule 'step' has no option 'kind'"),
         ("step:gamma", "'gamma' is not NAME=VALUE"),
         ("step:gamma=", "'' is not a number"),
         ("step:gamma=half", "'half' is not a number"),

@@ -13,8 +13,9 @@ from __future__ import annotations
 from importlib import import_module
 
 from lockstep.backends.faults.registry import REGISTRY, Fault, inject
-from lockstep.common.errors import ConfigError, did_you_mean
+from lockstep.common.errors import ConfigError, nearest
 from lockstep.common.protocol import STAGES
+from lockstep.common.system import program
 
 __all__ = ["FAULTS", "QUICK", "Fault", "inject", "named"]
 
@@ -63,6 +64,6 @@ def named(name: str) -> Fault:
     for fault in FAULTS:
         if fault.name == name:
             return fault
-    raise ConfigError(
-        f"unknown fault {name!r}: {did_you_mean(name, [fault.name for fault in FAULTS])}"
-    )
+    proposal = nearest(name, [fault.name for fault in FAULTS])
+    hint = f"did you mean {proposal}? " if proposal else ""
+    raise ConfigError(f"unknown fault {name!r}: {hint}{program.name()} faults --list names all")

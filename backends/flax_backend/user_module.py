@@ -393,8 +393,7 @@ def check_outputs(
     with pair.user_code_errors(model, "flax", "compute the loss", remedy):
         if loss is cross_entropy_of_each and isinstance(outputs, jax.Array):
             pair.check_logits(outputs.shape[-1], classes)
-        if loss(outputs, labels).shape != ():
-            raise ValueError("it is no single number")
+        pair.check_loss(model, "flax", loss(outputs, labels).shape)
 
 
 def kept(module: nnx.Module) -> list[dict[str, jax.Array]]:

@@ -25,7 +25,10 @@ SYNTAX = "PATH/TO/FILE.py:NAME or PACKAGE.MODULE:NAME"
 INPUT_PREFIX = "input of "  # a layer, in the names of activations
 RNG_HINT = "use Dropout of lockstep.backends.torch_backend.layers and lockstep.backends.flax_backend.layers, which leave out the same units"
 NO_SMOOTHING = "--label-smoothing is of the cross entropy of one class per image: leave it out"
-DATA_HINT = "let it take them, or name its data, with --data or in the pair"
+DATA_HINT = (
+    "let it take them, or give the pair inputs and targets of its own, example=(x, y), images with the "
+    "channels last"
+)
 NAN_HINT = "look for a division by zero, or for a root or a logarithm of what may be negative"
 FLOAT_HINT = "let it give logits, in floating point"
 STATE_HINT = "keep nothing from step to step but a batch norm's statistics"
@@ -323,6 +326,15 @@ def fitting(outputs: object, targets: object) -> str:
         f"outputs are {outputs}, targets {targets}: let them fit, or name another loss in the pair, or "
         "two functions"
     )
+
+
+def check_loss(model: str, side: str, shape: Sequence[int]) -> None:
+    """Raise ConfigError unless a loss of this shape is one number."""
+    if tuple(shape) != ():
+        raise ConfigError(
+            f"--model {model}: {side}'s loss has the shape {tuple(shape)}: let it give one number, such "
+            "as the mean"
+        )
 
 
 def check_logits(count: int, classes: int) -> None:

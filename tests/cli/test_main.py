@@ -517,7 +517,7 @@ def test_a_known_fault_can_be_run_by_name(
 
 
 @pytest.mark.parametrize(
-    ("fault", "word"), [("flatten", "flatten-order"), ("bgr", "--data cifar10")]
+    ("fault", "word"), [("nope", "faults --list names all"), ("bgr", "--data cifar10")]
 )
 def test_a_fault_that_is_unknown_or_cannot_show_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, word: str

@@ -38,7 +38,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--model", "resnet2"], ["'resnet2'", "did you mean resnet20?"]),
         (["alarms", "--model", "resnet2"], ["resnet2", "did you mean resnet20?"]),
         (["--schedule", "cosin"], ["'cosin'", "did you mean cosine?"]),
-        (["--schedule", "step:perid=3"], ["'perid=3'", "did you mean period?"]),
+        (["--schedule", "step:perid=3"], ["'perid'", "did you mean period?"]),
         (["--dtype", "flaot32"], ["--dtype", "did you mean float32?"]),
         (["faults", "--only", "flaten-order"], ["'flaten-order'", "did you mean flatten-order?"]),
         (["read"], ["learn"]),

@@ -651,7 +651,7 @@ REFUSED = {
     ),
     "a loss for each image": (
         "pair(loss=(lambda outputs, targets: outputs, lambda outputs, targets: outputs))",
-        "torch cannot compute the loss (ValueError: it is no single number",
+        "torch's loss has the shape (2, 10): let it give one number, such as the mean",
     ),
     "an example of texts": (
         "pair(example=(['a', 'b'], [0, 1]))",
