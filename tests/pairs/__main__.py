@@ -58,19 +58,14 @@ def run(arguments: list[str], cache: str | None = None) -> tuple[int, float]:
     )
 
 
-def measure(title: str, data: list[str], folder: str) -> dict[str, Any]:
-    """One row: `pair` with and without compiled programs in the cache (the median of three), and runs
-    on `data`."""
-    model = f"tests/pairs/{PAIRS[title]}"
-    declared, lr = pair.load(model), SMALL_LR if "small learning rate" in title else LR
-    checked, trained = f"{folder}/pair", f"{folder}/run"
-    cache = f"{folder}/{model.replace('/', '-')}"  # empty
-    first, *later = (run(["pair", model, "--out", checked], cache)[1] for _ in range(4))
-    found = json.loads(Path(checked, "report.json").read_text())
-    row = {
-        "pair": title,
+def check(model: str, folder: str, cache: str) -> dict[str, Any]:
+    """What `pair` finds, and its CPU time with and without compiled programs in the cache (the median
+    of three)."""
+    declared = pair.load(model)
+    first, *later = (run(["pair", model, "--out", folder], cache)[1] for _ in range(4))
+    found = json.loads(Path(folder, "report.json").read_text())
+    return {
         "model": model,
-        "lr": lr,
         "lines": sum(map(len, (declared.names, declared.flattened, declared.convert))),
         "tensors": len(found["tensors"]),
         "parameters": found["parameters"],
@@ -79,24 +74,29 @@ def measure(title: str, data: list[str], folder: str) -> dict[str, Any]:
         "cpu_seconds": {"first": first, "later": statistics.median(later)},
         "environment": environment.describe(),
     }
-    row["training"] = {}
+
+
+def train(model: str, lr: float, data: list[str], folder: str, cache: str) -> dict[str, Any]:
+    """The verdict on runs on `data`, by precision."""
+    training = {}
     for dtype in ("float64", "float32"):  # apart: the runs of both keep 11 GB of first steps
-        out = f"{trained}-{dtype}"
+        out = f"{folder}-{dtype}"
         options = ["--lr", str(lr), *TRAINING, "--dtype", dtype, "--out", out]
         run(["--model", model, *data, *options], cache)
         [lens] = json.loads(Path(out, "report.json").read_text())["lenses"]
-        row["training"][dtype] = {
+        training[dtype] = {
             "verdict": lens["verdict"],
             "loss_gap": lens["max_abs_loss_gap"],
             "first_divergence": lens["first_divergence"],
         }
         shutil.rmtree(out)
-    return row
+    return training
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=[*PAIRS], default=[*PAIRS])
+    parser.add_argument("--check-only", action="store_true", help="keep what training gave before")
     parser.add_argument("--out", type=Path, default=Path("results/runs/pairs"))
     options = parser.parse_args()
     kept = options.out / "report.json"  # rows that are not measured now stay
@@ -104,10 +104,17 @@ def main() -> int:
         {row["pair"]: row for row in json.loads(kept.read_text())["rows"]} if kept.exists() else {}
     )
     for title in options.only:
-        brings = of_pair.example(f"tests/pairs/{PAIRS[title]}")
+        model, lr = f"tests/pairs/{PAIRS[title]}", SMALL_LR if "small" in title else LR
+        data = ["--data", "cifar10"] if of_pair.example(model) is None else []
         with tempfile.TemporaryDirectory() as folder:
-            rows[title] = measure(title, ["--data", "cifar10"] if brings is None else [], folder)
-        print(json.dumps(rows[title]), flush=True)
+            cache = f"{folder}/cache"  # empty
+            row = {"pair": title, "lr": lr, **check(model, f"{folder}/pair", cache)}
+            if options.check_only:
+                row["training"] = rows[title]["training"]
+            else:
+                row["training"] = train(model, lr, data, f"{folder}/run", cache)
+        rows[title] = row
+        print(json.dumps(row), flush=True)
         report = {
             "schema": 1,
             "command": ["python", "-m", "tests.pairs", "--out", str(options.out)],
