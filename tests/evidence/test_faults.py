@@ -155,7 +155,7 @@ def test_every_network_with_layers_of_its_own_has_faults_of_its_own() -> None:
 
 def test_a_fault_is_found_by_its_name_and_an_unknown_one_is_refused() -> None:
     assert faults.named("flatten-order").stage == "forward"
-    with pytest.raises(ConfigError, match="did you mean flatten-order.*faults --list names all"):
+    with pytest.raises(ConfigError, match=r"did you mean flatten-order.*faults --list names all"):
         faults.named("flaten-order")
 
 
