@@ -15,6 +15,7 @@ from lockstep.common.model.layers import (
     NORM,
     plain_name,
 )
+from lockstep.common.verdict.relations import AS_BEFORE, INVERSE, ITSELF, UNCHANGED
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,37 @@ CAUSES = (
     Cause("update", "^lr$", "", "the schedule: counted from another step, or computed in float32"),
     Cause(
         "update",
+        "^(?!.* of )",
+        ITSELF,
+        "decay apart from the gradient: its factor, or whether the learning rate multiplies it",
+    ),
+    Cause(
+        "update",
+        " of ",
+        ITSELF,
+        "decay as a part of the gradient (SGD, Adam), with another factor or on one side",
+    ),
+    Cause(
+        "update",
+        " of ",
+        AS_BEFORE,
+        "the factor that keeps it from step to step: momentum, beta1 or beta2",
+    ),
+    Cause(
+        "update",
+        "^(?!.* of )",
+        UNCHANGED,
+        "the tensor is frozen or not given to the optimizer, or the first learning rate is zero",
+    ),
+    Cause("update", "^(?!.* of )", INVERSE, "the optimizer's epsilon, or where it stands"),
+    Cause(
+        "update",
+        "^(?!.* of )",
+        "update is .*times",
+        "the learning rate of this step; bias correction",
+    ),
+    Cause(
+        "update",
         "",
         "all (biases|scales|kernels)[^;]*, no [^;]*(bias|scale|kernel)",
         "weight decay on some tensors only: biases and norms left out on one side",
@@ -213,7 +245,7 @@ CAUSES = (
     Cause(
         "update",
         "momentum of",
-        "times",
+        " is .*times",
         "dampening on the first step, lr in the momentum buffer, other clipping",
         fix="dampening=0  # in torch.optim.SGD: optax.sgd has no dampening",
     ),
@@ -235,13 +267,13 @@ CAUSES = (
     Cause(
         "update",
         "second moment of",
-        "times",
+        " is .*times",
         "beta2 (0.999), or RMSprop's factor (alpha is 0.99 in PyTorch, decay is 0.9 in optax)",
     ),
     Cause(
         "update",
         "first moment of",
-        "times",
+        " is .*times",
         "beta1 (0.9), or other clipping",
     ),
     Cause(
@@ -254,7 +286,7 @@ CAUSES = (
     Cause(
         "update",
         "",
-        "no [^;]*(moment|sum of squares)",
+        f"^(?!.*({ITSELF}|{UNCHANGED}|{INVERSE}|update is)).*no [^;]*(moment|sum of squares)",
         "epsilon (its size, or inside the root), bias correction, decay apart from the gradient, the "
         "learning rate",
     ),

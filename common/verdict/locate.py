@@ -24,7 +24,7 @@ from lockstep.common.model.initial_weights import initial_weights
 from lockstep.common.model.layers import ModuleNames, kind_of, native_names, own_names
 from lockstep.common.model.perturb import perturb_one_ulp, ulp_of_weights
 from lockstep.common.model.sources import excerpts
-from lockstep.common.protocol import STAGES, Arrays, Backend, Snapshot
+from lockstep.common.protocol import STAGES, Arrays, Backend, Snapshot, split_slot
 from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble
 from lockstep.common.runs.record import FIRST_STEPS, Record
@@ -41,7 +41,12 @@ from lockstep.common.verdict.distances import abs_differences, magnitude, max_te
 from lockstep.common.verdict.failures import Failures, failures
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.rank_checks import METHOD, check_ranks, ranks_location
-from lockstep.common.verdict.relations import describe_relation, largest_differences
+from lockstep.common.verdict.relations import (
+    describe_relation,
+    largest_differences,
+    slot_relation,
+    update_relation,
+)
 
 # keeps these random numbers apart from those of lockstep.common.model.initial_weights
 REPLAY_STREAM = 4
@@ -93,7 +98,8 @@ def locate(
     recorded = tensors_at(runs, first.step, first.stage, first.tensor)
     if first.step < FIRST_STEPS or first.stage == "evaluate" or first.tensor == "lr":
         together = failures(checks, first.step, first.stage, reference.layers)
-        return describe(first, recorded, "as recorded", together, modules)
+        seen = describe_update(first, recorded, reference)
+        return describe(first, recorded, "as recorded", together, modules, seen)
     if build is None:
         return describe(first, recorded, "as recorded; no step was taken again")
     steps = range(max(0, first.step - REPLAY_STEPS), first.step + 1)
@@ -313,6 +319,7 @@ def describe(
     method: str,
     together: Failures | None = None,
     modules: Mapping[str, ModuleNames] | None = None,
+    seen: str | None = None,
 ) -> Location:
     """A divergence with what can be seen in its two tensors, and likely causes.
 
@@ -321,22 +328,23 @@ def describe(
         method: how the place was found.
         together: the tensors that fail there.
         modules: by backend.
+        seen: how one tensor is made of the other, if that is known.
     """
     a, b = tensors
     pattern: str | None = None
     worst_entries: tuple[Entry, ...] = ()
     if a is not None and b is not None and a.shape == b.shape:
         classes = first.stage == "evaluate" and first.tensor != OUTPUTS
-        pattern = describe_relation(a, b, first.names, classes)
+        pattern = seen or describe_relation(a, b, first.names, classes)
         if not first.tensor.startswith("accuracy of "):  # of all classes, none differs by much
             worst_entries = largest_differences(a, b)
         if a.dtype != b.dtype:
             pattern = f"{first.names[0]}'s dtype is {a.dtype}, {first.names[1]}'s {b.dtype}"
     elif a is not None and b is not None:
         pattern = f"{first.names[0]}'s shape is {a.shape}, {first.names[1]}'s {b.shape}"
-    seen = "; ".join(filter(None, [pattern, together and together.common]))
+    patterns = "; ".join(filter(None, [pattern, together and together.common]))
     kind = None if modules is None else kind_of(first.tensor, modules.values())
-    causes = find_causes(first.stage, first.tensor, seen, kind)
+    causes = find_causes(first.stage, first.tensor, patterns, kind)
     if first.tensor != "lr" and (cause := float32_cause(_relative_gap(tensors))):
         causes = (cause, *causes[:1])
     own, sources = {}, {}
@@ -347,6 +355,32 @@ def describe(
     return Location(
         first, method, pattern, worst_entries, causes, together, own, fixes(causes), sources
     )
+
+
+def describe_update(first: Divergence, after: Tensors, reference: Record) -> str | None:
+    """How the second run's update of a parameter, or of what the optimizer keeps of it, is made of the
+    first one's, in a step that was recorded; None where that cannot be seen.
+
+    Args:
+        after: the step, of both runs.
+        reference: the first run. Both are equal up to this update.
+    """
+    slot, parameter = split_slot(first.tensor)
+    a, b = after
+    gradient = reference.first_steps.get(f"{first.step}/backward/{parameter}")
+    if first.stage != "update" or gradient is None or a is None or b is None or a.shape != b.shape:
+        return None
+
+    def before(tensor: str) -> np.ndarray | None:
+        found = reference.first_steps.get(f"{first.step - 1}/update/{tensor}")
+        return reference.weights.get(tensor) if first.step == 0 else found
+
+    weights, kept = before(parameter), before(first.tensor)
+    if weights is None or weights.shape != a.shape:
+        return None
+    if not slot:
+        return update_relation(weights, (a, b), gradient, first.names)
+    return slot_relation(np.zeros_like(a) if kept is None else kept, (a, b), weights, first.names)
 
 
 def _relative_gap(tensors: Tensors) -> float:

@@ -19,19 +19,22 @@ from lockstep.common.verdict.failures import common
 from lockstep.common.verdict.locate import Tensors
 from lockstep.common.verdict.rank_checks import CAUSES as RANK_CAUSES
 from lockstep.common.verdict.rank_checks import checks_of
-from lockstep.common.verdict.relations import describe_relation, largest_differences
+from lockstep.common.verdict.relations import (
+    EXACT,
+    describe_relation,
+    difference_relation,
+    largest_differences,
+    looks_single,
+    scalar_relation,
+    update_relation,
+)
 from lockstep.common.verdict.script_causes import (
     BY_ONE_FACTOR,
     BY_OWN_FACTORS,
     BY_SINGLE,
-    EXACT,
     STALE,
     TIMES,
     causes_of,
-    difference_relation,
-    looks_single,
-    scalar_relation,
-    update_relation,
 )
 from lockstep.common.verdict.script_comparison import EVERY_STEP, ScriptPlace
 from lockstep.common.verdict.traits import common_trait

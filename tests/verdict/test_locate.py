@@ -39,12 +39,20 @@ from lockstep.common.verdict.compare import compare
 from lockstep.common.verdict.comparison import Divergence, Location
 from lockstep.common.verdict.first_steps import check_first_steps
 from lockstep.common.verdict.locate import one_step
-from lockstep.common.verdict.relations import N_WORST, describe_relation
+from lockstep.common.verdict.relations import (
+    AS_BEFORE,
+    INVERSE,
+    ITSELF,
+    N_WORST,
+    UNCHANGED,
+    describe_relation,
+)
 from tests.conftest import SilentObserver
 from tests.marks import slow_except
 from tests.verdict.helpers import diverging
 
 NAMES = ["torch", "flax"]
+MOMENTUM = "momentum of "
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -233,10 +241,22 @@ COMMON = (
 )  # what failing tensors may have in common
 
 
+UPDATES = (  # of `update_relation` and `slot_relation`
+    f"flax adds -0.01 {ITSELF}",
+    f"flax adds 0.1 {AS_BEFORE}",
+    f"flax {UNCHANGED} it",
+    f"the two updates differ most {INVERSE} the gradient's entry is",
+    "flax's update is 0.9 times torch's",
+)
+
+
 def said_of(stage: str, tensor: str) -> Iterator[tuple[str, ...]]:
     """The causes that may be said of this tensor, whatever was seen of it."""
-    for one, other in pairs(stage, tensor):
-        pattern = describe_relation(one, other, NAMES, classes=stage == "evaluate")
+    patterns = [
+        describe_relation(one, other, NAMES, classes=stage == "evaluate")
+        for one, other in pairs(stage, tensor)
+    ]
+    for pattern in [*patterns, *(UPDATES if stage == "update" else ())]:
         for common in ("", *COMMON):
             for kind in (None, "", *(kind for kind, _ in NAMED)):
                 yield find_causes(stage, tensor, "; ".join(filter(None, [pattern, common])), kind)
@@ -510,6 +530,59 @@ def test_what_parts_in_the_first_steps_is_read_from_the_records() -> None:
     assert found["pattern"] == "flax is 2 times torch"
     worst = np.unravel_index(np.argmax(np.abs(opening["1/forward/fc1"])), (4, 3))
     assert found["offenders"][0]["index"] == [int(part) for part in worst]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "pattern", "cause"),
+    [
+        (
+            "fc1.kernel",
+            lambda w, g, m: w - 0.09 * g,
+            "flax's update is 0.9 times torch's",
+            "the learn",
+        ),
+        ("fc1.kernel", lambda w, g, m: 0.99 * w - 0.1 * g, f"adds -0.01 {ITSELF}", "decay apart"),
+        ("fc1.kernel", lambda w, g, m: w, f"flax {UNCHANGED} it", "the tensor is frozen"),
+        (
+            f"{MOMENTUM}fc1.kernel",
+            lambda w, g, m: g + 0.8 * m,
+            f"-0.1 {AS_BEFORE}",
+            "the factor that",
+        ),
+        (f"{MOMENTUM}fc1.kernel", lambda w, g, m: g + 0.9 * m + 0.1 * w, ITSELF, "decay as a part"),
+    ],
+)
+@pytest.mark.parametrize("step", [0, 1])
+def test_how_one_recorded_update_is_made_of_the_other_is_said(
+    tensor: str,
+    change: Callable[..., np.ndarray],
+    pattern: str,
+    cause: str,
+    step: int,
+) -> None:
+    weights, gradient, momentum = (numbers(4, 3, seed=seed) for seed in range(3))
+    kept = momentum if step else np.zeros((4, 3))
+    key, name = f"{step}/update", "fc1.kernel"
+    recorded = {
+        f"{step}/backward/{name}": gradient,
+        f"{key}/{name}": weights - 0.1 * gradient,
+        f"{key}/{MOMENTUM}{name}": gradient + 0.9 * kept,
+    }
+    before = {f"0/update/{name}": weights, f"0/update/{MOMENTUM}{name}": momentum} if step else {}
+    record = replace(
+        made("torch"), first_steps=before | recorded, weights={name: weights if not step else kept}
+    )
+    changed = recorded | {f"{key}/{tensor}": change(weights, gradient, kept)}
+    runs = {"torch": record, "flax": replace(record, backend="flax", first_steps=before | changed)}
+    nothing: Any = None
+    first = diverging(step, "update", tensor)
+    found = locate.locate(first, runs, Config(steps=40).resolve(160), nothing, forbidden)
+    assert found is not None
+    if step == 0 and "before" in pattern:  # nothing was kept yet: the two are equal
+        assert found.pattern is None
+        return
+    assert found.pattern is not None and pattern in found.pattern
+    assert found.causes[0].startswith(cause)
 
 
 def test_weights_are_read_from_the_weights() -> None:
