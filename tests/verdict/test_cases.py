@@ -119,7 +119,7 @@ def test_a_norm_of_the_users_own_is_named(digits: Dataset) -> None:
 
 def run_pair(name: str, out: Path) -> tuple[int, dict[str, Any]]:
     """The exit status of `pair` on a case, and its report."""
-    status = main(["pair", case(name), "--data", "digits", "--out", str(out), "--quiet"])
+    status = main(["pair", case(name), "--data", "digits", "--out", str(out)])
     return status, json.loads((out / "report.json").read_text())
 
 
