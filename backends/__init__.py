@@ -18,9 +18,9 @@ ORIGINAL_SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT")  # for programs without t
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# XLA's older code generator, one file of code in place of 32, and few optimizations: the programs of
-# ResNet-18 are compiled in a third of the time, and take about as long (results/bench/LOG.md). An XLA
-# that does not know an option ends the process, so versions that were not tried do without.
+# XLA's older code generator, one file of code in place of 32, and few optimizations: measurements are
+# in results/bench/LOG.md. An XLA that does not know an option ends the process, so versions that were
+# not tried do without.
 QUICK_XLA = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"

@@ -83,14 +83,15 @@ def execute(options: argparse.Namespace, invocation: Invocation) -> int:
     terminal.table(*pair_check.table(found))
     if options.out is not None:
         write_json(report, options.out)
-    if report["first_difference"] is not None and not options.quiet:
-        terminal.located(report["first_difference"])
-    if any(exchanged.values()) and not options.quiet:
-        terminal.print_always(exchanged_text(exchanged))
+    if not options.quiet:
+        if report["first_difference"] is not None:
+            terminal.located(report["first_difference"])
+        if any(exchanged.values()):
+            terminal.paragraph(exchanged_text(exchanged))
     if starts or (starts is not None and not options.quiet):
         terminal.print_always(initialisation.sentence(starts, len(found.tensors)))
-    if starts:
-        terminal.table(*initialisation.table(starts))
+        if starts:
+            terminal.table(*initialisation.table(starts))
     terminal.print_always(pair_check.sentence(found, placed=not options.quiet))
     if options.json:
         print_json(report, invocation.stdout)

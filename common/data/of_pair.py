@@ -39,8 +39,7 @@ def example(model: str) -> Dataset | None:
         x, y = given = give()
         if not all(map(np.array_equal, given, give())):
             raise DataError(
-                f"--model {model}: its example is another one at each call: give its random numbers a "
-                "seed"
+                f"--model {model}: its example differs from call to call: give its random numbers a seed"
             )
     arrays: dict[str, Any] = dict(zip(NAMES, (x, y, x, y), strict=True))
     shown, labelled = f"--model {model}, its example", pairs.is_labelled(model)

@@ -113,8 +113,8 @@ CAUSES = (
         "forward",
         "input of",
         "another order along",
-        "one side turns an axis round or shuffles it: the order of the colours (BGR), a mirrored image",
-        fix="x = x[..., ::-1]  # of one side, the colours the other way round",
+        "one side reverses or shuffles an axis: the order of the colours (BGR), a mirrored image",
+        fix="x = x[..., ::-1]  # of one side, the colours reversed",
     ),
     Cause(
         "forward",
@@ -209,13 +209,13 @@ CAUSES = (
         "update",
         "^(?!.* of )",
         ITSELF,
-        "decay apart from the gradient: its factor, or whether the learning rate multiplies it",
+        "decoupled decay (AdamW): its factor, or whether the learning rate multiplies it",
     ),
     Cause(
         "update",
         " of ",
         ITSELF,
-        "decay as a part of the gradient (SGD, Adam), with another factor or on one side",
+        "decay added to the gradient (SGD, Adam): its factor, or on one side only",
     ),
     Cause(
         "update",

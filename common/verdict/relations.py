@@ -73,10 +73,8 @@ def _nonfinite(a: np.ndarray, b: np.ndarray, names: Sequence[str]) -> str | None
     if a.size == 1:
         return f"{names[first]} is not finite"
     other = f"{counts[second]:,}" if counts[second] else "none"
-    return (
-        f"{counts[first]:,} of {a.size:,} entries of {names[first]} are not finite, {other} of "
-        f"{names[second]}"
-    )
+    most = f"{counts[first]:,} of {a.size:,} entries of {names[first]}"
+    return f"not finite: {most}, {other} of {names[second]}"
 
 
 def _order(a: np.ndarray, b: np.ndarray, limit: float) -> str:
@@ -101,7 +99,7 @@ def update_relation(
     gradient: np.ndarray | None,
     names: Sequence[str],
 ) -> str | None:
-    """How the second script's update of a parameter is made of the first one's; None if that cannot
+    """How the second run's update of a parameter is made of the first one's; None if that cannot
     be seen.
 
     Args:

@@ -659,7 +659,7 @@ REFUSED = {
     ),
     "an example that is drawn anew": (
         "pair(example=lambda: (torch.rand(4, 32, 32, 3).numpy(), [0, 1, 2, 3]))",
-        "its example is another one at each call: give its random numbers a seed",
+        "its example differs from call to call: give its random numbers a seed",
     ),
     "an example of other lengths": (
         "pair(example=([[0.0], [1.0], [2.0]], [0, 1]))",

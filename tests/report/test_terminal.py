@@ -358,7 +358,7 @@ def test_where_runs_diverge_is_shown_with_what_is_likely_and_the_entries_that_di
 
 def test_entries_that_are_not_finite_are_shown_with_their_own_cause() -> None:
     flat = " ".join(located(found(entry=math.nan)).split())
-    assert "In conv1: 1 of 4 entries of torch are not finite, none of flax." in flat
+    assert "In conv1: not finite: 1 of 4 entries of torch, none of flax." in flat
     assert "[1, 0] not finite 3" in flat
     assert "A likely cause: a division by 0" in flat and "padding" not in flat
 

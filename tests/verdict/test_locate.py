@@ -106,9 +106,9 @@ def test_whose_numbers_are_all_zero_is_said() -> None:
 def test_what_is_not_finite_is_counted_where_the_sides_differ(value: float) -> None:
     one, finite = np.array([value, 1.0, 2.0]), np.array([0.0, 1.0, 2.0])
     found = describe_relation(finite, 2 * one, NAMES)
-    assert found == "1 of 3 entries of flax are not finite, none of torch"
+    assert found == "not finite: 1 of 3 entries of flax, none of torch"
     both = describe_relation(one, np.array([value, value, 1.0]), NAMES)
-    assert both == "2 of 3 entries of flax are not finite, 1 of torch"
+    assert both == "not finite: 2 of 3 entries of flax, 1 of torch"
     assert describe_relation(np.array(value), np.array(1.0), NAMES) == "torch is not finite"
     assert (
         describe_relation(one, one + np.array([0, 0, 1]), NAMES) is None
@@ -541,7 +541,12 @@ def test_what_parts_in_the_first_steps_is_read_from_the_records() -> None:
             "flax's update is 0.9 times torch's",
             "the learn",
         ),
-        ("fc1.kernel", lambda w, g, m: 0.99 * w - 0.1 * g, f"adds -0.01 {ITSELF}", "decay apart"),
+        (
+            "fc1.kernel",
+            lambda w, g, m: 0.99 * w - 0.1 * g,
+            f"adds -0.01 {ITSELF}",
+            "decoupled decay",
+        ),
         ("fc1.kernel", lambda w, g, m: w, f"flax {UNCHANGED} it", "the tensor is frozen"),
         (
             f"{MOMENTUM}fc1.kernel",
@@ -549,7 +554,7 @@ def test_what_parts_in_the_first_steps_is_read_from_the_records() -> None:
             f"-0.1 {AS_BEFORE}",
             "the factor that",
         ),
-        (f"{MOMENTUM}fc1.kernel", lambda w, g, m: g + 0.9 * m + 0.1 * w, ITSELF, "decay as a part"),
+        (f"{MOMENTUM}fc1.kernel", lambda w, g, m: g + 0.9 * m + 0.1 * w, ITSELF, "decay added to"),
     ],
 )
 @pytest.mark.parametrize("step", [0, 1])
