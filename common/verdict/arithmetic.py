@@ -131,11 +131,16 @@ def in_words(found: Arithmetic, dtype: str, names: Mapping[str, str]) -> str:
         other = names[next(name for name in BACKENDS if name != side)]
         if errors := found.off.get(side, ()):
             tensors = ", ".join(
-                f"{error.tensor} by {100 * error.share:.2g} % of its largest ({other} "
-                f"{100 * error.other:.1g} %)"
+                f"{error.tensor} by {_percent(error.share, 2)} of its largest ({other} "
+                f"{_percent(error.other, 1)})"
                 for error in errors[:MAX_TENSORS]
             )
             sides.append(f"against it, gradients of {names[side]} are off: {tensors}")
     if not sides:
         return f"{text}; neither side's first gradients are much further from it than the other's"
     return "; ".join([text, *sides])
+
+
+def _percent(share: float, digits: int) -> str:
+    """As `76 %`, `110 %` or `0.4 %`."""
+    return f"{float(f'{100 * share:.{digits}g}'):g} %"

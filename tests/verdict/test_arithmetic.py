@@ -27,6 +27,8 @@ def test_the_sentence_names_the_side_the_tensor_and_by_how_much() -> None:
     said = in_words(Arithmetic({"torch": off, "flax": ()}), "bfloat16", FRAMEWORKS)
     assert said.startswith("the arithmetic of bfloat16, and not the program: in float64, one step")
     assert said.endswith("PyTorch are off: norm.bias by 76 % of its largest (Flax 0.4 %)")
+    large = larger_errors({"a": 1.14}, {"a": 0.004}, LEAST)  # larger than the largest entry
+    assert "a by 110 % of" in in_words(Arithmetic({"torch": large}), "bfloat16", FRAMEWORKS)
     neither = in_words(Arithmetic({"torch": (), "flax": ()}), "bfloat16", FRAMEWORKS)
     assert neither.endswith(
         "neither side's first gradients are much further from it than the other's"
