@@ -79,6 +79,14 @@ def test_genuine_cifar10_is_what_torchvision_reads() -> None:
         assert images.flags.c_contiguous
 
 
+def test_the_checksums_are_torchvisions() -> None:
+    from torchvision.datasets import CIFAR10
+
+    meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
+    theirs = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
+    assert [[*item] for item in cifar10.CIFAR10_FILES.items()] == theirs
+
+
 @needs_cifar10
 @pytest.mark.parametrize("choice", ["auto", "cifar10"])
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def md5(content: bytes) -> str:
 
 
 def accept(archive: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torchvision take `archive` for the genuine one."""
+    """Let Lockstep and torchvision take `archive` for the genuine one."""
     import io
 
     from torchvision.datasets import CIFAR10
@@ -210,10 +218,12 @@ def accept(archive: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     sums = {
         file.name: md5(file.read_bytes()) for file in (folder / cifar10.CIFAR10_FOLDER).iterdir()
     }
+    assert sums.keys() == cifar10.CIFAR10_FILES.keys()
+    for name, md5_sum in sums.items():
+        monkeypatch.setitem(cifar10.CIFAR10_FILES, name, md5_sum)
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
-    monkeypatch.setattr(
-        CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
-    )
+    train = [[name, sums[name]] for name, _ in CIFAR10.train_list]
+    monkeypatch.setattr(CIFAR10, "train_list", train)
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
 
