@@ -7,12 +7,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from lockstep.common.config import BACKENDS
+from lockstep.common.data import Dataset
 from lockstep.common.request import Request
-from lockstep.common.runs import training
 from lockstep.common.runs.ensemble import Ensemble, Ensembles
 from lockstep.common.runs.parallel import MIN_IMAGES
 from lockstep.common.runs.record import FIRST_STEPS
-from lockstep.common.runs.trainer import TerminalObserver, Trainer, backend_errors
+from lockstep.common.runs.trainer import Trainer
+from lockstep.common.runs.training import FEW_TEST_IMAGES
 from lockstep.common.runs.watch import FirstStepsWatch
 from lockstep.common.verdict.comparison import Comparison
 from lockstep.common.verdict.judge import judge
@@ -34,25 +35,25 @@ def watched(request: Request, trainer: Trainer, found: Mapping[str, Ensembles]) 
 
 def judge_first_steps(
     trainer: Trainer, names: Sequence[str]
-) -> tuple[Trainer, Ensembles, Comparison]:
-    """Train, evaluate and judge the first steps alone; no record is written. Returns the trainer of
-    this short run, its runs by backend, and the comparison."""
-    config = dataclasses.replace(trainer.config, steps=FIRST_STEPS)
-    short = dataclasses.replace(trainer, config=config, watch=None)
-    observer = TerminalObserver(lambda text: None, lambda steps, loss: None)
+) -> tuple[Dataset, Ensembles, Comparison]:
+    """Judge the first steps alone, as the trainer's `watch` has them; no record is written. Returns
+    the data with the few test images that were evaluated, the runs by backend, and the comparison."""
+    assert trainer.watch is not None
+    config = dataclasses.replace(trainer.config, steps=FIRST_STEPS).to_json()
+    whole = dataclasses.replace(trainer, watch=None)
+    train_twins = whole.train_first_steps("float64", names)
     ensembles: Ensembles = {}
     for name in names:
-        short.remove_checkpoints(f"{name}-float64")
-        with backend_errors(name), short.signals.deferred():
-            backend = short.backend(name, "float64")
-            run = training.train(
-                backend, config, short.dataset, "float64", observer, weights=short.weights
-            )
+        trainer.remove_checkpoints(f"{name}-float64")
+        run = dataclasses.replace(trainer.watch.records[name], config=config)
         ensembles[name] = Ensemble(run)
+    dataset = trainer.dataset.first_test_images(FEW_TEST_IMAGES)
     comparison = judge(
         ensembles,
         lambda name, twins: [],
-        short.dataset.test_labels,
-        short.train_first_steps("float64", names),
+        dataset.test_labels,
+        lambda name, twins: [
+            dataclasses.replace(twin, config=config) for twin in train_twins(name, twins)
+        ],
     )
-    return short, ensembles, comparison
+    return dataset, ensembles, comparison

@@ -67,7 +67,7 @@ def compare(
         storage.check_writable(request.tensorboard, "--tensorboard")
     alone = request.processes == 1 and request.cluster is None
     wanted = alone and parallel.may_use_worker(request.config, request.backends, request.device)
-    with parallel.TrainingWorker(wanted, backends.load) as worker:
+    with parallel.TrainingWorker(wanted, backends.load, request.config.model) as worker:
         return prepare_and_train(request, backends, terminal, signals or SignalHandler(), worker)
 
 
@@ -194,6 +194,7 @@ def train_and_compare(
     training = parallel.ParallelTraining(trainer, worker, worker_backend, numbers)
     comparisons: list[Comparison] = []
     interrupted_at = ended_early = None
+    evaluated = trainer.dataset
     try:
         train_and_judge(request.backends, training, ensembles, comparisons)
         if trainer.signals.requested():
@@ -204,12 +205,11 @@ def train_and_compare(
         if not comparisons:
             raise
     except FirstStepsDiffer:
-        short, sides, comparison = early_end.judge_first_steps(trainer, request.backends)
+        evaluated, sides, comparison = early_end.judge_first_steps(trainer, request.backends)
         if comparison.verdict != "disagree":  # twins explain it
             all_of_it = dataclasses.replace(request, keep_going=True)
             return train_and_compare(all_of_it, trainer, ensembles, device, worker, terminal)
-        trainer, ensembles, comparisons = short, {"float64": sides}, [comparison]
-        ended_early = early_end.ENDED
+        ensembles, comparisons, ended_early = {"float64": sides}, [comparison], early_end.ENDED
     if interrupted_at is None:
         confirm_float64(trainer, ensembles, comparisons)
         locate_disagreement(trainer, ensembles, comparisons)
@@ -232,7 +232,8 @@ def train_and_compare(
         interrupted_at,
         ended_early,
     )
-    write_reports(request, trainer, report, runs, twins, worker)
+    shown = dataclasses.replace(trainer, dataset=evaluated)
+    write_reports(request, shown, report, runs, twins, worker)
     terminal.verdict(report, trainer.folder / "report.html")
     return Result(report, trainer.folder)
 
@@ -449,10 +450,13 @@ def write_reports(
     dataset, folder = trainer.dataset, trainer.folder
     sample = data.first_seen(trainer.config, len(dataset.train_images))
     reports.write_json(report, folder)
-    write_here = functools.partial(
-        reports.write_pictures, folder, report, runs, dataset, twins, sample
-    )
-    images = worker.write_images(write_here, report, sample)
+    if "ended_early" in report:  # a few first steps are worth no picture
+        images = functools.partial(reports.remove_pictures, folder)
+    else:
+        write_here = functools.partial(
+            reports.write_pictures, folder, report, runs, dataset, twins, sample
+        )
+        images = worker.write_images(write_here, report, sample)
     reports.write_report_page(folder, report, runs, dataset, twins, sample)  # at the same time
     images()
     if request.tensorboard is not None:

@@ -11,8 +11,7 @@ import pytest
 
 from lockstep.cli import main
 from lockstep.common.config import Config
-from lockstep.common.protocol import Snapshot
-from lockstep.common.runs.checkpoint import Checkpoint
+from lockstep.common.runs.record import Record
 from lockstep.common.runs.watch import FirstStepsDiffer, FirstStepsWatch
 
 # A port that forgets in which order PyTorch flattens; FLATTENED says it.
@@ -38,29 +37,28 @@ PAIR = Pair(torch=original, flax=Port, names={"1": "head"}, flattened=FLATTENED)
 """
 
 
-def after_first_steps(backend: str, change: float = 0.0) -> Checkpoint:
-    """The state of a run of one number, whose first loss is changed."""
-    none, weights = np.zeros(0), {"a": np.ones(1)}
-    first_steps = {"0/loss/loss": np.array(1.0 + change), "1/loss/loss": np.array(0.5)}
-    return Checkpoint(
+def first_steps(backend: str, change: float = 0.0) -> Record:
+    """The first steps of a run of one number, whose first loss is changed."""
+    steps, weights = np.zeros(2), {"a": np.ones(1)}
+    return Record(
         backend=backend,
         dtype="float64",
         twin=None,
         config=Config(steps=9).resolve(100).to_json(),
         data={},
+        environment={},
         source="",
-        segments=[],
-        layers=[],
-        perturbation_rng_state=None,
+        loss=steps,
+        gradient_norm=steps,
+        lr=steps,
+        predictions=np.zeros(0, np.int64),
+        test_loss=0.0,
         seconds=0.0,
-        loss=none,
-        gradient_norm=none,
-        lr=none,
-        batch_digests=np.zeros(0, np.int64),
+        steps_per_second=0.0,
         weights=weights,
-        first_steps=first_steps,
-        parameter_history={},
-        snapshot=Snapshot.start(weights),
+        first_steps={"0/loss/loss": np.array(1.0 + change), "1/loss/loss": np.array(0.5)},
+        final=weights,
+        batch_digests=np.zeros(2, np.int64),
     )
 
 
@@ -73,10 +71,11 @@ def test_only_a_difference_that_no_twin_explains_ends_the_training(
     change: float, differs: bool
 ) -> None:
     watch = FirstStepsWatch()
-    watch.add(after_first_steps("flax", change))
+    watch.add(first_steps("flax", change))
     watch.check()  # one side alone says nothing
-    watch.add(after_first_steps("torch"))
+    watch.add(first_steps("torch"))
     assert watch.differs == differs
+    assert bool(watch.records) == differs  # else nobody needs them
     if differs:
         with pytest.raises(FirstStepsDiffer):
             watch.check()
@@ -97,12 +96,16 @@ def test_an_early_end_says_what_the_whole_run_says(tmp_path: Path) -> None:
     found = report(folder)
     assert "--keep-going trains it all" in str(found["ended_early"])
     assert not list(folder.glob("flax-*"))  # nothing that was begun, and no shorter run
+    assert not list(folder.glob("*.png"))
+    assert found["data"]["sizes"]["test"] > found["lenses"][0]["predictions_total"] == 50
     assert "The rest was not trained" in (folder / "report.html").read_text()
 
     assert main(["--resume", str(folder), "--keep-going", "--quiet"]) == 1  # it trains it all
     whole = report(folder)
     assert "ended_early" not in whole
     assert len(list(folder.glob("*.safetensors"))) == 8
+    assert found["config"] == whole["config"]
+    assert (folder / "losses.png").exists()
     (first,), (long, _) = found["lenses"], whole["lenses"]
     assert (first["steps"], long["steps"]) == (2, 250)
     assert (first["located"], first["verdict"]) == (long["located"], long["verdict"])

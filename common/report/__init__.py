@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from lockstep.common.report.html import write_report_page
-from lockstep.common.report.images import write_pictures
+from lockstep.common.report.images import remove_pictures, write_pictures
 from lockstep.common.report.json import jsonable, to_json, write_json
 from lockstep.common.report.summary import sentence
 from lockstep.common.report.tensorboard import check_tensorboard, write_tensorboard
@@ -16,6 +16,7 @@ __all__ = [
     "check_tensorboard",
     "escape",
     "jsonable",
+    "remove_pictures",
     "sentence",
     "to_json",
     "write_json",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
+CHARTS = ("losses", "classes", "confusion", "course")  # as PNG and as SVG
 SAMPLES = (4, 8)  # rows, columns
 # The last three are of pictures with one channel.
 DRAWN: dict[str, Any] = {"interpolation": "nearest", "cmap": "gray", "vmin": 0, "vmax": 255}
@@ -77,6 +78,13 @@ def write_pictures(
     for name, content in pictures.items():
         write_atomic(Path(folder, name), content)
     return [Path(folder, name) for name in pictures]
+
+
+def remove_pictures(folder: Path) -> None:
+    """Remove the pictures of an earlier run, where this one has none."""
+    for stem in ("samples", "predictions", *CHARTS):
+        for kind in ("png", "svg"):
+            Path(folder, f"{stem}.{kind}").unlink(missing_ok=True)
 
 
 def first_images(dataset: Dataset, sample: np.ndarray | None) -> np.ndarray:

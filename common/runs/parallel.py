@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from lockstep.common.config import BACKENDS, Config
 from lockstep.common.errors import BackendError, LockstepError
+from lockstep.common.model import pair
 from lockstep.common.protocol import Backend, Dropout
 from lockstep.common.runs import checkpoint
-from lockstep.common.runs.checkpoint import Checkpoint
 from lockstep.common.runs.record import Record
 from lockstep.common.runs.trainer import Advance, Build, Interrupted, Trainer, resume_hint
 from lockstep.common.runs.watch import FirstStepsDiffer, FirstStepsWatch
@@ -67,14 +67,15 @@ class TrainingWorker:
     Args:
         wanted: whether to start one.
         load: called there at once with WORKER_BACKEND, to import its framework.
+        model: the network, of which a user's file is imported there, too.
     """
 
-    def __init__(self, wanted: bool, load: Callable[[str], object]) -> None:
+    def __init__(self, wanted: bool, load: Callable[[str], object], model: str) -> None:
         self.process: WorkerProcess | None = None
         if wanted:
             with contextlib.suppress(WorkerFailed):  # the system has no room for it
                 self.process = WorkerProcess(start_commands)
-                self.process.send("preload", load)
+                self.process.send("preload", load, model)
 
     def __enter__(self) -> Self:
         return self
@@ -296,8 +297,8 @@ class RemoteWatch(FirstStepsWatch):
     def __init__(self, report: Report) -> None:
         self.differs, self._report = False, report
 
-    def add(self, state: Checkpoint) -> None:
-        self._report(("first steps", state))
+    def add(self, record: Record) -> None:
+        self._report(("first steps", record))
 
 
 def _discard(report: object) -> None:
@@ -324,8 +325,9 @@ class WorkerCommands:
         self.report, self.signals = report, signals
         self.until_the_end = contextlib.ExitStack()
 
-    def preload(self, load: Callable[[str], object]) -> None:
+    def preload(self, load: Callable[[str], object], model: str) -> None:
         load(WORKER_BACKEND)
+        pair.load(model)
 
     def model_info(self, build: Build, name: str) -> ModelInfo:
         return describe_model(build, name, PROCESSES)

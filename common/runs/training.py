@@ -57,7 +57,7 @@ def train(
     weights: Arrays | None = None,
     start: Checkpoint | None = None,
     checkpoints: CheckpointManager | None = None,
-    after_first_steps: Callable[[Checkpoint], object] | None = None,
+    after_first_steps: Callable[[Record], object] | None = None,
 ) -> Record:
     """Train once and evaluate on the test images.
 
@@ -73,7 +73,8 @@ def train(
         start: the checkpoint to resume from; None: the first step.
         checkpoints: writes checkpoints between two chunks, and, if the run is stopped or
             interrupted, one of the last state in memory.
-        after_first_steps: called with the state after the first steps, if others follow.
+        after_first_steps: called with the record of the first steps, if others follow; few test
+            images are evaluated for it.
 
     Raises:
         KeyboardInterrupt: if `checkpoints` stops the run.
@@ -113,7 +114,7 @@ def train(
         raise KeyboardInterrupt from error
     if run.nonfinite_step is not None and checkpoints is not None:
         checkpoints.save(run.latest)
-    return run.record(evaluation, twin)
+    return run.record(run.latest, evaluation)
 
 
 def initial_checkpoint(
@@ -198,7 +199,7 @@ class TrainingLoop:
     def train(
         self,
         checkpoints: CheckpointManager | None,
-        after_first_steps: Callable[[Checkpoint], object] | None = None,
+        after_first_steps: Callable[[Record], object] | None = None,
     ) -> None:
         """Train up to the last step, to a loss that is not finite, or until `checkpoints` stops
         it."""
@@ -220,9 +221,11 @@ class TrainingLoop:
             if self.step == FIRST_STEPS < self.config.total_steps:
                 # Training goes on after an evaluation: one that changes it shows in the next step.
                 few = self.dataset.first_test_images(FEW_TEST_IMAGES)
-                evaluate(self.backend, self.state, few, self.dtype)
+                evaluation = evaluate(self.backend, self.state, few, self.dtype)
                 if after_first_steps is not None:
-                    after_first_steps(self._checkpoint())
+                    after_first_steps(
+                        self.record(self._checkpoint(), evaluation).until(FIRST_STEPS)
+                    )
             if window_ends and window_ends[0] <= self.step < self.config.total_steps:
                 self.parameter_history |= with_step(self.step, self._export().tensors)
                 window_ends = [end for end in window_ends if end > self.step]
@@ -375,14 +378,14 @@ class TrainingLoop:
             self.step = stop
             return
 
-    def record(self, evaluation: Evaluation, twin: int | None) -> Record:
-        """The record of the finished run."""
-        last, series = self.latest, self.series()
+    def record(self, last: Checkpoint, evaluation: Evaluation) -> Record:
+        """The record of the run up to its state `last`, which was evaluated."""
+        series = self.series()
         unknown = np.full(self.config.total_steps - len(series.loss), np.nan)
         return Record(
             backend=self.backend.name,
             dtype=self.dtype,
-            twin=twin,
+            twin=last.twin,
             config=last.config,
             data=last.data,
             environment=self.backend.describe(),
@@ -394,7 +397,7 @@ class TrainingLoop:
             predictions=np.asarray(evaluation.predictions),
             test_loss=float(evaluation.loss),
             seconds=last.seconds,
-            steps_per_second=self.steps_per_second(),
+            steps_per_second=self.steps_per_second(last),
             weights=last.weights,
             first_steps=last.first_steps,
             layers=last.layers,
@@ -405,9 +408,9 @@ class TrainingLoop:
             rank_differences=last.rank_differences,
         )
 
-    def steps_per_second(self) -> float:
+    def steps_per_second(self, last: Checkpoint) -> float:
         """Without the first chunk, which compiles, if there are others."""
-        seconds = self.latest.seconds - self.start.seconds
+        seconds = last.seconds - self.start.seconds
         steps, end = self.first_chunk or (self.step, 0.0)
         if steps < self.step:
             return (self.step - steps) / (self.began + seconds - end)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 
 from lockstep.common.config import BACKENDS
-from lockstep.common.runs.checkpoint import Checkpoint
 from lockstep.common.runs.ensemble import Ensemble
-from lockstep.common.runs.first_steps import record_of
+from lockstep.common.runs.record import Record
 
 # Times the bound. Twins may explain a smaller gap: where a gradient cancels, an ulp in the weights
 # moves it by 6.5 times the bound. A wrong padding exceeds the bound by 1e11.
@@ -25,18 +24,20 @@ class FirstStepsWatch:
     def __init__(self) -> None:
         self.differs = False
         self._lock = threading.Lock()
-        self._found: dict[str, Ensemble] = {}
+        self.records: dict[str, Record] = {}  # of the first steps, by backend; kept if they differ
 
-    def add(self, state: Checkpoint) -> None:
-        """The state of one backend's run after its first steps."""
+    def add(self, record: Record) -> None:
+        """The first steps of one backend's run."""
         from lockstep.common.verdict.first_steps import check_first_steps
 
         with self._lock:
-            self._found[state.backend] = Ensemble(record_of(state))
-            if len(self._found) == len(BACKENDS):
-                torch, flax = (self._found.pop(name) for name in BACKENDS)
+            self.records[record.backend] = record
+            if len(self.records) == len(BACKENDS):
+                torch, flax = (Ensemble(self.records[name]) for name in BACKENDS)
                 checks = check_first_steps(torch, flax)
                 self.differs = any(check.bound_usage > CERTAIN for check in checks)
+                if not self.differs:
+                    self.records.clear()
 
     def check(self) -> None:
         """Raise FirstStepsDiffer if they do."""

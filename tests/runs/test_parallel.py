@@ -195,13 +195,13 @@ def test_a_process_that_is_not_needed_is_ended_at_once(
         functools.partial(backends.build, config, 10, "cpu", "auto"),
         QUIET,
     )
-    with parallel.TrainingWorker(True, backends.load) as worker:
+    with parallel.TrainingWorker(True, backends.load, "net") as worker:
         process = worker.process
         assert process is not None and there(process.pid)
         with parallel.ParallelTraining(trainer, worker, None, {}) as training:
             assert not process.alive() and training.name is worker.process is None
     with (
-        parallel.TrainingWorker(False, backends.load) as worker,
+        parallel.TrainingWorker(False, backends.load, "net") as worker,
         parallel.ParallelTraining(trainer, worker, "flax", {}) as training,
     ):
         assert worker.process is training.name is None
@@ -210,7 +210,7 @@ def test_a_process_that_is_not_needed_is_ended_at_once(
         raise BlockingIOError("no more processes")
 
     monkeypatch.setattr(subprocess, "Popen", refused)
-    with parallel.TrainingWorker(True, backends.load) as worker:
+    with parallel.TrainingWorker(True, backends.load, "net") as worker:
         assert worker.process is None
 
 
@@ -222,7 +222,7 @@ def test_the_worker_describes_a_network_as_this_process_does(
 
     here = parallel.describe_model(build(), "flax")
     assert here.device == "cpu" and here != parallel.describe_model(build(classes=8), "flax")
-    with parallel.TrainingWorker(True, backends.load) as worker:
+    with parallel.TrainingWorker(True, backends.load, "net") as worker:
         assert worker.model_info(build(), "flax")() == here
         with pytest.raises(RuntimeError, match="absent"):  # here
             worker.model_info(build(device="absent"), "flax")()
@@ -365,7 +365,7 @@ def test_two_processes_that_train_at_once_share_the_cores(
     config = Config(steps=1, batch_size=4).resolve(len(digits.train_images))
     trainer = Trainer(tmp_path, config, digits, build, QUIET)
     trainer.backend("torch", "float64")
-    with parallel.TrainingWorker(True, backends.load) as worker:
+    with parallel.TrainingWorker(True, backends.load, "net") as worker:
         training = parallel.ParallelTraining(trainer, worker, "flax", {})
         training.trainer.backend("torch", "float64")
     assert built == [("torch", "float64", 1), ("torch", "float64", 2)]
