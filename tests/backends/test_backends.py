@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -437,6 +441,42 @@ def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: C
     assert gap(one_by_one.parameters, compiled.export(other).parameters) > max(
         bound, 1e-3
     )  # control
+
+
+COMPILE_TWICE = """
+import sys
+import numpy as np
+from torch._dynamo.utils import counters
+from lockstep.backends.torch_backend.backend import TorchBackend
+from lockstep.common.config import Config
+from lockstep.common.model.initial_weights import initial_weights
+from lockstep.common.protocol import Snapshot
+
+numbers = np.random.default_rng(0)
+images, labels = numbers.normal(size=(8, 2, 32, 32, 3)), numbers.integers(10, size=(8, 2))
+for momentum in map(float, sys.argv[1:]):
+    config = Config(steps=8, batch_size=2, lr=0.1, momentum=momentum, model="mlp").resolve(16)
+    losses = []
+    for compile in ("on", "off"):
+        backend = TorchBackend(config, 10, "float64", "cpu", compile)
+        state = backend.init(Snapshot.start(initial_weights(backend.shapes(), 0, "float64")))
+        losses.append(backend.train_steps(state, images, labels)[1].loss)
+    assert np.abs(losses[0] - losses[1]).max() < 1e-13  # measured: 0
+    print(*(counters["inductor"].pop(f"fxgraph_cache_{found}", 0) for found in ("hit", "miss")))
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_loop_is_found_on_disk_by_a_later_process_and_no_other_one_is(
+    tmp_path: Path,
+) -> None:
+    def hits_and_misses(*momenta: str) -> bytes:
+        command = [sys.executable, "-c", COMPILE_TWICE, *momenta]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+
+    assert hits_and_misses("0.9") == b"0 1\n"
+    assert hits_and_misses("0.9", "0.5") == b"1 0\n0 1\n"  # the control: a loop that differs
 
 
 @pytest.mark.parametrize(
