@@ -6,14 +6,17 @@ The measurements are in results/bench/LOG.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # From this many channels of the images on, the library convolves, except in float64.
 MANY_CHANNELS = 16
+FEW_CHANNELS = 3  # those of images, which need no gradient; theirs would be slow
 
 Padding = Sequence[tuple[int, int]]  # before and after, by axis
 
@@ -44,6 +47,28 @@ def im2col_conv(
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     n, height, width, channels = images.shape
     kernel_height, kernel_width, _, features = kernel.shape
+    height, width = (height - kernel_height + 1) // 2, (width - kernel_width + 1) // 2
+    patches_of = copied_patches if channels > FEW_CHANNELS else gathered_patches
+    patches = patches_of(images, (kernel_height, kernel_width))
+    kernel = kernel.transpose(3, 0, 1, 2)  # features first: XLA's gradient is faster
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (y, 1 - y), (x, 1 - x), (0, 0))) for y in (0, 1) for x in (0, 1)
+    ]
+    matrix = jnp.concatenate(shifted).reshape(4 * features, -1)
+    product = (patches @ matrix.T).reshape(n, height, width, 2, 2, features)
+    return product.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, features)
+
+
+def copied_patches(images: Any, kernel_sizes: tuple[int, int]) -> Any:
+    """What each 2 x 2 pixels of the output see, side by side.
+
+    Args:
+        images: of JAX or NumPy, (n, height, width, channels).
+
+    Returns:
+        (n * pixels / 4, (kernel height + 1) * (kernel width + 1) * channels).
+    """
+    (n, height, width, channels), (kernel_height, kernel_width) = images.shape, kernel_sizes
     # even rows and odd rows, their pixels by twos
     row_pairs = images.reshape(n, height // 2, 2, width // 2, 2 * channels)
     row_pairs = row_pairs[:, :, 0], row_pairs[:, :, 1]
@@ -53,14 +78,16 @@ def im2col_conv(
         for y in range(kernel_height + 1)
         for x in range((kernel_width + 1) // 2)
     ]
-    patches = jnp.concatenate(views, axis=-1).reshape(n * height * width, -1)
-    kernel = kernel.transpose(3, 0, 1, 2)  # features first: XLA's gradient is faster
-    shifted = [
-        jnp.pad(kernel, ((0, 0), (y, 1 - y), (x, 1 - x), (0, 0))) for y in (0, 1) for x in (0, 1)
-    ]
-    matrix = jnp.concatenate(shifted).reshape(4 * features, -1)
-    product = (patches @ matrix.T).reshape(n, height, width, 2, 2, features)
-    return product.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, features)
+    concatenate = np.concatenate if isinstance(images, np.ndarray) else jnp.concatenate
+    return concatenate(views, axis=-1).reshape(n * height * width, -1)
+
+
+def gathered_patches(images: jax.Array, kernel_sizes: tuple[int, int]) -> jax.Array:
+    """`copied_patches`, by one gather."""
+    n, *sizes = images.shape
+    numbers = np.arange(math.prod(sizes)).reshape(1, *sizes)
+    places = copied_patches(numbers, kernel_sizes)
+    return images.reshape(n, -1)[:, places.ravel()].reshape(n * len(places), -1)
 
 
 def supports(
@@ -104,6 +131,13 @@ def max_pool(x: jax.Array) -> jax.Array:
     Of equal pixels the first gets the gradient, as in the library and in PyTorch;
     `x.reshape(...).max(axis=(2, 4))` would share it among them.
     """
+    # In two halves, so that XLA puts them into memory: the next convolution reads each pixel many
+    # times, and would pool it anew each time.
+    halves = jax.lax.split(x, (len(x) // 2, len(x) - len(x) // 2))
+    return jnp.concatenate([_max_pool(half) for half in halves])
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
     n, height, width, channels = x.shape
     height, width = height // 2, width // 2
     x = x[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels).swapaxes(2, 3)

@@ -187,11 +187,26 @@ SECTIONS = (
             Pair("kernels.py:Im2colConv2d.supports", "kernels.py:supports"),
             *same_names("kernels.py", SETTINGS),
             *same_names("kernels.py", "im2col_conv"),
+            Pair(
+                None,
+                "kernels.py:copied_patches",
+                "In PyTorch, a part of `im2col_conv`.",
+            ),
+            Pair(
+                None,
+                "kernels.py:gathered_patches",
+                "PyTorch has `unfold`.",
+            ),
             *same_names("layers.py", "max_pooling"),
             Pair("kernels.py:Pool2x2", None, "PyTorch pools with a layer, Flax with a function."),
             Pair("kernels.py:Pool2x2.forward", "kernels.py:max_pool"),
             Pair(
                 "kernels.py:Pool2x2.supports", None, "Flax uses `max_pool` only for 2 x 2 windows."
+            ),
+            Pair(
+                None,
+                "kernels.py:_max_pool",
+                "Each half of the images is pooled by itself.",
             ),
             *same_names("kernels.py", "maximum_first"),
             Pair(
