@@ -98,7 +98,8 @@ def test_an_early_end_says_what_the_whole_run_says(tmp_path: Path) -> None:
     assert not list(folder.glob("flax-*"))  # nothing that was begun, and no shorter run
     assert not list(folder.glob("*.png"))
     assert found["data"]["sizes"]["test"] > found["lenses"][0]["predictions_total"] == 50
-    assert "The rest was not trained" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "The rest was not trained" in page and "Confusion matrices" not in page
 
     assert main(["--resume", str(folder), "--keep-going", "--quiet"]) == 1  # it trains it all
     whole = report(folder)
@@ -106,6 +107,7 @@ def test_an_early_end_says_what_the_whole_run_says(tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) == 8
     assert found["config"] == whole["config"]
     assert (folder / "losses.png").exists()
+    assert "Confusion matrices" in (folder / "report.html").read_text()
     (first,), (long, _) = found["lenses"], whole["lenses"]
     assert (first["steps"], long["steps"]) == (2, 250)
     assert (first["located"], first["verdict"]) == (long["located"], long["verdict"])
