@@ -443,7 +443,13 @@ def test_a_compiled_loop_in_pytorch_is_as_many_single_steps(dtype: str, build: C
     )  # control
 
 
-COMPILE_TWICE = """
+LINEAR = """
+import torch
+from lockstep import Pair
+
+PAIR = Pair(torch=lambda n: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, n)), flax="-")
+"""
+COMPILED_AND_EAGER = """
 import sys
 import numpy as np
 from torch._dynamo.utils import counters
@@ -455,7 +461,8 @@ from lockstep.common.protocol import Snapshot
 numbers = np.random.default_rng(0)
 images, labels = numbers.normal(size=(8, 2, 32, 32, 3)), numbers.integers(10, size=(8, 2))
 for momentum in map(float, sys.argv[1:]):
-    config = Config(steps=8, batch_size=2, lr=0.1, momentum=momentum, model="mlp").resolve(16)
+    options = dict(steps=8, batch_size=2, lr=0.1, momentum=momentum)
+    config = Config(**options, model="linear.py:PAIR", pair="").resolve(16)
     losses = []
     for compile in ("on", "off"):
         backend = TorchBackend(config, 10, "float64", "cpu", compile)
@@ -470,10 +477,14 @@ for momentum in map(float, sys.argv[1:]):
 def test_a_compiled_loop_is_found_on_disk_by_a_later_process_and_no_other_one_is(
     tmp_path: Path,
 ) -> None:
+    (tmp_path / "linear.py").write_text(LINEAR)
+
     def hits_and_misses(*momenta: str) -> bytes:
-        command = [sys.executable, "-c", COMPILE_TWICE, *momenta]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+        command = [sys.executable, "-c", COMPILED_AND_EAGER, *momenta]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE
+        ).stdout
 
     assert hits_and_misses("0.9") == b"0 1\n"
     assert hits_and_misses("0.9", "0.5") == b"1 0\n0 1\n"  # the control: a loop that differs
