@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from lockstep.common.config import Config
 from lockstep.common.data import Dataset
 from lockstep.common.protocol import Arrays, Backend
@@ -15,19 +13,18 @@ from lockstep.common.runs.training import Observer, train
 
 
 class StopAfterFirstSteps(CheckpointManager):
-    """Stops a run after its first steps; the checkpoint stays in memory."""
+    """Stops a run after its first steps; no checkpoint is written."""
 
     def __init__(self) -> None:
         super().__init__(Path(), every=0, stopping=self._done)
         self.calls = 0
-        self.state: Checkpoint | None = None
 
     def _done(self) -> bool:
         self.calls += 1  # the first calls of `train_steps` are of one step each
         return self.calls >= FIRST_STEPS
 
     def save(self, checkpoint: Checkpoint) -> None:
-        self.state = checkpoint
+        del checkpoint
 
 
 def first_steps(
@@ -46,7 +43,8 @@ def first_steps(
     Raises:
         KeyboardInterrupt: after a signal.
     """
-    checkpoints = StopAfterFirstSteps()
+    found: list[Record] = []
+    longer = config.total_steps > FIRST_STEPS
     try:
         return train(
             backend,
@@ -57,33 +55,10 @@ def first_steps(
             twin,
             log_every=0,
             weights=weights,
-            checkpoints=checkpoints,
-        )  # a run that is no longer than that
+            checkpoints=StopAfterFirstSteps() if longer else None,
+            after_first_steps=found.append,
+        )
     except KeyboardInterrupt:
-        if checkpoints.state is None or checkpoints.state.step < FIRST_STEPS:  # the user's
+        if not found:  # the user's
             raise
-    return record_of(checkpoints.state)
-
-
-def record_of(found: Checkpoint) -> Record:
-    """A record of the steps before a checkpoint, with nothing about the end of a run."""
-    return Record(
-        backend=found.backend,
-        dtype=found.dtype,
-        twin=found.twin,
-        config=found.config,
-        data=found.data,
-        environment={},
-        source=found.source,
-        loss=found.loss,
-        gradient_norm=found.gradient_norm,
-        lr=found.lr,
-        batch_digests=found.batch_digests,
-        predictions=np.zeros(0, np.int64),
-        test_loss=0.0,
-        seconds=found.seconds,
-        steps_per_second=0.0,
-        weights=found.weights,
-        first_steps=found.first_steps,
-        layers=found.layers,
-    )
+    return found[0]
