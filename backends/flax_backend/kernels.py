@@ -16,7 +16,7 @@ import numpy as np
 
 # From this many channels of the images on, the library convolves, except in float64.
 MANY_CHANNELS = 16
-FEW_CHANNELS = 3  # those of images, which need no gradient; theirs would be slow
+FEW_CHANNELS = 3  # those of images, which need no gradient: that of a gather is slow
 
 Padding = Sequence[tuple[int, int]]  # before and after, by axis
 
